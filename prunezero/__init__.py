@@ -1,0 +1,1 @@
+"""Search for the formula that prunes your language model best."""

@@ -1,0 +1,91 @@
+"""The SymPy functions that SymPy itself lacks: reductions and scalings of a whole matrix.
+
+They carry what SymPy needs to simplify around them (they are real, some never negative) and one
+identity of their own: reducing a value along an axis on which it does not vary changes nothing.
+
+A weight is `[out, in]`: one row per output neuron, one column per input channel. A value is stored
+with as few entries as it has, and broadcasts to the weight:
+
+    element [out, in]     row [out, 1]     column [1, in]     scalar [1, 1]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+
+from prunezero.formula.features import FEATURES
+
+# Each shape as (varies from row to row, varies from column to column).
+AXES: dict[str, tuple[bool, bool]] = {
+    "element": (True, True),
+    "row": (True, False),
+    "column": (False, True),
+    "scalar": (False, False),
+}
+SHAPES = {axes: shape for shape, axes in AXES.items()}
+# What a reduction leaves: one number per row, per column, or per layer.
+LEAVES = {"row": AXES["row"], "col": AXES["column"], "layer": AXES["scalar"]}
+KINDS = ("sum", "mean", "max", "norm")
+
+
+class MatrixFunction(sympy.Function):  # type: ignore[misc, unused-ignore]
+    """A function of a whole matrix; a reduction `leaves` a shape, a scaling keeps the shape."""
+
+    nargs = 1
+    is_real = True
+    leaves: tuple[bool, bool] | None = None
+    never_negative = False
+
+    @classmethod
+    def eval(cls, argument: sympy.Expr) -> sympy.Expr | None:
+        """SymPy's hook for identities: the value itself where there is nothing to reduce."""
+        if cls.leaves is not None and _reduced(shape_of(argument), cls.leaves) == shape_of(
+            argument
+        ):
+            return sympy.Abs(argument) if cls.never_negative else argument
+        return None
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        if self.never_negative:
+            return True
+        return True if self.leaves is not None and self.args[0].is_nonnegative else None
+
+    def _latex(self, printer: Any, exp: str | None = None) -> str:
+        name = type(self).__name__.replace("_", r"\_")
+        power = f"^{{{exp}}}" if exp is not None else ""
+        return rf"\operatorname{{{name}}}{power}\left({printer._print(self.args[0])}\right)"
+
+
+def _matrix_function(name: str, **fields: object) -> type[MatrixFunction]:
+    return type(name, (MatrixFunction,), {"__module__": __name__, **fields})
+
+
+REDUCTIONS: dict[str, type[MatrixFunction]] = {
+    f"{left}_{kind}": _matrix_function(
+        f"{left}_{kind}", leaves=leaves, never_negative=kind == "norm"
+    )
+    for left, leaves in LEAVES.items()
+    for kind in KINDS
+}
+# To 0..1 by the smallest and largest entry; 0 everywhere if those are equal.
+MINMAX = _matrix_function("minmax", never_negative=True)
+# To mean 0 and standard deviation 1; 0 everywhere if the matrix is constant.
+ZSCORE = _matrix_function("zscore")
+
+
+def shape_of(expression: sympy.Basic) -> str:
+    """The shape of a formula, from the shapes of its features."""
+    if isinstance(expression, sympy.Symbol):
+        return FEATURES[expression.name].shape
+    shapes = [AXES[shape_of(argument)] for argument in expression.args]
+    shape = SHAPES[any(row for row, _ in shapes), any(column for _, column in shapes)]
+    if isinstance(expression, MatrixFunction) and expression.leaves is not None:
+        return _reduced(shape, expression.leaves)
+    return shape
+
+
+def _reduced(shape: str, leaves: tuple[bool, bool]) -> str:
+    row, column = AXES[shape]
+    return SHAPES[row and leaves[0], column and leaves[1]]

@@ -1,0 +1,240 @@
+"""What a formula may do: one row per operator, and the features beside them.
+
+A row says how a word is built in SymPy, how its value is computed in torch and in Triton, and how
+it is typeset. The parser, the evaluator, the exported pruner, the kernels, `prunezero list` and the
+tests all read these rows; nothing else knows an operator.
+
+Values are real and float32. Where mathematics would refuse, a score must still be finite:
+
+- `x / 0` is 0: a dead input channel or an empty row gets the score 0, and is removed first;
+- `sqrt`, `log` and powers with a fraction see `|x|`; `log` sees at least 1e-12;
+- `exp` sees at most 80, the last whole number whose exponential float32 holds with room to spare;
+- sums, means and norms accumulate in float64, so that their order does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from prunezero.formula.features import FEATURES, SIGNALS, Feature
+from prunezero.formula.functions import MINMAX, REDUCTIONS, ZSCORE
+
+__all__ = ["FEATURES", "OPERATORS", "SIGNALS", "Feature", "Operator"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One word that combines values."""
+
+    name: str
+    arity: int
+    # how it is written in a formula
+    usage: str
+    meaning: str
+    # SymPy expressions in, SymPy expression out; may simplify
+    build: Callable[..., Any]
+    # the value, from values named {0}, {1}; None where `build` writes the word in terms of others
+    torch: str | None = None
+    # the same inside a kernel; None where a value needs more than one element (reductions)
+    triton: str | None = None
+    # the sign of the result: "any", "nonnegative", or "as argument" (nonnegative if that is)
+    sign: str = "any"
+    # the unit of the result: "as argument", "product", "none" (a plain number) ...
+    unit: str = "as argument"
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    """`base ** exponent`; with a fraction the base is |base|, so that the value is real."""
+    return sympy.Pow(base if exponent.is_integer else sympy.Abs(base), exponent)
+
+
+def _square(x: Any) -> Any:
+    return sympy.Pow(x, 2)
+
+
+def _square_root(x: Any) -> Any:
+    return sympy.Pow(sympy.Abs(x), sympy.Rational(1, 2))
+
+
+def _logarithm(x: Any) -> Any:
+    return sympy.log(sympy.Abs(x))
+
+
+def _divide(x: Any, y: Any) -> Any:
+    return sympy.Mul(x, sympy.Pow(y, -1))
+
+
+def _divide_by_norm(x: Any, y: Any) -> Any:
+    return _divide(x, REDUCTIONS["layer_norm"](y))
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _subtract(x: Any, y: Any) -> Any:
+    return sympy.Add(x, sympy.Mul(-1, y))
+
+
+def _negate(x: Any) -> Any:
+    return sympy.Mul(-1, x)
+
+
+_ARITHMETIC = (
+    Operator("add", 2, "x + y", "sum", sympy.Add, "{0} + {1}", "{0} + {1}", unit="common"),
+    Operator("sub", 2, "x - y", "difference", _subtract, "{0} - {1}", "{0} - {1}", unit="common"),
+    Operator("mul", 2, "x * y", "product", sympy.Mul, "{0} * {1}", "{0} * {1}", unit="product"),
+    Operator(
+        "div",
+        2,
+        "x / y",
+        "quotient, elementwise; 0 where y is 0",
+        _divide,
+        "torch.where({1} == 0, 0.0, {0} / {1})",
+        "tl.where({1} == 0, 0.0, tl.div_rn({0}, tl.where({1} == 0, 1.0, {1})))",
+        unit="quotient",
+    ),
+    Operator(
+        "power",
+        2,
+        "x ** 0.5",
+        "power with a constant; |x| where the exponent is no whole number",
+        _power,
+        "torch.pow({0}, {1})",
+        "tl.exp({1} * tl.log({0}))",
+        sign="nonnegative",
+        unit="power",
+    ),
+)
+
+_ELEMENTWISE = (
+    Operator("neg", 1, "-x", "negative", _negate, "-{0}", "-{0}"),
+    Operator(
+        "abs",
+        1,
+        "abs(x)",
+        "absolute value",
+        sympy.Abs,
+        "torch.abs({0})",
+        "tl.abs({0})",
+        sign="nonnegative",
+    ),
+    Operator(
+        "sqr",
+        1,
+        "sqr(x)",
+        "square",
+        _square,
+        "torch.square({0})",
+        "{0} * {0}",
+        sign="nonnegative",
+        unit="square",
+    ),
+    Operator(
+        "sqrt",
+        1,
+        "sqrt(x)",
+        "square root of |x|",
+        _square_root,
+        "torch.sqrt({0})",
+        "tl.sqrt_rn({0})",
+        sign="nonnegative",
+        unit="root",
+    ),
+    Operator(
+        "log",
+        1,
+        "log(x)",
+        "natural logarithm of |x|, of at least 1e-12",
+        _logarithm,
+        "torch.log(torch.clamp({0}, min=1e-12))",
+        "tl.log(tl.maximum({0}, 1e-12))",
+        unit="none",
+    ),
+    Operator(
+        "exp",
+        1,
+        "exp(x)",
+        "exponential of at most 80",
+        sympy.exp,
+        "torch.exp(torch.clamp({0}, max=80.0))",
+        "tl.exp(tl.minimum({0}, 80.0))",
+        sign="nonnegative",
+        unit="none",
+    ),
+    Operator(
+        "tanh",
+        1,
+        "tanh(x)",
+        "hyperbolic tangent",
+        sympy.tanh,
+        "torch.tanh({0})",
+        "2.0 / (1.0 + tl.exp(tl.maximum(-2.0 * {0}, -80.0))) - 1.0",
+        sign="as argument",
+        unit="none",
+    ),
+    Operator("skip", 1, "skip(x)", "the value itself", _identity, sign="as argument"),
+)
+
+_SUMMED = {
+    "sum": "{0}.sum({dims}, keepdim=True, dtype=torch.float64).float()",
+    "mean": "{0}.mean({dims}, keepdim=True, dtype=torch.float64).float()",
+    "max": "{0}.amax({dims}, keepdim=True)",
+    "norm": "torch.linalg.vector_norm({0}, dim={dims}, keepdim=True, dtype=torch.float64).float()",
+}
+_DIMS = {"row": "(1,)", "col": "(0,)", "layer": "(0, 1)"}
+_LEFT = {"row": "every row", "col": "every column", "layer": "the whole layer"}
+
+
+def _reduction(name: str) -> Operator:
+    left, kind = name.split("_")
+    return Operator(
+        name,
+        1,
+        f"{name}(x)",
+        f"{'L2 norm' if kind == 'norm' else kind} of {_LEFT[left]}",
+        REDUCTIONS[name],
+        _SUMMED[kind].replace("{dims}", _DIMS[left]),
+        sign="nonnegative" if kind == "norm" else "as argument",
+    )
+
+
+_WHOLE_MATRIX = (
+    *(_reduction(name) for name in REDUCTIONS),
+    Operator(
+        "minmax",
+        1,
+        "minmax(x)",
+        "scaled to 0..1 by the layer's smallest and largest value",
+        MINMAX,
+        "torch.where({0}.max() == {0}.min(), 0.0, ({0} - {0}.min()) / ({0}.max() - {0}.min()))",
+        sign="nonnegative",
+        unit="none",
+    ),
+    Operator(
+        "zscore",
+        1,
+        "zscore(x)",
+        "scaled to mean 0 and standard deviation 1 over the layer",
+        ZSCORE,
+        "torch.where({0}.max() == {0}.min(), 0.0, "
+        "({0} - {0}.mean(dtype=torch.float64).float()) / {0}.double().std(correction=0).float())",
+        unit="none",
+    ),
+    Operator(
+        "divide_by_norm",
+        2,
+        "divide_by_norm(x, y)",
+        "x divided by the L2 norm of the whole of y: what Pruner-Zero's code calls div",
+        _divide_by_norm,
+        unit="quotient",
+    ),
+)
+
+OPERATORS: dict[str, Operator] = {
+    row.name: row for row in (*_ARITHMETIC, *_ELEMENTWISE, *_WHOLE_MATRIX)
+}

@@ -1,0 +1,146 @@
+"""Text from outside is read through a whitelist, and nothing in it is ever run."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+import pytest
+
+from prunezero.errors import CriterionError
+from prunezero.formula import Criterion
+
+CANARY = Path("/tmp/prunezero-canary")
+
+HOSTILE = [
+    "__import__('os').system('touch /tmp/prunezero-canary')",
+    "().__class__.__bases__[0].__subclasses__()",
+    "W.__class__",
+    "W.real",
+    "W[0]",
+    "W[:, 0]",
+    "lambda: W",
+    "(lambda x: x)(W)",
+    "[W for W in (1,)]",
+    "{W: X}",
+    "{W, X}",
+    "(W, X)",
+    "[W]",
+    "f'{W}'",
+    'f\'{__import__("os").system("touch /tmp/prunezero-canary")}\'',
+    "'W'",
+    "b'W'",
+    "(W := X)",
+    "W if X else G",
+    "W and X",
+    "not W",
+    "W < X",
+    "W @ X",
+    "W // X",
+    "W % X",
+    "W << 2",
+    "~W",
+    "abs(*W)",
+    "abs(x=W)",
+    "abs(**W)",
+    "abs()",
+    "abs(W, X)",
+    "open('/etc/passwd')",
+    "eval('W')",
+    "exec('W')",
+    "print(W)",
+    "True * W",
+    "None",
+    "...",
+    "1j * W",
+    "W; X",
+    "W = X",
+    "import os",
+    "await W",
+    "yield",
+    "",
+    "   ",
+    "Ｗ * X",  # noqa: RUF001
+    "W\x00X",
+    "abs(W) * Q",
+    "max(W, X)",
+    "minmax",
+    "abs.__call__(W)",
+    "sympy.Symbol('W')",
+]
+EXPLODING = [
+    "9**9**9*W",
+    "W**1000",
+    "W**X",
+    "1e400*W",
+    "2**40*W",
+    "W*1" + "0" * 300,
+    "(W+X)**-9",
+    "W**(2**9)",
+    "((W**8)**8)",
+]
+NOT_FINITE = ["1/0 + W", "W/(1-1)", "W*0**-1", "(0*X)*W + 1/(1-1)", "W**(1/0)"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_formula_is_refused_and_never_run(text: str) -> None:
+    CANARY.unlink(missing_ok=True)
+    with pytest.raises(CriterionError):
+        Criterion.parse(text)
+    assert not CANARY.exists()
+
+
+@pytest.mark.parametrize("text", EXPLODING)
+def test_an_exploding_constant_or_exponent_is_refused_at_once(text: str) -> None:
+    begin = time.process_time()
+    with pytest.raises(CriterionError):
+        Criterion.parse(text)
+    assert time.process_time() - begin < 0.5
+
+
+@pytest.mark.parametrize("text", NOT_FINITE)
+def test_constants_that_are_not_finite_are_refused(text: str) -> None:
+    with pytest.raises(CriterionError):
+        Criterion.parse(text)
+
+
+def test_a_tower_of_exponentials_folds_in_floats_and_is_refused() -> None:
+    with pytest.raises(CriterionError, match="too large"):
+        Criterion.parse("W * exp(exp(exp(99999)))")
+
+
+def test_roots_and_logarithms_of_negative_constants_see_the_absolute_value() -> None:
+    assert Criterion.parse("W*sqrt(0-4)").text == "2*W"
+    assert Criterion.parse("W*log(0)").text.startswith("-27.63")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "W" * 1_000_000,
+        "(" * 300 + "W" + ")" * 300,
+        "-" * 3000 + "W",
+        "-" * 400 + "W",
+        "+".join(["W"] * 4000),
+        "+".join(["W"] * 200),
+        "abs(" * 60 + "W" + ")" * 60,
+    ],
+)
+def test_a_huge_or_deep_formula_is_one_clear_error_in_bounded_memory(text: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CriterionError) as caught:
+        Criterion.parse(text)
+    assert len(str(caught.value)) < 400
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+def test_a_misspelt_word_is_answered_with_the_nearest_known_one() -> None:
+    with pytest.raises(CriterionError, match="did you mean 'abs'"):
+        Criterion.parse("abss(W)")
+    with pytest.raises(CriterionError, match="did you mean 'X_rms'"):
+        Criterion.parse("W * X_rm")
+
+
+def test_numbers_of_every_usual_form_are_read() -> None:
+    assert Criterion.parse("1e-3*W + .5*X + 2.*G").text == "0.001*W + 2*G + 0.5*X"
