@@ -152,9 +152,8 @@ def feature_symbol(name: str) -> sympy.Symbol:
         CriterionError: the vocabulary has no such feature.
     """
     if name not in FEATURES:
-        words = [*FEATURES, *OPERATORS]
+        near = did_you_mean(name, [*FEATURES, *OPERATORS]) or "."
         raise CriterionError(
-            f"'{name}' is not a known word{did_you_mean(name, words)} "
-            f"Known features: {', '.join(FEATURES)}."
+            f"'{name}' is not a known word{near} Known features: {', '.join(FEATURES)}."
         )
     return FEATURES[name].symbol

@@ -171,9 +171,9 @@ def _from_pruner_zero(node: Any, depth: int) -> Any:
         return combine(OPERATORS[_PRUNER_ZERO_BINARY[word]], *sides)
     if word not in _PRUNER_ZERO_UNARY and word != "log":
         known = [*_PRUNER_ZERO_TERMINALS, *_PRUNER_ZERO_UNARY, "log", *_PRUNER_ZERO_BINARY]
+        near = did_you_mean(word, known) or "."
         raise CriterionError(
-            f"'{word}' is no operator of Pruner-Zero{did_you_mean(word, known)} "
-            f"Known: {', '.join(known)}."
+            f"'{word}' is no operator of Pruner-Zero{near} Known: {', '.join(known)}."
         )
     child = node["left"] if node.get("left") is not None else node.get("right")
     inner = _from_pruner_zero(child, depth - 1)

@@ -2,8 +2,8 @@
 
 Notation: the weight is `W [out, in]`, `x` an input vector of its layer, `y = W x` the output, and
 `g` the gradient of one calibration sequence's mean token cross-entropy with respect to `W`. A
-feature that needs calibration text names the raw sums it is made from; `scoring/statistics.py` collects just
-those.
+feature that needs calibration text names the raw sums it is made from; `scoring/statistics.py`
+collects just those.
 """
 
 from __future__ import annotations

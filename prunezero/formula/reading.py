@@ -83,9 +83,9 @@ def _expression(node: ast.expr, depth: int) -> Any:
 def _call(name: str, arguments: list[ast.expr], depth: int) -> Any:
     operator = OPERATORS.get(name)
     if operator is None:
+        near = did_you_mean(name, [*OPERATORS, *FEATURES]) or "."
         raise CriterionError(
-            f"'{name}' is not a known operator{did_you_mean(name, [*OPERATORS, *FEATURES])} "
-            f"Known operators: {', '.join(OPERATORS)}."
+            f"'{name}' is not a known operator{near} Known operators: {', '.join(OPERATORS)}."
         )
     if len(arguments) != operator.arity:
         raise CriterionError(

@@ -1,0 +1,1 @@
+"""Recipes, and the one loop that turns scores into a smaller model."""

@@ -1,0 +1,138 @@
+"""YAML that people write by hand: read as data only, typed the way it looks.
+
+Plain YAML 1.1 reads `2:4` as 124, `no` as false and `1e-3` as text. Ours knows only true, false,
+null, decimal numbers and text; it has no tags, anchors or aliases, and files are small.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from prunezero.errors import OutputError, RecipeError, did_you_mean
+
+MAX_BYTES = 64 * 1024
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader without aliases and with YAML 1.2's idea of what a number is."""
+
+    yaml_implicit_resolvers = {}  # (PyYAML's own hook; filled below)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuse `&name` and `*name`, with which a small file can hold a huge one."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.YAMLError("anchors and aliases are not allowed")
+        return super().compose_node(parent, index)  # type: ignore[arg-type]
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse a key that stands twice, of which YAML would keep the last."""
+        keys = [key.value for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"'{sorted(twice)[0]}' stands twice")
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("null", r"null|~|", ["n", "~", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value)
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        RecipeError: no readable file, too large, or not a mapping of plain data.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise RecipeError(f"{path} is larger than {MAX_BYTES // 1024} KiB; this is no recipe")
+        data = yaml.load(raw.decode("utf-8"), Loader=_PlainLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path} is not plain YAML: {_one_line(str(error))}") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RecipeError(f"{path} must hold 'key: value' lines")
+    return data
+
+
+def write_document(data: dict[str, Any], path: Path) -> None:
+    """Write a mapping as YAML that `read_document` reads back to the same.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        path.write_text(to_yaml(data), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def to_yaml(data: dict[str, Any]) -> str:
+    """The mapping as YAML text, in the order of its keys."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
+
+
+def validated(kind: type[Model], data: dict[str, Any], source: str) -> Model:
+    """The data as `kind`, or one error that lists every fault by file, key and nearest word.
+
+    Raises:
+        RecipeError: a key is unknown, missing, or holds what it may not.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        faults = [_fault(kind, fault) for fault in error.errors()]
+        raise RecipeError("\n".join(f"{source}, {fault}" for fault in faults)) from error
+
+
+def _fault(kind: type[BaseModel], fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"]) or "the whole file"
+    known = [field.alias or name for name, field in kind.model_fields.items()]
+    match fault["type"]:
+        case "extra_forbidden":
+            near = did_you_mean(key, known) or "."
+            return f"{key}: not a known key{near} Known: {', '.join(known)}."
+        case "missing":
+            return f"{key}: missing"
+        case "literal_error":
+            words = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+            near = did_you_mean(str(fault["input"]), words) or "."
+            known_words = ", ".join(words) or fault["ctx"]["expected"]
+            return f"{key}: '{fault['input']}' is not a known word{near} Known: {known_words}."
+        case "value_error":
+            return f"{key}: {fault['ctx']['error']}"
+    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, but got {fault['input']!r:.60}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,181 @@
+"""What a recipe is: one choice at each arrow from formula to smaller model, as a YAML file.
+
+    formula -> scores -> mask -> mended weights -> measured model
+
+`baselines/*.yaml` are recipes that people published; a search writes recipes; `prunezero prune`
+takes either. The sparsity is an argument, never part of a recipe.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+)
+
+from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
+from prunezero.formula.criterion import Criterion
+from prunezero.pruning.allocation import ALLOCATIONS
+from prunezero.pruning.documents import read_document, to_yaml, validated, write_document
+from prunezero.pruning.update import UPDATES
+from prunezero.scoring.selection import group_columns, parse_pattern
+
+SCHEMA = 1
+STATISTICS = ("dense", "sequential")
+
+
+def _criterion(value: object) -> Criterion:
+    if isinstance(value, Criterion):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"a formula such as abs(W) * X is expected, but got {value!r}")
+    try:
+        return Criterion.parse(value)
+    except PruneZeroError as error:
+        raise ValueError(str(error)) from error
+
+
+Formula = Annotated[
+    Criterion,
+    BeforeValidator(_criterion),
+    PlainSerializer(lambda criterion: criterion.text),
+    WithJsonSchema({"type": "string"}),
+]
+
+
+class Recipe(BaseModel):
+    """How to prune a model: a criterion and the choices around it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        arbitrary_types_allowed=True,
+        populate_by_name=True,
+    )
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    name: str = Field(min_length=1, max_length=100)
+    # paper, arXiv number; or the search that found it
+    source: str = ""
+    # the formula: the lowest values go first
+    criterion: Formula
+    # what may be removed
+    unit: Literal["weight"] = "weight"
+    # which weights compete: row, layer, model or N columns
+    compare: str = "row"
+    # how much each layer loses
+    allocate: str = "uniform"
+    # free, or N:M to keep N of every M consecutive weights
+    pattern: str = "free"
+    # inputs of the dense model in one pass, or of the model as pruned so far, block by block
+    statistics: Literal["dense", "sequential"] = "dense"
+    # how the weights that stay are mended
+    update: str = "none"
+    # layers to prune and to leave alone: full name, last parts of it, or re:PATTERN
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    # results in the source, with model, sparsity and sequence length
+    published: tuple[dict[str, Any], ...] = ()
+    # what a reader should know
+    note: str = ""
+    # the command that runs it
+    command: str = ""
+    # where a found recipe comes from, and what was measured
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("targets", "ignore", "published", mode="before")
+    @classmethod
+    def _list_as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("compare")
+    @classmethod
+    def _known_group(cls, value: str) -> str:
+        _as_value_error(group_columns, value)
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        _as_value_error(parse_pattern, value)
+        return value
+
+    @field_validator("allocate")
+    @classmethod
+    def _known_allocation(cls, value: str) -> str:
+        return _known_word(value, ALLOCATIONS)
+
+    @field_validator("update")
+    @classmethod
+    def _known_update(cls, value: str) -> str:
+        return _known_word(value, UPDATES)
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """A published recipe by name, or any recipe by the path of its file.
+
+        Raises:
+            RecipeError: no such recipe (the message names the nearest), or faults in the file.
+        """
+        path = Path(name)
+        if path.suffix not in (".yaml", ".yml"):
+            known = published_recipes()
+            if str(name) not in known:
+                near = did_you_mean(str(name), known) or "."
+                raise RecipeError(
+                    f"'{name}' is not a known recipe{near} Known recipes: "
+                    f"{', '.join(known)}; or give the path of a .yaml file."
+                )
+            path = known[str(name)]
+        return validated(cls, read_document(path), str(path))
+
+    def to_yaml(self) -> str:
+        """The recipe as its file holds it; choices left at nothing are left out."""
+        return to_yaml(self._fields())
+
+    def save(self, path: Path) -> None:
+        """Write the recipe to a file that `Recipe.load` reads back to an equal one.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_document(self._fields(), path)
+
+    def _fields(self) -> dict[str, Any]:
+        fields = self.model_dump(mode="json", by_alias=True)
+        return {key: value for key, value in fields.items() if value not in ("", [], {})}
+
+
+def folder(name: Literal["baselines", "search_spaces"]) -> Path:
+    """Where the YAML files of that kind are: inside an installed package, or in the checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name
+
+
+def published_recipes() -> dict[str, Path]:
+    """The files of `baselines/`, by recipe name."""
+    return {path.stem: path for path in sorted(folder("baselines").glob("*.yaml"))}
+
+
+def _as_value_error(check: Any, value: str) -> None:
+    try:
+        check(value)
+    except PruneZeroError as error:
+        raise ValueError(str(error)) from error
+
+
+def _known_word(value: str, known: dict[str, Any]) -> str:
+    if value not in known:
+        near = did_you_mean(value, known) or "."
+        raise ValueError(f"'{value}' is not a known word{near} Known: {', '.join(known)}")
+    return value
