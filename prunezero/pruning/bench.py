@@ -1,0 +1,113 @@
+"""A model on the bench: loaded once, calibrated once, pruned and restored many times.
+
+Everything that compares recipes works here, so that every number of a table is measured on the
+same text, at the same sequence length, from the same dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from prunezero.models.calibration import Progress, calibrate
+from prunezero.models.language_model import LanguageModel, cache_dir
+from prunezero.models.loading import load_model
+from prunezero.models.text import Text, load_text, windows
+from prunezero.models.units import Layer
+from prunezero.pruning.recipe import Recipe
+from prunezero.scoring.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much text is used, cut how long, and which part of it."""
+
+    sequence_length: int = 256
+    """tokens in a window, for calibration and evaluation alike"""
+    calibration_tokens: int = 8192
+    """tokens that statistics are made from"""
+    evaluation_tokens: int = 4096
+    """tokens of each of the splits search and validation"""
+    test_tokens: int = 8192
+    """tokens of the test split"""
+    seed: int = 0
+    """which windows of the calibration split are drawn"""
+
+    def tokens(self, split: str) -> int:
+        """How many tokens of a split are used."""
+        named = {"calibration": self.calibration_tokens, "test": self.test_tokens}
+        return named.get(split, self.evaluation_tokens)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, and the text that it is calibrated with and measured on."""
+
+    language_model: LanguageModel
+    """dense, except while a recipe is being measured"""
+    text: Text
+    """documents by split"""
+    settings: Settings
+    """how much of the text is used"""
+
+    def windows(self, split: str) -> Tensor:
+        """Token ids `[count, length]` of one split.
+
+        Raises:
+            TextError: the split is too short for the settings.
+        """
+        length = self.settings.sequence_length
+        return windows(
+            self.text,
+            split,
+            self.language_model,
+            length=length,
+            count=max(1, self.settings.tokens(split) // length),
+            seed=self.settings.seed,
+        )
+
+    def statistics(
+        self, layers: Sequence[Layer], sums: Iterable[str], progress: Progress | None = None
+    ) -> dict[str, Statistics]:
+        """Sums of the dense model by layer name, from the cache where they are known already.
+
+        Raises:
+            TextError, StatisticsError: as `calibrate`.
+        """
+        return calibrate(
+            self.language_model,
+            self.windows("calibration"),
+            layers,
+            sums,
+            cache=cache_dir(),
+            text_fingerprint=self.text.fingerprint,
+            progress=progress,
+        )
+
+
+def set_up(
+    model: str | LanguageModel,
+    text: str | Path,
+    settings: Settings | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Bench:
+    """Load a model and text.
+
+    Raises:
+        ModelError, TextError: either cannot be loaded.
+    """
+    loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    return Bench(loaded, load_text(str(text)), settings or Settings())
+
+
+def with_pattern(recipe: Recipe, pattern: str | None, statistics: str | None = None) -> Recipe:
+    """The recipe with another pattern or other statistics, checked like any recipe."""
+    changed = {"pattern": pattern, "statistics": statistics}
+    fields = recipe.model_dump(by_alias=True)
+    fields |= {key: value for key, value in changed.items() if value is not None}
+    return Recipe.model_validate(fields)

@@ -1,0 +1,143 @@
+"""Recipes side by side: the same model, text, sparsity and kind of statistics for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from prunezero.models.calibration import Progress
+from prunezero.models.evaluation import dense_reference, evaluate
+from prunezero.models.units import Layer
+from prunezero.pruning.bench import Bench, with_pattern
+from prunezero.pruning.prune import (
+    DenseWeights,
+    check_recipe,
+    dense_sums,
+    prune,
+    settled_sparsity,
+)
+from prunezero.pruning.recipe import Recipe
+from prunezero.scoring.statistics import Statistics
+
+SPLITS = ("validation", "test")
+
+
+class Stand:
+    """Prunes the model on a bench by one recipe after another, and measures what is left.
+
+    The model is dense again after every measurement, also after one that failed.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        layers: Sequence[Layer],
+        statistics: Mapping[str, Statistics],
+        *,
+        splits: Sequence[str] = SPLITS,
+    ) -> None:
+        """Keep the dense weights, and the dense model's answers on validation text.
+
+        Raises:
+            TextError: a split is too short for the settings.
+        """
+        self.bench = bench
+        self._statistics = statistics
+        self._calibration = bench.windows("calibration")
+        self._windows = {split: bench.windows(split) for split in splits}
+        self._references = {
+            split: dense_reference(bench.language_model, ids)
+            for split, ids in self._windows.items()
+            if split == "validation"
+        }
+        self._dense = DenseWeights(layers)
+
+    def dense_row(self, splits: Sequence[str]) -> dict[str, Any]:
+        """The row of the model before pruning, in the columns of `row`."""
+        head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
+        tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
+        return head | self._measured(splits) | tail
+
+    def row(self, recipe: Recipe, sparsity: float | None, splits: Sequence[str]) -> dict[str, Any]:
+        """One flat row of results: perplexity on each split, and KL where validation is one.
+
+        Raises:
+            PruneZeroError: as `prune`.
+        """
+        model = self.bench.language_model
+        try:
+            outcome = prune(
+                model,
+                recipe,
+                sparsity,
+                statistics=self._statistics,
+                windows=self._calibration,
+            )
+            measured = self._measured(splits)
+        finally:
+            self._dense.restore()
+        return {
+            "recipe": recipe.name,
+            "sparsity": outcome.sparsity,
+            "pattern": recipe.pattern,
+            "statistics": recipe.statistics,
+            **measured,
+            "sparsity_reached": outcome.sparsity_reached,
+            "seconds": outcome.seconds,
+            "formula": recipe.criterion.text,
+            "compare": recipe.compare,
+        }
+
+    def _measured(self, splits: Sequence[str]) -> dict[str, Any]:
+        settings = self.bench.settings
+        row: dict[str, Any] = {
+            "seed": settings.seed,
+            "calibration_tokens": settings.calibration_tokens,
+            "sequence_length": settings.sequence_length,
+        }
+        for split in splits:
+            result = evaluate(
+                self.bench.language_model,
+                self._windows[split],
+                reference=self._references.get(split),
+            )
+            row[f"{split}_perplexity"] = result.perplexity
+            if result.kl is not None:
+                row["kl"] = result.kl
+        return row
+
+
+def compare(
+    bench: Bench,
+    recipes: Sequence[Recipe],
+    sparsity: float | None = None,
+    *,
+    pattern: str | None = None,
+    statistics: str = "dense",
+    progress: Progress | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Measure recipes one after another, the dense model first; yields one flat row for each.
+
+    Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
+    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula and its
+    comparison group. Perplexity is exp of the mean nats per token, kl is in nats per token on
+    validation text, seconds are those of pruning alone.
+
+    Args:
+        pattern: for all recipes; None leaves each its own.
+        statistics: "dense" or "sequential" for all recipes, so that a table never mixes them.
+
+    Raises:
+        PruneZeroError: some recipe cannot be applied; raised before anything is measured.
+    """
+    changed = [with_pattern(recipe, pattern, statistics) for recipe in recipes]
+    layers: dict[str, Layer] = {}
+    for recipe in changed:
+        fraction = settled_sparsity(recipe.pattern, sparsity)
+        found = check_recipe(bench.language_model, recipe, fraction)
+        layers |= {layer.name: layer for layer in found}
+    every = list(layers.values())
+    stand = Stand(bench, every, bench.statistics(every, dense_sums(changed), progress))
+    yield stand.dense_row(SPLITS)
+    for recipe in changed:
+        yield stand.row(recipe, sparsity, SPLITS)

@@ -1,0 +1,1 @@
+"""Find criteria: propose, screen, measure, remember."""

@@ -1,0 +1,177 @@
+"""Everything around a search: set it up, give it something to beat, judge its best honestly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import SearchError
+from prunezero.formula.criterion import Criterion
+from prunezero.models.calibration import Progress
+from prunezero.models.units import find_layers
+from prunezero.pruning.bench import Bench, with_pattern
+from prunezero.pruning.compare import Stand
+from prunezero.pruning.prune import check_recipe, dense_sums, settled_sparsity
+from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.search.candidate import Candidate
+from prunezero.search.fitness import ladder_sums
+from prunezero.search.journal import Journal
+from prunezero.search.ladder import Ladder, Task
+from prunezero.search.space import SearchSpace
+
+# What every search is compared with, in this order.
+RIVALS = ("magnitude", "wanda", "ria", "pruner_zero")
+# Measured candidates that go on to validation text.
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Session:
+    """A search that is ready to run."""
+
+    bench: Bench
+    """model and text"""
+    task: Task
+    """what it looks for"""
+    ladder: Ladder
+    """how candidates are judged"""
+    journal: Journal
+    """what it remembers"""
+
+
+def make_task(
+    space: SearchSpace,
+    sparsity: float | None,
+    *,
+    pattern: str = "free",
+    seed: int = 0,
+    from_scratch: bool = False,
+) -> Task:
+    """A search task, seeded with the published formulas that the space can write.
+
+    Raises:
+        SelectionError: sparsity and pattern do not go together.
+    """
+    published = [Recipe.load(name).criterion for name in published_recipes()]
+    seeds: list[Criterion] = []
+    for criterion in [] if from_scratch else published:
+        if criterion not in seeds and space.holds(criterion) and space.speaks(criterion):
+            seeds.append(criterion)
+    return Task(space, settled_sparsity(pattern, sparsity), pattern, seed, tuple(seeds))
+
+
+def open_session(
+    bench: Bench,
+    task: Task,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Session:
+    """Calibrate the model and open the journal `folder/journal.jsonl`.
+
+    Raises:
+        SearchError: the journal is in use, or belongs to a search under other settings.
+        PruneZeroError: the model, the text and the task do not go together.
+    """
+    example = task.recipe(task.space.terminals[0], "example")
+    check_recipe(bench.language_model, example, task.sparsity)
+    # Opened before the long work, so that a wrong name or setting is known at once.
+    journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=resume)
+    layers = find_layers(bench.language_model.model)
+    space = task.space
+    sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
+    sums |= dense_sums(rivals(task))
+    statistics = bench.statistics(layers, sums, progress)
+    stand = Stand(bench, layers, statistics, splits=("search", "validation", "test"))
+    return Session(bench, task, Ladder(task, stand, layers, statistics, journal), journal)
+
+
+def rivals(task: Task) -> list[Recipe]:
+    """The published recipes that a search is compared with, under the search's conditions.
+
+    A search that uses no gradients is not compared with recipes that would need them collected.
+    """
+    needs_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
+    recipes = [with_pattern(Recipe.load(name), task.pattern, "dense") for name in RIVALS]
+    return [
+        recipe for recipe in recipes if needs_gradients or recipe.criterion.signal != "gradients"
+    ]
+
+
+def measure_rivals(session: Session, splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One row for the dense model and each rival, on the given splits."""
+    yield session.ladder.measure_dense(splits)
+    for recipe in rivals(session.task):
+        yield session.ladder.measure(recipe, splits)
+
+
+def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The measured candidates that go on to validation text, best on search text first.
+
+    Raises:
+        SearchError: no candidate was measured.
+    """
+    measured = [one for one in candidates if one.search_perplexity is not None]
+    if not measured:
+        raise SearchError(
+            "no candidate was measured on the model; give the search more --budget or --time, and "
+            "go on with --resume"
+        )
+    return sorted(measured, key=lambda one: (one.search_perplexity or 0.0, one.slot))[:FINALISTS]
+
+
+def judge(session: Session, candidate: Candidate) -> dict[str, Any]:
+    """The row of a finalist on validation text, which no search has seen."""
+    recipe = session.task.recipe(candidate.criterion, f"candidate-{candidate.slot}")
+    return session.ladder.measure(recipe, ("validation",))
+
+
+def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
+    """The recipe of the winner, with where it comes from."""
+    task, bench = session.task, session.bench
+    return task.recipe(winner.criterion, name).model_copy(
+        update={
+            "source": f"found by prunezero in search space '{task.space.name}'",
+            "provenance": {
+                "search": name,
+                "slot": winner.slot,
+                "origin": winner.origin,
+                "sparsity": task.sparsity,
+                "pattern": task.pattern,
+                "seed": task.seed,
+                "model": bench.language_model.name,
+                "model_fingerprint": bench.language_model.fingerprint,
+                "text": bench.text.name,
+                "text_fingerprint": bench.text.fingerprint,
+                "calibration_tokens": bench.settings.calibration_tokens,
+                "sequence_length": bench.settings.sequence_length,
+                "dtype": str(bench.language_model.dtype).removeprefix("torch."),
+            },
+        }
+    )
+
+
+def _header(bench: Bench, task: Task) -> dict[str, Any]:
+    """Everything that the results of a search depend on."""
+    from importlib.metadata import version
+
+    return {
+        "prunezero": version("prunezero"),
+        "torch": version("torch").split("+")[0],
+        "sympy": version("sympy"),
+        "optuna": version("optuna"),
+        "model": bench.language_model.fingerprint,
+        "dtype": str(bench.language_model.dtype),
+        "device": bench.language_model.device.type,
+        "text": bench.text.fingerprint,
+        "settings": vars(bench.settings),
+        "space": task.space.model_dump(mode="json"),
+        "sparsity": task.sparsity,
+        "pattern": task.pattern,
+        "seed": task.seed,
+        "seeds": [criterion.text for criterion in task.seeds],
+        "rivals": [recipe.criterion.text for recipe in rivals(task)],
+    }

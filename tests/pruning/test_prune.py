@@ -1,0 +1,168 @@
+"""The one loop over blocks, on tiny models of every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunezero.errors import (
+    ModelError,
+    RecipeError,
+    ScoreError,
+    SelectionError,
+    StatisticsError,
+)
+from prunezero.models.calibration import calibrate
+from prunezero.models.units import find_layers
+from prunezero.pruning.prune import DenseWeights, dense_sums, prune
+from prunezero.pruning.recipe import Recipe, published_recipes
+from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
+
+BATCHES = tiny_batches(3, 16)
+
+
+def recipe(criterion: str = "abs(W) * X", **choices: object) -> Recipe:
+    return Recipe.model_validate({"name": "mine", "criterion": criterion, **choices})
+
+
+def statistics_for(model: object, chosen: Recipe) -> dict:
+    layers = find_layers(model.model)  # type: ignore[attr-defined]
+    return calibrate(model, BATCHES, layers, dense_sums([chosen]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(published_recipes()))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_recipe_prunes_every_family_to_its_sparsity(family: str, name: str) -> None:
+    model = tiny_model(family)
+    chosen = Recipe.load(name)
+    known = statistics_for(model, chosen)
+    outcome = prune(model, chosen, 0.5, statistics=known, windows=BATCHES)
+    assert outcome.sparsity_reached == 0.5
+    for layer in find_layers(model.model):
+        assert not torch.signbit(layer.weight[layer.weight == 0]).any()
+        if chosen.compare == "row":
+            assert ((layer.weight == 0).sum(dim=1) == layer.weight.shape[1] // 2).all()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
+def test_a_pattern_fixes_the_sparsity_and_holds_in_every_group(pattern: str) -> None:
+    model = tiny_model()
+    chosen = recipe(pattern=pattern)
+    prune(model, chosen, statistics=statistics_for(model, chosen))
+    keep, of = map(int, pattern.split(":"))
+    for layer in find_layers(model.model):
+        groups = (layer.weight != 0).view(-1, of)
+        assert (groups.sum(dim=1) == keep).all()
+
+
+def test_embeddings_norms_and_head_are_never_touched() -> None:
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    pruned = {f"{layer.name}.weight" for layer in find_layers(model.model)}
+    prune(model, recipe("abs(W)"), 0.5)
+    after = model.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == pruned
+
+
+def test_sequential_statistics_see_what_pruned_blocks_make_of_the_text() -> None:
+    dense_model, sequential_model = tiny_model(), tiny_model()
+    dense, sequential = recipe(), recipe(statistics="sequential")
+    prune(dense_model, dense, 0.5, statistics=statistics_for(dense_model, dense))
+    prune(sequential_model, sequential, 0.5, windows=BATCHES)
+    pairs = zip(
+        find_layers(dense_model.model), find_layers(sequential_model.model), strict=True
+    )
+    equal = [(one.block, torch.equal(one.weight, other.weight)) for one, other in pairs]
+    # Nothing before the first block was pruned, so it is judged alike.
+    assert all(same for block, same in equal if block == 0)
+    assert not all(same for block, same in equal if block == 1)
+
+
+def test_sequential_statistics_keep_the_gradients_of_the_dense_model() -> None:
+    model = tiny_model()
+    chosen = Recipe.load("gblm")
+    assert dense_sums([chosen]) == {"gradient_absolute_sum"}
+    outcome = prune(model, chosen, 0.5, statistics=statistics_for(model, chosen), windows=BATCHES)
+    assert outcome.sparsity_reached == 0.5
+
+
+def test_no_gradients_are_collected_where_no_formula_asks_for_them() -> None:
+    assert dense_sums([recipe()]) == {"input_square_sum"}
+    assert dense_sums([recipe("abs(W)/R1")]) == frozenset()
+
+
+def test_the_whole_model_can_compete_and_the_count_is_exact() -> None:
+    model = tiny_model()
+    outcome = prune(model, recipe("abs(W)", compare="model"), 0.29)
+    assert outcome.zeros == int(outcome.total * 29 // 100)
+    shares = {float((layer.weight == 0).float().mean()) for layer in find_layers(model.model)}
+    assert len(shares) > 1
+
+
+def test_weights_that_are_already_zero_count_like_any_other() -> None:
+    model = tiny_model()
+    layer = find_layers(model.model)[0]
+    layer.weight[:, :16] = -0.0
+    prune(model, recipe("abs(W)"), 0.5)
+    assert ((layer.weight == 0).sum(dim=1) == 16).all()
+    assert not torch.signbit(layer.weight[layer.weight == 0]).any()
+
+
+def test_targets_and_ignore_choose_layers_and_say_when_they_match_none() -> None:
+    model = tiny_model()
+    prune(model, recipe("abs(W)", targets=["q_proj", "re:down"], ignore=[r"re:layers\.0"]), 0.5)
+    pruned = {
+        (layer.block, layer.kind)
+        for layer in find_layers(model.model)
+        if (layer.weight == 0).any()
+    }
+    assert pruned == {(1, "q_proj"), (1, "down_proj")}
+    with pytest.raises(ModelError, match="did you mean 'q_proj'"):
+        prune(model, recipe("abs(W)", targets=["qproj"]), 0.5)
+
+
+def test_scores_that_rank_nothing_are_refused_by_formula_and_layer() -> None:
+    with pytest.raises(ScoreError, match=r"W/W|layers\.0.*same score"):
+        prune(tiny_model(), recipe("W**0.5/W**0.5*layer_max(W)"), 0.5)
+    model = tiny_model()
+    find_layers(model.model)[3].weight[0, 0] = float("nan")
+    with pytest.raises(ScoreError, match=r"abs\(W\) gives 1 of .* layers\.0.* score that is NaN"):
+        prune(model, recipe("abs(W)"), 0.5)
+
+
+def test_requests_that_no_mask_satisfies_are_refused_before_any_work() -> None:
+    model = tiny_model()
+    before = DenseWeights(find_layers(model.model))
+    for sparsity, choices, complaint in (
+        (None, {}, "say how much"),
+        (1.0, {}, "below 1"),
+        (-0.1, {}, "at least 0"),
+        (0.6, {"pattern": "2:4"}, "0.5"),
+        (0.5, {"pattern": "17:34"}, "multiple of 34|wider"),
+    ):
+        with pytest.raises(SelectionError, match=complaint):
+            prune(model, recipe("abs(W)", **choices), sparsity)
+    for layer, copy in before._copies:
+        assert torch.equal(layer.weight, copy)
+
+
+def test_choices_that_exclude_each_other_are_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(RecipeError, match="needs statistics 'dense'"):
+        prune(model, recipe(compare="model", statistics="sequential"), 0.5, windows=BATCHES)
+    with pytest.raises(RecipeError, match="sequential statistics need calibration text"):
+        prune(model, recipe(statistics="sequential"), 0.5)
+    with pytest.raises(RecipeError, match="reserved for a later version"):
+        prune(model, recipe("W**2/V"), 0.5)
+    with pytest.raises(StatisticsError, match="input_square_sum"):
+        prune(model, recipe(), 0.5)
+
+
+def test_dense_weights_come_back_exactly() -> None:
+    model = tiny_model("gpt2")
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    kept = DenseWeights(find_layers(model.model))
+    prune(model, recipe("abs(W)"), 0.7)
+    kept.restore()
+    assert all(torch.equal(before[name], v) for name, v in model.model.state_dict().items())
