@@ -111,6 +111,13 @@ _ARITHMETIC = (
     ),
 )
 
+# The series near 0, where the quotient would cancel; both are good to one part in a million.
+_TANH = (
+    "tl.where(tl.abs({0}) < 0.1, "
+    "{0} * (1.0 - {0} * {0} * (0.33333334 - {0} * {0} * (0.13333333 - {0} * {0} * 0.053968254))), "
+    "2.0 / (1.0 + tl.exp(tl.maximum(-2.0 * {0}, -80.0))) - 1.0)"
+)
+
 _ELEMENTWISE = (
     Operator("neg", 1, "-x", "negative", _negate, "-{0}", "-{0}"),
     Operator(
@@ -173,7 +180,7 @@ _ELEMENTWISE = (
         "hyperbolic tangent",
         sympy.tanh,
         "torch.tanh({0})",
-        "2.0 / (1.0 + tl.exp(tl.maximum(-2.0 * {0}, -80.0))) - 1.0",
+        _TANH,
         sign="as argument",
         unit="none",
     ),

