@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from prunezero.models.units import Layer
+if TYPE_CHECKING:
+    from prunezero.models.units import Layer
 
 
 def uniform(layers: Sequence[Layer], sparsity: float) -> dict[str, float]:

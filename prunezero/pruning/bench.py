@@ -17,6 +17,7 @@ from prunezero.models.language_model import LanguageModel, cache_dir
 from prunezero.models.loading import load_model
 from prunezero.models.text import Text, load_text, windows
 from prunezero.models.units import Layer
+from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.statistics import Statistics
 
@@ -105,9 +106,12 @@ def set_up(
     return Bench(loaded, load_text(str(text)), settings or Settings())
 
 
-def with_pattern(recipe: Recipe, pattern: str | None, statistics: str | None = None) -> Recipe:
-    """The recipe with another pattern or other statistics, checked like any recipe."""
-    changed = {"pattern": pattern, "statistics": statistics}
+def with_choices(recipe: Recipe, **choices: object) -> Recipe:
+    """The recipe with other choices, checked like any recipe; a choice of None stays as it is.
+
+    Raises:
+        RecipeError: a choice is not a known word.
+    """
     fields = recipe.model_dump(by_alias=True)
-    fields |= {key: value for key, value in changed.items() if value is not None}
-    return Recipe.model_validate(fields)
+    fields |= {key: value for key, value in choices.items() if value is not None}
+    return validated(Recipe, fields, f"recipe {recipe.name}")

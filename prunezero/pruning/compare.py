@@ -8,7 +8,7 @@ from typing import Any
 from prunezero.models.calibration import Progress
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.units import Layer
-from prunezero.pruning.bench import Bench, with_pattern
+from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.prune import (
     DenseWeights,
     check_recipe,
@@ -25,7 +25,7 @@ SPLITS = ("validation", "test")
 class Stand:
     """Prunes the model on a bench by one recipe after another, and measures what is left.
 
-    The model is dense again after every measurement, also after one that failed.
+    The model is dense again after every measurement, also after one that failed or was stopped.
     """
 
     def __init__(
@@ -58,8 +58,18 @@ class Stand:
         tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
         return head | self._measured(splits) | tail
 
-    def row(self, recipe: Recipe, sparsity: float | None, splits: Sequence[str]) -> dict[str, Any]:
+    def row(
+        self,
+        recipe: Recipe,
+        sparsity: float | None,
+        splits: Sequence[str],
+        *,
+        keep: bool = False,
+    ) -> dict[str, Any]:
         """One flat row of results: perplexity on each split, and KL where validation is one.
+
+        Args:
+            keep: leave the model pruned, unless something failed.
 
         Raises:
             PruneZeroError: as `prune`.
@@ -74,7 +84,10 @@ class Stand:
                 windows=self._calibration,
             )
             measured = self._measured(splits)
-        finally:
+        except BaseException:
+            self._dense.restore()
+            raise
+        if not keep:
             self._dense.restore()
         return {
             "recipe": recipe.name,
@@ -130,7 +143,7 @@ def compare(
     Raises:
         PruneZeroError: some recipe cannot be applied; raised before anything is measured.
     """
-    changed = [with_pattern(recipe, pattern, statistics) for recipe in recipes]
+    changed = [with_choices(recipe, pattern=pattern, statistics=statistics) for recipe in recipes]
     layers: dict[str, Layer] = {}
     for recipe in changed:
         fraction = settled_sparsity(recipe.pattern, sparsity)

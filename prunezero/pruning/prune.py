@@ -23,14 +23,9 @@ from prunezero.models.units import Layer, find_layers
 from prunezero.pruning.allocation import ALLOCATIONS
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.update import UPDATES
+from prunezero.scoring.request import check_request, group_columns, pattern_sparsity, removed_count
 from prunezero.scoring.score import keep_mask, score
-from prunezero.scoring.selection import (
-    check_request,
-    group_columns,
-    pattern_sparsity,
-    removed_count,
-    select_model,
-)
+from prunezero.scoring.selection import select_model
 from prunezero.scoring.statistics import Statistics, needed_sums
 
 # Told how many layers are done, and the total.

@@ -26,7 +26,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.pruning.allocation import ALLOCATIONS
 from prunezero.pruning.documents import read_document, to_yaml, validated, write_document
 from prunezero.pruning.update import UPDATES
-from prunezero.scoring.selection import group_columns, parse_pattern
+from prunezero.scoring.request import group_columns, parse_pattern
 
 SCHEMA = 1
 STATISTICS = ("dense", "sequential")

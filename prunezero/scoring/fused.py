@@ -23,14 +23,8 @@ from prunezero.errors import StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.kernel_files import import_kernels, kernel_folder
 from prunezero.scoring.kernel_source import Plan, plan
-from prunezero.scoring.selection import (
-    Pattern,
-    check_request,
-    parse_pattern,
-    refuse_non_finite,
-    removed_count,
-    select,
-)
+from prunezero.scoring.request import Pattern, check_request, parse_pattern, removed_count
+from prunezero.scoring.selection import refuse_non_finite, select
 
 # A wider row no longer fits the registers of one program (measured for sm_90).
 WIDEST_ROW = 16384

@@ -100,9 +100,7 @@ def keep_mask(
     if weight.is_cuda and can_fuse(compare, pattern, weight.shape[1]):
         features = features_of(criterion, weight, statistics)
         refuse_unusable(fused_score(criterion, weight, features), criterion, weight, layer)
-        return fused_mask(
-            criterion, weight, features, sparsity, compare=compare, pattern=pattern
-        )
+        return fused_mask(criterion, weight, features, sparsity, compare=compare, pattern=pattern)
     scores = score(criterion, weight, statistics, layer=layer)
     return select(scores, sparsity, compare=compare, pattern=pattern)
 

@@ -111,12 +111,18 @@ def _hoist(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
 
 def _nudge(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
     """One number moved a little, or one sub-formula raised to a power."""
-    numbers = [path for path in _paths(tree, numbers=True) if _is_number(_at(tree, path))]
+    has_power = "power" in space.operators
+    numbers = [
+        path
+        for path in _paths(tree, numbers=True)
+        if _is_number(_at(tree, path))
+        and (has_power if _is_exponent(tree, path) else bool(space.constants))
+    ]
     if numbers:
         path = rng.choice(numbers)
         value = float(_at(tree, path)) * _NUDGE ** rng.uniform(-1, 1)
         return _replaced(tree, path, number(float(format(value, ".3g"))))
-    if not space.exponents:
+    if not has_power:
         return _grow(tree, space, rng)
     path = rng.choice(list(_paths(tree)))
     exponent = number(rng.choice(space.exponents))
@@ -173,6 +179,10 @@ def _paths(tree: Any, *, numbers: bool = False, at: Path = ()) -> Iterator[Path]
 
 def _is_number(node: Any) -> bool:
     return isinstance(node, sympy.Rational)
+
+
+def _is_exponent(tree: Any, path: Path) -> bool:
+    return bool(path) and path[-1] == 1 and isinstance(_at(tree, path[:-1]), sympy.Pow)
 
 
 def _at(tree: Any, path: Path) -> Any:

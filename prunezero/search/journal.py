@@ -40,19 +40,26 @@ class Journal:
             self._file = path.open("a+b")
         except OSError as error:
             raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-        _lock(self._file.fileno(), path)
+        try:
+            self._begin(json.loads(json.dumps(header)), resume)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, header: dict[str, Any], resume: bool) -> None:
+        _lock(self._file.fileno(), self.path)
         records = self._read()
         if records and not resume:
             raise SearchError(
-                f"{path.parent} already holds a search; go on with it by --resume, or choose "
+                f"{self.path.parent} already holds a search; go on with it by --resume, or choose "
                 "another --name"
             )
-        if records:
-            _refuse_other_header(records[0], header, path)
-            for record in records[1:]:
-                self._results[record["kind"], record["key"]] = record["result"]
-        else:
-            self._append({"header": json.loads(json.dumps(header))})
+        if not records:
+            self._append({"header": header})
+            return
+        _refuse_other_header(records[0], header, self.path)
+        for record in records[1:]:
+            self._results[record["kind"], record["key"]] = record["result"]
 
     def __len__(self) -> int:
         return len(self._results)
@@ -126,11 +133,10 @@ def _lock(handle: int, path: Path) -> None:
 
 def _refuse_other_header(first: dict[str, Any], header: dict[str, Any], path: Path) -> None:
     before = first.get("header", {})
-    now = json.loads(json.dumps(header))
     changed = [
-        f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
+        f"{key}: {_short(before.get(key))} then, {_short(header.get(key))} now"
+        for key in sorted({*before, *header})
+        if before.get(key) != header.get(key)
     ]
     if changed:
         raise SearchError(

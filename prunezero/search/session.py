@@ -11,7 +11,7 @@ from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
-from prunezero.pruning.bench import Bench, with_pattern
+from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import check_recipe, dense_sums, settled_sparsity
 from prunezero.pruning.recipe import Recipe, published_recipes
@@ -95,7 +95,9 @@ def rivals(task: Task) -> list[Recipe]:
     A search that uses no gradients is not compared with recipes that would need them collected.
     """
     needs_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
-    recipes = [with_pattern(Recipe.load(name), task.pattern, "dense") for name in RIVALS]
+    recipes = [
+        with_choices(Recipe.load(name), pattern=task.pattern, statistics="dense") for name in RIVALS
+    ]
     return [
         recipe for recipe in recipes if needs_gradients or recipe.criterion.signal != "gradients"
     ]

@@ -14,7 +14,7 @@ from prunezero.formula.features import FEATURES
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.pruning.documents import read_document, validated
 from prunezero.pruning.recipe import Formula, folder
-from prunezero.scoring.selection import group_columns
+from prunezero.scoring.request import group_columns
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]

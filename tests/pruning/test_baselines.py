@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,9 @@ CHOICES = [("row", "free"), ("layer", "free"), ("8 columns", "free"), ("5 column
 CHOICES += [("row", "2:4"), ("row", "4:8"), ("row", "1:3")]
 
 
-def example(dtype: torch.dtype, *, rows: int = 7, columns: int = 24, seed: int = 0) -> tuple:
+def example(
+    dtype: torch.dtype, *, rows: int = 7, columns: int = 24, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, Statistics]:
     """A weight with ties, zeros and a dead input channel, and the statistics of its layer."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
@@ -34,7 +38,9 @@ def example(dtype: torch.dtype, *, rows: int = 7, columns: int = 24, seed: int =
     return weight, inputs, statistics
 
 
-def numpy_values(weight: torch.Tensor, inputs: torch.Tensor, statistics: Statistics) -> dict:
+def numpy_values(
+    weight: torch.Tensor, inputs: torch.Tensor, statistics: Statistics
+) -> dict[str, Any]:
     squares = inputs.numpy().astype(np.float64) ** 2
     norm = np.sqrt(squares.reshape(-1, inputs.shape[-1]).sum(0) / inputs.shape[0])
     return {
@@ -85,9 +91,7 @@ def test_its_mask_equals_numpy_bit_for_bit(
         weight, inputs, statistics = example(dtype, seed=seed)
         values = numpy_values(weight, inputs, statistics)
         expected = numpy_mask(reference.FORMULAS[name](values), compare, pattern, sparsity)
-        mask = keep_mask(
-            criterion, weight, statistics, sparsity, compare=compare, pattern=pattern
-        )
+        mask = keep_mask(criterion, weight, statistics, sparsity, compare=compare, pattern=pattern)
         assert np.array_equal(mask.numpy(), expected)
 
 
@@ -95,7 +99,9 @@ def test_its_mask_equals_numpy_bit_for_bit(
 def test_its_mask_equals_numpy_on_odd_sizes_and_transposed_weights(name: str) -> None:
     criterion = Recipe.load(name).criterion
     for rows, columns in ((1, 3), (5, 63), (33, 65), (3, 1)):
-        weight, inputs, statistics = example(torch.float32, rows=max(rows, 3), columns=max(columns, 5))
+        weight, inputs, statistics = example(
+            torch.float32, rows=max(rows, 3), columns=max(columns, 5)
+        )
         expected = reference.FORMULAS[name](numpy_values(weight, inputs, statistics))
         transposed = weight.T.contiguous().T
         mask = keep_mask(criterion, transposed, statistics, 0.5)

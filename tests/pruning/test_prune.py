@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def recipe(criterion: str = "abs(W) * X", **choices: object) -> Recipe:
     return Recipe.model_validate({"name": "mine", "criterion": criterion, **choices})
 
 
-def statistics_for(model: object, chosen: Recipe) -> dict:
+def statistics_for(model: object, chosen: Recipe) -> dict[str, Any]:
     layers = find_layers(model.model)  # type: ignore[attr-defined]
     return calibrate(model, BATCHES, layers, dense_sums([chosen]))  # type: ignore[arg-type]
 
@@ -70,9 +72,7 @@ def test_sequential_statistics_see_what_pruned_blocks_make_of_the_text() -> None
     dense, sequential = recipe(), recipe(statistics="sequential")
     prune(dense_model, dense, 0.5, statistics=statistics_for(dense_model, dense))
     prune(sequential_model, sequential, 0.5, windows=BATCHES)
-    pairs = zip(
-        find_layers(dense_model.model), find_layers(sequential_model.model), strict=True
-    )
+    pairs = zip(find_layers(dense_model.model), find_layers(sequential_model.model), strict=True)
     equal = [(one.block, torch.equal(one.weight, other.weight)) for one, other in pairs]
     # Nothing before the first block was pruned, so it is judged alike.
     assert all(same for block, same in equal if block == 0)
@@ -113,9 +113,7 @@ def test_targets_and_ignore_choose_layers_and_say_when_they_match_none() -> None
     model = tiny_model()
     prune(model, recipe("abs(W)", targets=["q_proj", "re:down"], ignore=[r"re:layers\.0"]), 0.5)
     pruned = {
-        (layer.block, layer.kind)
-        for layer in find_layers(model.model)
-        if (layer.weight == 0).any()
+        (layer.block, layer.kind) for layer in find_layers(model.model) if (layer.weight == 0).any()
     }
     assert pruned == {(1, "q_proj"), (1, "down_proj")}
     with pytest.raises(ModelError, match="did you mean 'q_proj'"):

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from prunezero.errors import ScoreError, SelectionError
 from prunezero.scoring import selection
-from prunezero.scoring.selection import (
+from prunezero.scoring.request import (
     GROUPS,
     Pattern,
     check_request,
@@ -22,9 +22,8 @@ from prunezero.scoring.selection import (
     parse_pattern,
     pattern_sparsity,
     removed_count,
-    select,
-    select_model,
 )
+from prunezero.scoring.selection import select, select_model
 from tests.scoring import reference
 
 ROWS = 7

@@ -1,0 +1,5 @@
+"""`python -m prunezero` is `prunezero`."""
+
+from prunezero.cli import main
+
+main()

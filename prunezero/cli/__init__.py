@@ -1,0 +1,61 @@
+"""The commands: search, compare, prune, export, list, ui, doctor.
+
+Each command is one module beside this one; here they are gathered, and every error of ours becomes
+one sentence instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from prunezero.cli.compare import compare
+from prunezero.cli.doctor import doctor
+from prunezero.cli.export import export
+from prunezero.cli.listing import list_
+from prunezero.cli.prune import prune
+from prunezero.cli.search import search
+from prunezero.cli.ui import ui
+from prunezero.errors import PruneZeroError
+
+app = typer.Typer(
+    name="prunezero",
+    help="Search for the formula that prunes your language model best.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(search)
+app.command()(compare)
+app.command()(prune)
+app.command()(export)
+app.command(name="list")(list_)
+app.command()(ui)
+app.command()(doctor)
+
+
+def main() -> None:
+    """Run the command line; exit code 1 for a mistake that the user can mend."""
+    _quiet_libraries()
+    try:
+        app()
+    except PruneZeroError as error:
+        print(f"prunezero: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("prunezero: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and advice out of our output."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)

@@ -1,0 +1,103 @@
+"""`prunezero compare`: recipes side by side on one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunezero.cli import options
+from prunezero.cli.options import (
+    CalibrationTokens,
+    Device,
+    Dtype,
+    EvaluationTokens,
+    JsonFile,
+    Model,
+    Pattern,
+    RunsDir,
+    Seed,
+    SequenceLength,
+    Sparsity,
+    TestTokens,
+    TextName,
+)
+
+
+def compare(
+    model: Model = "demo",
+    text: TextName = "demo",
+    recipes: Annotated[
+        str, typer.Option(help="Names or .yaml files, separated by commas.")
+    ] = "magnitude,wanda,ria,pruner_zero",
+    sparsity: Sparsity = None,
+    pattern: Pattern = None,
+    statistics: Annotated[
+        str, typer.Option(help="`dense` or `sequential`, the same for every recipe.")
+    ] = "dense",
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    runs_dir: RunsDir = Path("runs"),
+    sequence_length: SequenceLength = 256,
+    calibration_tokens: CalibrationTokens = 8192,
+    evaluation_tokens: EvaluationTokens = 4096,
+    test_tokens: TestTokens = 8192,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Prune one model by several recipes and compare the results.
+
+    All recipes see the same calibration text and the same kind of statistics. The results are also
+    logged to MLflow, next to those of every search in the same runs folder.
+
+    Examples:
+
+        prunezero compare --model demo --recipes magnitude,wanda,ria,gblm,pruner_zero --sparsity 0.5
+
+        prunezero compare --model demo --recipes wanda,runs/first/recipe.yaml --pattern 2:4
+
+        prunezero compare --model demo --sparsity 0.6 --statistics sequential --json out.json
+    """
+    from prunezero.cli.tables import Bars, conditions, console, results_table
+    from prunezero.pruning import compare as comparison
+    from prunezero.pruning.bench import set_up
+    from prunezero.report.run_folder import check_runs_dir, tracked_rows
+    from prunezero.report.track import Tracker
+
+    options.check_statistics(statistics)
+    options.check_json(json_file)
+    chosen = options.load_recipes(recipes, pattern)
+    settings = options.make_settings(
+        sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
+    )
+    check_runs_dir(runs_dir)
+    with console.status(f"loading {model}"):
+        bench = set_up(model, text, settings, dtype=dtype, device=device)
+    console.print(options.about_model(bench))
+    rows: list[dict[str, Any]] = []
+    tracker = Tracker(runs_dir)
+    try:
+        with Bars() as bars:
+            measured = comparison.compare(
+                bench,
+                chosen,
+                sparsity,
+                pattern=pattern,
+                statistics=statistics,
+                progress=bars,
+            )
+            for row in measured:
+                rows.append(row)
+                bars("recipes", len(rows), len(chosen) + 1)
+                for record in tracked_rows([row], bench):
+                    tracker.record(record)
+    finally:
+        untracked = tracker.close()
+        if rows:
+            title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
+            console.print(results_table(rows, title, best="validation_perplexity"))
+            console.print(conditions(rows, bench.language_model.name, bench.text.name))
+            options.write_json({"model": model, "text": text, "rows": rows}, json_file)
+        if untracked:
+            console.print(f"{untracked} results could not be logged to MLflow yet; they are kept")

@@ -1,0 +1,123 @@
+"""`prunezero list`: what there is to use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+from prunezero.errors import RecipeError, did_you_mean
+
+Rows = list[dict[str, Any]]
+
+
+def list_(
+    what: Annotated[
+        str, typer.Argument(help="recipes, spaces, features, operators or runs; all without it.")
+    ] = "",
+    runs_dir: RunsDir = Path("runs"),
+    json_file: JsonFile = None,
+) -> None:
+    """List recipes, search spaces, features, operators and runs.
+
+    Examples:
+
+        prunezero list recipes
+
+        prunezero list operators
+
+        prunezero list runs --json runs.json
+    """
+    from rich.table import Table
+
+    from prunezero.cli.tables import console
+
+    if what and what not in LISTS:
+        near = did_you_mean(what, LISTS) or "."
+        raise RecipeError(f"there is no list of '{what}'{near} Lists: {', '.join(LISTS)}.")
+    check_json(json_file)
+    lists = {name: LISTS[name](runs_dir) for name in LISTS if what in ("", name)}
+    for name, rows in lists.items():
+        table = Table(title=f"{name} ({len(rows)})", title_justify="left")
+        for column in rows[0] if rows else ():
+            # Sources may be cut off: names and formulas are what one copies.
+            is_cut = column == "source" and not console.width > 140
+            table.add_column(column, overflow="ellipsis" if is_cut else "fold", no_wrap=is_cut)
+        for row in rows:
+            table.add_row(*(str(value) for value in row.values()))
+        console.print(table)
+    write_json(lists, json_file)
+
+
+def _recipes(runs_dir: Path) -> Rows:
+    from prunezero.pruning.recipe import Recipe, published_recipes
+
+    recipes = [Recipe.load(name) for name in published_recipes()]
+    return [
+        {
+            "name": recipe.name,
+            "formula": recipe.criterion.text,
+            "compare": recipe.compare,
+            "needs": recipe.criterion.signal,
+            "source": recipe.source,
+        }
+        for recipe in recipes
+    ]
+
+
+def _spaces(runs_dir: Path) -> Rows:
+    from prunezero.search.space import SearchSpace, search_spaces
+
+    spaces = [SearchSpace.load(name) for name in search_spaces()]
+    return [
+        {
+            "name": space.name,
+            "terminals": " ".join(terminal.text.replace(" ", "") for terminal in space.terminals),
+            "operators": len(space.operators),
+            "largest": space.max_complexity,
+            "source": space.source,
+        }
+        for space in spaces
+    ]
+
+
+def _features(runs_dir: Path) -> Rows:
+    from prunezero.formula import FEATURES
+
+    return [
+        {
+            "name": row.name,
+            "meaning": row.meaning + ("" if row.ready else " (reserved)"),
+            "shape": row.shape,
+            "unit": row.unit,
+            "needs": row.signal,
+        }
+        for row in FEATURES.values()
+    ]
+
+
+def _operators(runs_dir: Path) -> Rows:
+    from prunezero.formula import OPERATORS
+
+    return [
+        {"name": row.name, "usage": row.usage, "meaning": row.meaning, "sign": row.sign}
+        for row in OPERATORS.values()
+    ]
+
+
+def _runs(runs_dir: Path) -> Rows:
+    from prunezero.report.run_folder import list_runs
+
+    return list_runs(runs_dir)
+
+
+LISTS: dict[str, Callable[[Path], Rows]] = {
+    "recipes": _recipes,
+    "spaces": _spaces,
+    "features": _features,
+    "operators": _operators,
+    "runs": _runs,
+}

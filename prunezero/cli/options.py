@@ -1,0 +1,177 @@
+"""The options that several commands share, so that a word means the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunezero.errors import OutputError, RecipeError
+
+if TYPE_CHECKING:
+    from prunezero.pruning.bench import Bench, Settings
+    from prunezero.pruning.recipe import Recipe
+
+_TEXT = "Calibration and evaluation text"
+_SIZES = "How much text"
+
+Model = Annotated[
+    str, typer.Option(help="Hub id, folder, .gguf file, or `demo` (a 135M Llama-class model).")
+]
+TextName = Annotated[
+    str,
+    typer.Option("--text", help="Hub dataset id, .txt/.jsonl/.parquet file, or `demo`."),
+]
+Sparsity = Annotated[
+    float | None, typer.Option(help="Fraction of the weights to remove, such as 0.5.")
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(help="`free`, or N:M such as 2:4, which keeps 2 of every 4 weights."),
+]
+Statistics = Annotated[
+    str | None,
+    typer.Option(
+        help="`dense`: layers see the dense model; `sequential`: the model as pruned so far."
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="Chooses the calibration text, and every draw of a search.")
+]
+SequenceLength = Annotated[int, typer.Option(help="Tokens in a window.", rich_help_panel=_SIZES)]
+CalibrationTokens = Annotated[
+    int, typer.Option(help="Tokens to make statistics from.", rich_help_panel=_SIZES)
+]
+EvaluationTokens = Annotated[
+    int,
+    typer.Option(help="Tokens of search and of validation text.", rich_help_panel=_SIZES),
+]
+TestTokens = Annotated[int, typer.Option(help="Tokens of test text.", rich_help_panel=_SIZES)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="`auto`, `float32` or `bfloat16`; auto takes the faster of the two on a CPU."
+    ),
+]
+Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1` ...")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write the result for machines to this file.")
+]
+RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the MLflow database.")]
+
+
+def make_settings(
+    sequence_length: int,
+    calibration_tokens: int,
+    evaluation_tokens: int,
+    test_tokens: int,
+    seed: int,
+) -> Settings:
+    """The settings that the options spell.
+
+    Raises:
+        RecipeError: a size is smaller than one window.
+    """
+    from prunezero.pruning.bench import Settings
+
+    if sequence_length < 2:
+        raise RecipeError(f"--sequence-length must be at least 2 but is {sequence_length}")
+    for name, tokens in (
+        ("calibration", calibration_tokens),
+        ("evaluation", evaluation_tokens),
+        ("test", test_tokens),
+    ):
+        if tokens < sequence_length:
+            raise RecipeError(
+                f"--{name}-tokens must be at least one window of {sequence_length} tokens but is "
+                f"{tokens}"
+            )
+    return Settings(sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed)
+
+
+def load_recipes(names: str, pattern: str | None) -> list[Recipe]:
+    """The recipes of a comma-separated list.
+
+    Raises:
+        RecipeError: one is unknown or faulty, or none is named.
+    """
+    from prunezero.pruning.recipe import Recipe
+
+    words = [word.strip() for word in names.split(",") if word.strip()]
+    if not words:
+        raise RecipeError("--recipes names no recipe; see `prunezero list recipes`")
+    return [Recipe.load(word) for word in words]
+
+
+def check_statistics(word: str | None) -> None:
+    """Refuse a word that is no kind of statistics.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    from prunezero.pruning.recipe import STATISTICS
+
+    if word is not None and word not in STATISTICS:
+        raise RecipeError(f"--statistics must be {' or '.join(STATISTICS)} but is '{word}'")
+
+
+def seconds_of(duration: str | None) -> float | None:
+    """Seconds of a duration such as 90s, 10m, 1.5h or plain seconds.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if duration is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", duration.strip())
+    if found is None or float(found[1]) == 0:
+        raise RecipeError(f"--time must be a duration such as 90s, 10m or 2h but is '{duration}'")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse a file that cannot be written, before long work.
+
+    Raises:
+        OutputError: its folder does not exist, or cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise OutputError(f"--json {path} cannot be written: {error.strerror}") from error
+
+
+def write_json(data: Any, path: Path | None) -> None:
+    """Write a result for machines, numbers that are not finite as null."""
+    if path is not None:
+        path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+
+
+def about_model(bench: Bench) -> str:
+    """One line on the model at hand, for the head of every output."""
+    from prunezero.models.units import find_layers
+
+    loaded = bench.language_model
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    layers = len(find_layers(loaded.model))
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    return (
+        f"{loaded.name}: {type(loaded.model).__name__}, {count / 1e6:.1f} M parameters, "
+        f"{layers} prunable layers, {dtype} on {loaded.device}"
+    )
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    if isinstance(data, float) and not abs(data) < float("inf"):
+        return None
+    return data

@@ -1,0 +1,220 @@
+"""`prunezero search`: find a criterion, measure it honestly, write a pruner."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunezero.cli import options
+from prunezero.cli.options import (
+    CalibrationTokens,
+    Device,
+    Dtype,
+    EvaluationTokens,
+    JsonFile,
+    Model,
+    RunsDir,
+    Seed,
+    SequenceLength,
+    Sparsity,
+    TestTokens,
+    TextName,
+)
+
+if TYPE_CHECKING:
+    from prunezero.report.track import Tracker
+    from prunezero.search.candidate import Candidate
+    from prunezero.search.session import Session
+
+
+def search(
+    model: Model = "demo",
+    text: TextName = "demo",
+    sparsity: Sparsity = None,
+    pattern: Annotated[
+        str, typer.Option(help="`free`, or N:M such as 2:4, which keeps 2 of every 4 weights.")
+    ] = "free",
+    space: Annotated[
+        str, typer.Option(help="Name or .yaml file; see `prunezero list spaces`.")
+    ] = "formulas",
+    budget: Annotated[
+        int | None, typer.Option(help="Candidates with a new mask to screen.", min=1)
+    ] = None,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Such as 90s, 10m or 2h, of the search alone.")
+    ] = None,
+    seed: Seed = 0,
+    name: Annotated[
+        str | None, typer.Option(help="Folder of this search inside the runs folder.")
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where --name stopped.")] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Do not start from published formulas.")
+    ] = False,
+    json_file: JsonFile = None,
+    sequence_length: SequenceLength = 256,
+    calibration_tokens: CalibrationTokens = 8192,
+    evaluation_tokens: EvaluationTokens = 4096,
+    test_tokens: TestTokens = 8192,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Search for a criterion that prunes this model better than the published ones.
+
+    Candidates are screened by their layer error and the best are measured on search text; the best
+    of those are judged on validation text, and the winner is reported on test text, which nothing
+    was chosen by. Ctrl-C keeps everything; `--resume` goes on.
+
+    Examples:
+
+        prunezero search --model demo --sparsity 0.5 --time 5m --name first
+
+        prunezero search --model demo --pattern 2:4 --space pruner_zero --budget 500
+
+        prunezero search --model demo --sparsity 0.5 --space tiny --budget 20 --name quick
+
+        prunezero search --model demo --sparsity 0.5 --time 10m --name first --resume
+    """
+    from prunezero.cli.tables import Bars, console
+    from prunezero.errors import RecipeError
+    from prunezero.pruning.bench import set_up
+    from prunezero.report.run_folder import run_folder
+    from prunezero.report.track import Tracker
+    from prunezero.search.session import make_task, open_session
+    from prunezero.search.space import SearchSpace
+
+    seconds = options.seconds_of(time_limit)
+    options.check_json(json_file)
+    if budget is None and seconds is None:
+        raise RecipeError("say how long to search: --budget N candidates, or --time such as 10m")
+    if resume and name is None:
+        raise RecipeError("--resume needs the --name of the search to go on with")
+    settings = options.make_settings(
+        sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
+    )
+    chosen = SearchSpace.load(space)
+    task = make_task(chosen, sparsity, pattern=pattern, seed=seed, from_scratch=from_scratch)
+    name = name or time.strftime(f"{chosen.name}-%Y%m%d-%H%M%S")
+    folder = run_folder(runs_dir, name)
+    if resume and not (folder / "journal.jsonl").is_file():
+        raise RecipeError(f"{folder} holds no search to go on with; leave --resume out")
+    # Started first: MLflow needs seconds to open its database, and the model takes longer.
+    tracker = Tracker(runs_dir)
+    try:
+        with console.status(f"loading {model} and {text} text"):
+            bench = set_up(model, text, settings, dtype=dtype, device=device)
+        console.print(options.about_model(bench))
+        with Bars() as bars:
+            session = open_session(bench, task, folder, resume=resume, progress=bars)
+        rows = _run(session, tracker, folder, budget, seconds)
+    finally:
+        untracked = tracker.close()
+        if untracked:
+            console.print(f"{untracked} results could not be logged to MLflow yet; they are kept")
+    options.write_json({"model": model, "text": text, "name": name, "rows": rows}, json_file)
+    console.print(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
+
+
+def _run(
+    session: Session, tracker: Tracker, folder: Path, budget: int | None, seconds: float | None
+) -> list[dict[str, Any]]:
+    """Search, then judge; rows of results, the winner's last, none when it was interrupted."""
+    from prunezero.cli.live import SearchView
+    from prunezero.cli.stopping import Stopping
+    from prunezero.cli.tables import Bars, console
+    from prunezero.report.run_folder import tracked_rows, tracked_search, write_run
+    from prunezero.search.session import measure_rivals, rivals
+
+    name = folder.name
+    tracker.record(tracked_search(session, name, finished=False))
+    known: list[dict[str, Any]] = []
+    with Bars() as bars:
+        for row in measure_rivals(session, ("search",)):
+            known.append(row)
+            bars("published recipes", len(known), len(rivals(session.task)) + 1)
+    for record in tracked_rows(known, session.bench):
+        tracker.record(record)
+    view = SearchView(known, budget=budget, seconds=seconds)
+    with view, Stopping(seconds, view.say) as stopping:
+        candidates = _candidates(session, tracker, name, view, budget, stopping)
+    write_run(session, folder, candidates, known)
+    if stopping.was_interrupted:
+        console.print(f"stopped; everything is in {folder}, and the same command with")
+        console.print(f"  --name {name} --resume")
+        console.print("goes on from here")
+        tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
+        return []
+    return _judged(session, tracker, folder, candidates)
+
+
+def _candidates(
+    session: Session,
+    tracker: Tracker,
+    name: str,
+    view: Any,
+    budget: int | None,
+    stopping: Any,
+) -> list[Candidate]:
+    """Every candidate of the search, the measured ones with their perplexity, in order of slots."""
+    from prunezero.report.run_folder import tracked_candidate
+    from prunezero.search.search import search as candidates_of
+
+    found: dict[int, Candidate] = {}
+    for candidate in candidates_of(session.ladder, budget=budget, stop=stopping):
+        found[candidate.slot] = candidate
+        view.show(candidate)
+        if candidate.search_perplexity is not None:
+            tracker.record(tracked_candidate(candidate, session, name))
+            tracker.progress(name, view.measured, view.progress())
+    return [found[slot] for slot in sorted(found)]
+
+
+def _judged(
+    session: Session, tracker: Tracker, folder: Path, candidates: list[Candidate]
+) -> list[dict[str, Any]]:
+    """Judge the finalists on validation text, report the winner and its rivals on test text."""
+    from prunezero.cli.tables import Bars, conditions, console, results_table
+    from prunezero.pruning.compare import SPLITS
+    from prunezero.report.run_folder import (
+        tracked_champion,
+        tracked_rows,
+        tracked_search,
+        write_winner,
+    )
+    from prunezero.search import session as sessions
+
+    name = folder.name
+    final = sessions.finalists(candidates)
+    with Bars() as bars:
+        judged = []
+        for done, candidate in enumerate(final, start=1):
+            judged.append((sessions.judge(session, candidate), candidate))
+            bars("finalists on validation text", done, len(final))
+        best = min(judged, key=lambda pair: pair[0]["validation_perplexity"] or float("inf"))[1]
+        rows = []
+        total = len(sessions.rivals(session.task)) + 2
+        for row in sessions.measure_rivals(session, SPLITS):
+            rows.append(row)
+            bars("published recipes on test text", len(rows), total)
+        recipe = sessions.found_recipe(session, name, best)
+        rows.append(session.ladder.measure(recipe, SPLITS))
+    recipe = write_winner(recipe, rows, folder)
+    for record in tracked_rows(rows[:-1], session.bench):
+        tracker.record(record)
+    tracker.record(tracked_champion(recipe, rows[-1], session, name, folder))
+    tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
+    console.print(results_table(rows, f"search {name}", best="test_perplexity"))
+    console.print(conditions(rows, session.bench.language_model.name, session.bench.text.name))
+    console.print(f"recipe: {folder / 'recipe.yaml'}\npruner: {folder / 'pruner.py'}")
+    return rows
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    """What of a run's folder is also kept in MLflow."""
+    names = ("recipe.yaml", "pruner.py", "results.json", "candidates.parquet", "candidates.csv")
+    pictures = ("pareto.png", "proxy.png", "progress.png")
+    return tuple(folder / name for name in (*names, *pictures) if (folder / name).is_file())

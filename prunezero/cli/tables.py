@@ -1,0 +1,96 @@
+"""How results look on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+
+_COLUMNS = {
+    "recipe": "recipe",
+    "formula": "formula",
+    "sparsity_reached": "sparsity",
+    "search_perplexity": "search",
+    "validation_perplexity": "validation",
+    "test_perplexity": "test",
+    "kl": "KL to dense",
+    "seconds": "seconds",
+}
+
+
+def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "") -> Table:
+    """Rows of results; the best pruned one on split `best` is bold."""
+    shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for key in shown:
+        is_text = key in ("recipe", "formula")
+        table.add_column(
+            _COLUMNS[key],
+            justify="left" if is_text else "right",
+            overflow="fold" if is_text else "ellipsis",
+            no_wrap=key != "formula",
+        )
+    pruned = [row for row in rows if row["recipe"] != "dense" and row.get(best) is not None]
+    winner = min(pruned, key=lambda row: row[best], default=None)
+    for row in rows:
+        style = "bold" if row is winner else None
+        table.add_row(*(cell(key, row.get(key)) for key in shown), style=style)
+    return table
+
+
+def cell(key: str, value: Any) -> str:
+    """One value as text, rounded as its kind deserves."""
+    if value is None:
+        return "-"
+    if key.endswith("perplexity"):
+        return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
+    if key == "sparsity_reached":
+        return f"{100 * value:.2f} %"
+    if key == "kl":
+        return f"{value:.4f}"
+    if key == "seconds":
+        return f"{value:.1f}"
+    return str(value)
+
+
+def conditions(rows: Sequence[dict[str, Any]], model: str, text: str) -> str:
+    """The line under a table that says how its numbers were measured."""
+    row = rows[-1]
+    return (
+        f"perplexity of {model} on {text} text, windows of {row['sequence_length']} tokens; "
+        f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
+        f"pattern {row['pattern']}, seed {row['seed']}"
+    )
+
+
+class Bars:
+    """Progress bars for work in several stages, fed by (what, done, total)."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts of a stage are done."""
+        if what not in self._tasks:
+            self._tasks[what] = self._bars.add_task(what, total=total)
+        self._bars.update(self._tasks[what], completed=done, total=total)

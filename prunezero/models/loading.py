@@ -1,0 +1,211 @@
+"""How does a model come in: as a hub id, a folder, a .gguf file or the word "demo"?
+
+The configuration is read first, and whatever could run foreign code or cannot be pruned is refused
+before the weights are touched. Only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunezero.errors import ModelError
+from prunezero.models.gguf import demo_file, unpacked_gguf
+from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wrap_model
+from prunezero.models.saving import check_writable, save_model
+
+__all__ = [
+    "DTYPES",
+    "LanguageModel",
+    "cache_dir",
+    "check_writable",
+    "load_model",
+    "save_model",
+    "trial_dtypes",
+    "wrap_model",
+]
+
+# float16 is left out: squares of its gradients are zero, its Gram matrices infinite.
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# bfloat16 has to be this much faster, so that equal processors choose equally.
+CLEARLY_FASTER = 0.8
+TRIAL_SECONDS = 0.02
+# A configuration may name any other by a repository, and transformers would fetch its code.
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_CODE_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> LanguageModel:
+    """A causal language model in evaluation mode, without gradients, and its tokenizer.
+
+    Args:
+        name: hub id, folder, .gguf file, or "demo".
+        dtype: "float32", "bfloat16", or "auto": on a CPU the faster of the two, elsewhere that of
+            the checkpoint.
+        device: a torch device, or "auto": the GPU where there is one.
+
+    Raises:
+        ModelError: the model cannot be found, read or pruned; nothing was loaded then.
+    """
+    place = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
+    with quiet():
+        source = _source(name)
+        configuration = _checked_configuration(source, name)
+        chosen = DTYPES[dtype] if dtype != "auto" else _best_dtype(place, configuration)
+        model = _load_network(source, name, configuration, chosen)
+        tokenizer = _load_tokenizer(source, name)
+    return wrap_model(model.to(place), tokenizer, name=name)
+
+
+def trial_dtypes(device: torch.device) -> dict[str, float]:
+    """Seconds that one small matrix product takes in each of `DTYPES`, from a trial of 50 ms."""
+    found = {}
+    for name, dtype in DTYPES.items():
+        left = torch.ones(64, 1024, dtype=dtype, device=device)
+        right = torch.ones(1024, 1024, dtype=dtype, device=device)
+        # The first product also chooses and warms up the code for it.
+        _seconds_of_product(left, right)
+        best = _seconds_of_product(left, right)
+        stop = time.perf_counter() + TRIAL_SECONDS
+        while time.perf_counter() < stop:
+            best = min(best, _seconds_of_product(left, right))
+        found[name] = best
+    return found
+
+
+def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
+    started = time.perf_counter()
+    # Reading a number waits for the device.
+    float((left @ right)[0, 0])
+    return time.perf_counter() - started
+
+
+def _best_dtype(device: torch.device, configuration: Any) -> torch.dtype:
+    if device.type == "cpu":
+        seconds = trial_dtypes(device)
+        faster = seconds["bfloat16"] < CLEARLY_FASTER * seconds["float32"]
+        return torch.bfloat16 if faster else torch.float32
+    stored = getattr(configuration, "dtype", None)
+    return torch.bfloat16 if stored in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def _device(word: str) -> torch.device:
+    if word == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(word)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"device '{word}' cannot be used here ({reason})") from error
+    return device
+
+
+def _source(name: str) -> str:
+    """A folder or hub id that transformers can load from."""
+    path = Path(name).expanduser()
+    if name == "demo":
+        return str(unpacked_gguf(demo_file()))
+    if path.suffix == ".gguf":
+        return str(unpacked_gguf(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"folder '{name}' holds no model: config.json is missing")
+        return str(path)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    if looks_like_path or not name:
+        raise ModelError(
+            f"there is no model folder '{name}'; give a hub id, a folder, a .gguf file or 'demo'"
+        )
+    return name
+
+
+def _checked_configuration(source: str, name: str) -> Any:
+    """The configuration, once it is sure that the model can be loaded safely and pruned."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+
+    with _explained(name):
+        raw, _ = PreTrainedConfig.get_config_dict(source)
+    _refuse_foreign_code(raw, name)
+    if any(raw.get(key) for key in _QUANTIZATION_KEYS):
+        raise ModelError(
+            f"model '{name}' is quantized; prune the full-precision checkpoint, then quantize"
+        )
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(f"model '{name}' has the type '{kind}', which transformers does not know")
+    with _explained(name):
+        configuration = CONFIG_MAPPING[kind].from_dict(raw)
+    written = raw.get("architectures") or []
+    causal = not written or any(word.endswith(("ForCausalLM", "LMHeadModel")) for word in written)
+    known = type(configuration) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if raw.get("is_encoder_decoder") or not causal or not known:
+        raise ModelError(
+            f"model '{name}' is a {', '.join(written) or kind}; only decoder-only language models "
+            "(...ForCausalLM) can be pruned"
+        )
+    return configuration
+
+
+def _refuse_foreign_code(raw: dict[str, Any], name: str) -> None:
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        if part.get("auto_map"):
+            raise ModelError(
+                f"model '{name}' comes with its own Python code (auto_map in config.json), which "
+                "prunezero never runs; choose a model that transformers knows by itself"
+            )
+        for key in _CODE_KEYS:
+            if part.get(key) not in (None, *ATTENTIONS):
+                raise ModelError(
+                    f"model '{name}' asks for the attention code {part[key]!r} ({key} in "
+                    f"config.json), which prunezero never fetches; known: {', '.join(ATTENTIONS)}"
+                )
+
+
+def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with _explained(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=configuration,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"the files of model '{name}' lack {len(missing)} weights, '{missing[0]}' among them; "
+            "they would be random numbers, so get the files again"
+        )
+    return model
+
+
+def _load_tokenizer(source: str, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    with _explained(name):
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever the hub, the files or transformers raise into one sentence."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        raise ModelError(f"model '{name}' cannot be loaded ({reason})") from error

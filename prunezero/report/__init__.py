@@ -1,0 +1,1 @@
+"""Keep what was found: MLflow, tables, pictures, exported pruners."""

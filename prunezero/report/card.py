@@ -1,0 +1,107 @@
+"""The README.md that lies beside a pruned model: what was done to it, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunezero.formula.criterion import Criterion
+
+COLUMNS = {
+    "model": "Model",
+    "method": "Method",
+    "sparsity": "Sparsity",
+    "pattern": "Pattern",
+    "sequence_length": "Sequence length (tokens)",
+    "seed": "Seed",
+    "test_perplexity": "Test perplexity",
+    "validation_perplexity": "Validation perplexity",
+    "search_perplexity": "Search perplexity",
+    "kl": "KL to dense (nats)",
+}
+# A hub id has one slash and these letters; anything else is a folder of the author's machine.
+HUB_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./")
+
+
+def model_card(
+    base_model: str,
+    criterion: Criterion,
+    results: Sequence[Mapping[str, Any]],
+    *,
+    recipe: str = "",
+    license_id: str = "",
+    note: str = "",
+) -> str:
+    """The card's text: front matter of the model hub, then the report.
+
+    Args:
+        base_model: hub id or folder of the dense model.
+        results: one row per measured model, with keys of `COLUMNS` (`method` names the row);
+            columns that no row fills are left out.
+        recipe: the recipe's YAML, shown whole.
+        license_id: the base model's license when it is known, such as "apache-2.0".
+        note: Markdown to add at the end.
+    """
+    parts = [
+        _front_matter(base_model, license_id),
+        "Free-form zeros do not make a model smaller or faster by themselves: the files keep the "
+        "size of the dense model, and ordinary kernels multiply by the zeros.",
+        f"# {base_model.rstrip('/').split('/')[-1]}, pruned\n\n"
+        "Pruned by prunezero: the weights with the lowest value of this formula are exact zeros."
+        f"\n\n$$ {criterion.latex} $$\n\nAs text: `{criterion.text}`",
+    ]
+    if results:
+        parts.append(f"## Results\n\n{results_table(results)}\n\nPerplexity: lower is better.")
+    if recipe:
+        parts.append(f"## Recipe\n\n```yaml\n{recipe.rstrip()}\n```")
+    return "\n\n".join([*parts, *([note] if note else [])]) + "\n"
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of the rows; empty columns are left out."""
+    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in results)]
+    lines = [" | ".join(COLUMNS[key] for key in keys), " | ".join("---" for _ in keys)]
+    lines += [" | ".join(_cell(key, row.get(key)) for key in keys) for row in results]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _front_matter(base_model: str, license_id: str) -> str:
+    import yaml
+
+    fields: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "sparse", "prunezero"],
+    }
+    if is_hub_id(base_model):
+        fields = {"base_model": base_model, **fields}
+    if license_id:
+        fields["license"] = license_id
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False).rstrip()}\n---"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name may be an id on the model hub: the hub refuses anything else."""
+    parts = name.split("/")
+    return (
+        len(parts) == 2
+        and set(name) <= HUB_LETTERS
+        and all(part and part[0] not in ".-" and part[-1] not in ".-" for part in parts)
+    )
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key.endswith("perplexity"):
+        return f"{value:.2f}"
+    if key == "kl":
+        return f"{value:.4f}"
+    return (
+        f"{value:.0%}" if key == "sparsity" and round(value * 100, 6) % 1 == 0 else _escaped(value)
+    )
+
+
+def _escaped(value: Any) -> str:
+    """Text that stays in its cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")

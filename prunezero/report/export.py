@@ -1,0 +1,255 @@
+"""A criterion as one page of plain Python: the template with its formula and sums exchanged.
+
+`pruner_template.py` is a real program that is tested as it stands. Export replaces its docstring,
+its four constants and three of its functions, by their places in the syntax tree, so the rest of
+the page is read and tested code.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill, indent
+from typing import Any
+
+from prunezero.errors import OutputError
+from prunezero.formula.code import torch_lines
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.vocabulary import FEATURES
+
+TEMPLATE = Path(__file__).with_name("pruner_template.py")
+
+# How a feature follows from the weight and the sums: the same arithmetic as in the engine.
+FEATURE_LINES = {
+    "W": "weight.float()",
+    "R1": "weight.abs().sum(1, keepdim=True, dtype=torch.float64).float()",
+    "C1": "weight.abs().sum(0, keepdim=True, dtype=torch.float64).float()",
+    "R2": "torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64).float()",
+    "C2": "torch.linalg.vector_norm(weight, dim=0, keepdim=True, dtype=torch.float64).float()",
+    "X": '(stats["input_square_sum"] / stats["sequences"]).sqrt().float()[None]',
+    "X_ms": '(stats["input_square_sum"] / stats["tokens"]).float()[None]',
+    "X_rms": '(stats["input_square_sum"] / stats["tokens"]).sqrt().float()[None]',
+    "X_mean": '(stats["input_sum"] / stats["tokens"]).float()[None]',
+    "X_var": "variance.clamp(min=0.0).float()[None]",
+    "Y": '(stats["output_square_sum"] / stats["sequences"]).sqrt().float()[:, None]',
+    "G": 'stats["gradient_square_sum"].sqrt()',
+    "G1": 'stats["gradient_absolute_sum"]',
+    "D": '(stats["output_gradient_square_sum"] / stats["tokens"]).sqrt().float()[:, None]',
+}
+# Lines that must come before a feature's own.
+PREPARATION = {
+    "X_var": (
+        'mean = stats["input_sum"] / stats["tokens"]',
+        'variance = stats["input_square_sum"] / stats["tokens"] - mean.square()',
+    ),
+}
+# What one sequence adds to a sum, by the values that it is made from.
+SUM_LINES = {
+    "inputs": {
+        "input_sum": "x.sum(0, dtype=torch.float64)",
+        "input_square_sum": "x.double().square().sum(0)",
+    },
+    "outputs": {"output_square_sum": "y.double().square().sum(0)"},
+    "output gradients": {"output_gradient_square_sum": "d.double().square().sum(0)"},
+    "gradient": {
+        "gradient_square_sum": "g.float().square()",
+        "gradient_absolute_sum": "g.float().abs()",
+    },
+}
+
+
+@dataclass(frozen=True)
+class PrunerFields:
+    """What an exported page takes from a recipe."""
+
+    name: str
+    criterion: Criterion
+    compare: str = "row"
+    pattern: str = "free"
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    allocate: str = "uniform"
+    statistics: str = "dense"
+    update: str = "none"
+    source: str = ""
+    """the paper, or the search that found it"""
+    results: tuple[str, ...] = ()
+    """measured results, one sentence each, for the page's docstring"""
+
+
+def write_pruner(fields: PrunerFields, path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        OutputError: the recipe makes a choice that one page cannot follow, or the file cannot be
+            written.
+    """
+    page = pruner_page(fields)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def pruner_page(fields: PrunerFields) -> str:
+    """The page's text: it compiles, and it imports nothing of prunezero.
+
+    Raises:
+        OutputError: the recipe makes a choice that one page cannot follow.
+    """
+    refuse_unfit(fields)
+    source = TEMPLATE.read_text(encoding="utf-8")
+    sums = frozenset(s for name in fields.criterion.features for s in FEATURES[name].sums)
+    new = {
+        "score": _score_body(fields.criterion),
+        "listen": _listen_body(sums),
+        "read": _read_body(sums),
+        "COMPARE": fields.compare,
+        "PATTERN": fields.pattern,
+        "TARGETS": _name_expression(fields.targets, nothing=""),
+        "IGNORE": _name_expression(fields.ignore, nothing="^$"),
+    }
+    page = _exchange(source, new, _docstring(fields))
+    _check_page(page)
+    return page
+
+
+def refuse_unfit(fields: PrunerFields) -> None:
+    """Raise OutputError where a page of one dense pass could not do what the recipe says."""
+    wanted = {"allocate": "uniform", "statistics": "dense", "update": "none"}
+    for choice, needed in wanted.items():
+        if getattr(fields, choice) != needed:
+            raise OutputError(
+                f"{fields.name} has {choice}: {getattr(fields, choice)}, which a one-page pruner "
+                f"cannot follow (it has {choice}: {needed}); use `prunezero prune` with the recipe"
+            )
+    if fields.compare == "model" and fields.pattern == "free":
+        raise OutputError(
+            f"{fields.name} compares the whole model at once, which a one-page pruner cannot "
+            "follow; use `prunezero prune` with the recipe"
+        )
+    unknown = [name for name in fields.criterion.features if name not in FEATURE_LINES]
+    if unknown:
+        raise OutputError(f"{fields.name} uses the feature {unknown[0]}, which has no export yet")
+
+
+def _score_body(criterion: Criterion) -> list[str]:
+    lines = []
+    for name in criterion.features:
+        lines += [*PREPARATION.get(name, ()), f"{name} = {FEATURE_LINES[name]}"]
+    return [*lines, *torch_lines(criterion), "return score"]
+
+
+def _listen_body(sums: frozenset[str]) -> list[str]:
+    """The body of `listen`: hooks for the wanted sums alone."""
+    added = {
+        source: [f'stats["{name}"] += {text}' for name, text in rows.items() if name in sums]
+        for source, rows in SUM_LINES.items()
+    }
+    lines: list[str] = ["hooks: list[Any] = []"]
+    if added["inputs"] or added["outputs"]:
+        body = []
+        if added["gradient"] or added["output gradients"]:
+            # The pass that computes gradients runs the same text a second time.
+            body += ["if torch.is_grad_enabled():", "    return"]
+        if added["inputs"]:
+            body += ["x = args[0].detach().reshape(-1, args[0].shape[-1])", *added["inputs"]]
+        if added["outputs"]:
+            body += ["y = output.detach().reshape(-1, output.shape[-1])", *added["outputs"]]
+        lines += _hook("add_forward", "module: Any, args: Any, output: Any", body)
+        lines.append("hooks.append(module.register_forward_hook(add_forward))")
+    if added["gradient"] or added["output gradients"]:
+        body = []
+        if added["gradient"]:
+            body.append("is_linear = isinstance(module, nn.Linear)")
+            body.append("g = (parameter.grad if is_linear else parameter.grad.T).contiguous()")
+            body += added["gradient"]
+        body.append("parameter.grad = None")
+        lines += _hook("add_gradient", "parameter: Any", body)
+        lines.append("module.weight.requires_grad_(True)")
+        lines.append("hooks.append(module.weight.register_post_accumulate_grad_hook(add_gradient))")
+    if added["output gradients"]:
+        body = ["d = gradient.reshape(-1, gradient.shape[-1])", *added["output gradients"]]
+        lines += _hook("add_output_gradient", "gradient: Tensor", body)
+        body = ["if output.requires_grad:", "    output.register_hook(add_output_gradient)"]
+        lines += _hook("follow_output", "module: Any, args: Any, output: Any", body)
+        lines.append("hooks.append(module.register_forward_hook(follow_output))")
+    return [*lines, "return hooks"]
+
+
+def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
+    return ["", f"def {name}({arguments}) -> None:", *(f"    {line}" for line in body), ""]
+
+
+def _read_body(sums: frozenset[str]) -> list[str]:
+    """The body of `read`: the forward pass, the backward pass, both, or neither."""
+    lines = []
+    if sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
+        lines += ["with torch.no_grad():", "    model(ids, use_cache=False)"]
+    if sums & {*SUM_LINES["gradient"], *SUM_LINES["output gradients"]}:
+        lines += [
+            "with torch.enable_grad():",
+            "    logits = model(ids, use_cache=False).logits[0, :-1].float()",
+            "    nn.functional.cross_entropy(logits, ids[0, 1:]).backward()",
+        ]
+    return lines or ["# The formula looks at nothing but the weights.", "return None"]
+
+
+def _name_expression(patterns: tuple[str, ...], *, nothing: str) -> str:
+    """One regular expression for layer patterns: names, ends of names, or "re:" expressions."""
+    parts = [
+        f"(?:{pattern[3:]})" if pattern.startswith("re:") else rf"(?:^|\.){re.escape(pattern)}$"
+        for pattern in patterns
+    ]
+    return "|".join(parts) or nothing
+
+
+def _docstring(fields: PrunerFields) -> str:
+    """The page's docstring, safe to stand between triple quotes."""
+    head = f"{fields.name}: prune a language model with the criterion `{fields.criterion.text}`."
+    body = f"Source: {fields.source}" if fields.source else ""
+    zeros = "Zeroes the lowest scores of each group. Zeros alone make no model smaller or faster."
+    command = "    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER"
+    parts = [fill(head, 96), fill(body, 99), *(fill(line, 99) for line in fields.results)]
+    text = "\n\n".join(part for part in (*parts, f"{zeros} Usage:", command) if part)
+    return text.replace("\\", "/").replace('"', "'")
+
+
+def _exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:
+    """The source with constants, function bodies and the module docstring replaced by name."""
+    lines = source.splitlines()
+    # From the end, so that earlier line numbers stay true.
+    for node in reversed(ast.parse(source).body):
+        first, last = node.lineno - 1, node.end_lineno or node.lineno
+        if isinstance(node, ast.Expr):
+            lines[first:last] = f'"""{docstring}\n"""'.splitlines()
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in new:
+                _, _, comment = lines[first].partition("  # ")
+                lines[first] = f"{name} = {json.dumps(new[name])}  # {comment}"
+        elif isinstance(node, ast.FunctionDef) and node.name in new:
+            body = new[node.name]
+            # The first statement of every function of the template is its docstring.
+            start = node.body[0].end_lineno or 0
+            body = [line if len(line) <= 96 else f"{line}  # noqa: E501" for line in body]
+            lines[start:last] = indent("\n".join(body), "    ").splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def _check_page(page: str) -> None:
+    """Refuse a page that does not compile or still needs prunezero: a fault of the template."""
+    tree = ast.parse(page)
+    compile(tree, "pruner.py", "exec")
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if any(name.split(".")[0] == "prunezero" for name in names):
+            raise OutputError("the exported page imports prunezero; this is a fault of prunezero")

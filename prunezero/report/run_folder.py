@@ -1,0 +1,226 @@
+"""The folder of a search, `runs/NAME/`: which files it holds, and how its results are recorded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import OutputError
+from prunezero.models.saving import check_writable
+from prunezero.pruning.bench import Bench
+from prunezero.pruning.recipe import Recipe
+from prunezero.report.candidates import write_candidates
+from prunezero.report.export import PrunerFields, write_pruner
+from prunezero.report.plots import pareto, progress, proxy_against_truth
+from prunezero.report.records import RunRecord, candidate_name, run_record
+from prunezero.search.candidate import Candidate
+from prunezero.search.session import Session
+
+_PERPLEXITIES = ("validation_perplexity", "test_perplexity")
+# What a recipe keeps of a row of results.
+_MEASURED = (
+    "recipe",
+    "sparsity",
+    "pattern",
+    "seed",
+    "calibration_tokens",
+    "sequence_length",
+    "sparsity_reached",
+    *_PERPLEXITIES,
+    "kl",
+)
+
+
+def run_folder(runs_dir: Path, name: str) -> Path:
+    """The folder of the search called `name`.
+
+    Raises:
+        OutputError: the name could not be a folder's, or `runs_dir` cannot be written.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
+        raise OutputError(
+            f"--name '{name[:60]!r}' must be 1 to 100 letters, digits, '_', '-' or '.', and begin "
+            "with a letter or digit"
+        )
+    check_runs_dir(runs_dir)
+    return runs_dir / name
+
+
+def check_runs_dir(runs_dir: Path) -> None:
+    """Refuse a runs folder that cannot be written, before any work.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise OutputError(f"--runs-dir {runs_dir} is a file; name a folder")
+    runs_dir.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(runs_dir / ".probe")
+
+
+def write_run(
+    session: Session,
+    folder: Path,
+    candidates: Sequence[Candidate],
+    rivals: Sequence[dict[str, Any]],
+) -> None:
+    """Write what is known so far: every candidate as a table, and the pictures."""
+    rows = [candidate.row() for candidate in candidates]
+    write_candidates(rows, folder)
+    named = [baseline_row(row) for row in rivals]
+    pareto(rows, named, folder / "pareto.png")
+    proxy_against_truth(rows, folder / "proxy.png")
+    progress(rows, named, folder / "progress.png")
+
+
+def write_winner(recipe: Recipe, rows: Sequence[dict[str, Any]], folder: Path) -> Recipe:
+    """Write `recipe.yaml`, `pruner.py` and `results.json` of a finished search.
+
+    Args:
+        rows: results on validation and test text; the winner's last.
+
+    Returns:
+        The recipe, with its measured results in the provenance.
+    """
+    measured = [{key: row[key] for key in _MEASURED if row.get(key) is not None} for row in rows]
+    recipe = recipe.model_copy(update={"provenance": {**recipe.provenance, "measured": measured}})
+    recipe.save(folder / "recipe.yaml")
+    write_pruner(pruner_fields(recipe), folder / "pruner.py")
+    (folder / "results.json").write_text(json.dumps({"rows": list(rows)}, indent=2) + "\n")
+    return recipe
+
+
+def pruner_fields(recipe: Recipe) -> PrunerFields:
+    """What an exported page takes from a recipe."""
+    return PrunerFields(
+        name=recipe.name,
+        criterion=recipe.criterion,
+        compare=recipe.compare,
+        pattern=recipe.pattern,
+        targets=recipe.targets,
+        ignore=recipe.ignore,
+        allocate=recipe.allocate,
+        statistics=recipe.statistics,
+        update=recipe.update,
+        source=recipe.source,
+        results=tuple(_sentence(row) for row in recipe.provenance.get("measured", [])),
+    )
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    return (
+        f"{row['recipe']}: test perplexity {row['test_perplexity']:.2f}, validation "
+        f"{row['validation_perplexity']:.2f}, at sparsity {row['sparsity']:g} ({row['pattern']}), "
+        f"windows of {row['sequence_length']} tokens, seed {row['seed']}."
+    )
+
+
+def tracked_rows(
+    rows: Sequence[dict[str, Any]], bench: Bench, *, origin: str = "baseline"
+) -> Iterator[RunRecord]:
+    """Records of the dense model and of recipes; measuring one again updates its record."""
+    for row in rows:
+        is_dense = row["recipe"] == "dense"
+        conditions = [row[key] for key in ("sparsity", "pattern", "statistics", "seed")]
+        conditions += [row["sequence_length"], row["calibration_tokens"]]
+        conditions += [bench.language_model.fingerprint[:8], bench.text.fingerprint[:8]]
+        key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])
+        name = (
+            row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
+        )
+        full = {**baseline_row(row), **described(bench), "origin": origin}
+        yield run_record(key, name, "dense" if is_dense else "baseline", full)
+
+
+def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunRecord:
+    """The record of a candidate that was measured on the model."""
+    task = session.task
+    row = {
+        **candidate.row(),
+        **described(session.bench),
+        "compare": task.space.compare,
+        "pattern": task.pattern,
+        "sparsity": task.sparsity,
+        "statistics": "dense",
+        "seed": task.seed,
+    }
+    key = f"{name}/{candidate.slot:05d}"
+    return run_record(key, candidate_name(row), "candidate", row, parent_key=name)
+
+
+def tracked_champion(
+    recipe: Recipe, row: dict[str, Any], session: Session, name: str, folder: Path
+) -> RunRecord:
+    """The record of the search's winner, with its files."""
+    full = {**baseline_row(row), **described(session.bench), "origin": "search"}
+    files = tuple(folder / file for file in ("recipe.yaml", "pruner.py"))
+    title = f"{name} champion · {row['validation_perplexity']:.2f}"
+    record = run_record(
+        f"{name}/champion", title, "champion", full, parent_key=name, artifacts=files
+    )
+    return record
+
+
+def tracked_search(
+    session: Session, name: str, *, finished: bool, artifacts: tuple[Path, ...] = ()
+) -> RunRecord:
+    """The record of the search itself, the parent of its candidates."""
+    task, bench = session.task, session.bench
+    params: dict[str, Any] = {
+        **described(bench),
+        "space": task.space.name,
+        "sparsity": task.sparsity,
+        "pattern": task.pattern,
+        "compare": task.space.compare,
+        "seed": task.seed,
+        "seeds": len(task.seeds),
+        "calibration_tokens": bench.settings.calibration_tokens,
+        "sequence_length": bench.settings.sequence_length,
+    }
+    return RunRecord(
+        key=name, name=name, role="search", params=params, finished=finished, artifacts=artifacts
+    )
+
+
+def described(bench: Bench) -> dict[str, str]:
+    """Model, text and dtype, as parameters of a record."""
+    return {
+        "model": bench.language_model.name,
+        "text": bench.text.name,
+        "dtype": str(bench.language_model.dtype).removeprefix("torch."),
+    }
+
+
+def baseline_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of results with what its formula says about itself."""
+    from prunezero.formula.criterion import Criterion
+
+    named = {**row, "name": row["recipe"]}
+    if row["formula"]:
+        criterion = Criterion.parse(row["formula"])
+        named |= {
+            "complexity": criterion.complexity,
+            "signal": criterion.signal,
+            "fingerprint": criterion.fingerprint,
+        }
+    return named
+
+
+def list_runs(runs_dir: Path) -> list[dict[str, Any]]:
+    """Searches of a runs folder: name, formula and measured perplexity of each winner."""
+    rows = []
+    for journal in sorted(runs_dir.glob("*/journal.jsonl")):
+        folder = journal.parent
+        row: dict[str, Any] = {"name": folder.name, "formula": "", "validation": "", "test": ""}
+        if (folder / "recipe.yaml").is_file():
+            recipe = Recipe.load(folder / "recipe.yaml")
+            last = recipe.provenance.get("measured", [{}])[-1]
+            row["formula"] = recipe.criterion.text
+            row["validation"], row["test"] = (
+                f"{last[key]:.2f}" if key in last else "" for key in _PERPLEXITIES
+            )
+        rows.append(row | {"state": "finished" if row["formula"] else "go on with --resume"})
+    return rows

@@ -1,0 +1,46 @@
+"""A pruned model on disk: weights, card, recipe and report in one plain transformers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import OutputError
+from prunezero.models.evaluation import SavedSparsity, count_sparsity
+from prunezero.models.saving import save_model
+from prunezero.models.units import Layer
+from prunezero.pruning.bench import Bench
+from prunezero.pruning.recipe import Recipe
+from prunezero.report.card import model_card
+
+
+def save_pruned(
+    bench: Bench,
+    recipe: Recipe,
+    rows: Sequence[dict[str, Any]],
+    layers: Sequence[Layer],
+    folder: Path,
+) -> SavedSparsity:
+    """Save the model on the bench, and count its zeros again from the files.
+
+    Args:
+        rows: results of the dense and of the pruned model.
+
+    Raises:
+        OutputError: the folder cannot be written, or the files do not hold what is in memory.
+    """
+    results = [{**row, "method": row["recipe"], "model": bench.language_model.name} for row in rows]
+    card = model_card(bench.language_model.name, recipe.criterion, results, recipe=recipe.to_yaml())
+    report = json.dumps({"rows": list(rows)}, indent=2) + "\n"
+    files = {"README.md": card, "recipe.yaml": recipe.to_yaml(), "report.json": report}
+    save_model(bench.language_model, folder, files=files)
+    saved = count_sparsity(folder, [layer.name for layer in layers])
+    in_memory = sum(int((layer.weight == 0).sum()) for layer in layers)
+    if saved.zeros != in_memory or saved.negative_zeros:
+        raise OutputError(
+            f"{folder} holds {saved.zeros} zeros ({saved.negative_zeros} of them negative) but the "
+            f"model has {in_memory}; please report this"
+        )
+    return saved

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, kl_div
+
+from prunezero.errors import ModelError, TextError
+from prunezero.models import evaluation
+from prunezero.models.evaluation import count_sparsity, dense_reference, evaluate
+from prunezero.models.saving import save_model
+from prunezero.models.units import find_layers
+from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
+
+
+@pytest.mark.parametrize("chunk", [512, 7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_perplexity_and_divergence_equal_those_of_whole_logits(
+    family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "CHUNK", chunk)
+    model, ids = tiny_model(family), tiny_batches(3, 24)
+    reference = dense_reference(model, ids)
+    with torch.no_grad():
+        dense = model.model(ids).logits[:, :-1].log_softmax(-1)
+        find_layers(model.model)[-1].weight.mul_(-30.0)
+        pruned = model.model(ids).logits[:, :-1].log_softmax(-1)
+    measured = evaluate(model, ids, reference=reference)
+    losses = [cross_entropy(p, i[1:]).item() for p, i in zip(pruned, ids, strict=True)]
+    assert measured.window_losses == pytest.approx(losses, rel=1e-5)
+    assert measured.perplexity == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+    expected = kl_div(pruned, dense, log_target=True, reduction="none").sum(-1).mean().item()
+    assert measured.kl == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert measured.kl is not None and measured.kl > 0
+    assert measured.tokens == 3 * 23
+    assert measured.seconds > 0
+
+
+def test_capped_logits_are_measured_as_the_model_computes_them() -> None:
+    model, ids = tiny_model("gemma3", final_logit_softcapping=0.05), tiny_batches(2, 24)
+    reference = dense_reference(model, ids)
+    with torch.no_grad():
+        logits = model.model(ids).logits
+        assert float(logits.abs().max()) < 0.05
+        loss = cross_entropy(logits[:, :-1].reshape(-1, 97), ids[:, 1:].reshape(-1))
+    measured = evaluate(model, ids, reference=reference)
+    assert measured.perplexity == pytest.approx(math.exp(loss.item()), rel=1e-6)
+    assert measured.kl == 0.0
+    assert evaluate(model, ids).kl is None
+
+
+def test_a_model_that_blew_up_has_no_perplexity() -> None:
+    model, ids = tiny_model(), tiny_batches()
+    find_layers(model.model)[0].weight.fill_(float("nan"))
+    measured = evaluate(model, ids)
+    assert math.isnan(measured.perplexity)
+    assert all(map(math.isnan, measured.window_losses))
+
+
+def test_each_window_is_measured_by_itself() -> None:
+    model, ids = tiny_model(), tiny_batches(3)
+    together = evaluate(model, ids).window_losses
+    assert together == tuple(evaluate(model, one[None]).window_losses[0] for one in ids)
+
+
+def test_text_that_the_model_cannot_take_is_refused() -> None:
+    for measure in (evaluate, dense_reference):
+        with pytest.raises(TextError, match="65 tokens are longer than the 64"):
+            measure(tiny_model(), tiny_batches(1, 65))
+
+
+def test_a_reference_of_other_windows_is_refused_with_both_shapes() -> None:
+    model = tiny_model()
+    reference = dense_reference(model, tiny_batches(2))
+    with pytest.raises(ModelError, match=r"\[2, 16\] .* \[4, 16\]"):
+        evaluate(model, tiny_batches(4), reference=reference)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zeros_are_counted_in_the_saved_files(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    layers = find_layers(model.model)
+    names = [layer.name for layer in layers]
+    layers[0].weight[:, 1::2] = -0.0
+    layers[1].weight[:3] = 0.0
+    save_model(model, tmp_path / "saved")
+    counted = count_sparsity(tmp_path / "saved", names)
+    expected = layers[0].weight.numel() // 2 + 3 * layers[1].weight.shape[1]
+    assert (counted.zeros, counted.negative_zeros) == (expected, 0)
+    assert counted.total == sum(layer.weight.numel() for layer in layers)
+    assert counted.sparsity == expected / counted.total
+
+
+def test_zeros_are_counted_across_several_files_and_negative_ones_are_named(tmp_path: Path) -> None:
+    model = tiny_model()
+    layer = find_layers(model.model)[-1]
+    layer.weight[0] = -0.0
+    model.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    counted = count_sparsity(tmp_path, [layer.name])
+    assert (counted.zeros, counted.negative_zeros) == (64, 64)
+
+
+def test_a_folder_without_a_model_a_damaged_file_and_a_missing_layer_are_refused(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ModelError, match="model.safetensors is missing"):
+        count_sparsity(tmp_path, ["a"])
+    save_model(tiny_model(), tmp_path / "saved")
+    with pytest.raises(ModelError, match="has no weight 'a.weight'"):
+        count_sparsity(tmp_path / "saved", ["a"])
+    file = tmp_path / "saved" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ModelError, match="is damaged"):
+        count_sparsity(tmp_path / "saved", ["a"])

@@ -1,0 +1,85 @@
+"""Tables hold every candidate; the readable one starts with the best."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+import pytest
+
+from prunezero.errors import OutputError
+from prunezero.report.candidates import COLUMNS, READABLE, write_candidates
+
+
+def row(slot: int, perplexity: float | None, **changes: Any) -> dict[str, Any]:
+    known = {
+        "slot": slot,
+        "generation": 0,
+        "origin": "seed",
+        "parents": (1, 2) if slot else (),
+        "status": "ok",
+        "formula": "abs(W)*X",
+        "complexity": 4,
+        "depth": 2,
+        "signal": "activations",
+        "fingerprint": "ab",
+        "mask": "cd",
+        "layer_error": 0.123456789,
+        "search_perplexity": perplexity,
+        "validation_perplexity": None,
+        "seconds": 1.23456,
+    }
+    return {**known, **changes}
+
+
+ROWS = [row(0, 25.0), row(1, None), row(2, 21.123456), row(3, float("nan"), layer_error=None)]
+
+
+def test_parquet_keeps_every_row_as_it_is(tmp_path: Path) -> None:
+    write_candidates(ROWS, tmp_path / "night")
+    table = parquet.read_table(tmp_path / "night" / "candidates.parquet")
+    assert tuple(table.column_names) == COLUMNS
+    found = table.to_pylist()
+    assert [entry["slot"] for entry in found] == [0, 1, 2, 3]
+    assert found[2]["search_perplexity"] == 21.123456 and found[2]["parents"] == [1, 2]
+    assert found[1]["search_perplexity"] is None
+
+
+def test_csv_is_rounded_and_starts_with_the_best(tmp_path: Path) -> None:
+    write_candidates([*ROWS, row(4, 22.0, formula='Müller, "x"')], tmp_path)
+    with (tmp_path / "candidates.csv").open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [entry["slot"] for entry in found] == ["2", "4", "0", "1", "3"]
+    best = found[0]
+    assert (best["search_perplexity"], best["layer_error"], best["seconds"], best["parents"]) == (
+        "21.123",
+        "0.12346",
+        "1.23",
+        "1 2",
+    )
+    assert found[1]["formula"] == 'Müller, "x"'
+    assert set(READABLE) == set(COLUMNS)
+
+
+def test_an_empty_search_still_has_its_tables(tmp_path: Path) -> None:
+    write_candidates([], tmp_path)
+    assert parquet.read_table(tmp_path / "candidates.parquet").num_rows == 0
+    assert (tmp_path / "candidates.csv").read_text().startswith("search_perplexity,")
+
+
+def test_writing_again_replaces_the_tables_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_candidates(ROWS, tmp_path)
+    write_candidates(ROWS[:1], tmp_path)
+    assert parquet.read_table(tmp_path / "candidates.parquet").num_rows == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "candidates.csv",
+        "candidates.parquet",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_candidates(ROWS, tmp_path / "file")

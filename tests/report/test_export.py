@@ -1,0 +1,234 @@
+"""An exported page must prune exactly the weights that the engine prunes, without the engine."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunezero.errors import OutputError
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.vocabulary import FEATURES
+from prunezero.models.calibration import calibrate
+from prunezero.models.units import find_layers
+from prunezero.report import pruner_template
+from prunezero.report.export import FEATURE_LINES, PrunerFields, pruner_page, write_pruner
+from prunezero.scoring.score import keep_mask
+from prunezero.scoring.statistics import needed_sums
+from tests.tiny_models import FAMILIES, save_tiny_model, tiny_batches, tiny_model
+
+FORMULAS = {
+    "magnitude": "abs(W)",
+    "wanda": "abs(W)*X",
+    "ria": "(abs(W)/C1 + abs(W)/R1)*sqrt(X)",
+    "pruner-zero": "sqr(W)*minmax(G)",
+    "gblm": "abs(W)*(X + 100*G1)",
+    "reductions": "abs(W)*row_norm(W)*col_mean(G)/layer_max(R1)",
+}
+
+
+def page_module(fields: PrunerFields, folder: Path) -> Any:
+    path = folder / "pruner.py"
+    write_pruner(fields, path)
+    specification = importlib.util.spec_from_file_location(f"pruner_{folder.name}", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def engine_masks(family: str, fields: PrunerFields, sparsity: float) -> dict[str, torch.Tensor]:
+    language_model = tiny_model(family)
+    layers = find_layers(
+        language_model.model, targets=list(fields.targets), ignore=list(fields.ignore)
+    )
+    sums = needed_sums([fields.criterion])
+    statistics = calibrate(language_model, tiny_batches(), layers, sums)
+    return {
+        layer.name: keep_mask(
+            fields.criterion,
+            layer.weight,
+            statistics.get(layer.name),
+            sparsity,
+            compare=fields.compare,
+            pattern=fields.pattern,
+            layer=layer.name,
+        )
+        for layer in layers
+    }
+
+
+def assert_page_equals_engine(
+    family: str, fields: PrunerFields, folder: Path, sparsity: float = 0.5
+) -> None:
+    network = tiny_model(family).model
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    page = page_module(fields, folder)
+    batches = torch.split(tiny_batches(), 1)
+    report = page.prune_(network, batches, sparsity=sparsity, pattern=fields.pattern)
+    masks = engine_masks(family, fields, sparsity)
+    assert list(report["layers"]) == list(masks)
+    changed = dict(network.state_dict())
+    for layer in find_layers(network):
+        if layer.name in masks:
+            key = f"{layer.name}.weight"
+            is_transposed = not isinstance(layer.module, torch.nn.Linear)
+            dense = before[key].T if is_transposed else before[key]
+            expected = torch.where(masks[layer.name], dense, 0.0)
+            assert torch.equal(layer.weight, expected), layer.name
+            assert not torch.signbit(layer.weight[layer.weight == 0]).any()
+            changed.pop(key)
+    for key, value in changed.items():
+        assert torch.equal(value, before[key]), f"{key} must stay as it was"
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_page_prunes_the_very_weights_that_the_engine_prunes(
+    name: str, family: str, tmp_path: Path
+) -> None:
+    fields = PrunerFields(name=name, criterion=Criterion.parse(FORMULAS[name]))
+    assert_page_equals_engine(family, fields, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_page_finds_the_layers_of_every_family(family: str, tmp_path: Path) -> None:
+    fields = PrunerFields(name="wanda", criterion=Criterion.parse("abs(W)*X"))
+    assert_page_equals_engine(family, fields, tmp_path, sparsity=0.29)
+
+
+@pytest.mark.parametrize("feature", [name for name, row in FEATURES.items() if row.ready])
+def test_every_feature_has_the_same_value_in_a_page(feature: str, tmp_path: Path) -> None:
+    criterion = Criterion.parse(f"abs(W)*{feature}" if feature != "W" else "W")
+    fields = PrunerFields(name=feature, criterion=criterion, compare="layer")
+    assert_page_equals_engine("llama", fields, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("compare", "pattern", "sparsity"),
+    [
+        ("layer", "free", 0.7),
+        ("24 columns", "free", 0.3),
+        ("row", "2:4", 0.5),
+        ("row", "1:4", 0.75),
+    ],
+)
+def test_page_knows_the_groups_and_patterns(
+    compare: str, pattern: str, sparsity: float, tmp_path: Path
+) -> None:
+    criterion = Criterion.parse("abs(W)*X")
+    fields = PrunerFields(name="w", criterion=criterion, compare=compare, pattern=pattern)
+    assert_page_equals_engine("llama", fields, tmp_path, sparsity)
+
+
+def test_page_prunes_the_layers_that_the_recipe_names(tmp_path: Path) -> None:
+    fields = PrunerFields(
+        name="w",
+        criterion=Criterion.parse("abs(W)*X"),
+        targets=("q_proj", "re:mlp"),
+        ignore=("0.mlp.down_proj",),
+    )
+    assert_page_equals_engine("llama", fields, tmp_path)
+
+
+def test_ties_and_signed_zeros_lose_the_lower_index() -> None:
+    scores = torch.tensor([[0.0, -0.0, 1.0, -0.0, 0.0], [2.0, 2.0, 2.0, 2.0, 2.0]])
+    keep = pruner_template.mask(scores, 0.4)
+    assert keep.tolist() == [[False, False, True, True, True]] * 2
+
+
+def test_page_refuses_scores_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        pruner_template.mask(torch.tensor([[1.0, float("nan")]]), 0.5)
+
+
+def test_page_refuses_a_sparsity_that_the_pattern_cannot_have() -> None:
+    with pytest.raises(ValueError, match="1:4 needs columns in 4s and sparsity 0.75"):
+        pruner_template.mask(torch.ones(2, 8), 0.5, "1:4")
+
+
+def test_page_collects_only_the_sums_of_its_formula() -> None:
+    gradient_page = pruner_page(PrunerFields("g", Criterion.parse("abs(W)*G")))
+    assert "gradient_square_sum" in gradient_page and "input_square_sum" not in gradient_page
+    weight_page = pruner_page(PrunerFields("m", Criterion.parse("abs(W)")))
+    assert "_sum" not in weight_page.split("def prune_")[0]
+
+
+def test_template_is_the_exported_wanda_but_for_its_words() -> None:
+    page = ast.parse(pruner_page(PrunerFields("wanda", Criterion.parse("abs(W)*X"))))
+    template = ast.parse(Path(pruner_template.__file__).read_text(encoding="utf-8"))
+    for mine, theirs in zip(page.body, template.body, strict=True):
+        if isinstance(mine, ast.FunctionDef) and mine.name != "listen":
+            assert ast.dump(mine) == ast.dump(theirs)
+
+
+def test_template_is_at_most_150_lines() -> None:
+    text = Path(pruner_template.__file__).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+
+
+def test_every_ready_feature_can_be_exported() -> None:
+    assert set(FEATURE_LINES) == {name for name, row in FEATURES.items() if row.ready}
+
+
+@pytest.mark.parametrize(
+    ("choice", "value"),
+    [("update", "obs"), ("statistics", "sequential"), ("allocate", "owl"), ("compare", "model")],
+)
+def test_recipes_that_a_page_cannot_follow_are_refused(choice: str, value: str) -> None:
+    fields = PrunerFields("mine", Criterion.parse("abs(W)"), **{choice: value})  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match="cannot follow"):
+        pruner_page(fields)
+
+
+def test_hostile_words_stay_words(tmp_path: Path) -> None:
+    fields = PrunerFields(
+        name='x"""\nimport os\n"""',
+        criterion=Criterion.parse("abs(W)"),
+        source="C:\\new \\x41 '''",
+        targets=('q"""_proj',),
+    )
+    page = pruner_page(fields)
+    assert not any(
+        alias.name == "os"
+        for node in ast.walk(ast.parse(page))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    )
+
+
+def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
+    fields = PrunerFields("m", Criterion.parse("abs(W)"))
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_pruner(fields, tmp_path / "missing" / "pruner.py")
+
+
+def test_page_is_clean_by_our_own_linter(tmp_path: Path) -> None:
+    criterion = Criterion.parse("abs(W)*(X + 100*G1)*D + abs(X_mean)*Y + X_var")
+    write_pruner(PrunerFields("all sums", criterion, source="s " * 90), tmp_path / "pruner.py")
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100"]
+    command += ["--select", "E,F,I,UP,B", str(tmp_path / "pruner.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_page_runs_as_a_program_and_saves_the_pruned_model(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    save_tiny_model("llama", tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("every cat sat on a warm mat. " * 30)
+    write_pruner(PrunerFields("wanda", Criterion.parse("abs(W)*X")), tmp_path / "pruner.py")
+    command = [sys.executable, "pruner.py", "dense", "text.txt", "--output", "pruned"]
+    command += ["--sparsity", "0.25", "--sequences", "4", "--length", "32"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"sparsity": 0.25' in done.stdout
+    weights = load_file(tmp_path / "pruned" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    assert (weights[name] == 0).float().mean() == 0.25

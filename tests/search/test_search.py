@@ -1,0 +1,253 @@
+"""The search: deterministic, exactly resumable, and blind to masks it has seen."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prunezero.errors import OutputError, SearchError
+from prunezero.formula import Criterion
+from prunezero.search.candidate import Candidate
+from prunezero.search.journal import Journal
+from prunezero.search.search import search
+from prunezero.search.session import (
+    Session,
+    finalists,
+    found_recipe,
+    judge,
+    make_task,
+    measure_rivals,
+    open_session,
+)
+from tests.search.bench import tiny_bench, tiny_space
+
+
+@pytest.fixture(autouse=True)
+def closed_journals() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().journal.close()
+
+
+OPENED: list[Session] = []
+
+
+def session_in(folder: Path, *, resume: bool = False, seed: int = 0, **space: object) -> Session:
+    task = make_task(tiny_space(**space), 0.5, seed=seed)
+    session = open_session(tiny_bench(), task, folder, resume=resume)
+    OPENED.append(session)
+    return session
+
+
+def outcome(candidates: list[Candidate]) -> list[tuple[object, ...]]:
+    """What must not depend on interruptions: everything but seconds and replays."""
+    return [
+        (one.slot, one.criterion.text, one.origin, one.parents, one.status, one.mask)
+        + (one.layer_error, one.search_perplexity)
+        for one in candidates
+    ]
+
+
+def test_the_same_seed_gives_the_same_candidates_and_another_seed_others(tmp_path: Path) -> None:
+    first = outcome(list(search(session_in(tmp_path / "a").ladder, budget=20)))
+    again = outcome(list(search(session_in(tmp_path / "b").ladder, budget=20)))
+    other = outcome(list(search(session_in(tmp_path / "c", seed=1).ladder, budget=20)))
+    assert first == again
+    assert first != other
+    assert {row[4] for row in first} >= {"new", "known"}
+    assert {row[2] for row in first} >= {"seed", "random", "mutate", "tune"}
+
+
+def test_a_candidate_whose_mask_is_known_is_never_scored_again(tmp_path: Path) -> None:
+    session = session_in(tmp_path / "a")
+    found = list(search(session.ladder, budget=30))
+    screened = [one for one in found if one.status == "new" and one.search_perplexity is None]
+    assert len({one.mask for one in screened}) == len(screened) == 30
+    known = [one for one in found if one.status == "known"]
+    assert known and all(one.seconds == 0 for one in known)
+
+
+@pytest.mark.parametrize(
+    ("formula", "twin"),
+    [
+        ("abs(W)*X", "3*abs(W)*X + 0.5"),
+        ("abs(W)*X", "exp(abs(W)*X)"),
+        ("abs(W)*X", "W**2*X**2"),
+        ("abs(W)*X", "minmax(abs(W)*X)"),
+        ("abs(W)*X", "abs(W)*X/R1"),
+        ("abs(W)*X", "abs(W)*X*layer_norm(W)"),
+    ],
+)
+def test_monotone_wrappers_scalings_and_row_factors_have_the_same_mask(
+    formula: str, twin: str, tmp_path: Path
+) -> None:
+    ladder = session_in(tmp_path / "a").ladder
+    one, other = (ladder.probe(Criterion.parse(text)) for text in (formula, twin))
+    assert one is not None and other is not None
+    assert one.digest == other.digest
+    different = ladder.probe(Criterion.parse("abs(W)"))
+    assert different is not None and different.digest != one.digest
+
+
+def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    whole = outcome(list(search(session_in(tmp_path / "whole").ladder, budget=20)))
+    rng = random.Random(0)
+    for _ in range(3):
+        session = session_in(tmp_path / "parts", resume=True)
+        steps = rng.randrange(3, 12)
+        for _, _ in zip(range(steps), search(session.ladder, budget=20), strict=False):
+            pass
+        session.journal.close()
+    session = session_in(tmp_path / "parts", resume=True)
+    parts = list(search(session.ladder, budget=20))
+    assert outcome(parts) == whole
+    assert any(one.is_replayed for one in parts) and not all(one.is_replayed for one in parts)
+
+
+def test_kill_minus_nine_at_random_moments_changes_nothing(tmp_path: Path) -> None:
+    whole = outcome(list(search(session_in(tmp_path / "whole").ladder, budget=40)))
+    program = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from tests.search.test_search import session_in
+        from prunezero.search.search import search
+        session = session_in(Path(sys.argv[1]), resume=True)
+        print("ready", flush=True)
+        for _ in search(session.ladder, budget=40): pass
+        """
+    )
+    rng = random.Random(1)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path / "parts")],
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0.05, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    session = session_in(tmp_path / "parts", resume=True)
+    assert outcome(list(search(session.ladder, budget=40))) == whole
+
+
+def test_a_torn_last_record_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    journal = Journal(path, {"model": "a"}, resume=False)
+    journal.write("layer error", "W", {"layer_error": 0.1})
+    before = path.stat().st_size
+    journal.write("layer error", "X", {"layer_error": 0.2})
+    journal.close()
+    content = path.read_bytes()
+    for cut in range(before, len(content)):
+        path.write_bytes(content[:cut])
+        journal = Journal(path, {"model": "a"}, resume=True)
+        assert journal.known("layer error", "W") == {"layer_error": 0.1}
+        assert journal.known("layer error", "X") is None
+        journal.write("layer error", "X", {"layer_error": 0.3})
+        journal.close()
+        journal = Journal(path, {"model": "a"}, resume=True)
+        assert journal.known("layer error", "X") == {"layer_error": 0.3}
+        journal.close()
+
+
+def test_a_journal_that_was_edited_is_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    journal = Journal(path, {"model": "a"}, resume=False)
+    for word in "WXG":
+        journal.write("layer error", word, {"layer_error": 0.1})
+    journal.close()
+    path.write_bytes(path.read_bytes().replace(b'"X"', b'"Y"'))
+    with pytest.raises(SearchError, match="line 3 is damaged"):
+        Journal(path, {"model": "a"}, resume=True)
+
+
+def test_resuming_under_other_settings_is_refused_with_the_difference(tmp_path: Path) -> None:
+    session_in(tmp_path / "a").journal.close()
+    with pytest.raises(SearchError, match="seed: 0 then, 1 now"):
+        session_in(tmp_path / "a", resume=True, seed=1)
+    with pytest.raises(SearchError, match="space: .* then"):
+        session_in(tmp_path / "a", resume=True, generation=7)
+    with pytest.raises(SearchError, match="model: "):
+        task = make_task(tiny_space(), 0.5)
+        open_session(tiny_bench(intermediate_size=32), task, tmp_path / "a", resume=True)
+
+
+def test_a_search_is_never_overwritten_and_never_run_twice_at_once(tmp_path: Path) -> None:
+    session = session_in(tmp_path / "a")
+    with pytest.raises(SearchError, match="in use"):
+        session_in(tmp_path / "a", resume=True)
+    session.journal.close()
+    with pytest.raises(SearchError, match="--resume"):
+        session_in(tmp_path / "a")
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        session_in(tmp_path / "file" / "run")
+
+
+def test_the_winner_is_judged_on_text_that_the_search_never_saw(tmp_path: Path) -> None:
+    session = session_in(tmp_path / "a")
+    candidates = list(search(session.ladder, budget=12))
+    final = finalists(candidates)
+    assert 1 <= len(final) <= 3
+    row = judge(session, final[0])
+    assert row["validation_perplexity"] != final[0].search_perplexity
+    assert "test_perplexity" not in row and "search_perplexity" not in row
+    recipe = found_recipe(session, "mine", final[0])
+    assert recipe.criterion == final[0].criterion
+    assert recipe.provenance["model_fingerprint"] == session.bench.language_model.fingerprint
+    rivals = list(measure_rivals(session, ("validation", "test")))
+    assert [row["recipe"] for row in rivals] == [
+        "dense",
+        "magnitude",
+        "wanda",
+        "ria",
+        "pruner_zero",
+    ]
+
+
+def test_a_search_without_a_measured_candidate_says_what_to_do() -> None:
+    with pytest.raises(SearchError, match="--resume"):
+        finalists([])
+
+
+def test_stop_ends_the_search_between_two_pieces_of_work(tmp_path: Path) -> None:
+    answers = iter([False] * 5 + [True] * 100)
+    session = session_in(tmp_path / "a")
+    found = list(search(session.ladder, budget=50, stop=lambda: next(answers)))
+    assert len(found) == 6
+
+
+def test_a_space_that_is_exhausted_ends_the_search(tmp_path: Path) -> None:
+    task = make_task(
+        tiny_space(
+            terminals=["abs(W)", "X"], operators=["add"], constants=[], tuned=0.0, max_complexity=6
+        ),
+        0.5,
+    )
+    session = open_session(tiny_bench(), task, tmp_path / "a")
+    OPENED.append(session)
+    found = list(search(session.ladder))
+    assert 3 <= len({one.mask for one in found if one.status == "new"}) < 12
+
+
+def test_scratch_starts_without_published_formulas_and_the_default_with_them() -> None:
+    space = tiny_space(max_complexity=20)
+    texts = {criterion.text for criterion in make_task(space, 0.5).seeds}
+    assert {"abs(W)*X", "W**2*minmax(G)", "(abs(W)/C1 + abs(W)/R1)*sqrt(X)"} <= texts
+    assert make_task(space, 0.5, from_scratch=True).seeds == ()
