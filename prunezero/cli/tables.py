@@ -13,7 +13,6 @@ console = Console()
 
 _COLUMNS = {
     "recipe": "recipe",
-    "formula": "formula",
     "sparsity_reached": "sparsity",
     "search_perplexity": "search",
     "validation_perplexity": "validation",
@@ -28,13 +27,7 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
     shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
     table = Table(title=title, title_justify="left", caption_justify="left")
     for key in shown:
-        is_text = key in ("recipe", "formula")
-        table.add_column(
-            _COLUMNS[key],
-            justify="left" if is_text else "right",
-            overflow="fold" if is_text else "ellipsis",
-            no_wrap=key != "formula",
-        )
+        table.add_column(_COLUMNS[key], justify="left" if key == "recipe" else "right")
     pruned = [row for row in rows if row["recipe"] != "dense" and row.get(best) is not None]
     winner = min(pruned, key=lambda row: row[best], default=None)
     for row in rows:

@@ -8,7 +8,7 @@ space is drawn again, from the same generator, up to a limit.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import sympy
@@ -57,8 +57,8 @@ def cross(
     """The mother with one of her sub-formulas exchanged for one of the father's."""
 
     def child() -> Any:
-        scion = _at(father.sympy, rng.choice(list(_paths(father.sympy))))
-        return _replaced(mother.sympy, rng.choice(list(_paths(mother.sympy))), scion)
+        scion = _at(father.sympy, _place(father.sympy, space, rng))
+        return _replaced(mother.sympy, _place(mother.sympy, space, rng), scion)
 
     return draw(child, space)
 
@@ -85,12 +85,12 @@ def _leaf(space: SearchSpace, rng: random.Random) -> Any:
 
 def _grow(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
     """One sub-formula exchanged for a fresh one."""
-    return _replaced(tree, rng.choice(list(_paths(tree))), random_tree(space, rng, 3))
+    return _replaced(tree, _place(tree, space, rng), random_tree(space, rng, 3))
 
 
 def _wrap(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
     """One sub-formula put inside an operator."""
-    path = rng.choice(list(_paths(tree)))
+    path = _place(tree, space, rng)
     inner = _at(tree, path)
     name = rng.choice(space.operators)
     if name == "power":
@@ -104,9 +104,10 @@ def _wrap(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
 
 def _hoist(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
     """One sub-formula exchanged for one of its own parts, so the tree gets smaller."""
-    path = rng.choice(list(_paths(tree)))
+    path = _place(tree, space, rng)
     part = _at(tree, path)
-    return _replaced(tree, path, rng.choice(part.args) if part.args else _leaf(space, rng))
+    is_leaf = not part.args or part in _leaves(space)
+    return _replaced(tree, path, _leaf(space, rng) if is_leaf else rng.choice(part.args))
 
 
 def _nudge(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
@@ -114,7 +115,7 @@ def _nudge(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
     has_power = "power" in space.operators
     numbers = [
         path
-        for path in _paths(tree, numbers=True)
+        for path in _paths(tree, _leaves(space), numbers=True)
         if _is_number(_at(tree, path))
         and (has_power if _is_exponent(tree, path) else bool(space.constants))
     ]
@@ -124,7 +125,7 @@ def _nudge(tree: Any, space: SearchSpace, rng: random.Random) -> Any:
         return _replaced(tree, path, number(float(format(value, ".3g"))))
     if not has_power:
         return _grow(tree, space, rng)
-    path = rng.choice(list(_paths(tree)))
+    path = _place(tree, space, rng)
     exponent = number(rng.choice(space.exponents))
     return _replaced(tree, path, combine(OPERATORS["power"], _at(tree, path), exponent))
 
@@ -169,12 +170,24 @@ def _with_open_exponents(product: Any) -> Any:
     return sympy.Mul(*opened, evaluate=False)
 
 
-def _paths(tree: Any, *, numbers: bool = False, at: Path = ()) -> Iterator[Path]:
+def _place(tree: Any, space: SearchSpace, rng: random.Random) -> Path:
+    return rng.choice(list(_paths(tree, _leaves(space))))
+
+
+def _leaves(space: SearchSpace) -> set[Any]:
+    """The terminals, which are never taken apart."""
+    return {terminal.sympy for terminal in space.terminals}
+
+
+def _paths(
+    tree: Any, leaves: Set[Any] = frozenset(), *, numbers: bool = False, at: Path = ()
+) -> Iterator[Path]:
     """Every place in a tree, from the root down; places of numbers only when asked for."""
     if numbers or not _is_number(tree):
         yield at
-    for index, argument in enumerate(tree.args):
-        yield from _paths(argument, numbers=numbers, at=(*at, index))
+    if tree not in leaves:
+        for index, argument in enumerate(tree.args):
+            yield from _paths(argument, leaves, numbers=numbers, at=(*at, index))
 
 
 def _is_number(node: Any) -> bool:

@@ -236,14 +236,14 @@ def test_stop_ends_the_search_between_two_pieces_of_work(tmp_path: Path) -> None
 def test_a_space_that_is_exhausted_ends_the_search(tmp_path: Path) -> None:
     task = make_task(
         tiny_space(
-            terminals=["abs(W)", "X"], operators=["add"], constants=[], tuned=0.0, max_complexity=6
+            terminals=["abs(W)", "X"], operators=["neg"], constants=[], tuned=0.0, max_complexity=6
         ),
         0.5,
     )
     session = open_session(tiny_bench(), task, tmp_path / "a")
     OPENED.append(session)
     found = list(search(session.ladder))
-    assert 3 <= len({one.mask for one in found if one.status == "new"}) < 12
+    assert len({one.mask for one in found if one.status == "new"}) == 2
 
 
 def test_scratch_starts_without_published_formulas_and_the_default_with_them() -> None:
