@@ -1,1 +1,64 @@
-"""Search for the formula that prunes your language model best."""
+"""Search for the formula that prunes your language model best.
+
+    import prunezero as pz
+
+    model = pz.load_model("demo")
+    bench = pz.set_up(model, "demo")
+    for row in pz.compare(bench, [pz.Recipe.load("wanda")], 0.5):
+        print(row["recipe"], row["validation_perplexity"])
+
+Everything here is imported when it is first used, so that `import prunezero` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunezero.formula.criterion import Criterion
+    from prunezero.models.calibration import calibrate
+    from prunezero.models.loading import load_model, save_model
+    from prunezero.pruning.bench import Bench, Settings, set_up
+    from prunezero.pruning.compare import compare
+    from prunezero.pruning.prune import prune
+    from prunezero.pruning.recipe import Recipe
+    from prunezero.searching.session import find as search
+    from prunezero.searching.space import SearchSpace
+
+__all__ = [
+    "Bench",
+    "Criterion",
+    "Recipe",
+    "SearchSpace",
+    "Settings",
+    "calibrate",
+    "compare",
+    "load_model",
+    "prune",
+    "save_model",
+    "search",
+    "set_up",
+]
+
+_HOMES = {
+    "Bench": "prunezero.pruning.bench:Bench",
+    "Criterion": "prunezero.formula.criterion:Criterion",
+    "Recipe": "prunezero.pruning.recipe:Recipe",
+    "SearchSpace": "prunezero.searching.space:SearchSpace",
+    "Settings": "prunezero.pruning.bench:Settings",
+    "calibrate": "prunezero.models.calibration:calibrate",
+    "compare": "prunezero.pruning.compare:compare",
+    "load_model": "prunezero.models.loading:load_model",
+    "prune": "prunezero.pruning.prune:prune",
+    "save_model": "prunezero.models.loading:save_model",
+    "search": "prunezero.searching.session:find",
+    "set_up": "prunezero.pruning.bench:set_up",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prunezero' has no attribute '{name}'")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -69,7 +69,7 @@ def _recipes(runs_dir: Path) -> Rows:
 
 
 def _spaces(runs_dir: Path) -> Rows:
-    from prunezero.search.space import SearchSpace, search_spaces
+    from prunezero.searching.space import SearchSpace, search_spaces
 
     spaces = [SearchSpace.load(name) for name in search_spaces()]
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from statistics import median
 from typing import Any
 
 from rich.console import Group
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prunezero.cli.tables import cell, console
-from prunezero.search.candidate import Candidate
+from prunezero.searching.candidate import Candidate
 
 # How many of the best candidates are shown.
 _SHOWN = 5
@@ -31,6 +32,7 @@ class SearchView:
         self._counts: Counter[str] = Counter()
         self._generation = 0
         self._best: list[Candidate] = []
+        self._perplexities: list[float] = []
         self._note = ""
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._picture)
 
@@ -57,6 +59,7 @@ class SearchView:
             self._counts[candidate.status] += 1
             return
         self._counts["measured"] += 1
+        self._perplexities.append(candidate.search_perplexity)
         best = [*self._best, candidate]
         best.sort(key=lambda one: one.search_perplexity or 0.0)
         is_new_best = best[0] is candidate
@@ -75,18 +78,18 @@ class SearchView:
         return self._counts["measured"]
 
     def progress(self) -> dict[str, float]:
-        """The numbers of the curves that are logged, under their names in MLflow."""
+        """The points of the curves that are logged once a candidate was measured, by name."""
         counts = self._counts
         proposed = counts["new"] + counts["known"] + counts["invalid"]
-        found = {
-            "proposed": float(proposed),
-            "known_share": counts["known"] / max(1, proposed),
+        elapsed = time.monotonic() - self._begin
+        return {
+            "best_perplexity": min(self._perplexities),
+            "median_perplexity": median(self._perplexities),
+            "valid_rate": 1 - counts["invalid"] / max(1, proposed),
+            "unique_rate": counts["new"] / max(1, proposed),
+            "seconds_per_candidate": elapsed / max(1, counts["new"]),
             "screened": float(counts["new"]),
-            "measured": float(counts["measured"]),
         }
-        if self._best:
-            found["best_perplexity"] = self._best[0].search_perplexity or 0.0
-        return found
 
     def _picture(self) -> Group:
         table = Table(title="perplexity on search text", title_justify="left")

@@ -26,8 +26,8 @@ from prunezero.cli.options import (
 
 if TYPE_CHECKING:
     from prunezero.report.track import Tracker
-    from prunezero.search.candidate import Candidate
-    from prunezero.search.session import Session
+    from prunezero.searching.candidate import Candidate
+    from prunezero.searching.session import Session
 
 
 def search(
@@ -84,8 +84,8 @@ def search(
     from prunezero.pruning.bench import set_up
     from prunezero.report.run_folder import run_folder
     from prunezero.report.track import Tracker
-    from prunezero.search.session import make_task, open_session
-    from prunezero.search.space import SearchSpace
+    from prunezero.searching.session import make_task, open_session
+    from prunezero.searching.space import SearchSpace
 
     seconds = options.seconds_of(time_limit)
     options.check_json(json_file)
@@ -127,7 +127,7 @@ def _run(
     from prunezero.cli.stopping import Stopping
     from prunezero.cli.tables import Bars, console
     from prunezero.report.run_folder import tracked_rows, tracked_search, write_run
-    from prunezero.search.session import measure_rivals, rivals
+    from prunezero.searching.session import measure_rivals, rivals
 
     name = folder.name
     tracker.record(tracked_search(session, name, finished=False))
@@ -161,7 +161,7 @@ def _candidates(
 ) -> list[Candidate]:
     """Every candidate of the search, the measured ones with their perplexity, in order of slots."""
     from prunezero.report.run_folder import tracked_candidate
-    from prunezero.search.search import search as candidates_of
+    from prunezero.searching.search import search as candidates_of
 
     found: dict[int, Candidate] = {}
     for candidate in candidates_of(session.ladder, budget=budget, stop=stopping):
@@ -185,7 +185,7 @@ def _judged(
         tracked_search,
         write_winner,
     )
-    from prunezero.search import session as sessions
+    from prunezero.searching import session as sessions
 
     name = folder.name
     final = sessions.finalists(candidates)

@@ -22,7 +22,7 @@ METRIC_NAMES = {
     "test_perplexity": "eval/test_perplexity",
     "kl": "eval/kl",
     "layer_error": "eval/layer_error",
-    "measured_sparsity": "mask/sparsity",
+    "sparsity_reached": "mask/sparsity",
     "seconds": "cost/seconds",
     "complexity": "formula/complexity",
 }

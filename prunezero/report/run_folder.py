@@ -16,8 +16,8 @@ from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth
 from prunezero.report.records import RunRecord, candidate_name, run_record
-from prunezero.search.candidate import Candidate
-from prunezero.search.session import Session
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.session import Session
 
 _PERPLEXITIES = ("validation_perplexity", "test_perplexity")
 # What a recipe keeps of a row of results.

@@ -244,7 +244,9 @@ def tracking_uri(runs_dir: Path, uri: str | None = None) -> str:
     return uri or os.environ.get("MLFLOW_TRACKING_URI") or _database_uri(runs_dir)
 
 
-def ui_command(runs_dir: Path, uri: str | None = None) -> tuple[list[str], dict[str, str]]:
+def ui_command(
+    runs_dir: Path, uri: str | None = None, *, port: int = 5000
+) -> tuple[list[str], dict[str, str]]:
     """The command that opens the web page on this machine alone, and the environment it needs.
 
     Raises:
@@ -255,9 +257,29 @@ def ui_command(runs_dir: Path, uri: str | None = None) -> tuple[list[str], dict[
         raise OutputError(f"the runs are on the server {store}; open that address in a browser")
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]
     # One worker and no job runner: a quarter of the memory, and nothing here needs more.
-    command += ["--host", "127.0.0.1", "--port", "5000", "-w", "1"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "-w", "1"]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     return command, {**os.environ, **quiet}
+
+
+def view_links(runs_dir: Path, *, port: int = 5000) -> dict[str, str]:
+    """Where each saved view opens, by its name, once `ui_command` runs."""
+    from mlflow import MlflowClient
+
+    from prunezero.report.mlflow_store import EXPERIMENT
+    from prunezero.report.views import VIEWS
+
+    experiment = MlflowClient(tracking_uri=tracking_uri(runs_dir)).get_experiment_by_name(
+        EXPERIMENT
+    )
+    if experiment is None:
+        return {}
+    page = f"http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs"
+    return {
+        name: f"{page}?viewStateShareKey={key}" + ("&compareRunsMode=CHART" if charts else "")
+        for key, (name, state) in VIEWS.items()
+        for charts in [state["compareRunCharts"]]
+    }
 
 
 def _database_uri(runs_dir: Path) -> str:

@@ -14,9 +14,9 @@ from typing import Any
 
 from prunezero.errors import CriterionError
 from prunezero.formula.criterion import Criterion
-from prunezero.search.candidate import Candidate
-from prunezero.search.genetics import cross, mutate, random_criterion, tunable
-from prunezero.search.space import SearchSpace
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.genetics import cross, mutate, random_criterion, tunable
+from prunezero.searching.space import SearchSpace
 
 
 @dataclass(frozen=True)

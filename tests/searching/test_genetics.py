@@ -8,8 +8,8 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
-from prunezero.search.genetics import cross, mutate, random_criterion, tunable
-from prunezero.search.space import SearchSpace, search_spaces
+from prunezero.searching.genetics import cross, mutate, random_criterion, tunable
+from prunezero.searching.space import SearchSpace, search_spaces
 
 
 def test_the_folder_holds_the_three_spaces() -> None:

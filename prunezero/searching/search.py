@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from prunezero.errors import ScoreError
-from prunezero.search.candidate import Candidate
-from prunezero.search.ladder import Ladder, ProbeMask
-from prunezero.search.space import SearchSpace
-from prunezero.search.strategies import Proposal, Tuning, breed, generator
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.ladder import Ladder, ProbeMask
+from prunezero.searching.space import SearchSpace
+from prunezero.searching.strategies import Proposal, Tuning, breed, generator
 
 # Proposals for one new mask before a space counts as exhausted.
 _MAX_PROPOSALS = 40

@@ -16,9 +16,9 @@ from prunezero.models.units import Layer
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.statistics import Statistics
-from prunezero.search.fitness import layer_error, mask_digest, masks_on, probe_of, sample_rows
-from prunezero.search.journal import Journal
-from prunezero.search.space import SearchSpace
+from prunezero.searching.fitness import layer_error, mask_digest, masks_on, probe_of, sample_rows
+from prunezero.searching.journal import Journal
+from prunezero.searching.space import SearchSpace
 
 
 @dataclass(frozen=True)

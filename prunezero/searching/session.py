@@ -15,11 +15,12 @@ from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import check_recipe, dense_sums, settled_sparsity
 from prunezero.pruning.recipe import Recipe, published_recipes
-from prunezero.search.candidate import Candidate
-from prunezero.search.fitness import ladder_sums
-from prunezero.search.journal import Journal
-from prunezero.search.ladder import Ladder, Task
-from prunezero.search.space import SearchSpace
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.fitness import ladder_sums
+from prunezero.searching.journal import Journal
+from prunezero.searching.ladder import Ladder, Task
+from prunezero.searching.search import search
+from prunezero.searching.space import SearchSpace
 
 # What every search is compared with, in this order.
 RIVALS = ("magnitude", "wanda", "ria", "pruner_zero")
@@ -177,3 +178,36 @@ def _header(bench: Bench, task: Task) -> dict[str, Any]:
         "seeds": [criterion.text for criterion in task.seeds],
         "rivals": [recipe.criterion.text for recipe in rivals(task)],
     }
+
+
+def find(
+    bench: Bench,
+    space: str | SearchSpace = "formulas",
+    sparsity: float | None = None,
+    *,
+    folder: str | Path,
+    pattern: str = "free",
+    seed: int = 0,
+    budget: int | None = None,
+    from_scratch: bool = False,
+    resume: bool = False,
+) -> Iterator[Candidate]:
+    """Search from Python: yields each candidate when screened, and again when it is measured.
+
+    `prunezero search` also judges the finalists, logs to MLflow and exports the winner.
+
+    Args:
+        space: name, path of a .yaml file, or a SearchSpace.
+        folder: where the journal is kept.
+        budget: candidates with a new mask to screen; None goes on until the caller stops asking.
+
+    Raises:
+        PruneZeroError: model, text and task do not go together, or the journal belongs to others.
+    """
+    chosen = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
+    task = make_task(chosen, sparsity, pattern=pattern, seed=seed, from_scratch=from_scratch)
+    session = open_session(bench, task, Path(folder), resume=resume)
+    try:
+        yield from search(session.ladder, budget=budget)
+    finally:
+        session.journal.close()

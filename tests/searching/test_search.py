@@ -16,10 +16,10 @@ import pytest
 
 from prunezero.errors import OutputError, SearchError
 from prunezero.formula import Criterion
-from prunezero.search.candidate import Candidate
-from prunezero.search.journal import Journal
-from prunezero.search.search import search
-from prunezero.search.session import (
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.journal import Journal
+from prunezero.searching.search import search
+from prunezero.searching.session import (
     Session,
     finalists,
     found_recipe,
@@ -28,7 +28,7 @@ from prunezero.search.session import (
     measure_rivals,
     open_session,
 )
-from tests.search.bench import tiny_bench, tiny_space
+from tests.searching.bench import tiny_bench, tiny_space
 
 
 @pytest.fixture(autouse=True)
@@ -119,8 +119,8 @@ def test_kill_minus_nine_at_random_moments_changes_nothing(tmp_path: Path) -> No
         """
         import sys
         from pathlib import Path
-        from tests.search.test_search import session_in
-        from prunezero.search.search import search
+        from tests.searching.test_search import session_in
+        from prunezero.searching.search import search
         session = session_in(Path(sys.argv[1]), resume=True)
         print("ready", flush=True)
         for _ in search(session.ladder, budget=40): pass

@@ -18,7 +18,7 @@ from prunezero.formula.canonical import combine, number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.functions import MatrixFunction
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.search.space import SearchSpace
+from prunezero.searching.space import SearchSpace
 
 # How often a child is drawn again before the parent's place is given up.
 MAX_DRAWS = 50

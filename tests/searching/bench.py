@@ -7,7 +7,7 @@ from typing import Any
 
 from prunezero.models.text import SPLITS, Text
 from prunezero.pruning.bench import Bench, Settings
-from prunezero.search.space import SearchSpace
+from prunezero.searching.space import SearchSpace
 from tests.tiny_models import tiny_model
 
 SETTINGS = Settings(
@@ -18,7 +18,9 @@ SETTINGS = Settings(
 def tiny_text() -> Text:
     """Random letters, other ones for each split."""
     rng = random.Random(0)
-    documents = {split: ("".join(rng.choices("abcdefgh ,.", k=2000)),) for split in SPLITS}
+    documents: dict[str, tuple[str, ...]] = {
+        split: ("".join(rng.choices("abcdefgh ,.", k=2000)),) for split in SPLITS
+    }
     return Text("letters", documents, "letters")
 
 
