@@ -1,0 +1,101 @@
+"""What does each rung of the search cost, and how well does the layer error rank formulas?
+
+    python benchmarks/ladder.py --formulas 16 --sparsity 0.5
+
+Screens published and random formulas by the plain and by the gradient-weighted layer error,
+measures all of them on search text, and prints seconds per candidate and Kendall's tau.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from prunezero.errors import ScoreError
+from prunezero.models.units import find_layers
+from prunezero.pruning.bench import Settings, set_up
+from prunezero.pruning.compare import Stand
+from prunezero.report.plots import kendall_tau
+from prunezero.searching.fitness import (
+    ladder_sums,
+    layer_error,
+    mask_digest,
+    masks_on,
+    probe_of,
+    sample_rows,
+)
+from prunezero.searching.genetics import random_criterion
+from prunezero.searching.session import make_task
+from prunezero.searching.space import SearchSpace
+
+
+def main() -> None:
+    """Measure, and print one row per formula and one line per rung."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--formulas", type=int, default=16)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--pattern", default="free")
+    parser.add_argument("--evaluation-tokens", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    bench = set_up("demo", "demo", Settings(evaluation_tokens=arguments.evaluation_tokens))
+    space = SearchSpace.load("formulas")
+    task = make_task(space, arguments.sparsity, pattern=arguments.pattern)
+    layers = find_layers(bench.language_model.model)
+    sums = ladder_sums(space.features, with_gradients=True)
+    statistics = bench.statistics(layers, sums)
+    stand = Stand(bench, layers, statistics, splits=("search",))
+    samples = sample_rows(layers, statistics, space.features)
+    plain = [replace(one, row_weights=torch.ones_like(one.row_weights)) for one in samples]
+    probe = probe_of(samples)
+    rng = random.Random(0)
+    rows: list[dict[str, float | str]] = []
+    waiting = list(task.seeds)
+    while len(rows) < arguments.formulas:
+        criterion = waiting.pop(0) if waiting else random_criterion(space, rng)
+        if criterion is None:
+            continue
+        choices = (task.sparsity, space.compare, task.pattern)
+        try:
+            begin = time.perf_counter()
+            mask_digest(masks_on(probe, criterion, *choices))
+            probed = time.perf_counter()
+            masks = masks_on(samples, criterion, *choices)
+            weighted = layer_error(samples, masks)
+            screened = time.perf_counter()
+        except ScoreError:
+            continue
+        if weighted > 0.5:
+            # Worse than magnitude; nobody would measure it.
+            continue
+        row = stand.row(task.recipe(criterion, "formula"), task.sparsity, ("search",))
+        rows.append(
+            {
+                "formula": criterion.text,
+                "perplexity": row["search_perplexity"],
+                "weighted_error": weighted,
+                "plain_error": layer_error(plain, masks),
+                "probe_seconds": probed - begin,
+                "screen_seconds": screened - probed,
+                "measure_seconds": time.perf_counter() - screened,
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    perplexities = [float(row["perplexity"]) for row in rows]
+    for key in ("weighted_error", "plain_error"):
+        tau = kendall_tau([float(row[key]) for row in rows], perplexities)
+        print(f"Kendall's tau of {key} with perplexity over {len(rows)} formulas: {tau:.2f}")
+    for key in ("probe_seconds", "screen_seconds", "measure_seconds"):
+        print(f"median {key}: {sorted(float(row[key]) for row in rows)[len(rows) // 2]:.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
