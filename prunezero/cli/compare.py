@@ -59,7 +59,7 @@ def compare(
 
         prunezero compare --model demo --sparsity 0.6 --statistics sequential --json out.json
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table
+    from prunezero.cli.tables import Bars, conditions, console, results_table, say
     from prunezero.pruning import compare as comparison
     from prunezero.pruning.bench import set_up
     from prunezero.report.run_folder import check_runs_dir, tracked_rows
@@ -74,7 +74,7 @@ def compare(
     check_runs_dir(runs_dir)
     with console.status(f"loading {model}"):
         bench = set_up(model, text, settings, dtype=dtype, device=device)
-    console.print(options.about_model(bench))
+    say(options.about_model(bench))
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
@@ -97,7 +97,7 @@ def compare(
         if rows:
             title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
-            console.print(conditions(rows, bench.language_model.name, bench.text.name))
+            say(conditions(rows, bench.language_model.name, bench.text.name))
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
-            console.print(f"{untracked} results could not be logged to MLflow yet; they are kept")
+            say(f"{untracked} results could not be logged to MLflow yet; they are kept")

@@ -27,7 +27,7 @@ def export(
 
         prunezero export --recipe wanda --statistics dense --output wanda.py
     """
-    from prunezero.cli.tables import console
+    from prunezero.cli.tables import say
     from prunezero.errors import OutputError
     from prunezero.pruning.bench import with_choices
     from prunezero.pruning.recipe import Recipe
@@ -41,5 +41,5 @@ def export(
     chosen = Recipe.load(found if found.is_file() else recipe)
     chosen = with_choices(chosen, pattern=pattern, statistics=statistics)
     write_pruner(pruner_fields(chosen), output)
-    console.print(f"wrote {output}: {chosen.criterion.text}")
-    console.print(f"run it: python {output} MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED")
+    say(f"wrote {output}: {chosen.criterion.text}")
+    say(f"run it: python {output} MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED")

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prunezero.cli.tables import cell, console
+from prunezero.cli.tables import cell, console, say
 from prunezero.searching.candidate import Candidate
 
 # How many of the best candidates are shown.
@@ -39,18 +39,22 @@ class SearchView:
     def __enter__(self) -> SearchView:
         if console.is_terminal:
             self._live.start()
+        else:
+            for row in self._rivals:
+                perplexity = cell("perplexity", row["search_perplexity"])
+                say(f"{row['recipe']:<12} {perplexity}  {row['formula']}")
         return self
 
     def __exit__(self, *error: object) -> None:
         if console.is_terminal:
             self._live.stop()
-        console.print(self._counted())
+        say(self._counted())
 
     def say(self, note: str) -> None:
         """Show a line of text under the table."""
         self._note = note
         if not console.is_terminal:
-            console.print(note)
+            say(note)
 
     def show(self, candidate: Candidate) -> None:
         """Take in one candidate, as `search` yields it."""
@@ -67,9 +71,9 @@ class SearchView:
         if not console.is_terminal:
             mark = "best so far" if is_new_best else ""
             perplexity = cell("perplexity", candidate.search_perplexity)
-            console.print(
+            say(
                 f"generation {candidate.generation:2d}  {self._counted()}  "
-                f"{perplexity}  {candidate.criterion.text}  {mark}".rstrip()
+                f"{perplexity}  {candidate.criterion.text}  {mark}".rstrip(),
             )
 
     @property

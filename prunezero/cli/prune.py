@@ -65,7 +65,7 @@ def prune(
 
         prunezero prune --model demo --recipe ria --sparsity 0.5 --ignore "re:layers\.0\."
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table
+    from prunezero.cli.tables import Bars, conditions, console, results_table, say
     from prunezero.models.loading import check_writable
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.compare import SPLITS, Stand
@@ -90,7 +90,7 @@ def prune(
         check_writable(output)
     with console.status(f"loading {model}"):
         bench = set_up(model, text, settings, dtype=dtype, device=device)
-    console.print(options.about_model(bench))
+    say(options.about_model(bench))
     layers = check_recipe(bench.language_model, chosen, fraction)
     with Bars() as bars:
         sums = bench.statistics(layers, dense_sums([chosen]), bars)
@@ -99,14 +99,14 @@ def prune(
             rows = [stand.dense_row(SPLITS)]
         with console.status(f"pruning by {chosen.name}, then measuring"):
             rows.append(stand.row(chosen, fraction, SPLITS, keep=True))
-    console.print(FIRST_LINE)
+    say(FIRST_LINE)
     if output is not None:
         saved = save_pruned(bench, chosen, rows, layers, output)
         rows[-1]["sparsity_reached"] = saved.sparsity
     console.print(results_table(rows, f"{chosen.name} on {bench.language_model.name}"))
-    console.print(conditions(rows, bench.language_model.name, bench.text.name))
+    say(conditions(rows, bench.language_model.name, bench.text.name))
     if output is not None:
-        console.print(
+        say(
             f"saved to {output}: {saved.zeros} of {saved.total} weights of {len(layers)} layers "
             "are zero, counted from the files"
         )

@@ -79,7 +79,7 @@ def search(
 
         prunezero search --model demo --sparsity 0.5 --time 10m --name first --resume
     """
-    from prunezero.cli.tables import Bars, console
+    from prunezero.cli.tables import Bars, console, say
     from prunezero.errors import RecipeError
     from prunezero.pruning.bench import set_up
     from prunezero.report.run_folder import run_folder
@@ -107,16 +107,19 @@ def search(
     try:
         with console.status(f"loading {model} and {text} text"):
             bench = set_up(model, text, settings, dtype=dtype, device=device)
-        console.print(options.about_model(bench))
+        say(options.about_model(bench))
         with Bars() as bars:
             session = open_session(bench, task, folder, resume=resume, progress=bars)
-        rows = _run(session, tracker, folder, budget, seconds)
+        try:
+            rows = _run(session, tracker, folder, budget, seconds)
+        finally:
+            session.journal.close()
     finally:
         untracked = tracker.close()
         if untracked:
-            console.print(f"{untracked} results could not be logged to MLflow yet; they are kept")
+            say(f"{untracked} results could not be logged to MLflow yet; they are kept")
     options.write_json({"model": model, "text": text, "name": name, "rows": rows}, json_file)
-    console.print(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
+    say(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
 
 
 def _run(
@@ -125,7 +128,7 @@ def _run(
     """Search, then judge; rows of results, the winner's last, none when it was interrupted."""
     from prunezero.cli.live import SearchView
     from prunezero.cli.stopping import Stopping
-    from prunezero.cli.tables import Bars, console
+    from prunezero.cli.tables import Bars, say
     from prunezero.report.run_folder import tracked_rows, tracked_search, write_run
     from prunezero.searching.session import measure_rivals, rivals
 
@@ -143,9 +146,9 @@ def _run(
         candidates = _candidates(session, tracker, name, view, budget, stopping)
     write_run(session, folder, candidates, known)
     if stopping.was_interrupted:
-        console.print(f"stopped; everything is in {folder}, and the same command with")
-        console.print(f"  --name {name} --resume")
-        console.print("goes on from here")
+        say(f"stopped; everything is in {folder}, and the same command with")
+        say(f"  --name {name} --resume")
+        say("goes on from here")
         tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
         return []
     return _judged(session, tracker, folder, candidates)
@@ -177,7 +180,7 @@ def _judged(
     session: Session, tracker: Tracker, folder: Path, candidates: list[Candidate]
 ) -> list[dict[str, Any]]:
     """Judge the finalists on validation text, report the winner and its rivals on test text."""
-    from prunezero.cli.tables import Bars, conditions, console, results_table
+    from prunezero.cli.tables import Bars, conditions, console, results_table, say
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.run_folder import (
         tracked_champion,
@@ -208,8 +211,10 @@ def _judged(
     tracker.record(tracked_champion(recipe, rows[-1], session, name, folder))
     tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
     console.print(results_table(rows, f"search {name}", best="test_perplexity"))
-    console.print(conditions(rows, session.bench.language_model.name, session.bench.text.name))
-    console.print(f"recipe: {folder / 'recipe.yaml'}\npruner: {folder / 'pruner.py'}")
+    say(conditions(rows, session.bench.language_model.name, session.bench.text.name))
+    say(f"found: {recipe.criterion.text}", style="bold")
+    say(f"recipe: {folder / 'recipe.yaml'}")
+    say(f"pruner: {folder / 'pruner.py'}")
     return rows
 
 

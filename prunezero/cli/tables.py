@@ -11,6 +11,12 @@ from rich.table import Table
 
 console = Console()
 
+
+def say(text: str, *, style: str = "") -> None:
+    """One line of text, which is not broken where it is redirected to a file."""
+    console.print(text, style=style, soft_wrap=True, highlight=False)
+
+
 _COLUMNS = {
     "recipe": "recipe",
     "sparsity_reached": "sparsity",

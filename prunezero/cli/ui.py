@@ -27,7 +27,7 @@ def ui(
     import os
     import subprocess
 
-    from prunezero.cli.tables import console
+    from prunezero.cli.tables import say
     from prunezero.errors import OutputError
     from prunezero.report.track import Tracker, ui_command, view_links
 
@@ -38,10 +38,10 @@ def ui(
     # What an outage kept back is written before anyone looks.
     Tracker(runs_dir).close()
     command, environment = ui_command(runs_dir, port=port)
-    console.print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
+    say(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
     for name, link in view_links(runs_dir, port=port).items():
-        console.print(f"  {name}: {link}", soft_wrap=True)
+        say(f"  {name}: {link}")
     try:
         subprocess.run(command, env=environment, check=False)
     except KeyboardInterrupt:
-        console.print("closed")
+        say("closed")

@@ -47,9 +47,18 @@ class Operator:
     unit: str = "as argument"
 
 
+def _absolute(x: Any) -> Any:
+    """|x|, factor by factor; SymPy alone leaves |1/X|, since X might be zero."""
+    if isinstance(x, sympy.Mul):
+        return sympy.Mul(*map(_absolute, x.args))
+    if isinstance(x, sympy.Pow) and not isinstance(x, sympy.exp):
+        return sympy.Pow(_absolute(x.args[0]), x.args[1])
+    return x if x.is_nonnegative else sympy.Abs(x)
+
+
 def _power(base: Any, exponent: Any) -> Any:
     """`base ** exponent`; with a fraction the base is |base|, so that the value is real."""
-    return sympy.Pow(base if exponent.is_integer else sympy.Abs(base), exponent)
+    return sympy.Pow(base if exponent.is_integer else _absolute(base), exponent)
 
 
 def _square(x: Any) -> Any:
@@ -57,11 +66,11 @@ def _square(x: Any) -> Any:
 
 
 def _square_root(x: Any) -> Any:
-    return sympy.Pow(sympy.Abs(x), sympy.Rational(1, 2))
+    return sympy.Pow(_absolute(x), sympy.Rational(1, 2))
 
 
 def _logarithm(x: Any) -> Any:
-    return sympy.log(sympy.Abs(x))
+    return sympy.log(_absolute(x))
 
 
 def _divide(x: Any, y: Any) -> Any:
@@ -125,7 +134,7 @@ _ELEMENTWISE = (
         1,
         "abs(x)",
         "absolute value",
-        sympy.Abs,
+        _absolute,
         "torch.abs({0})",
         "tl.abs({0})",
         sign="nonnegative",

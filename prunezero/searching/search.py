@@ -21,7 +21,9 @@ from prunezero.searching.strategies import Proposal, Tuning, breed, generator
 # Proposals for one new mask before a space counts as exhausted.
 _MAX_PROPOSALS = 40
 # Masks that differ on fewer of the probed weights are not both worth a measurement.
-_MIN_DIFFERENCE = 0.005
+_MIN_DIFFERENCE = 0.02
+# How many times the best layer error a candidate may have to be measured by luck.
+_NEAR = 1.3
 
 
 @dataclass
@@ -169,8 +171,8 @@ def _judged(
 def _promoted(ladder: Ladder, memory: _Memory, generation: int) -> Iterator[Candidate]:
     """The candidates that earned a measurement: the best by error, and one by luck.
 
-    The lucky one comes from the better half of the population, so that a formula that the layer
-    error underrates has a chance, and the error itself is put to the test.
+    The lucky one is drawn from those whose error comes near the best, so that a formula that the
+    layer error underrates has a chance, and the error itself is put to the test.
     """
     count = ladder.task.space.measured
     for place in range(count):
@@ -183,8 +185,10 @@ def _promoted(ladder: Ladder, memory: _Memory, generation: int) -> Iterator[Cand
         if not waiting:
             return
         is_last = place == count - 1 and count > 1
+        limit = _NEAR * (memory.screened[0].layer_error or 0.0)
+        near = [one for one in waiting if (one.layer_error or 0.0) <= limit] or waiting[:1]
         rng = generator(ladder.task.seed, generation, "promote")
-        yield waiting[rng.randrange((len(waiting) + 1) // 2)] if is_last else waiting[0]
+        yield rng.choice(near) if is_last else waiting[0]
 
 
 def _measured(ladder: Ladder, candidate: Candidate) -> Candidate | None:

@@ -56,6 +56,8 @@ def make_task(
         SelectionError: sparsity and pattern do not go together.
     """
     published = [Recipe.load(name).criterion for name in published_recipes()]
+    # Simplest first: of formulas with equal masks the first one stands for all.
+    published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
     seeds: list[Criterion] = []
     for criterion in [] if from_scratch else published:
         if criterion not in seeds and space.holds(criterion) and space.speaks(criterion):

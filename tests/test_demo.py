@@ -1,0 +1,111 @@
+"""The whole way on a real model: search, export, and the exported pruner on its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunezero.models.units import find_layers
+from prunezero.pruning.bench import Settings, set_up
+from prunezero.pruning.prune import dense_sums, prune
+from prunezero.pruning.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+
+SIZES = "--calibration-tokens 512 --evaluation-tokens 512 --test-tokens 512"
+
+
+def prunezero(arguments: str, folder: Path) -> str:
+    """What the command prints; run as a user runs it."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "prunezero", *arguments.split()],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a small search of the demo model has finished."""
+    folder = tmp_path_factory.mktemp("demo")
+    printed = prunezero(
+        f"search --model demo --sparsity 0.5 --budget 40 --name small --json out.json {SIZES}",
+        folder,
+    )
+    assert "210 prunable layers" in printed
+    return folder
+
+
+def test_a_search_of_the_demo_model_ends_in_a_table_with_test_perplexities(searched: Path) -> None:
+    rows = {row["recipe"]: row for row in json.loads((searched / "out.json").read_text())["rows"]}
+    assert list(rows) == ["dense", "magnitude", "wanda", "ria", "pruner_zero", "small"]
+    for row in rows.values():
+        assert 5 < row["test_perplexity"] < 1e6
+    assert rows["dense"]["test_perplexity"] < rows["wanda"]["test_perplexity"]
+    assert rows["wanda"]["test_perplexity"] < rows["magnitude"]["test_perplexity"]
+    assert rows["small"]["sparsity_reached"] == 0.5
+    # The winner was chosen on validation text among candidates that Wanda was one of.
+    assert rows["small"]["validation_perplexity"] < 1.1 * rows["wanda"]["validation_perplexity"]
+
+
+def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path) -> None:
+    bench = set_up("demo", "demo", Settings(calibration_tokens=512))
+    recipe = Recipe.load(searched / "runs" / "small" / "recipe.yaml")
+    batches = bench.windows("calibration")
+    torch.save(batches, searched / "batches.pt")
+    bench.language_model.model.save_pretrained(searched / "dense")
+    program = textwrap.dedent(
+        """
+        import importlib.abc, sys, torch, transformers
+
+        class NoPrunezero(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name.split(".")[0] == "prunezero":
+                    raise ImportError(name)
+
+        sys.meta_path.insert(0, NoPrunezero())
+        sys.path.insert(0, "runs/small")
+        import pruner
+
+        model = transformers.AutoModelForCausalLM.from_pretrained("dense", dtype=torch.float32)
+        batches = torch.load("batches.pt")
+        report = pruner.prune_(model.eval(), [ids[None] for ids in batches], sparsity=0.5)
+        masks = {name: value == 0 for name, value in model.state_dict().items()}
+        torch.save(masks, "masks.pt")
+        print(report)
+        """
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=searched,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert finished.returncode == 0, finished.stderr
+    layers = find_layers(bench.language_model.model)
+    statistics = bench.statistics(layers, dense_sums([recipe]))
+    prune(bench.language_model, recipe, 0.5, statistics=statistics)
+    theirs = torch.load(searched / "masks.pt")
+    for layer in layers:
+        assert torch.equal(layer.weight == 0, theirs[f"{layer.name}.weight"]), layer.name
+
+
+def test_the_same_search_resumed_ends_at_once_with_the_same_result(searched: Path) -> None:
+    before = json.loads((searched / "out.json").read_text())
+    command = f"search --model demo --sparsity 0.5 --budget 40 --name small --json again.json {SIZES}"
+    prunezero(f"{command} --resume", searched)
+    after = json.loads((searched / "again.json").read_text())
+    keys = ("recipe", "formula", "validation_perplexity", "test_perplexity")
+    for old, new in zip(before["rows"], after["rows"], strict=True):
+        assert {key: old[key] for key in keys} == {key: new[key] for key in keys}
