@@ -103,7 +103,9 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
 
 def test_the_same_search_resumed_ends_at_once_with_the_same_result(searched: Path) -> None:
     before = json.loads((searched / "out.json").read_text())
-    command = f"search --model demo --sparsity 0.5 --budget 40 --name small --json again.json {SIZES}"
+    command = (
+        f"search --model demo --sparsity 0.5 --budget 40 --name small --json again.json {SIZES}"
+    )
     prunezero(f"{command} --resume", searched)
     after = json.loads((searched / "again.json").read_text())
     keys = ("recipe", "formula", "validation_perplexity", "test_perplexity")

@@ -44,7 +44,10 @@ def imports(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append(node.module)
+            # `from package import module` is an import of the module.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in names if (ROOT / f"{name.replace('.', '/')}.py").exists()]
+            found += modules or [node.module]
     return found
 
 

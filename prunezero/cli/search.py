@@ -208,7 +208,8 @@ def _judged(
     recipe = write_winner(recipe, rows, folder)
     for record in tracked_rows(rows[:-1], session.bench):
         tracker.record(record)
-    tracker.record(tracked_champion(recipe, rows[-1], session, name, folder))
+    champion = {**rows[-1], "search_perplexity": best.search_perplexity}
+    tracker.record(tracked_champion(recipe, champion, session, name, folder))
     tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
     console.print(results_table(rows, f"search {name}", best="test_perplexity"))
     say(conditions(rows, session.bench.language_model.name, session.bench.text.name))

@@ -64,6 +64,28 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
+def find_document(name: str | Path, known: dict[str, Path], what: str) -> Path:
+    """The file that a name or a path ending in .yaml stands for.
+
+    Args:
+        known: files that can be named, by name.
+        what: the kind of document, for the message.
+
+    Raises:
+        RecipeError: no such name; the message gives the nearest.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    if str(name) not in known:
+        near = did_you_mean(str(name), known) or "."
+        raise RecipeError(
+            f"'{name}' is not a known {what}{near} Known: {', '.join(known)}; or give the path of "
+            "a .yaml file."
+        )
+    return known[str(name)]
+
+
 def read_document(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 

@@ -21,10 +21,16 @@ from pydantic import (
     field_validator,
 )
 
-from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
+from prunezero.errors import PruneZeroError, did_you_mean
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.allocation import ALLOCATIONS
-from prunezero.pruning.documents import read_document, to_yaml, validated, write_document
+from prunezero.pruning.documents import (
+    find_document,
+    read_document,
+    to_yaml,
+    validated,
+    write_document,
+)
 from prunezero.pruning.update import UPDATES
 from prunezero.scoring.request import group_columns, parse_pattern
 
@@ -126,16 +132,7 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: no such recipe (the message names the nearest), or faults in the file.
         """
-        path = Path(name)
-        if path.suffix not in (".yaml", ".yml"):
-            known = published_recipes()
-            if str(name) not in known:
-                near = did_you_mean(str(name), known) or "."
-                raise RecipeError(
-                    f"'{name}' is not a known recipe{near} Known recipes: "
-                    f"{', '.join(known)}; or give the path of a .yaml file."
-                )
-            path = known[str(name)]
+        path = find_document(name, published_recipes(), "recipe")
         return validated(cls, read_document(path), str(path))
 
     def to_yaml(self) -> str:

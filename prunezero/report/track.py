@@ -267,7 +267,7 @@ def view_links(runs_dir: Path, *, port: int = 5000) -> dict[str, str]:
     from mlflow import MlflowClient
 
     from prunezero.report.mlflow_store import EXPERIMENT
-    from prunezero.report.views import VIEWS
+    from prunezero.report.views import MODES, VIEWS
 
     experiment = MlflowClient(tracking_uri=tracking_uri(runs_dir)).get_experiment_by_name(
         EXPERIMENT
@@ -276,9 +276,8 @@ def view_links(runs_dir: Path, *, port: int = 5000) -> dict[str, str]:
         return {}
     page = f"http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs"
     return {
-        name: f"{page}?viewStateShareKey={key}" + ("&compareRunsMode=CHART" if charts else "")
-        for key, (name, state) in VIEWS.items()
-        for charts in [state["compareRunCharts"]]
+        name: f"{page}?viewStateShareKey={key}&compareRunsMode={MODES.get(name, 'CHART')}"
+        for key, (name, _) in VIEWS.items()
     }
 
 

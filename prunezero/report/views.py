@@ -36,6 +36,9 @@ WIDTHS = {
     "params.`formula`": 360,
 }
 
+# How a view opens, where not as charts.
+MODES = {"Leaderboard": "TABLE"}
+
 log = logging.getLogger(__name__)
 
 

@@ -7,12 +7,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
-from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
+from prunezero.errors import PruneZeroError, did_you_mean
 from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.pruning.documents import read_document, validated
+from prunezero.pruning.documents import find_document, read_document, validated
 from prunezero.pruning.recipe import Formula, folder
 from prunezero.scoring.request import group_columns
 
@@ -100,16 +100,7 @@ class SearchSpace(BaseModel):
         Raises:
             RecipeError: no such space, or faults in the file, all listed.
         """
-        path = Path(name)
-        if path.suffix not in (".yaml", ".yml"):
-            known = search_spaces()
-            if str(name) not in known:
-                near = did_you_mean(str(name), known) or "."
-                raise RecipeError(
-                    f"'{name}' is not a known search space{near} Known spaces: "
-                    f"{', '.join(known)}; or give the path of a .yaml file."
-                )
-            path = known[str(name)]
+        path = find_document(name, search_spaces(), "search space")
         return validated(cls, read_document(path), str(path))
 
     @property
