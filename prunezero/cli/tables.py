@@ -68,7 +68,10 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, text: str) -> str:
 
 
 class Bars:
-    """Progress bars for work in several stages, fed by (what, done, total)."""
+    """Progress bars for work in several stages, fed by (what, done, total).
+
+    Where the output is no terminal, a line tells the end of each stage instead.
+    """
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -78,6 +81,7 @@ class Bars:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
 
@@ -90,6 +94,8 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a stage are done."""
+        if not console.is_terminal and done == total:
+            say(f"{what}: {total} of {total}")
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)
