@@ -59,7 +59,7 @@ def compare(
 
         prunezero compare --model demo --sparsity 0.6 --statistics sequential --json out.json
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say
+    from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
     from prunezero.pruning import compare as comparison
     from prunezero.pruning.bench import set_up
     from prunezero.report.run_folder import check_runs_dir, tracked_rows
@@ -72,7 +72,7 @@ def compare(
         sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
     )
     check_runs_dir(runs_dir)
-    with console.status(f"loading {model}"):
+    with waiting(f"loading {model}"):
         bench = set_up(model, text, settings, dtype=dtype, device=device)
     say(options.about_model(bench))
     rows: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +36,10 @@ def export(
     from prunezero.report.run_folder import pruner_fields
 
     check_statistics(statistics)
-    if output.is_dir():
+    if os.path.isdir(output):
         raise OutputError(f"--output {output} is a folder; name a file such as {output}/pruner.py")
     found = runs_dir / recipe / "recipe.yaml"
-    chosen = Recipe.load(found if found.is_file() else recipe)
+    chosen = Recipe.load(found if os.path.isfile(found) else recipe)
     chosen = with_choices(chosen, pattern=pattern, statistics=statistics)
     write_pruner(pruner_fields(chosen), output)
     say(f"wrote {output}: {chosen.criterion.text}")

@@ -39,7 +39,10 @@ Statistics = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, typer.Option(help="Chooses the calibration text, and every draw of a search.")
+    int,
+    typer.Option(
+        help="Chooses the calibration text, and every draw of a search.", min=0, max=2**32 - 1
+    ),
 ]
 SequenceLength = Annotated[int, typer.Option(help="Tokens in a window.", rich_help_panel=_SIZES)]
 CalibrationTokens = Annotated[

@@ -65,7 +65,7 @@ def prune(
 
         prunezero prune --model demo --recipe ria --sparsity 0.5 --ignore "re:layers\.0\."
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say
+    from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
     from prunezero.models.loading import check_writable
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.compare import SPLITS, Stand
@@ -88,16 +88,16 @@ def prune(
     )
     if output is not None:
         check_writable(output)
-    with console.status(f"loading {model}"):
+    with waiting(f"loading {model}"):
         bench = set_up(model, text, settings, dtype=dtype, device=device)
     say(options.about_model(bench))
     layers = check_recipe(bench.language_model, chosen, fraction)
     with Bars() as bars:
         sums = bench.statistics(layers, dense_sums([chosen]), bars)
-        with console.status("measuring the dense model"):
+        with waiting("measuring the dense model"):
             stand = Stand(bench, layers, sums)
             rows = [stand.dense_row(SPLITS)]
-        with console.status(f"pruning by {chosen.name}, then measuring"):
+        with waiting(f"pruning by {chosen.name}, then measuring"):
             rows.append(stand.row(chosen, fraction, SPLITS, keep=True))
     say(FIRST_LINE)
     if output is not None:

@@ -79,7 +79,7 @@ def search(
 
         prunezero search --model demo --sparsity 0.5 --time 10m --name first --resume
     """
-    from prunezero.cli.tables import Bars, console, say
+    from prunezero.cli.tables import Bars, say, waiting
     from prunezero.errors import RecipeError
     from prunezero.pruning.bench import set_up
     from prunezero.report.run_folder import run_folder
@@ -105,7 +105,7 @@ def search(
     # Started first: MLflow needs seconds to open its database, and the model takes longer.
     tracker = Tracker(runs_dir)
     try:
-        with console.status(f"loading {model} and {text} text"):
+        with waiting(f"loading {model} and {text} text"):
             bench = set_up(model, text, settings, dtype=dtype, device=device)
         say(options.about_model(bench))
         with Bars() as bars:

@@ -7,14 +7,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
-console = Console()
+# Names of models, files and recipes may hold brackets, which are no markup.
+console = Console(markup=False)
 
 
 def say(text: str, *, style: str = "") -> None:
     """One line of text, which is not broken where it is redirected to a file."""
     console.print(text, style=style, soft_wrap=True, highlight=False)
+
+
+def waiting(text: str) -> Status:
+    """Within it, the text stands beside a moving sign."""
+    return console.status(Text(text))
 
 
 _COLUMNS = {

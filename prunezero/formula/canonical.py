@@ -151,6 +151,8 @@ def feature_symbol(name: str) -> sympy.Symbol:
     Raises:
         CriterionError: the vocabulary has no such feature.
     """
+    if name in OPERATORS:
+        raise CriterionError(f"'{name}' is an operator; write {OPERATORS[name].usage}")
     if name not in FEATURES:
         near = did_you_mean(name, [*FEATURES, *OPERATORS]) or "."
         raise CriterionError(

@@ -19,7 +19,7 @@ from prunezero.formula.canonical import canonical, combine
 from prunezero.formula.features import FEATURES, SIGNALS
 from prunezero.formula.functions import shape_of
 from prunezero.formula.printing import is_negated, latex_of, split_quotient, split_sum, text_of
-from prunezero.formula.reading import read
+from prunezero.formula.reading import check_readable, read
 from prunezero.formula.vocabulary import OPERATORS
 
 # Pruner-Zero's code by its own names; `W`, `X` and `G` are what it stores under those letters:
@@ -71,7 +71,9 @@ class Criterion:
         settled = canonical(expression)
         if not settled.free_symbols:
             raise CriterionError("the formula is a constant and ranks nothing; use a feature")
-        return cls(settled, text_of(settled))
+        text = text_of(settled)
+        check_readable(text)
+        return cls(settled, text)
 
     @classmethod
     def from_pruner_zero(cls, tree: Mapping[str, Any]) -> Criterion:

@@ -8,7 +8,6 @@ Python's own parser makes a syntax tree of it; of that tree we accept names of f
 from __future__ import annotations
 
 import ast
-import math
 import warnings
 from typing import Any
 
@@ -37,9 +36,37 @@ def read(text: str) -> Any:
         CriterionError: the text is too long or too deep, or holds anything but the vocabulary.
     """
     tree = _syntax_tree(text)
+    _check_size(tree)
+    return _expression(tree, MAX_DEPTH)
+
+
+def check_readable(text: str) -> None:
+    """Refuse a formula that was built, not read, when its own text would be refused by `read`.
+
+    Raises:
+        CriterionError: the text is too long or too deep.
+    """
+    tree = _syntax_tree(text)
+    _check_size(tree)
+    if _depth(tree) > MAX_DEPTH:
+        raise _too_deep()
+
+
+def _check_size(tree: ast.expr) -> None:
     if sum(isinstance(node, ast.expr) for node in ast.walk(tree)) > MAX_NODES:
         raise CriterionError(f"a formula may have at most {MAX_NODES} words")
-    return _expression(tree, MAX_DEPTH)
+
+
+def _depth(tree: ast.AST) -> int:
+    inside = [node for node in ast.iter_child_nodes(tree) if isinstance(node, ast.expr)]
+    if isinstance(tree, ast.Call):
+        # The name of an operator is no level of its own.
+        inside = tree.args
+    return 1 + max(map(_depth, inside), default=0)
+
+
+def _too_deep() -> CriterionError:
+    return CriterionError(f"a formula may be nested at most {MAX_DEPTH} deep")
 
 
 def _syntax_tree(text: str) -> ast.expr:
@@ -59,7 +86,7 @@ def _syntax_tree(text: str) -> ast.expr:
 
 def _expression(node: ast.expr, depth: int) -> Any:
     if depth == 0:
-        raise CriterionError(f"a formula may be nested at most {MAX_DEPTH} deep")
+        raise _too_deep()
     match node:
         case ast.Name(id=name):
             return feature_symbol(name)
@@ -82,6 +109,10 @@ def _expression(node: ast.expr, depth: int) -> Any:
 
 def _call(name: str, arguments: list[ast.expr], depth: int) -> Any:
     operator = OPERATORS.get(name)
+    if name in FEATURES:
+        raise CriterionError(
+            f"'{name}' is a feature and takes no values; to multiply, write {name} * (...)"
+        )
     if operator is None:
         near = did_you_mean(name, [*OPERATORS, *FEATURES]) or "."
         raise CriterionError(
@@ -95,7 +126,8 @@ def _call(name: str, arguments: list[ast.expr], depth: int) -> Any:
 
 
 def _constant(value: int | float) -> Any:
-    if not math.isfinite(value) or abs(value) >= MAX_CONSTANT:
+    # Written so that NaN is refused, and an integer too large for a float is never made one.
+    if not abs(value) < MAX_CONSTANT:
         raise CriterionError(f"a constant is too large; it must be below {MAX_CONSTANT:g}")
     return number(value)
 

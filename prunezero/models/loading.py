@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError
+from prunezero.errors import ModelError, PruneZeroError
 from prunezero.models.gguf import demo_file, unpacked_gguf
 from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wrap_model
 from prunezero.models.saving import check_writable, save_model
@@ -56,12 +56,12 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Langu
     place = _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
-    with quiet():
+    with quiet(), _explained(name):
         source = _source(name)
         configuration = _checked_configuration(source, name)
         chosen = DTYPES[dtype] if dtype != "auto" else _best_dtype(place, configuration)
         model = _load_network(source, name, configuration, chosen)
-        tokenizer = _load_tokenizer(source, name)
+        tokenizer = _load_tokenizer(source)
     return wrap_model(model.to(place), tokenizer, name=name)
 
 
@@ -132,19 +132,20 @@ def _checked_configuration(source: str, name: str) -> Any:
     """The configuration, once it is sure that the model can be loaded safely and pruned."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
-    with _explained(name):
-        raw, _ = PreTrainedConfig.get_config_dict(source)
+    raw, _ = PreTrainedConfig.get_config_dict(source)
+    if not isinstance(raw, dict):
+        raise ModelError(f"config.json of model '{name}' holds no settings; get the file again")
     _refuse_foreign_code(raw, name)
     if any(raw.get(key) for key in _QUANTIZATION_KEYS):
         raise ModelError(
             f"model '{name}' is quantized; prune the full-precision checkpoint, then quantize"
         )
     kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ModelError(f"model '{name}' has the type '{kind}', which transformers does not know")
-    with _explained(name):
-        configuration = CONFIG_MAPPING[kind].from_dict(raw)
+    configuration = CONFIG_MAPPING[kind].from_dict(raw)
     written = raw.get("architectures") or []
+    written = [written] if isinstance(written, str) else [str(word) for word in written]
     causal = not written or any(word.endswith(("ForCausalLM", "LMHeadModel")) for word in written)
     known = type(configuration) in MODEL_FOR_CAUSAL_LM_MAPPING
     if raw.get("is_encoder_decoder") or not causal or not known:
@@ -173,15 +174,14 @@ def _refuse_foreign_code(raw: dict[str, Any], name: str) -> None:
 def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with _explained(name):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=configuration,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source,
+        config=configuration,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
@@ -191,11 +191,10 @@ def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype
     return model
 
 
-def _load_tokenizer(source: str, name: str) -> Any:
+def _load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
-    with _explained(name):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
@@ -203,7 +202,7 @@ def _explained(name: str) -> Iterator[None]:
     """Turn whatever the hub, the files or transformers raise into one sentence."""
     try:
         yield
-    except ModelError:
+    except PruneZeroError:
         raise
     except Exception as error:
         lines = [line.strip() for line in str(error).split("\n") if line.strip()]

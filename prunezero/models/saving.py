@@ -42,10 +42,10 @@ def check_writable(folder: str | Path) -> Path:
     Raises:
         OutputError: it exists and is not empty, or its parent cannot be written.
     """
-    path = Path(folder).expanduser()
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"'{folder}' is a file; choose a folder that is new or empty")
     try:
+        path = Path(folder).expanduser()
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"'{folder}' is a file; choose a folder that is new or empty")
         if path.is_dir() and any(path.iterdir()):
             raise OutputError(
                 f"folder '{folder}' is not empty; choose a folder that is new or empty"
@@ -54,9 +54,10 @@ def check_writable(folder: str | Path) -> Path:
         # Permissions alone do not tell: the disk may be read-only, or full.
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise OutputError(
-            f"folder '{folder}' cannot be written ({error.strerror}); choose another folder"
+            f"folder '{folder}' cannot be written ({reason}); choose another folder"
         ) from error
     return path
 

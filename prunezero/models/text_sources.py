@@ -34,6 +34,10 @@ def read_documents(name: str) -> dict[str, list[str]]:
     Raises:
         TextError: the source cannot be found or read.
     """
+    return _explained(name, lambda: _read(name))
+
+
+def _read(name: str) -> dict[str, list[str]]:
     path = Path(name).expanduser()
     if path.is_file():
         return {"train": _read_file(path)}

@@ -105,7 +105,7 @@ class Stand:
         settings = self.bench.settings
         row: dict[str, Any] = {
             "seed": settings.seed,
-            "calibration_tokens": settings.calibration_tokens,
+            "calibration_tokens": self._calibration.numel(),
             "sequence_length": settings.sequence_length,
         }
         for split in splits:

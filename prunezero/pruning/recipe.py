@@ -19,6 +19,7 @@ from pydantic import (
     PlainSerializer,
     WithJsonSchema,
     field_validator,
+    model_validator,
 )
 
 from prunezero.errors import PruneZeroError, did_you_mean
@@ -124,6 +125,16 @@ class Recipe(BaseModel):
     @classmethod
     def _known_update(cls, value: str) -> str:
         return _known_word(value, UPDATES)
+
+    @model_validator(mode="after")
+    def _can_rank(self) -> Recipe:
+        # Ties would go from the left: a mask that looks like one and says nothing.
+        if self.criterion.shape == "row" and (self.compare == "row" or self.pattern != "free"):
+            raise ValueError(
+                f"criterion {self.criterion.text} is the same for all weights of a row, so it "
+                "ranks nothing there; use a feature that varies along the row, or compare: layer"
+            )
+        return self
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

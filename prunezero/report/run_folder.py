@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError
-from prunezero.models.saving import check_writable
+from prunezero.errors import OutputError, RecipeError
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
@@ -42,7 +43,7 @@ def run_folder(runs_dir: Path, name: str) -> Path:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise OutputError(
-            f"--name '{name[:60]!r}' must be 1 to 100 letters, digits, '_', '-' or '.', and begin "
+            f"--name {name[:60]!r} must be 1 to 100 letters, digits, '_', '-' or '.', and begin "
             "with a letter or digit"
         )
     check_runs_dir(runs_dir)
@@ -55,10 +56,15 @@ def check_runs_dir(runs_dir: Path) -> None:
     Raises:
         OutputError: it cannot.
     """
-    if runs_dir.exists() and not runs_dir.is_dir():
+    if os.path.isfile(runs_dir):
         raise OutputError(f"--runs-dir {runs_dir} is a file; name a folder")
-    runs_dir.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(runs_dir / ".probe")
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        # Permissions alone do not tell: the disk may be read-only, or full.
+        with tempfile.TemporaryFile(dir=runs_dir):
+            pass
+    except OSError as error:
+        raise OutputError(f"--runs-dir {runs_dir} cannot be written: {error.strerror}") from error
 
 
 def write_run(
@@ -111,11 +117,16 @@ def pruner_fields(recipe: Recipe) -> PrunerFields:
 
 
 def _sentence(row: dict[str, Any]) -> str:
+    validation, test = (_shown(row.get(key)) for key in _PERPLEXITIES)
     return (
-        f"{row['recipe']}: test perplexity {row['test_perplexity']:.2f}, validation "
-        f"{row['validation_perplexity']:.2f}, at sparsity {row['sparsity']:g} ({row['pattern']}), "
-        f"windows of {row['sequence_length']} tokens, seed {row['seed']}."
+        f"{row['recipe']}: test perplexity {test}, validation {validation}, at sparsity "
+        f"{row['sparsity']:g} ({row['pattern']}), windows of "
+        f"{row['sequence_length']} tokens, seed {row['seed']}."
     )
+
+
+def _shown(perplexity: float | None) -> str:
+    return "not finite" if perplexity is None else f"{perplexity:.2f}"
 
 
 def tracked_rows(
@@ -157,7 +168,7 @@ def tracked_champion(
     """The record of the search's winner, with its files."""
     full = {**baseline_row(row), **described(session.bench), "origin": "search"}
     files = tuple(folder / file for file in ("recipe.yaml", "pruner.py"))
-    title = f"{name} champion · {row['validation_perplexity']:.2f}"
+    title = f"{name} champion · {_shown(row['validation_perplexity'])}"
     record = run_record(
         f"{name}/champion", title, "champion", full, parent_key=name, artifacts=files
     )
@@ -215,12 +226,19 @@ def list_runs(runs_dir: Path) -> list[dict[str, Any]]:
     for journal in sorted(runs_dir.glob("*/journal.jsonl")):
         folder = journal.parent
         row: dict[str, Any] = {"name": folder.name, "formula": "", "validation": "", "test": ""}
+        state = "go on with --resume"
         if (folder / "recipe.yaml").is_file():
-            recipe = Recipe.load(folder / "recipe.yaml")
-            last = recipe.provenance.get("measured", [{}])[-1]
-            row["formula"] = recipe.criterion.text
-            row["validation"], row["test"] = (
-                f"{last[key]:.2f}" if key in last else "" for key in _PERPLEXITIES
-            )
-        rows.append(row | {"state": "finished" if row["formula"] else "go on with --resume"})
+            try:
+                row |= _winner(Recipe.load(folder / "recipe.yaml"))
+                state = "finished"
+            except (RecipeError, LookupError, TypeError, ValueError):
+                # One file that somebody changed must not hide the other runs.
+                state = "recipe.yaml cannot be read"
+        rows.append(row | {"state": state})
     return rows
+
+
+def _winner(recipe: Recipe) -> dict[str, str]:
+    last = recipe.provenance["measured"][-1]
+    validation, test = (f"{last[key]:.2f}" if key in last else "" for key in _PERPLEXITIES)
+    return {"formula": recipe.criterion.text, "validation": validation, "test": test}

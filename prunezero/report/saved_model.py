@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,17 @@ def save_pruned(
     Raises:
         OutputError: the folder cannot be written, or the files do not hold what is in memory.
     """
+    # JSON knows no NaN: a perplexity that is not finite is null there.
+    rows = [
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
     results = [{**row, "method": row["recipe"], "model": bench.language_model.name} for row in rows]
     card = model_card(bench.language_model.name, recipe.criterion, results, recipe=recipe.to_yaml())
-    report = json.dumps({"rows": list(rows)}, indent=2) + "\n"
+    report = json.dumps({"rows": rows}, indent=2, allow_nan=False) + "\n"
     files = {"README.md": card, "recipe.yaml": recipe.to_yaml(), "report.json": report}
     save_model(bench.language_model, folder, files=files)
     saved = count_sparsity(folder, [layer.name for layer in layers])

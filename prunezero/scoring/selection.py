@@ -45,8 +45,8 @@ def select(
     parsed = check_request(scores.shape[1], sparsity, compare=compare, pattern=pattern)
     if compare == "model" and parsed is None:
         raise SelectionError("group model compares all matrices at once; use select_model")
-    refuse_non_finite(scores)
     scores = scores.detach().float()
+    refuse_non_finite(scores)
     if parsed is not None:
         return ~_lowest_of_pattern(scores, parsed)
     if compare == "row":
@@ -65,12 +65,12 @@ def select_model(scores: Sequence[torch.Tensor], sparsity: float) -> list[torch.
         SelectionError: `sparsity` is not at least 0 and below 1.
         ScoreError: a score is NaN or infinite.
     """
-    for matrix in scores:
-        refuse_non_finite(matrix)
-    count = removed_count(sum(matrix.numel() for matrix in scores), sparsity)
-    if count == 0:
-        return [torch.ones_like(matrix, dtype=torch.bool) for matrix in scores]
     floats = [matrix.detach().float() for matrix in scores]
+    for matrix in floats:
+        refuse_non_finite(matrix)
+    count = removed_count(sum(matrix.numel() for matrix in floats), sparsity)
+    if count == 0:
+        return [torch.ones_like(matrix, dtype=torch.bool) for matrix in floats]
     threshold = _threshold_of_all(floats, count)
     missing = count - sum(int((matrix < threshold).sum()) for matrix in floats)
     masks = []

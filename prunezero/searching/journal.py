@@ -10,6 +10,7 @@ is removed when the journal is opened, before anything is appended.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zlib
@@ -80,7 +81,15 @@ class Journal:
 
     def close(self) -> None:
         """Give the journal free for another process."""
-        self._file.close()
+        # What a full disk refused was reported when it was written; it is still in the buffer.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def give_up(self) -> None:
+        """Close it, and take the file away again when it holds no result."""
+        if not self._results:
+            self.path.unlink(missing_ok=True)
+        self.close()
 
     def _append(self, record: dict[str, Any]) -> None:
         text = json.dumps(record, allow_nan=False, sort_keys=True).encode()

@@ -77,25 +77,26 @@ def search(
     memory = _Memory(ladder.task.space)
     for generation in itertools.count():
         before = memory.new
-        for candidate in _screened(ladder, memory, generation, budget):
-            yield candidate
-            if stop():
-                return
-        if memory.new == before:
+        yield from _screened(ladder, memory, generation, budget, stop)
+        if memory.new == before or stop():
             return
         for candidate in _promoted(ladder, memory, generation):
+            if stop():
+                return
             measured = _measured(ladder, candidate)
             if measured is not None:
                 memory.keep_measured(measured)
                 yield measured
-            if stop():
-                return
         if budget is not None and memory.new >= budget:
             return
 
 
 def _screened(
-    ladder: Ladder, memory: _Memory, generation: int, budget: int | None
+    ladder: Ladder,
+    memory: _Memory,
+    generation: int,
+    budget: int | None,
+    stop: Callable[[], bool],
 ) -> Iterator[Candidate]:
     """Candidates of one generation, until enough of them are new."""
     space = ladder.task.space
@@ -106,7 +107,7 @@ def _screened(
     tuned = round(space.tuned * space.generation) if tuning is not None else 0
     seeds = iter(ladder.task.seeds if generation == 0 else ())
     for attempt in range(_MAX_PROPOSALS * space.generation):
-        if memory.new >= wanted:
+        if memory.new >= wanted or stop():
             return
         slot = memory.slot
         memory.slot += 1

@@ -83,13 +83,22 @@ def open_session(
     check_recipe(bench.language_model, example, task.sparsity)
     # Opened before the long work, so that a wrong name or setting is known at once.
     journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=resume)
+    try:
+        return Session(bench, task, _ladder(bench, task, journal, progress), journal)
+    except BaseException:
+        # A search that could not begin must not stand in the way of its next attempt.
+        journal.give_up()
+        raise
+
+
+def _ladder(bench: Bench, task: Task, journal: Journal, progress: Progress | None) -> Ladder:
     layers = find_layers(bench.language_model.model)
     space = task.space
     sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
     sums |= dense_sums(rivals(task))
     statistics = bench.statistics(layers, sums, progress)
     stand = Stand(bench, layers, statistics, splits=("search", "validation", "test"))
-    return Session(bench, task, Ladder(task, stand, layers, statistics, journal), journal)
+    return Ladder(task, stand, layers, statistics, journal)
 
 
 def rivals(task: Task) -> list[Recipe]:

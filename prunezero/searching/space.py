@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from prunezero.errors import PruneZeroError, did_you_mean
+from prunezero.formula.canonical import MAX_EXPONENT, number
 from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
@@ -74,6 +75,27 @@ class SearchSpace(BaseModel):
             for name in terminal.features:
                 if not FEATURES[name].ready:
                     raise ValueError(f"feature '{name}' is reserved for a later version")
+        return value
+
+    @field_validator("constants", "exponents")
+    @classmethod
+    def _usable_numbers(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        try:
+            for number_of_space in value:
+                number(number_of_space)
+        except PruneZeroError as error:
+            raise ValueError(str(error)) from error
+        return value
+
+    @field_validator("exponents")
+    @classmethod
+    def _usable_exponents(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for exponent in value:
+            if exponent == 0 or abs(exponent) > MAX_EXPONENT:
+                raise ValueError(
+                    f"an exponent is {exponent:g}; it must be within -{MAX_EXPONENT} and "
+                    f"{MAX_EXPONENT}, and not 0"
+                )
         return value
 
     @field_validator("compare")

@@ -144,3 +144,26 @@ def test_a_misspelt_word_is_answered_with_the_nearest_known_one() -> None:
 
 def test_numbers_of_every_usual_form_are_read() -> None:
     assert Criterion.parse("1e-3*W + .5*X + 2.*G").text == "0.001*W + 2*G + 0.5*X"
+
+
+@pytest.mark.parametrize("text", ["W*1" + "0" * 400, "W**1" + "0" * 400, "W*0x" + "f" * 400])
+def test_an_integer_beyond_every_float_is_too_large_like_any_other(text: str) -> None:
+    with pytest.raises(CriterionError, match="too large"):
+        Criterion.parse(text)
+
+
+def test_an_operator_as_a_feature_and_a_feature_as_an_operator_are_told_apart() -> None:
+    with pytest.raises(CriterionError, match=r"'abs' is an operator; write abs\(x\)"):
+        Criterion.parse("abs * W")
+    with pytest.raises(CriterionError, match=r"'W' is a feature .* W \* "):
+        Criterion.parse("W(X)")
+
+
+def test_a_formula_that_was_built_is_refused_when_its_own_text_could_not_be_read() -> None:
+    features = "W R1 C1 R2 C2 X X_ms X_rms X_mean X_var Y G G1 D".split()
+    symbols = [Criterion.parse(name).sympy for name in features]
+    long = sum(symbols) + sum(symbol**2 for symbol in symbols)
+    with pytest.raises(CriterionError, match="nested at most 16 deep"):
+        Criterion.from_sympy(long)
+    short = Criterion.from_sympy(sum(symbols))
+    assert Criterion.parse(short.text) == short

@@ -196,3 +196,30 @@ def test_the_demo_model_loads_saves_and_loads_again(tmp_path: Path) -> None:
     assert len(find_layers(model.model)) == 210
     save_model(model, tmp_path / "saved")
     assert load(tmp_path / "saved").fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300])
+def test_a_name_that_no_file_can_have_is_refused_in_one_sentence(name: str) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[]", "holds no settings"),
+        ('"text"', "holds no settings"),
+        ("null", "cannot be loaded"),
+        ("{", "cannot be loaded"),
+        ('{"model_type": []}', "does not know"),
+        ('{"model_type": "llama", "architectures": [1]}', "is a 1"),
+        ('{"model_type": "llama", "architectures": "T5Model"}', "is a T5Model"),
+    ],
+)
+def test_a_configuration_of_the_wrong_types_is_refused_in_one_sentence(
+    text: str, complaint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=complaint) as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)

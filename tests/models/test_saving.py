@@ -101,3 +101,12 @@ def test_a_save_that_fails_leaves_nothing_behind(
     with pytest.raises(OutputError, match="No space left on device"):
         save_model(model, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["~nobody-of-that-name/x", "x" * 300])
+def test_a_folder_that_cannot_exist_is_refused_in_one_sentence(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_writable(folder)

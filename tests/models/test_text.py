@@ -143,11 +143,19 @@ def test_windows_are_the_first_tokens_with_an_end_between_documents() -> None:
     assert found.dtype == torch.int64
 
 
-def test_calibration_windows_are_spread_over_the_whole_split() -> None:
-    found = windows(
-        simple(calibration=("abcdefghij" * 2,)), "calibration", tiny_model(), length=2, count=5
-    )
-    assert found.tolist() == [[68, 69], [72, 73], [76, 77], [70, 71], [74, 75]]
+def test_calibration_windows_are_drawn_from_the_whole_split_by_the_seed() -> None:
+    text, model = simple(calibration=("abcdefghijklmnopqrst",)), tiny_model()
+
+    def drawn(seed: int) -> list[list[int]]:
+        return windows(text, "calibration", model, length=2, count=5, seed=seed).tolist()
+
+    # Ten windows to draw from, "ab" to "st"; "a" is 68.
+    every = [[68 + start, 69 + start] for start in range(0, 20, 2)]
+    draws = [drawn(seed) for seed in range(20)]
+    assert all(draw == [window for window in every if window in draw] for draw in draws)
+    assert all(len(draw) == 5 for draw in draws)
+    assert {tuple(window) for draw in draws for window in draw} == set(map(tuple, every))
+    assert drawn(3) == draws[3] and len({str(draw) for draw in draws}) > 10
 
 
 def test_too_little_text_is_refused_with_both_numbers() -> None:
@@ -198,3 +206,9 @@ def test_the_demo_text_has_91_articles_and_is_built_once(
     assert sum(len(article) for articles in text.documents.values() for article in articles) > 2.9e6
     monkeypatch.setattr(demo_text, "_articles", None)
     assert load_text("demo").fingerprint == text.fingerprint
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x.txt", "x" * 300])
+def test_a_name_that_no_file_can_have_is_refused_in_one_sentence(name: str) -> None:
+    with pytest.raises(TextError, match="cannot be read"):
+        load_text(name)

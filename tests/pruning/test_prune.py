@@ -125,7 +125,7 @@ def test_scores_that_rank_nothing_are_refused_by_formula_and_layer() -> None:
         prune(tiny_model(), recipe("W**0.5/W**0.5*layer_max(W)"), 0.5)
     model = tiny_model()
     find_layers(model.model)[3].weight[0, 0] = float("nan")
-    with pytest.raises(ScoreError, match=r"abs\(W\) gives 1 of .* layers\.0.* score that is NaN"):
+    with pytest.raises(ScoreError, match=r"abs\(W\) gives 1 of .*layers\.0.* score that is NaN"):
         prune(model, recipe("abs(W)"), 0.5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,34 @@ def test_a_missing_file_and_a_file_that_cannot_be_written_are_one_sentence(tmp_p
         Recipe.load(tmp_path / "nowhere.yaml")
     with pytest.raises(OutputError, match="cannot be written"):
         Recipe.load("wanda").save(tmp_path / "nowhere" / "x.yaml")
+
+
+@pytest.mark.parametrize("name", ["08", "1e3", "1.5e3", ".5e3", "+1e5", "1e-3", "12", "no", "~"])
+def test_a_name_that_looks_like_a_number_is_saved_as_text(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"name": name, "criterion": "abs(W)", "provenance": {"a": name}})
+    recipe.save(tmp_path / "mine.yaml")
+    assert Recipe.load(tmp_path / "mine.yaml") == recipe
+
+
+@pytest.mark.parametrize("text", ["{[]: 1, []: 2}", "{{}: 1}", "? [a]\n: 1\n"])
+def test_a_key_that_is_no_word_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="not plain YAML"):
+        Recipe.load(written(tmp_path, text))
+
+
+def test_many_keys_are_read_in_no_time(tmp_path: Path) -> None:
+    path = written(tmp_path, "".join(f"{key:x}:\n" for key in range(9000)) + "1:\n")
+    begin = time.process_time()
+    with pytest.raises(RecipeError, match="'1' stands twice"):
+        read_document(path)
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("choices", ["", "pattern: 2:4\ncompare: layer\n"])
+def test_a_formula_that_is_constant_along_rows_is_refused_where_rows_compete(
+    choices: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="R1 is the same for all weights of a row"):
+        Recipe.load(written(tmp_path, "name: mine\ncriterion: R1\n" + choices))
+    path = written(tmp_path, "name: mine\ncriterion: R1\ncompare: layer\n")
+    assert Recipe.load(path).criterion.shape == "row"

@@ -280,3 +280,11 @@ def test_scores_that_are_not_finite_never_become_a_mask(bad: float) -> None:
 def test_a_matrix_without_weights_is_refused() -> None:
     with pytest.raises(ScoreError, match="no weight"):
         select(torch.ones(0, 8), 0.5)
+
+
+def test_double_scores_that_are_infinite_in_float32_never_become_a_mask() -> None:
+    scores = torch.tensor([[1e300, 1.0, 2e300, 3.0]], dtype=torch.float64)
+    with pytest.raises(ScoreError, match="2 are infinite"):
+        select(scores, 0.5)
+    with pytest.raises(ScoreError, match="2 are infinite"):
+        select_model([scores], 0.5)

@@ -1,0 +1,82 @@
+"""The folder of a search: refused before the work, and readable whatever the results were."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunezero.errors import OutputError
+from prunezero.models.units import find_layers
+from prunezero.pruning.recipe import Recipe
+from prunezero.report.run_folder import check_runs_dir, list_runs, write_winner
+from prunezero.report.saved_model import save_pruned
+from tests.searching.bench import tiny_bench
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A row of results as a search measures it."""
+    known = {"recipe": "mine", "sparsity": 0.5, "pattern": "free", "seed": 0}
+    known |= {"sequence_length": 16, "calibration_tokens": 64, "sparsity_reached": 0.5}
+    return {**known, "validation_perplexity": 9.5, "test_perplexity": 8.25, **changes}
+
+
+def saved_run(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """A folder as a finished search leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "journal.jsonl").write_text("")
+    recipe = Recipe.load("wanda").model_copy(update={"statistics": "dense"})
+    write_winner(recipe, rows, folder)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below", "/proc/runs", "x" * 300])
+def test_a_runs_folder_that_cannot_be_written_is_one_sentence(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(OutputError, match="--runs-dir .* (is a file|cannot be written)"):
+        check_runs_dir(Path(place))
+
+
+def test_a_new_runs_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    check_runs_dir(tmp_path / "new" / "runs")
+    assert list((tmp_path / "new" / "runs").iterdir()) == []
+
+
+def test_a_rival_without_a_perplexity_does_not_stop_the_winner_from_being_written(
+    tmp_path: Path,
+) -> None:
+    broken = row(recipe="magnitude", validation_perplexity=None, test_perplexity=None)
+    saved_run(tmp_path / "runs" / "one", [broken, row()])
+    page = (tmp_path / "runs" / "one" / "pruner.py").read_text()
+    assert "magnitude: test perplexity not finite" in page
+    assert "mine: test perplexity 8.25" in page
+
+
+def test_a_pruned_model_without_a_perplexity_is_saved_with_a_report_that_is_json(
+    tmp_path: Path,
+) -> None:
+    bench = tiny_bench()
+    layers = find_layers(bench.language_model.model)
+    rows = [row(recipe="dense"), row(test_perplexity=math.nan, kl=math.inf)]
+    save_pruned(bench, Recipe.load("wanda"), rows, layers, tmp_path / "out")
+    report = (tmp_path / "out" / "report.json").read_text()
+    assert json.loads(report)["rows"][1]["test_perplexity"] is None
+    assert "NaN" not in report and "Infinity" not in report
+
+
+def test_one_damaged_run_does_not_hide_the_others_from_the_list(tmp_path: Path) -> None:
+    for name in ("good", "torn", "bare"):
+        saved_run(tmp_path / name, [row()])
+    (tmp_path / "torn" / "recipe.yaml").write_text("name: [")
+    (tmp_path / "bare" / "recipe.yaml").write_text("name: bare\ncriterion: abs(W)\n")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "journal.jsonl").write_text("")
+    rows = {row["name"]: row for row in list_runs(tmp_path)}
+    assert rows["good"]["test"] == "8.25" and rows["good"]["state"] == "finished"
+    assert rows["torn"]["state"] == rows["bare"]["state"] == "recipe.yaml cannot be read"
+    assert rows["half"]["state"] == "go on with --resume"
