@@ -86,8 +86,9 @@ def sample_rows(
             name: value[rows].contiguous() if value.shape[0] > 1 else value
             for name, value in values.items()
         }
-        squares = known.sums.get(_ROW_WEIGHTS, torch.ones(weight.shape[0]))[rows] / known.tokens
-        samples.append(Sample(layer.name, sampled, known.sums["gram"], squares.float()))
+        alike = torch.ones(weight.shape[0], device=weight.device)
+        squares = known.sums.get(_ROW_WEIGHTS, alike)[rows].float() / known.tokens
+        samples.append(Sample(layer.name, sampled, known.sums["gram"], squares))
     return samples
 
 
