@@ -21,7 +21,7 @@ def text_of(expression: Any) -> str:
 
 def latex_of(expression: Any) -> str:
     """The formula in LaTeX, features in the letters of the papers, long constants rounded."""
-    long = [value for value in expression.atoms(sympy.Rational) if value.q > 100]
+    long = [value for value in expression.atoms(sympy.Rational) if value.q > 10]
     expression = expression.xreplace({value: sympy.Float(value, 4) for value in long})
     symbols = {row.symbol: row.latex for row in FEATURES.values()}
     return str(sympy.latex(expression, symbol_names=symbols))

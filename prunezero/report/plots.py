@@ -96,7 +96,7 @@ def proxy_against_truth(candidates: Sequence[Row], path: Path) -> None:
 
 def progress(candidates: Sequence[Row], baselines: Sequence[Row], path: Path) -> None:
     """The best perplexity so far against candidates screened, with the methods it passed."""
-    figure, axes = canvas("How the search got there", "candidates screened")
+    figure, axes = canvas("How the search got there", "candidates proposed")
     found = sorted(_with_numbers(candidates, "slot", "search_perplexity"), key=_slot)
     named = _with_numbers(_pruned(baselines), "search_perplexity")
     shown = [*found, *named]
