@@ -31,7 +31,7 @@ def prune(
     model: Model = "demo",
     text: TextName = "demo",
     recipe: Annotated[
-        str, typer.Option(help="Name or .yaml file; see `prunezero list recipes`.")
+        str, typer.Option(help="Name, .yaml file, or a Pruner-Zero tree in .json.")
     ] = "wanda",
     sparsity: Sparsity = None,
     pattern: Pattern = None,

@@ -8,6 +8,7 @@ takes either. The sparsity is an argument, never part of a recipe.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,10 +23,11 @@ from pydantic import (
     model_validator,
 )
 
-from prunezero.errors import PruneZeroError, did_you_mean
+from prunezero.errors import CriterionError, PruneZeroError, RecipeError, did_you_mean
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.allocation import ALLOCATIONS
 from prunezero.pruning.documents import (
+    MAX_BYTES,
     find_document,
     read_document,
     to_yaml,
@@ -35,7 +37,6 @@ from prunezero.pruning.documents import (
 from prunezero.pruning.update import UPDATES
 from prunezero.scoring.request import group_columns, parse_pattern
 
-SCHEMA = 1
 STATISTICS = ("dense", "sequential")
 
 
@@ -140,11 +141,34 @@ class Recipe(BaseModel):
     def load(cls, name: str | Path) -> Recipe:
         """A published recipe by name, or any recipe by the path of its file.
 
+        A .json file is read as a tree of Pruner-Zero, see `from_pruner_zero`.
+
         Raises:
             RecipeError: no such recipe (the message names the nearest), or faults in the file.
         """
+        if Path(name).suffix == ".json":
+            return cls.from_pruner_zero(Path(name))
         path = find_document(name, published_recipes(), "recipe")
         return validated(cls, read_document(path), str(path))
+
+    @classmethod
+    def from_pruner_zero(cls, path: Path) -> Recipe:
+        """The recipe of a tree in Pruner-Zero's JSON form, compared by rows as its paper does.
+
+        Raises:
+            RecipeError: the file cannot be read, or holds no such tree.
+        """
+        try:
+            with path.open("rb") as file:
+                tree = json.loads(file.read(MAX_BYTES))
+            criterion = Criterion.from_pruner_zero(tree)
+        except (OSError, ValueError, RecursionError) as error:
+            raise RecipeError(f"{path} cannot be read as JSON: {error}") from error
+        except CriterionError as error:
+            raise RecipeError(f"{path}: {error}") from error
+        source = "a tree in the form of Pruner-Zero, arXiv:2406.02924"
+        fields = {"name": path.stem, "source": source, "criterion": criterion}
+        return validated(cls, fields, str(path))
 
     def to_yaml(self) -> str:
         """The recipe as its file holds it; choices left at nothing are left out."""

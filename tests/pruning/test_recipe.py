@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -135,3 +136,18 @@ def test_a_formula_that_is_constant_along_rows_is_refused_where_rows_compete(
         Recipe.load(written(tmp_path, "name: mine\ncriterion: R1\n" + choices))
     path = written(tmp_path, "name: mine\ncriterion: R1\ncompare: layer\n")
     assert Recipe.load(path).criterion.shape == "row"
+
+
+def test_a_tree_of_pruner_zero_is_a_recipe_too(tmp_path: Path) -> None:
+    leaf = {"left": None, "right": None}
+    scaled = {"data": "mms", "left": {"data": "G", **leaf}, "right": None}
+    path = tmp_path / "best_tree.json"
+    path.write_text(json.dumps({"data": "mul", "left": {"data": "W", **leaf}, "right": scaled}))
+    recipe = Recipe.load(path)
+    assert (recipe.name, recipe.criterion.text) == ("best_tree", "abs(W)*minmax(100*G)")
+    for text in ("{", "[]", '{"data": "mull"}', "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match="best_tree.json"):
+            Recipe.load(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.load(tmp_path / "nowhere.json")
