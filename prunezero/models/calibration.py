@@ -6,6 +6,7 @@ per sequence. Both are kept on disk, so a second run over the same model and tex
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def calibrate(
         if wanted:
             collected = collect(language_model, batches, layers, wanted, tell)
             if folder is not None:
-                write_sums(folder, collected, wanted)
+                _keep(folder, collected, wanted, tell)
             parts.append(collected)
-    if folder is not None and missing:
+    if folder is not None and missing and folder.is_dir():
         limit_size(folder)
     return {layer.name: _joined([part[layer.name] for part in parts]) for layer in layers}
 
@@ -113,6 +114,21 @@ def _gradient_statistics(
         tell("gradients of sequence", done, total)
 
     return gradient_statistics(language_model, batches, layers, sums, progress=told)
+
+
+def _keep(
+    folder: Path, collected: dict[str, Statistics], names: frozenset[str], tell: Progress
+) -> None:
+    """Write sums for the next run; where the disk is full or read-only, it computes them again."""
+    from safetensors import SafetensorError
+
+    for done, name in enumerate(sorted(names), start=1):
+        try:
+            write_sums(folder, collected, frozenset({name}))
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"calibration sums are not kept in {folder}: {error}", stacklevel=3)
+            return
+        tell("sums kept on disk", done, len(names))
 
 
 def _joined(parts: list[Statistics]) -> Statistics:

@@ -175,3 +175,12 @@ def test_a_cache_limit_that_is_no_number_is_refused(
     monkeypatch.setenv("PRUNEZERO_CACHE_GIB", "plenty")
     with pytest.raises(StatisticsError, match="must be a number of GiB but is 'plenty'"):
         calibrate(model, tiny_batches(), find_layers(model.model), ["gram"], cache=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_nothing_else(tmp_path: Path) -> None:
+    model = tiny_model()
+    layers = find_layers(model.model)
+    (tmp_path / "statistics").write_text("a file where a folder should be")
+    with pytest.warns(UserWarning, match="not kept"):
+        found = calibrate(model, tiny_batches(), layers, ["input_sum"], cache=tmp_path)
+    assert found[layers[0].name].sequences == 4
