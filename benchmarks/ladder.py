@@ -57,6 +57,7 @@ def main() -> None:
     rng = random.Random(0)
     rows: list[dict[str, float | str]] = []
     waiting = list(task.seeds)
+    seen: set[str] = set()
     while len(rows) < arguments.formulas:
         criterion = waiting.pop(0) if waiting else random_criterion(space, rng)
         if criterion is None:
@@ -64,16 +65,17 @@ def main() -> None:
         choices = (task.sparsity, space.compare, task.pattern)
         try:
             begin = time.perf_counter()
-            mask_digest(masks_on(probe, criterion, *choices))
+            digest = mask_digest(masks_on(probe, criterion, *choices))
             probed = time.perf_counter()
             masks = masks_on(samples, criterion, *choices)
             weighted = layer_error(samples, masks)
             screened = time.perf_counter()
         except ScoreError:
             continue
-        if weighted > 0.5:
-            # Worse than magnitude; nobody would measure it.
+        # Twins in the mask, and formulas that nobody would measure.
+        if digest in seen or weighted > 0.5:
             continue
+        seen.add(digest)
         row = stand.row(task.recipe(criterion, "formula"), task.sparsity, ("search",))
         rows.append(
             {
