@@ -9,9 +9,9 @@ Each rung only decides who may climb to the next; numbers of different rungs are
 The error of rung 1 is sum_i d_i^2 e_i H e_i' / sum_i d_i^2 w_i H w_i' over the sampled rows i of a
 layer, averaged over layers, with w_i a row of weights, e_i its removed part, H the Gram matrix of
 the inputs and d_i the root mean square of the loss gradient at that output: the Fisher weight that
-K-FAC would give it. It tells good formulas from bad (on the demo model Kendall's tau with perplexity
-is 0.9 over published and random formulas) and hardly the best from the good (0.45 over those that a
-search measured), so it gates and never decides; `benchmarks/ladder.py` measures it.
+K-FAC would give it. It tells good formulas from bad (on the demo model, Kendall's tau with
+perplexity is 0.9 over published and random formulas) and hardly the best from the good (0.45 over
+those that a search measured), so it gates and never decides; `benchmarks/ladder.py` measures it.
 """
 
 from __future__ import annotations
