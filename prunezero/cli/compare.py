@@ -62,12 +62,15 @@ def compare(
     from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
     from prunezero.pruning import compare as comparison
     from prunezero.pruning.bench import set_up
+    from prunezero.pruning.prune import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir, tracked_rows
     from prunezero.report.track import Tracker
 
     options.check_statistics(statistics)
     options.check_json(json_file)
     chosen = options.load_recipes(recipes, pattern)
+    for recipe in chosen:
+        settled_sparsity(pattern or recipe.pattern, sparsity)
     settings = options.make_settings(
         sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
     )

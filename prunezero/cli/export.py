@@ -43,4 +43,5 @@ def export(
     chosen = with_choices(chosen, pattern=pattern, statistics=statistics)
     write_pruner(pruner_fields(chosen), output)
     say(f"wrote {output}: {chosen.criterion.text}")
-    say(f"run it: python {output} MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED")
+    fraction = "--sparsity 0.5 " if chosen.pattern == "free" else ""
+    say(f"run it: python {output} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")

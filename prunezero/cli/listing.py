@@ -42,12 +42,13 @@ def list_(
     lists = {name: LISTS[name](runs_dir) for name in LISTS if what in ("", name)}
     for name, rows in lists.items():
         table = Table(title=f"{name} ({len(rows)})", title_justify="left")
-        for column in rows[0] if rows else ():
-            # Sources may be cut off: names and formulas are what one copies.
-            is_cut = column == "source" and not console.width > 140
-            table.add_column(column, overflow="ellipsis" if is_cut else "fold", no_wrap=is_cut)
+        # Sources are long, and stand in the files and in --json.
+        columns = [column for column in (rows[0] if rows else ()) if column != "source"]
+        for column in columns:
+            is_long = column in ("formula", "terminals", "meaning")
+            table.add_column(column, overflow="fold", no_wrap=not is_long)
         for row in rows:
-            table.add_row(*(str(value) for value in row.values()))
+            table.add_row(*(str(row[column]) for column in columns))
         console.print(table)
     write_json(lists, json_file)
 

@@ -24,6 +24,7 @@ from prunezero.cli.options import (
     TextName,
 )
 
+PATTERN_LINE = "Zeros do not make a model smaller or faster unless its kernels use the pattern."
 FIRST_LINE = "Free-form zeros do not make a model smaller or faster by themselves."
 
 
@@ -99,7 +100,7 @@ def prune(
             rows = [stand.dense_row(SPLITS)]
         with waiting(f"pruning by {chosen.name}, then measuring"):
             rows.append(stand.row(chosen, fraction, SPLITS, keep=True))
-    say(FIRST_LINE)
+    say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
     if output is not None:
         saved = save_pruned(bench, chosen, rows, layers, output)
         rows[-1]["sparsity_reached"] = saved.sparsity

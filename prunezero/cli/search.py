@@ -214,9 +214,25 @@ def _judged(
     console.print(results_table(rows, f"search {name}", best="test_perplexity"))
     say(conditions(rows, session.bench.language_model.name, session.bench.text.name))
     say(f"found: {recipe.criterion.text}", style="bold")
+    say(_verdict(rows))
     say(f"recipe: {folder / 'recipe.yaml'}")
     say(f"pruner: {folder / 'pruner.py'}")
     return rows
+
+
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    """One sentence: is the winner, the last row, better than the best published recipe?"""
+    winner, rivals = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
+    measured = [row for row in rivals if row["validation_perplexity"] is not None]
+    best = min(measured, key=lambda row: row["validation_perplexity"], default=None)
+    if best is None or None in (best["test_perplexity"], winner["test_perplexity"]):
+        return "no published recipe to compare with was measurable"
+    change = winner["test_perplexity"] / best["test_perplexity"] - 1
+    verdict = "better than" if change < 0 else "no better than"
+    return (
+        f"{verdict} {best['recipe']}, the best published one on validation text: test perplexity "
+        f"{winner['test_perplexity']:.2f} against {best['test_perplexity']:.2f} ({change:+.1%})"
+    )
 
 
 def _files(folder: Path) -> tuple[Path, ...]:

@@ -24,7 +24,9 @@ def ui(
 
         prunezero ui --runs-dir /data/runs --port 5001
     """
+    import contextlib
     import os
+    import signal
     import subprocess
 
     from prunezero.cli.tables import say
@@ -41,7 +43,14 @@ def ui(
     say(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)")
     for name, link in view_links(runs_dir, port=port).items():
         say(f"  {name}: {link}")
+    # MLflow starts a server of its own: both belong to one group, and end together.
+    server = subprocess.Popen(command, env=environment, start_new_session=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        subprocess.run(command, env=environment, check=False)
+        server.wait()
     except KeyboardInterrupt:
         say("closed")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
+        server.wait()

@@ -6,7 +6,6 @@ Zeroes the lowest scores of each group. Zeros alone make no model smaller or fas
 """
 
 import argparse
-import json
 import re
 from collections import defaultdict
 from fractions import Fraction
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 COMPARE = "row"  # which weights compete: "row", "layer" or "N columns"
-PATTERN = "free"  # or "N:M" to keep N of every M consecutive weights
+PATTERN = "free"  # "free", or "N:M" to keep N of every M consecutive weights
 TARGETS = ""  # a regular expression for the names of the layers to prune
 IGNORE = "^$"  # and one for those to leave alone
 
@@ -145,6 +144,7 @@ if __name__ == "__main__":
     if count < 1:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
     batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
-    print(json.dumps(prune_(model, batches, options.sparsity, options.pattern), indent=1))
+    report = prune_(model, batches, options.sparsity, options.pattern)
+    print(f"{report['removed']} weights removed, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

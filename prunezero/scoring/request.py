@@ -91,7 +91,8 @@ def removed_count(size: int, sparsity: float) -> int:
         SelectionError: `sparsity` is not at least 0 and below 1.
     """
     if not 0 <= sparsity < 1:
-        raise SelectionError(f"sparsity must be at least 0 and below 1 but got {sparsity}")
+        hint = f"; write {sparsity:g} % as {sparsity / 100:g}" if 1 <= sparsity < 100 else ""
+        raise SelectionError(f"sparsity must be at least 0 and below 1 but got {sparsity}{hint}")
     return math.floor(size * Fraction(str(sparsity)))
 
 
