@@ -228,7 +228,7 @@ def test_page_runs_as_a_program_and_saves_the_pruned_model(tmp_path: Path) -> No
     command += ["--sparsity", "0.25", "--sequences", "4", "--length", "32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert '"sparsity": 0.25' in done.stdout
+    assert "sparsity 0.2500" in done.stdout
     weights = load_file(tmp_path / "pruned" / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))
     assert (weights[name] == 0).float().mean() == 0.25
