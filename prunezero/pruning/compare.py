@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,3 +155,11 @@ def compare(
     yield stand.dense_row(SPLITS)
     for recipe in changed:
         yield stand.row(recipe, sparsity, SPLITS)
+
+
+def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with None for numbers that are not finite, which JSON does not know."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }

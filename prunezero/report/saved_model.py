@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from prunezero.models.evaluation import SavedSparsity, count_sparsity
 from prunezero.models.saving import save_model
 from prunezero.models.units import Layer
 from prunezero.pruning.bench import Bench
+from prunezero.pruning.compare import finite_row
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.card import model_card
 
@@ -32,14 +32,7 @@ def save_pruned(
     Raises:
         OutputError: the folder cannot be written, or the files do not hold what is in memory.
     """
-    # JSON knows no NaN: a perplexity that is not finite is null there.
-    rows = [
-        {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
-        for row in rows
-    ]
+    rows = [finite_row(row) for row in rows]
     results = [{**row, "method": row["recipe"], "model": bench.language_model.name} for row in rows]
     card = model_card(bench.language_model.name, recipe.criterion, results, recipe=recipe.to_yaml())
     report = json.dumps({"rows": rows}, indent=2, allow_nan=False) + "\n"

@@ -13,7 +13,7 @@ import numpy as np
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.units import Layer
-from prunezero.pruning.compare import Stand
+from prunezero.pruning.compare import Stand, finite_row
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.statistics import Statistics
 from prunezero.searching.fitness import layer_error, mask_digest, masks_on, probe_of, sample_rows
@@ -112,23 +112,16 @@ class Ladder:
         if known is not None:
             return known | {"recipe": recipe.name, "is_replayed": True}
         row = self._stand.row(recipe, self.task.sparsity, splits)
-        return self._journal.write("measurement", key, _finite(row))
+        return self._journal.write("measurement", key, finite_row(row))
 
     def measure_dense(self, splits: Sequence[str]) -> dict[str, Any]:
         """The row of the dense model."""
         key = "|".join(["dense", *splits])
         known = self._journal.known("measurement", key)
         return known or self._journal.write(
-            "measurement", key, _finite(self._stand.dense_row(splits))
+            "measurement", key, finite_row(self._stand.dense_row(splits))
         )
 
     def _masks(self, samples: Any, criterion: Criterion) -> Any:
         task = self.task
         return masks_on(samples, criterion, task.sparsity, task.space.compare, task.pattern)
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
