@@ -8,6 +8,7 @@
     ├── ModelError         a model that cannot be loaded, pruned or saved
     ├── TextError          text that cannot be read, or is too short for what is asked
     ├── StatisticsError    calibration sums that are missing, damaged or of another model
+    │   └── FactorizationError  a Gram matrix that no damping makes positive definite
     ├── SearchError        a search that cannot start, or cannot go on where it stopped
     └── OutputError        a folder that cannot be written
 
@@ -50,6 +51,10 @@ class TextError(PruneZeroError):
 
 class StatisticsError(PruneZeroError):
     """Calibration sums that are missing, damaged, or of another model."""
+
+
+class FactorizationError(StatisticsError):
+    """A Gram matrix that is not positive definite, however strongly it is damped."""
 
 
 class SearchError(PruneZeroError):

@@ -34,8 +34,6 @@ class Feature:
     signal: str = "none"
     # raw sums over calibration text, by their names in `scoring/statistics.py`
     sums: tuple[str, ...] = ()
-    # False for a name that is reserved for a later version
-    ready: bool = True
 
     @property
     def symbol(self) -> sympy.Symbol:
@@ -51,11 +49,9 @@ def _symbol(name: str, *, nonnegative: bool) -> sympy.Symbol:
 _INPUT_SQUARES = ("input_square_sum",)
 
 
-def _reserved(name: str, meaning: str, latex: str, unit: str) -> Feature:
-    """A name kept for second-order statistics, which formulas may spell but nobody fills yet."""
-    return Feature(
-        name, "column", meaning, latex, unit, signal="second order", sums=("gram",), ready=False
-    )
+def _second_order(name: str, meaning: str, latex: str, unit: str) -> Feature:
+    """A diagonal of the Gram matrix H of the layer's inputs, or of what follows from it."""
+    return Feature(name, "column", meaning, latex, unit, signal="second order", sums=("gram",))
 
 
 _ROWS = (
@@ -146,9 +142,9 @@ _ROWS = (
         signal="gradients",
         sums=("output_gradient_square_sum",),
     ),
-    _reserved("H", "diagonal of the Gram matrix", "H_{jj}", "x^2"),
-    _reserved("V", "diagonal of its inverse", "[H^{-1}]_{jj}", "x^-2"),
-    _reserved("U", "diagonal of the Cholesky factor of its inverse", "U_{jj}", "x^-1"),
+    _second_order("H", "diagonal of the Gram matrix, per sequence", "H_{jj}", "x^2"),
+    _second_order("V", "diagonal of the inverse Gram matrix, damped", "[H^{-1}]_{jj}", "x^-2"),
+    _second_order("U", "diagonal of the upper Cholesky factor of the inverse", "U_{jj}", "x^-1"),
 )
 
 FEATURES: dict[str, Feature] = {row.name: row for row in _ROWS}

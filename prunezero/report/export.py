@@ -40,9 +40,22 @@ FEATURE_LINES = {
     "G": 'stats["gradient_square_sum"].sqrt()',
     "G1": 'stats["gradient_absolute_sum"]',
     "D": '(stats["output_gradient_square_sum"] / stats["tokens"]).sqrt().float()[:, None]',
+    "H": '(stats["gram"].diagonal() / stats["sequences"])[None]',
+    "V": "upper.square().sum(0).float()[None]",
+    "U": "upper.diagonal().float()[None]",
 }
+# The inverse of the damped Gram matrix is upper.T @ upper.
+_INVERSE = (
+    'gram = stats["gram"].double() / stats["sequences"]',
+    "diagonal = torch.where(gram.diagonal() == 0, 1.0, gram.diagonal())",
+    "gram.diagonal().copy_(diagonal + 0.01 * diagonal.mean())",
+    "root = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)",
+    "upper = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=True)",
+)
 # Lines that must come before a feature's own.
 PREPARATION = {
+    "V": _INVERSE,
+    "U": _INVERSE,
     "X_var": (
         'mean = stats["input_sum"] / stats["tokens"]',
         'variance = stats["input_square_sum"] / stats["tokens"] - mean.square()',
@@ -53,6 +66,7 @@ SUM_LINES = {
     "inputs": {
         "input_sum": "x.sum(0, dtype=torch.float64)",
         "input_square_sum": "x.double().square().sum(0)",
+        "gram": "x.float().T @ x.float()",
     },
     "outputs": {"output_square_sum": "y.double().square().sum(0)"},
     "output gradients": {"output_gradient_square_sum": "d.double().square().sum(0)"},
@@ -76,6 +90,10 @@ class PrunerFields:
     allocate: str = "uniform"
     statistics: str = "dense"
     update: str = "none"
+    permute: str = "none"
+    schedule: str = "one-shot"
+    recover: str = "none"
+    damping: float = 0.01
     source: str = ""
     """the paper, or the search that found it"""
     results: tuple[str, ...] = ()
@@ -123,7 +141,10 @@ def pruner_page(fields: PrunerFields) -> str:
 
 def refuse_unfit(fields: PrunerFields) -> None:
     """Raise OutputError where a page of one dense pass could not do what the recipe says."""
-    wanted = {"allocate": "uniform", "statistics": "dense", "update": "none"}
+    wanted: dict[str, object] = {"allocate": "uniform", "statistics": "dense", "update": "none"}
+    wanted |= {"permute": "none", "schedule": "one-shot", "recover": "none"}
+    if {"U", "V"} & set(fields.criterion.features):
+        wanted["damping"] = 0.01
     for choice, needed in wanted.items():
         if getattr(fields, choice) != needed:
             raise OutputError(

@@ -16,9 +16,10 @@ from torch import Tensor
 from prunezero.errors import ScoreError
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
+from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
 from prunezero.scoring.selection import select
-from prunezero.scoring.statistics import Statistics, feature
+from prunezero.scoring.statistics import Statistics
 
 
 def features_of(

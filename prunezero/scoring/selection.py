@@ -55,6 +55,16 @@ def select(
     return ~torch.cat([_lowest_of_block(block, sparsity) for block in blocks], dim=1)
 
 
+def select_pattern(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """`select` for an N:M pattern that is known to fit, without its checks of the request.
+
+    Raises:
+        ScoreError: a score is NaN or infinite.
+    """
+    refuse_non_finite(scores)
+    return ~_lowest_of_pattern(scores, pattern)
+
+
 def select_model(scores: Sequence[torch.Tensor], sparsity: float) -> list[torch.Tensor]:
     """The masks of all matrices whose weights compete together, each bool [out, in]: True = keep.
 
@@ -87,7 +97,8 @@ def refuse_non_finite(scores: torch.Tensor) -> None:
     """Raise ScoreError, with counts, when a score is NaN or infinite; no mask may come of those."""
     if scores.numel() == 0:
         raise ScoreError(f"scores of shape {tuple(scores.shape)} hold no weight to choose from")
-    if bool(torch.isfinite(torch.stack(torch.aminmax(scores))).all()):
+    # A sum is quicker than a look at every score; one of large scores may be infinite by itself.
+    if math.isfinite(float(scores.sum())) or bool(torch.isfinite(scores).all()):
         return
     nan, infinite = int(torch.isnan(scores).sum()), int(torch.isinf(scores).sum())
     raise ScoreError(
@@ -137,15 +148,27 @@ def _lowest_of_pattern(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     count = pattern.of - pattern.keep
     if pattern.of > WIDEST_PAIRWISE_PATTERN:
         return _lowest_of_rows(scores.reshape(-1, pattern.of), count).view(scores.shape)
+    if scores.device.type == "cpu":
+        values = np.ascontiguousarray(scores.numpy().reshape(-1, pattern.of).T)
+        return torch.from_numpy(_ranks_by_pairs(values) < count).T.reshape(scores.shape)
     places = scores.reshape(-1, pattern.of).T.contiguous()
     ranks = torch.zeros(places.shape, dtype=torch.uint8, device=scores.device)
     for later in range(1, pattern.of):
-        for earlier in range(later):
-            # On a tie the earlier column ranks lower, so it is the one to go.
-            earlier_first = places[earlier] <= places[later]
-            ranks[later] += earlier_first
-            ranks[earlier] += ~earlier_first
+        earlier_first = places[:later] <= places[later]
+        ranks[later] = earlier_first.sum(0, dtype=torch.uint8)
+        ranks[:later] += ~earlier_first
     return (ranks < count).T.reshape(scores.shape)
+
+
+def _ranks_by_pairs(places: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The rank of every entry in its column [places, groups], the lowest 0; ties by place."""
+    ranks = np.zeros(places.shape, dtype=np.uint8)
+    for later in range(1, len(places)):
+        # On a tie the earlier place ranks lower, so it is the one to go.
+        earlier_first = places[:later] <= places[later]
+        ranks[later] = earlier_first.sum(axis=0, dtype=np.uint8)
+        ranks[:later] += ~earlier_first
+    return ranks
 
 
 def _threshold_of_all(matrices: Sequence[torch.Tensor], count: int) -> float:

@@ -1,20 +1,20 @@
-"""What does a layer see while sample text runs through it, and which feature values follow?
+"""What does a layer see while sample text runs through it?
 
 Only raw sums are stored; every feature of the vocabulary is derived from them when it is asked
-for. So one pass over the text serves every criterion, and sums of several passes may be added.
+for (`feature_values.py`). So one pass over the text serves every criterion, and sums of several
+passes may be added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunezero.errors import StatisticsError, did_you_mean
-from prunezero.formula.vocabulary import FEATURES
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Statistics:
     """sequences that those tokens came in"""
     sums: dict[str, Tensor]
     """by name, see `SUMS`"""
+    memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
+    """what was derived from the sums and is dear to derive again; emptied when they change"""
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,7 @@ class Statistics:
 
     def add(self, added: Contribution) -> None:
         """Add what `contribution` returned; counts follow the source that has seen most."""
+        self.memo.clear()
         for name, value in added.values.items():
             self.sums[name] += value.to(self.sums[name].device)
         tokens, sequences = self._seen.get(added.source, (0, 0))
@@ -164,6 +167,29 @@ class Statistics:
         moved = {name: value.to(device) for name, value in self.sums.items()}
         return Statistics(self.tokens, self.sequences, moved)
 
+    def permuted(
+        self, *, inputs: Tensor | None = None, outputs: Tensor | None = None
+    ) -> Statistics:
+        """The sums that a layer with its channels in this order would have seen.
+
+        Args:
+            inputs: int64 [in], the old index of each new input channel; None keeps their order.
+            outputs: int64 [out], likewise for output channels.
+        """
+        given = {"in": inputs, "out": outputs}
+        orders = {axis: order for axis, order in given.items() if order is not None}
+        return Statistics(self.tokens, self.sequences, _reordered(self.sums, orders))
+
+
+def _reordered(sums: dict[str, Tensor], orders: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, value in sums.items():
+        for place, axis in enumerate(SUMS[name].shape):
+            if axis in orders:
+                value = value.index_select(place, orders[axis].to(value.device))
+        found[name] = value
+    return found
+
 
 def _known_sum(name: str) -> Sum:
     if name not in SUMS:
@@ -174,8 +200,12 @@ def _known_sum(name: str) -> Sum:
     return SUMS[name]
 
 
-def _sum_of(statistics: Statistics | None, name: str) -> Tensor:
-    """The named sum, refused in words when it was not collected."""
+def sum_of(statistics: Statistics | None, name: str) -> Tensor:
+    """The named sum.
+
+    Raises:
+        StatisticsError: it was not collected, or holds nothing yet.
+    """
     if statistics is None or name not in statistics.sums:
         raise StatisticsError(
             f"the sum '{name}' was not collected; collect the sums that needed_sums() names"
@@ -183,106 +213,3 @@ def _sum_of(statistics: Statistics | None, name: str) -> Tensor:
     if statistics.sequences < 1:
         raise StatisticsError(f"the sum '{name}' is empty: the layer saw no calibration sequence")
     return statistics.sums[name]
-
-
-def _per_token(statistics: Statistics | None, name: str) -> Tensor:
-    total = _sum_of(statistics, name)
-    assert statistics is not None  # _sum_of refused it; for the type checker
-    if statistics.tokens < 1:
-        raise StatisticsError(f"the sum '{name}' is empty: the layer saw no calibration token")
-    return total / statistics.tokens
-
-
-def _norm_per_sequence(statistics: Statistics | None, name: str) -> Tensor:
-    """Wanda's norm: sqrt(sum over tokens / sequences), so it grows with the sequence length."""
-    total = _sum_of(statistics, name)
-    assert statistics is not None  # _sum_of refused it; for the type checker
-    return (total / statistics.sequences).sqrt()
-
-
-def _row_sum(weight: Tensor, dim: int) -> Tensor:
-    return weight.abs().sum(dim, keepdim=True, dtype=torch.float64)
-
-
-def _norm(weight: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float64)
-
-
-def _input_variance(statistics: Statistics | None) -> Tensor:
-    mean = _per_token(statistics, "input_sum")
-    # Rounding may leave a constant channel a little below zero.
-    return (_per_token(statistics, "input_square_sum") - mean.square()).clamp(min=0.0)
-
-
-# Each takes the weight [out, in] and the statistics of its layer.
-FEATURE_VALUES: dict[str, Callable[[Tensor, Statistics | None], Tensor]] = {
-    "W": lambda weight, statistics: weight,
-    "R1": lambda weight, statistics: _row_sum(weight, 1),
-    "C1": lambda weight, statistics: _row_sum(weight, 0),
-    "R2": lambda weight, statistics: _norm(weight, 1),
-    "C2": lambda weight, statistics: _norm(weight, 0),
-    "X": lambda weight, statistics: _norm_per_sequence(statistics, "input_square_sum")[None],
-    "X_ms": lambda weight, statistics: _per_token(statistics, "input_square_sum")[None],
-    "X_rms": lambda weight, statistics: _per_token(statistics, "input_square_sum").sqrt()[None],
-    "X_mean": lambda weight, statistics: _per_token(statistics, "input_sum")[None],
-    "X_var": lambda weight, statistics: _input_variance(statistics)[None],
-    "Y": lambda weight, statistics: _norm_per_sequence(statistics, "output_square_sum")[:, None],
-    "G": lambda weight, statistics: _sum_of(statistics, "gradient_square_sum").sqrt(),
-    "G1": lambda weight, statistics: _sum_of(statistics, "gradient_absolute_sum"),
-    "D": lambda weight, statistics: _per_token(statistics, "output_gradient_square_sum").sqrt()[
-        :, None
-    ],
-}
-
-
-def feature(name: str, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-    """The value of a vocabulary feature for one layer: float32, broadcastable to [out, in].
-
-    Args:
-        name: a key of `FEATURE_VALUES`.
-        weight: [out, in], any floating dtype.
-        statistics: of the same layer; may be missing for features of the weight alone.
-
-    Raises:
-        StatisticsError: unknown feature, or its sums were not collected, are empty or of another
-            shape.
-    """
-    if name not in FEATURE_VALUES:
-        raise StatisticsError(
-            f"'{name}' is not a feature with values{did_you_mean(name, FEATURE_VALUES)}; "
-            f"known features: {', '.join(FEATURE_VALUES)}"
-        )
-    value = FEATURE_VALUES[name](weight.detach(), statistics)
-    fits = all(have in (1, want) for have, want in zip(value.shape, weight.shape, strict=True))
-    if not fits:
-        raise StatisticsError(
-            f"feature {name} has shape {list(value.shape)}, which does not fit a weight of shape "
-            f"{list(weight.shape)}; the statistics belong to another layer or model"
-        )
-    return value.to(device=weight.device, dtype=torch.float32)
-
-
-class HasFeatures(Protocol):
-    """A criterion, as far as this file needs to know it."""
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        """Names of the features in the formula."""
-        ...
-
-
-def needed_sums(items: Iterable[HasFeatures | str]) -> frozenset[str]:
-    """Names of the sums to collect so that every criterion or feature named can be scored.
-
-    Raises:
-        StatisticsError: a feature is not in the vocabulary.
-    """
-    names: set[str] = set()
-    for item in items:
-        for name in (item,) if isinstance(item, str) else item.features:
-            if name not in FEATURES:
-                raise StatisticsError(
-                    f"'{name}' is not a known feature{did_you_mean(name, FEATURES)}"
-                )
-            names.update(FEATURES[name].sums)
-    return frozenset(names)

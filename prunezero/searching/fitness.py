@@ -27,9 +27,10 @@ from torch import Tensor
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.units import Layer
+from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.score import evaluate, refuse_unusable
 from prunezero.scoring.selection import select, select_model
-from prunezero.scoring.statistics import Statistics, feature, needed_sums
+from prunezero.scoring.statistics import Statistics
 
 _ROW_WEIGHTS = "output_gradient_square_sum"
 

@@ -68,15 +68,6 @@ class SearchSpace(BaseModel):
                 )
         return value
 
-    @field_validator("terminals")
-    @classmethod
-    def _ready_terminals(cls, value: tuple[Criterion, ...]) -> tuple[Criterion, ...]:
-        for terminal in value:
-            for name in terminal.features:
-                if not FEATURES[name].ready:
-                    raise ValueError(f"feature '{name}' is reserved for a later version")
-        return value
-
     @field_validator("constants", "exponents")
     @classmethod
     def _usable_numbers(cls, value: tuple[float, ...]) -> tuple[float, ...]:

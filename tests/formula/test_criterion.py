@@ -18,7 +18,7 @@ from prunezero.formula import FEATURES, OPERATORS, Criterion
 from prunezero.formula.canonical import combine, number
 from prunezero.formula.code import steps, torch_lines
 
-READY = [row for row in FEATURES.values() if row.ready]
+READY = list(FEATURES.values())
 
 
 def random_tree(rng: random.Random, depth: int) -> Any:

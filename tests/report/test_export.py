@@ -19,8 +19,8 @@ from prunezero.models.calibration import calibrate
 from prunezero.models.units import find_layers
 from prunezero.report import pruner_template
 from prunezero.report.export import FEATURE_LINES, PrunerFields, pruner_page, write_pruner
+from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask
-from prunezero.scoring.statistics import needed_sums
 from tests.tiny_models import FAMILIES, save_tiny_model, tiny_batches, tiny_model
 
 FORMULAS = {
@@ -103,7 +103,7 @@ def test_page_finds_the_layers_of_every_family(family: str, tmp_path: Path) -> N
     assert_page_equals_engine(family, fields, tmp_path, sparsity=0.29)
 
 
-@pytest.mark.parametrize("feature", [name for name, row in FEATURES.items() if row.ready])
+@pytest.mark.parametrize("feature", list(FEATURES))
 def test_every_feature_has_the_same_value_in_a_page(feature: str, tmp_path: Path) -> None:
     criterion = Criterion.parse(f"abs(W)*{feature}" if feature != "W" else "W")
     fields = PrunerFields(name=feature, criterion=criterion, compare="layer")
@@ -173,8 +173,8 @@ def test_template_is_at_most_150_lines() -> None:
     assert len(text.splitlines()) <= 150
 
 
-def test_every_ready_feature_can_be_exported() -> None:
-    assert set(FEATURE_LINES) == {name for name, row in FEATURES.items() if row.ready}
+def test_every_feature_can_be_exported() -> None:
+    assert set(FEATURE_LINES) == set(FEATURES)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,17 @@ def fisher(values: Values) -> Array:
     return (values["W"] * values["W"]) * (values["G"] * values["G"])
 
 
+def sparse_gpt(values: Values) -> Array:
+    """w^2 / u^2, u the diagonal of the factor of the inverse (Frantar & Alistarh 2023)."""
+    return safe_divide(values["W"] * values["W"], values["U"] * values["U"])
+
+
+def improved_saliency(values: Values) -> Array:
+    """w^2 * (h + 1/v), brain damage and surgeon at once (Shao et al. 2024)."""
+    ones = np.ones_like(values["V"])
+    return (values["W"] * values["W"]) * (values["H"] + safe_divide(ones, values["V"]))
+
+
 FORMULAS: dict[str, Callable[[Values], Array]] = {
     "magnitude": magnitude,
     "magnitude_row": magnitude,
@@ -87,6 +98,16 @@ FORMULAS: dict[str, Callable[[Values], Array]] = {
     "pruner_zero": pruner_zero,
     "obd": optimal_brain_damage,
     "fisher": fisher,
+    "sparsegpt": sparse_gpt,
+    "isc": improved_saliency,
+    "prune_and_tune": sparse_gpt,
+    "ria_permuted": relative_importance_and_activation,
+    # These differ from Wanda in what stands around the formula.
+    "admm": wanda,
+    "alphapruning": wanda,
+    "dsnot": wanda,
+    "owl": wanda,
+    "swaps": wanda,
 }
 
 

@@ -6,14 +6,8 @@ import torch
 
 from prunezero.errors import StatisticsError
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.scoring.statistics import (
-    FEATURE_VALUES,
-    SUMS,
-    Statistics,
-    contribution,
-    feature,
-    needed_sums,
-)
+from prunezero.scoring.feature_values import FEATURE_VALUES, feature, needed_sums
+from prunezero.scoring.statistics import SUMS, Statistics, contribution
 
 OUT, IN = 3, 2
 WEIGHT = torch.tensor([[1.0, -2.0], [0.0, 4.0], [3.0, -4.0]])
@@ -38,6 +32,8 @@ def expected_features() -> dict[str, np.ndarray]:
     weight = WEIGHT.double().numpy()
     x = INPUTS.reshape(-1, IN).double().numpy()
     y = x @ weight.T
+    gram = x.T @ x / 2
+    inverse = np.linalg.inv(gram + 0.01 * np.diag(gram).mean() * np.eye(IN))
     g = np.stack([gradient.double().numpy() for gradient in GRADIENTS])
     return {
         "W": weight,
@@ -54,11 +50,14 @@ def expected_features() -> dict[str, np.ndarray]:
         "G": np.sqrt((g**2).sum(0)),
         "G1": np.abs(g).sum(0),
         "D": np.sqrt(((y / 8) ** 2).mean(0))[:, None],
+        "H": np.diag(gram)[None],
+        "V": np.diag(inverse)[None],
+        "U": np.diag(np.linalg.cholesky(inverse).T)[None],
     }
 
 
-def test_every_ready_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
-    assert set(FEATURE_VALUES) == {name for name, row in FEATURES.items() if row.ready}
+def test_every_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
+    assert set(FEATURE_VALUES) == set(FEATURES)
     assert set(expected_features()) == set(FEATURE_VALUES)
 
 

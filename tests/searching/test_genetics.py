@@ -47,7 +47,6 @@ def test_tuning_keeps_a_formula_at_its_own_numbers_and_moves_it_at_others() -> N
     [
         ({"operators": ["ad"]}, "did you mean 'add'"),
         ({"terminals": ["X", "R1"]}, "none varies by weight"),
-        ({"terminals": ["W", "V"]}, "reserved"),
         ({"compare": "rows"}, "did you mean 'row'"),
         ({"exponents": []}, "'power' needs some"),
         ({"exponents": [100]}, "exponents: an exponent is 100"),
