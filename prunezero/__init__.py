@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prunezero.pruning.compare import compare
     from prunezero.pruning.prune import prune
     from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.streamed import prune_streamed
     from prunezero.searching.session import find as search
     from prunezero.searching.space import SearchSpace
 
@@ -36,6 +37,7 @@ __all__ = [
     "compare",
     "load_model",
     "prune",
+    "prune_streamed",
     "save_model",
     "search",
     "set_up",
@@ -51,6 +53,7 @@ _HOMES = {
     "compare": "prunezero.pruning.compare:compare",
     "load_model": "prunezero.models.loading:load_model",
     "prune": "prunezero.pruning.prune:prune",
+    "prune_streamed": "prunezero.pruning.streamed:prune_streamed",
     "save_model": "prunezero.models.loading:save_model",
     "search": "prunezero.searching.session:find",
     "set_up": "prunezero.pruning.bench:set_up",

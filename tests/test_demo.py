@@ -14,8 +14,9 @@ import torch
 
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Settings, set_up
-from prunezero.pruning.prune import dense_sums, prune
+from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
 
 pytestmark = pytest.mark.slow
 

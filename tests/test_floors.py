@@ -28,9 +28,11 @@ HOMES = {
     "rich": {"cli"},
     "yaml": {"pruning", "report"},
     "pydantic": {"pruning", "searching"},
+    "scipy": {"pruning"},
 }
 # Libraries that are imported inside functions, so that `import prunezero` stays quick.
 LAZY = {"transformers", "datasets", "optuna", "triton", "mlflow", "matplotlib", "pyarrow"}
+LAZY |= {"scipy"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -9,6 +9,7 @@ import typer
 
 from prunezero.cli import options
 from prunezero.cli.options import (
+    Allocate,
     CalibrationTokens,
     Device,
     Dtype,
@@ -33,6 +34,7 @@ def compare(
     ] = "magnitude,wanda,ria,pruner_zero",
     sparsity: Sparsity = None,
     pattern: Pattern = None,
+    allocate: Allocate = None,
     statistics: Annotated[
         str, typer.Option(help="`dense` or `sequential`, the same for every recipe.")
     ] = "dense",
@@ -58,11 +60,13 @@ def compare(
         prunezero compare --model demo --recipes wanda,runs/first/recipe.yaml --pattern 2:4
 
         prunezero compare --model demo --sparsity 0.6 --statistics sequential --json out.json
+
+        prunezero compare --model demo --recipes wanda,sparsegpt --sparsity 0.7 --allocate owl
     """
     from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
     from prunezero.pruning import compare as comparison
     from prunezero.pruning.bench import set_up
-    from prunezero.pruning.prune import settled_sparsity
+    from prunezero.pruning.requirements import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir, tracked_rows
     from prunezero.report.track import Tracker
 
@@ -88,6 +92,7 @@ def compare(
                 sparsity,
                 pattern=pattern,
                 statistics=statistics,
+                allocate=allocate,
                 progress=bars,
             )
             for row in measured:

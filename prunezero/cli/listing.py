@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
 from prunezero.errors import RecipeError, did_you_mean
 
+if TYPE_CHECKING:
+    from prunezero.pruning.recipe import Recipe
+
 Rows = list[dict[str, Any]]
 
 
 def list_(
     what: Annotated[
-        str, typer.Argument(help="recipes, spaces, features, operators or runs; all without it.")
+        str,
+        typer.Argument(
+            help="recipes, choices, spaces, features, operators or runs; all without it."
+        ),
     ] = "",
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
@@ -45,7 +51,7 @@ def list_(
         # Sources are long, and stand in the files and in --json.
         columns = [column for column in (rows[0] if rows else ()) if column != "source"]
         for column in columns:
-            is_long = column in ("formula", "terminals", "meaning")
+            is_long = column in ("formula", "terminals", "meaning", "numbers", "around it")
             table.add_column(column, overflow="fold", no_wrap=not is_long)
         for row in rows:
             table.add_row(*(str(row[column]) for column in columns))
@@ -62,10 +68,37 @@ def _recipes(runs_dir: Path) -> Rows:
             "name": recipe.name,
             "formula": recipe.criterion.text,
             "compare": recipe.compare,
-            "needs": recipe.criterion.signal,
+            "around it": _around(recipe),
+            "needs": recipe.signal,
             "source": recipe.source,
         }
         for recipe in recipes
+    ]
+
+
+def _around(recipe: Recipe) -> str:
+    """What a recipe chooses beside its formula and group, where it is not the usual."""
+    usual = ("none", "uniform", "one-shot")
+    words = [recipe.allocate.text, *(update.text for update in recipe.update), recipe.permute.text]
+    words += [recipe.schedule.text, recipe.recover.text]
+    return ", ".join(word for word in words if word not in usual)
+
+
+def _choices(runs_dir: Path) -> Rows:
+    from prunezero.pruning.choices import WORDS
+
+    return [
+        {
+            "key": key,
+            "word": word,
+            "meaning": row.meaning,
+            "numbers": ", ".join(
+                f"{name} {field.get_default(call_default_factory=True)}"
+                for name, field in row.options.model_fields.items()
+            ),
+        }
+        for key, words in WORDS.items()
+        for word, row in words.items()
     ]
 
 
@@ -91,7 +124,7 @@ def _features(runs_dir: Path) -> Rows:
     return [
         {
             "name": row.name,
-            "meaning": row.meaning + ("" if row.ready else " (reserved)"),
+            "meaning": row.meaning,
             "shape": row.shape,
             "unit": row.unit,
             "needs": row.signal,
@@ -117,6 +150,7 @@ def _runs(runs_dir: Path) -> Rows:
 
 LISTS: dict[str, Callable[[Path], Rows]] = {
     "recipes": _recipes,
+    "choices": _choices,
     "spaces": _spaces,
     "features": _features,
     "operators": _operators,

@@ -38,6 +38,12 @@ Statistics = Annotated[
         help="`dense`: layers see the dense model; `sequential`: the model as pruned so far."
     ),
 ]
+Allocate = Annotated[
+    str | None,
+    typer.Option(
+        help="How much each layer loses: uniform, owl, sensitivity, heavy_tail, or the recipe's own."
+    ),
+]
 Seed = Annotated[
     int,
     typer.Option(
@@ -107,6 +113,21 @@ def load_recipes(names: str, pattern: str | None) -> list[Recipe]:
     if not words:
         raise RecipeError("--recipes names no recipe; see `prunezero list recipes`")
     return [Recipe.load(word) for word in words]
+
+
+def bytes_of(size: str | None) -> int | None:
+    """Bytes of a size such as 900MiB, 16GiB or 16GB.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B?", size.strip())
+    if found is None or float(found[1]) == 0:
+        raise RecipeError(f"--memory-limit must be a size such as 900MiB or 16GiB but is '{size}'")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** (1 + "KMG".index(found[2])))
 
 
 def check_statistics(word: str | None) -> None:

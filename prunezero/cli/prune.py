@@ -70,8 +70,8 @@ def prune(
     from prunezero.models.loading import check_writable
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.compare import SPLITS, Stand
-    from prunezero.pruning.prune import check_recipe, dense_sums, settled_sparsity
     from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
     from prunezero.report.saved_model import save_pruned
 
     options.check_statistics(statistics)
@@ -96,7 +96,7 @@ def prune(
     with Bars() as bars:
         sums = bench.statistics(layers, dense_sums([chosen]), bars)
         with waiting("measuring the dense model"):
-            stand = Stand(bench, layers, sums)
+            stand = Stand(bench, sums)
             rows = [stand.dense_row(SPLITS)]
         with waiting(f"pruning by {chosen.name}, then measuring"):
             rows.append(stand.row(chosen, fraction, SPLITS, keep=True))

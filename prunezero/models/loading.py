@@ -24,7 +24,12 @@ __all__ = [
     "LanguageModel",
     "cache_dir",
     "check_writable",
+    "checked_configuration",
+    "device_of",
+    "explained",
     "load_model",
+    "load_tokenizer",
+    "local_folder",
     "save_model",
     "trial_dtypes",
     "wrap_model",
@@ -53,15 +58,15 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Langu
     Raises:
         ModelError: the model cannot be found, read or pruned; nothing was loaded then.
     """
-    place = _device(device)
+    place = device_of(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
-    with quiet(), _explained(name):
+    with quiet(), explained(name):
         source = _source(name)
-        configuration = _checked_configuration(source, name)
+        configuration = checked_configuration(source, name)
         chosen = DTYPES[dtype] if dtype != "auto" else _best_dtype(place, configuration)
         model = _load_network(source, name, configuration, chosen)
-        tokenizer = _load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
     return wrap_model(model.to(place), tokenizer, name=name)
 
 
@@ -97,7 +102,12 @@ def _best_dtype(device: torch.device, configuration: Any) -> torch.dtype:
     return torch.bfloat16 if stored in (torch.float16, torch.bfloat16) else torch.float32
 
 
-def _device(word: str) -> torch.device:
+def device_of(word: str) -> torch.device:
+    """The device that a word names; "auto" is the GPU where there is one.
+
+    Raises:
+        ModelError: it cannot be used here.
+    """
     if word == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -128,8 +138,32 @@ def _source(name: str) -> str:
     return name
 
 
-def _checked_configuration(source: str, name: str) -> Any:
-    """The configuration, once it is sure that the model can be loaded safely and pruned."""
+def local_folder(name: str) -> Path:
+    """The folder with a model's files: the named one, or what a .gguf file or "demo" unpacks to.
+
+    Raises:
+        ModelError: there is none; the files of a hub id have to be downloaded first.
+    """
+    with quiet(), explained(name):
+        folder = Path(_source(name))
+    if not folder.is_dir():
+        raise ModelError(
+            f"there is no model folder '{name}'; if it is a hub id, download it first, by "
+            f"`hf download {name} --local-dir FOLDER`, and give that folder"
+        )
+    return folder
+
+
+def checked_configuration(source: str, name: str) -> Any:
+    """The configuration, once it is sure that the model can be loaded safely and pruned.
+
+    Args:
+        source: folder or hub id.
+        name: of the model, as the user wrote it.
+
+    Raises:
+        ModelError: it asks for foreign code, is quantized, or is no causal language model.
+    """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
     raw, _ = PreTrainedConfig.get_config_dict(source)
@@ -191,15 +225,20 @@ def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype
     return model
 
 
-def _load_tokenizer(source: str) -> Any:
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a folder or hub id; no code of the repository is run."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn whatever the hub, the files or transformers raise into one sentence."""
+def explained(name: str) -> Iterator[None]:
+    """Within it, whatever the hub, the files or transformers raise becomes one sentence.
+
+    Raises:
+        ModelError: instead of every error that is not ours.
+    """
     try:
         yield
     except PruneZeroError:

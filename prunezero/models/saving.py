@@ -143,7 +143,7 @@ def count_sparsity(folder: str | Path, layer_names: Iterable[str]) -> SavedSpars
 def _saved_weights(folder: Path, layer_names: list[str]) -> Iterator[Tensor]:
     from safetensors import SafetensorError, safe_open
 
-    files = _files_of_tensors(folder)
+    files = files_of_tensors(folder)
     for layer in layer_names:
         name = f"{layer}.weight"
         if name not in files:
@@ -158,8 +158,12 @@ def _saved_weights(folder: Path, layer_names: list[str]) -> Iterator[Tensor]:
             ) from error
 
 
-def _files_of_tensors(folder: Path) -> dict[str, str]:
-    """File name by tensor name."""
+def files_of_tensors(folder: Path) -> dict[str, str]:
+    """File name by tensor name, in a folder of one safetensors file or of several with an index.
+
+    Raises:
+        ModelError: there is no such file, or one is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"

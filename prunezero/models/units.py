@@ -38,6 +38,12 @@ class Layer:
         assert isinstance(weight, Tensor)  # for the type checker: find_layers picks such modules
         return weight.detach() if isinstance(self.module, nn.Linear) else weight.detach().T
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias [out] without gradient, sharing storage; None where the layer has none."""
+        bias = getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
 
 def is_layer(module: nn.Module) -> bool:
     """Whether the module is a linear map: nn.Linear or transformers' Conv1D."""
@@ -89,6 +95,16 @@ def find_layers(
             f"{list(targets)} choose; layers are, for example, {_examples(names)}"
         )
     return chosen
+
+
+def matching(pattern: str, layers: Sequence[Layer]) -> set[str]:
+    """Names of the layers that a pattern matches; patterns are written as in `find_layers`.
+
+    Raises:
+        ModelError: it matches none.
+    """
+    names = [layer.name for layer in layers]
+    return set(filter(_matcher(pattern, names, names), names))
 
 
 def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -8,7 +8,8 @@ one by one, so no result depends on batching.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from prunezero.errors import ModelError, StatisticsError
 from prunezero.models.language_model import LanguageModel
-from prunezero.models.observing import empty_statistics, observing, removing
+from prunezero.models.observing import StopForwardError, empty_statistics, observing, removing
 from prunezero.models.units import Layer, find_blocks
 from prunezero.models.windows import check_windows
 from prunezero.scoring.statistics import SUMS, Statistics
@@ -25,23 +26,28 @@ from prunezero.scoring.statistics import SUMS, Statistics
 FORWARD_SUMS = frozenset(name for name, row in SUMS.items() if row.source in ("inputs", "outputs"))
 
 
-class _StopForwardError(Exception):
-    """Raised on purpose once the first block was reached: the rest of the model need not run."""
-
-
 class BlockWalk:
     """Hidden states of the calibration sequences in front of one block; only those are kept.
 
     `observe` runs the block and leaves the hidden states where they are, `advance` moves them past
     it. Prune between the two, and later blocks see what the pruned blocks make of the text.
+
+    Only the block at work has to have its weights: the first one to begin with, then each in turn.
     """
 
-    def __init__(self, language_model: LanguageModel, batches: Tensor) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        batches: Tensor,
+        *,
+        states_device: torch.device | None = None,
+    ) -> None:
         """Embed the sequences.
 
         Args:
             language_model: may be pruned block by block during the walk.
             batches: token ids [count, length].
+            states_device: where hidden states wait; that of the model if None.
 
         Raises:
             TextError: the model cannot be run on these ids.
@@ -50,9 +56,11 @@ class BlockWalk:
         check_windows(batches, language_model)
         self.blocks = find_blocks(language_model.model)
         self.position = 0
+        self._device = language_model.device
+        self._states_device = states_device or language_model.device
         body = language_model.model.base_model
         first = batches[:1].to(language_model.device)
-        self._extras = _record_extras(body, self.blocks, first)
+        self._extras, self._output = _record_calls(body, self.blocks, first)
         self._states: list[Tensor] = []
         for ids in batches:
             state, extras = _first_block_call(
@@ -63,7 +71,7 @@ class BlockWalk:
                     f"{type(language_model.model).__name__} hands its blocks arguments that depend "
                     "on the text; this layout is not supported"
                 )
-            self._states.append(state)
+            self._states.append(state.to(self._states_device))
 
     @property
     def states(self) -> tuple[Tensor, ...]:
@@ -96,6 +104,21 @@ class BlockWalk:
         """`observe` and `advance` in one forward pass: both see the same weights."""
         return self._run(index, layers, sums, moves=True)
 
+    @contextmanager
+    def replaying(self, sequence: int) -> Iterator[None]:
+        """Within it, no block runs: what stands behind them gets the walk's states of a sequence.
+
+        So behind the last block the model answers as it would to that sequence, and its blocks need
+        no weights. To fewer tokens it answers as to the first ones of the sequence.
+        """
+        state = self._states[sequence]
+
+        def answer(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return _like(self._output, state[:, : hidden.shape[1]].to(self._device))
+
+        with _answering(self.blocks, answer):
+            yield
+
     def _run(
         self, index: int, layers: Sequence[Layer], sums: Iterable[str], *, moves: bool
     ) -> dict[str, Statistics]:
@@ -108,11 +131,13 @@ class BlockWalk:
         here = [layer for layer in layers if layer.block == index]
         collected = {layer.name: empty_statistics(layer, names) for layer in here}
         rest, named = self._extras[index]
-        with torch.no_grad(), observing(here, collected):
+        with torch.no_grad(), observing(here, collected, stop_early=not moves) as visits:
             for place, state in enumerate(self._states):
-                output = hidden_of(self.blocks[index](state, *rest, **named))
-                if moves:
-                    self._states[place] = output
+                with suppress(StopForwardError):
+                    output = self.blocks[index](state.to(self._device), *rest, **named)
+                    if moves:
+                        self._states[place] = hidden_of(output).to(self._states_device)
+                visits.end_sequence()
         self.position += int(moves)
         if names:
             _check_seen(collected)
@@ -155,16 +180,24 @@ def _check_seen(collected: dict[str, Statistics]) -> None:
         )
 
 
-def _record_extras(
+def _like(output: Any, state: Tensor) -> Any:
+    """A block's output with other hidden states in it."""
+    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
+def _record_calls(
     body: nn.Module, blocks: list[nn.Module], ids: Tensor
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the model hands each block besides hidden states, from one forward of its body."""
+) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], Any]:
+    """What the model hands each block besides hidden states, and what the first one returns.
+
+    Only the first block computes; the others hand on its output, so their weights are not needed.
+    """
     extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    outputs: list[Tensor] = []
+    outputs: list[Any] = []
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state, rest, named = _split_call(args, kwargs)
-        if outputs and not _same(state, outputs[-1]):
+        if outputs and not _same(state, hidden_of(outputs[0])):
             raise ModelError(
                 f"{type(body).__name__} changes hidden states between its blocks; "
                 "this layout is not supported"
@@ -172,18 +205,36 @@ def _record_extras(
         extras.append((rest, named))
 
     def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs[:] = [hidden_of(output)]
+        outputs.append(output)
+
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        return outputs[0]
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(after) for block in blocks]
-    with torch.no_grad(), removing(handles):
+    handles.append(blocks[0].register_forward_hook(after))
+    with torch.no_grad(), removing(handles), _answering(blocks[1:], answer):
         body(ids, use_cache=False)
     if len(extras) != len(blocks):
         raise ModelError(
             f"{type(body).__name__} has {len(blocks)} blocks but ran {len(extras)} of them in one "
             "forward pass; this layout is not supported"
         )
-    return extras
+    return extras, outputs[0]
+
+
+@contextmanager
+def _answering(blocks: list[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
+    """Within it, the blocks compute nothing and return what `answer` does."""
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = answer
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def _first_block_call(
@@ -194,14 +245,11 @@ def _first_block_call(
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(_split_call(args, kwargs))
-        raise _StopForwardError
+        raise StopForwardError
 
     handle = block.register_forward_pre_hook(before, with_kwargs=True)
-    with torch.no_grad(), removing([handle]):
-        try:
-            body(ids, use_cache=False)
-        except _StopForwardError:
-            pass
+    with torch.no_grad(), removing([handle]), suppress(StopForwardError):
+        body(ids, use_cache=False)
     state, rest, named = calls[0]
     return state, (rest, named)
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prunezero.models.calibration import Progress
 from prunezero.models.evaluation import dense_reference, evaluate
-from prunezero.models.units import Layer
+from prunezero.models.units import Layer, find_layers
 from prunezero.pruning.bench import Bench, with_choices
-from prunezero.pruning.prune import (
-    DenseWeights,
-    check_recipe,
-    dense_sums,
-    prune,
-    settled_sparsity,
-)
+from prunezero.pruning.dense_weights import DenseWeights
+from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
 
 SPLITS = ("validation", "test")
@@ -32,7 +29,6 @@ class Stand:
     def __init__(
         self,
         bench: Bench,
-        layers: Sequence[Layer],
         statistics: Mapping[str, Statistics],
         *,
         splits: Sequence[str] = SPLITS,
@@ -51,12 +47,14 @@ class Stand:
             for split, ids in self._windows.items()
             if split == "validation"
         }
-        self._dense = DenseWeights(layers)
+        # All layers: a permutation also moves rows of layers that a recipe does not prune.
+        self._dense = DenseWeights(find_layers(bench.language_model.model))
 
     def dense_row(self, splits: Sequence[str]) -> dict[str, Any]:
         """The row of the model before pruning, in the columns of `row`."""
         head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
         tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
+        tail |= {"allocate": "", "update": ""}
         return head | self._measured(splits) | tail
 
     def row(
@@ -66,11 +64,15 @@ class Stand:
         splits: Sequence[str],
         *,
         keep: bool = False,
+        folder: Path | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         """One flat row of results: perplexity on each split, and KL where validation is one.
 
         Args:
             keep: leave the model pruned, unless something failed.
+            folder: keeps finished steps of a pruning of several, see `prune`.
+            progress: of the pruning.
 
         Raises:
             PruneZeroError: as `prune`.
@@ -83,6 +85,8 @@ class Stand:
                 sparsity,
                 statistics=self._statistics,
                 windows=self._calibration,
+                folder=folder,
+                progress=progress,
             )
             measured = self._measured(splits)
         except BaseException:
@@ -100,6 +104,8 @@ class Stand:
             "seconds": outcome.seconds,
             "formula": recipe.criterion.text,
             "compare": recipe.compare,
+            "allocate": recipe.allocate.text,
+            "update": ", ".join(recipe.updates) or "none",
         }
 
     def _measured(self, splits: Sequence[str]) -> dict[str, Any]:
@@ -128,30 +134,33 @@ def compare(
     *,
     pattern: str | None = None,
     statistics: str = "dense",
+    allocate: str | None = None,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure recipes one after another, the dense model first; yields one flat row for each.
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
-    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula and its
-    comparison group. Perplexity is exp of the mean nats per token, kl is in nats per token on
+    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, its
+    comparison group, allocation and updates. Perplexity is exp of the mean nats per token, kl is in nats per token on
     validation text, seconds are those of pruning alone.
 
     Args:
         pattern: for all recipes; None leaves each its own.
         statistics: "dense" or "sequential" for all recipes, so that a table never mixes them.
+        allocate: a word for all recipes; None leaves each its own.
 
     Raises:
         PruneZeroError: some recipe cannot be applied; raised before anything is measured.
     """
-    changed = [with_choices(recipe, pattern=pattern, statistics=statistics) for recipe in recipes]
+    choices = {"pattern": pattern, "statistics": statistics, "allocate": allocate}
+    changed = [with_choices(recipe, **choices) for recipe in recipes]
     layers: dict[str, Layer] = {}
     for recipe in changed:
         fraction = settled_sparsity(recipe.pattern, sparsity)
         found = check_recipe(bench.language_model, recipe, fraction)
         layers |= {layer.name: layer for layer in found}
     every = list(layers.values())
-    stand = Stand(bench, every, bench.statistics(every, dense_sums(changed), progress))
+    stand = Stand(bench, bench.statistics(every, dense_sums(changed), progress))
     yield stand.dense_row(SPLITS)
     for recipe in changed:
         yield stand.row(recipe, sparsity, SPLITS)

@@ -1,4 +1,4 @@
-"""The one loop: block after block, layer after layer, scores become masks become zeros.
+"""The one loop: step after step, block after block, scores become masks become mended weights.
 
 With dense statistics every layer is judged by what it saw in the dense model. With sequential
 statistics each block sees what the already pruned blocks before it make of the calibration text,
@@ -7,50 +7,35 @@ as Wanda and SparseGPT do it. Gradients always come from the dense model.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunezero.errors import RecipeError, SelectionError
-from prunezero.formula.features import FEATURES
-from prunezero.models.calibration import FORWARD_SUMS, BlockWalk
+from prunezero.errors import RecipeError
+from prunezero.models.biases import open_biases
+from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers
-from prunezero.pruning.allocation import ALLOCATIONS
+from prunezero.models.units import Layer
+from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipe import Recipe
-from prunezero.pruning.update import UPDATES
-from prunezero.scoring.request import check_request, group_columns, pattern_sparsity, removed_count
-from prunezero.scoring.score import keep_mask, score
+from prunezero.pruning.recovery import RECOVERIES
+from prunezero.pruning.reordering import Reordering
+from prunezero.pruning.requirements import check_recipe, layer_sums, settled_sparsity
+from prunezero.pruning.schedule import SCHEDULES
+from prunezero.pruning.stages import Stages
+from prunezero.pruning.update import Work, mend
+from prunezero.scoring.score import score
+from prunezero.scoring.second_order import forget_factors, set_damping, share_gram
 from prunezero.scoring.selection import select_model
-from prunezero.scoring.statistics import Statistics, needed_sums
-
-# Told how many layers are done, and the total.
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What pruning did to a model."""
-
-    sparsity: float
-    """the fraction that was asked for"""
-    pattern: str
-    """free or N:M"""
-    zeros: int
-    """weights of the pruned layers that are now exactly zero"""
-    total: int
-    """weights of the pruned layers"""
-    seconds: float
-    """elapsed, calibration of sequential statistics included"""
-
-    @property
-    def sparsity_reached(self) -> float:
-        """The fraction of the layers' weights that are zero."""
-        return self.zeros / self.total
+from prunezero.scoring.statistics import Statistics
 
 
 def prune(
@@ -60,6 +45,7 @@ def prune(
     *,
     statistics: Mapping[str, Statistics] | None = None,
     windows: Tensor | None = None,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Prune a model in place.
@@ -70,37 +56,28 @@ def prune(
         language_model: modified; after an error some of its layers may be pruned already.
         recipe: the choices; `recipe.pattern` may fix the sparsity.
         sparsity: fraction to remove; may be left out with an N:M pattern.
-        statistics: sums of the dense model by layer name, those of `dense_sums(recipe)`.
-        windows: calibration token ids `[count, length]`, for sequential statistics.
-        progress: told (layers done, layers in all).
+        statistics: sums of the dense model by layer name, those of `dense_sums([recipe])`.
+        windows: calibration token ids `[count, length]`, for sequential statistics, allocations
+            that look at the loss, and recovery.
+        folder: keeps finished pruning steps and trainings, so that the same call goes on there
+            after a stop; the caller deletes it. None keeps nothing.
+        progress: told (what, done, total) as the work goes on.
 
     Raises:
         SelectionError: the sparsity, group or pattern fits no mask of some layer.
         ScoreError: the criterion gives a layer scores that rank nothing.
-        ModelError: `targets` or `ignore` match nothing.
+        StatisticsError: a sum is missing, or not finite, or a Gram matrix cannot be factored.
+        ModelError: `targets` or `ignore` match nothing, or an update does not fit the model.
         RecipeError: choices that exclude each other.
+        OutputError: the folder is of another request, or cannot be written.
     """
     begin = time.perf_counter()
     fraction = settled_sparsity(recipe.pattern, sparsity)
     layers = check_recipe(language_model, recipe, fraction)
-    known = dict(statistics or {})
-    ratios = ALLOCATIONS[recipe.allocate](layers, fraction)
-    masks = _model_wide_masks(recipe, layers, known, fraction)
-    walk = _walk(language_model, recipe, windows)
-    done = 0
-    for block, members in groupby(layers, key=lambda layer: layer.block):
-        inside = list(members)
-        known |= _seen_by_pruned(walk, block, inside, recipe, known)
-        for layer in inside:
-            mask = masks.get(layer.name)
-            if mask is None:
-                mask = _mask(recipe, layer, known.get(layer.name), ratios[layer.name])
-            UPDATES[recipe.update](layer.weight, mask)
-            done += 1
-            if progress is not None:
-                progress(done, len(layers))
-        if walk is not None:
-            walk.advance(block)
+    if "bias" in recipe.updates:
+        open_biases(language_model, layers)
+    job = _Job(language_model, recipe, layers, dict(statistics or {}), windows)
+    ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
     outcome = Outcome(
         fraction,
         recipe.pattern,
@@ -108,168 +85,171 @@ def prune(
         sum(layer.weight.numel() for layer in layers),
         time.perf_counter() - begin,
     )
-    _check_reached(outcome, recipe, layers, ratios)
+    check_reached(outcome, recipe, layers, ratios)
     return outcome
 
 
-def settled_sparsity(pattern: str, sparsity: float | None) -> float:
-    """The fraction to remove: as asked for, or as an N:M pattern implies.
-
-    Raises:
-        SelectionError: nothing says how much to remove, or both do and disagree.
-    """
-    implied = pattern_sparsity(pattern)
-    if sparsity is None:
-        if implied is None:
-            raise SelectionError("say how much to remove, for example --sparsity 0.5")
-        return implied
-    if implied is not None and abs(implied - sparsity) > 1e-6:
-        raise SelectionError(
-            f"pattern {pattern} removes exactly {implied:g} of the weights, not {sparsity:g}; "
-            "leave --sparsity out or choose another pattern"
-        )
-    removed_count(1, sparsity)
-    return sparsity
-
-
-def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
-    """Names of the sums over the dense model that these recipes need.
-
-    Raises:
-        RecipeError: a criterion uses a feature that is reserved for a later version.
-    """
-    needed: set[str] = set()
-    for recipe in recipes:
-        _refuse_reserved(recipe)
-        sums = needed_sums([recipe.criterion])
-        needed |= sums - FORWARD_SUMS if recipe.statistics == "sequential" else sums
-    return frozenset(needed)
-
-
-def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Layer]:
-    """The layers that a recipe prunes, after every check that needs no computation.
-
-    Raises:
-        RecipeError, ModelError, SelectionError: as `prune`.
-    """
-    _refuse_reserved(recipe)
-    if recipe.compare == "model" and recipe.statistics == "sequential":
-        raise RecipeError(
-            f"recipe {recipe.name}: compare 'model' ranks all layers before the first is pruned, "
-            "so it needs statistics 'dense'"
-        )
-    layers = find_layers(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
-    for layer in layers:
-        try:
-            check_request(
-                layer.weight.shape[1], sparsity, compare=recipe.compare, pattern=recipe.pattern
-            )
-        except SelectionError as error:
-            raise SelectionError(f"layer {layer.name}: {error}") from error
-    return layers
-
-
-class DenseWeights:
-    """A copy of the layers' weights, to bring the dense model back after a measurement."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self._copies = [(layer, layer.weight.clone()) for layer in layers]
-
-    def restore(self) -> None:
-        """Write the copies back into the model."""
-        for layer, copy in self._copies:
-            layer.weight.copy_(copy)
-
-
-def _refuse_reserved(recipe: Recipe) -> None:
-    reserved = [name for name in recipe.criterion.features if not FEATURES[name].ready]
-    if reserved:
-        raise RecipeError(
-            f"recipe {recipe.name}: feature '{reserved[0]}' ({FEATURES[reserved[0]].meaning}) is "
-            "reserved for a later version; use another feature"
-        )
-
-
-def _walk(
-    language_model: LanguageModel, recipe: Recipe, windows: Tensor | None
-) -> BlockWalk | None:
-    sums = needed_sums([recipe.criterion]) & FORWARD_SUMS
-    if recipe.statistics == "dense" or not sums:
-        return None
-    if windows is None:
-        raise RecipeError(f"recipe {recipe.name}: sequential statistics need calibration text")
-    return BlockWalk(language_model, windows)
-
-
-def _seen_by_pruned(
-    walk: BlockWalk | None,
-    block: int,
-    layers: list[Layer],
+def prune_layers(
     recipe: Recipe,
-    known: Mapping[str, Statistics],
-) -> dict[str, Statistics]:
-    """Statistics of one block behind already pruned ones, with the dense gradients beside them."""
-    if walk is None:
-        return {}
-    while walk.position < block:
-        walk.advance(walk.position)
-    seen = walk.observe(block, layers, needed_sums([recipe.criterion]) & FORWARD_SUMS)
-    for name, statistics in seen.items():
-        if name in known:
-            statistics.sums |= {
-                key: value for key, value in known[name].sums.items() if key not in FORWARD_SUMS
-            }
-    return seen
-
-
-def _mask(recipe: Recipe, layer: Layer, statistics: Statistics | None, ratio: float) -> Tensor:
-    return keep_mask(
-        recipe.criterion,
-        layer.weight,
-        statistics,
-        ratio,
-        compare=recipe.compare,
-        pattern=recipe.pattern,
-        layer=layer.name,
-    )
-
-
-def _model_wide_masks(
-    recipe: Recipe, layers: Sequence[Layer], known: Mapping[str, Statistics], sparsity: float
-) -> dict[str, Tensor]:
-    if recipe.compare != "model" or recipe.pattern != "free":
-        return {}
-    scores = [
-        score(recipe.criterion, layer.weight, known.get(layer.name), layer=layer.name)
-        for layer in layers
-    ]
-    names = [layer.name for layer in layers]
-    return dict(zip(names, select_model(scores, sparsity), strict=True))
-
-
-def _check_reached(
-    outcome: Outcome, recipe: Recipe, layers: Sequence[Layer], ratios: Mapping[str, float]
+    layers: Sequence[Layer],
+    statistics: Mapping[str, Statistics],
+    ratios: Mapping[str, float],
+    *,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A sparsity that was not reached is an error of ours, and never passes in silence."""
-    wanted = sum(expected_zeros(layer.weight.shape, recipe, ratios[layer.name]) for layer in layers)
-    if recipe.compare == "model" and recipe.pattern == "free":
-        wanted = removed_count(outcome.total, outcome.sparsity)
-    if outcome.zeros < wanted:
-        raise SelectionError(
-            f"recipe {recipe.name} reached {outcome.zeros} zeros of {wanted} that were asked for; "
-            "please report this"
+    """Choose masks and mend weights of some layers, in place.
+
+    Args:
+        recipe: its criterion, groups and updates.
+        layers: usually those of one block; neighbours that read the same inputs share their factor.
+        statistics: by layer name; missing where the recipe looks at the weights alone.
+        ratios: the fraction to remove by layer name.
+        masks: those that are chosen already, by layer name.
+
+    Raises:
+        ScoreError, StatisticsError, SelectionError: as `mend`.
+    """
+    together: list[Work] = []
+    for layer in layers:
+        mask = None if masks is None else masks.get(layer.name)
+        work = Work(recipe, layer, statistics.get(layer.name), ratios[layer.name], mask)
+        if together and not _read_the_same(together[-1], work):
+            _finish(together)
+            together = []
+        together.append(work)
+    if together:
+        _finish(together)
+
+
+def _read_the_same(first: Work, second: Work) -> bool:
+    known = first.statistics, second.statistics
+    has_mask = [work.mask is not None for work in (first, second)]
+    if known[0] is None or known[1] is None or has_mask[0] != has_mask[1]:
+        return False
+    return share_gram(known[0], known[1])
+
+
+def _finish(works: list[Work]) -> None:
+    for work in works:
+        if work.statistics is not None:
+            set_damping(work.statistics, work.recipe.damping)
+    mend(works)
+    for work in works:
+        if work.statistics is not None:
+            forget_factors(work.statistics)
+
+
+@dataclass
+class _Job:
+    """One recipe at work on one model."""
+
+    language_model: LanguageModel
+    recipe: Recipe
+    layers: list[Layer]
+    dense: dict[str, Statistics]
+    windows: Tensor | None
+
+    def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
+        """All steps of the schedule; returns the last step's sparsity by layer name."""
+        recipe = self.recipe
+        shares = SCHEDULES[recipe.schedule.word](sparsity, recipe.schedule.options)
+        # Decided on the dense model, before the first step changes it.
+        ratios = [self._allocated(share) for share in shares]
+        stages = Stages(folder, self._request(sparsity), self.layers)
+        for step, share in enumerate(shares):
+            if not stages.has(step, "pruned"):
+                self._prune(share, ratios[step], tell)
+                stages.keep(step, "pruned")
+            if recipe.recover.word != "none" and not stages.has(step, "tuned"):
+                self._recover(step, stages.checkpoint(step), tell)
+                stages.keep(step, "tuned")
+        return ratios[-1]
+
+    def _allocated(self, sparsity: float) -> dict[str, float]:
+        allocate = self.recipe.allocate
+        evidence = Evidence(self.dense, self.language_model, self.windows)
+        return ALLOCATIONS[allocate.word](self.layers, sparsity, allocate.options, evidence)
+
+    def _request(self, sparsity: float) -> dict[str, Any]:
+        """Whatever the pruned weights follow from, in words and numbers."""
+        ids = b"" if self.windows is None else self.windows.cpu().contiguous().numpy().tobytes()
+        return {
+            "model": self.language_model.fingerprint,
+            "recipe": self.recipe.to_yaml(),
+            "sparsity": sparsity,
+            "text": hashlib.blake2b(ids, digest_size=8).hexdigest(),
+            "torch": str(torch.__version__),
+        }
+
+    def _recover(self, step: int, checkpoint: Path | None, tell: Progress) -> None:
+        recover = self.recipe.recover
+        if self.windows is None:
+            raise RecipeError(f"recipe {self.recipe.name}: recovery needs calibration text")
+        RECOVERIES[recover.word](
+            self.language_model,
+            self.layers,
+            self.windows,
+            recover.options,
+            step=step,
+            checkpoint=checkpoint,
+            progress=tell,
         )
 
+    def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
+        """One walk over the blocks at one sparsity."""
+        self.known = dict(self.dense)
+        masks = self._model_wide_masks(sparsity)
+        reordering = Reordering(self.language_model, self.recipe, self.layers)
+        walk = self._walk()
+        done = 0
+        for block, members in groupby(self.layers, key=lambda layer: layer.block):
+            inside = list(members)
+            self.known |= self._seen_by_pruned(walk, block, inside)
+            reordering.move(block, self._score, self.known)
+            masks |= reordering.simulated(inside, self._score)
+            prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
+            done += len(inside)
+            tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
+            if walk is not None:
+                walk.advance(block)
 
-def expected_zeros(shape: torch.Size, recipe: Recipe, sparsity: float) -> int:
-    """How many weights of a matrix `[out, in]` a recipe removes; each group rounds down."""
-    rows, columns = shape
-    if recipe.compare == "row" or recipe.pattern != "free":
-        return rows * removed_count(columns, sparsity)
-    return sum(removed_count(rows * width, sparsity) for width in _group_widths(recipe, columns))
+    def _score(self, layer: Layer) -> Tensor:
+        known = self.known.get(layer.name)
+        if known is not None:
+            set_damping(known, self.recipe.damping)
+        return score(self.recipe.criterion, layer.weight, known, layer=layer.name)
 
+    def _walk(self) -> BlockWalk | None:
+        sums = layer_sums(self.recipe) & FORWARD_SUMS
+        if self.recipe.statistics == "dense" or not sums:
+            return None
+        if self.windows is None:
+            raise RecipeError(
+                f"recipe {self.recipe.name}: sequential statistics need calibration text"
+            )
+        return BlockWalk(self.language_model, self.windows)
 
-def _group_widths(recipe: Recipe, columns: int) -> Iterator[int]:
-    width = group_columns(recipe.compare) or columns
-    for start in range(0, columns, width):
-        yield min(width, columns - start)
+    def _seen_by_pruned(
+        self, walk: BlockWalk | None, block: int, layers: list[Layer]
+    ) -> dict[str, Statistics]:
+        """Statistics of one block behind already pruned ones, with the dense gradients beside."""
+        if walk is None:
+            return {}
+        while walk.position < block:
+            walk.advance(walk.position)
+        seen = walk.observe(block, layers, layer_sums(self.recipe) & FORWARD_SUMS)
+        for name, statistics in seen.items():
+            if name in self.known:
+                statistics.sums |= {
+                    key: value
+                    for key, value in self.known[name].sums.items()
+                    if key not in FORWARD_SUMS
+                }
+        return seen
+
+    def _model_wide_masks(self, sparsity: float) -> dict[str, Tensor]:
+        if self.recipe.compare != "model" or self.recipe.pattern != "free":
+            return {}
+        scores = [self._score(layer) for layer in self.layers]
+        names = [layer.name for layer in self.layers]
+        return dict(zip(names, select_model(scores, sparsity), strict=True))

@@ -23,9 +23,18 @@ from pydantic import (
     model_validator,
 )
 
-from prunezero.errors import CriterionError, PruneZeroError, RecipeError, did_you_mean
+from prunezero.errors import CriterionError, PruneZeroError, RecipeError
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.allocation import ALLOCATIONS
+from prunezero.formula.features import SIGNALS
+from prunezero.pruning.choices import (
+    WORDS,
+    Allocate,
+    Permute,
+    Recover,
+    Schedule,
+    Update,
+    chosen,
+)
 from prunezero.pruning.documents import (
     MAX_BYTES,
     find_document,
@@ -34,7 +43,6 @@ from prunezero.pruning.documents import (
     validated,
     write_document,
 )
-from prunezero.pruning.update import UPDATES
 from prunezero.scoring.request import group_columns, parse_pattern
 
 STATISTICS = ("dense", "sequential")
@@ -81,13 +89,20 @@ class Recipe(BaseModel):
     # which weights compete: row, layer, model or N columns
     compare: str = "row"
     # how much each layer loses
-    allocate: str = "uniform"
+    allocate: Allocate = chosen("allocate", "uniform")
     # free, or N:M to keep N of every M consecutive weights
     pattern: str = "free"
+    # whether input channels are put into another order before an N:M mask is chosen
+    permute: Permute = chosen("permute", "none")
     # inputs of the dense model in one pass, or of the model as pruned so far, block by block
     statistics: Literal["dense", "sequential"] = "dense"
-    # how the weights that stay are mended
-    update: str = "none"
+    # share of the mean Gram diagonal that is added before an inversion, at least
+    damping: float = Field(default=0.01, gt=0, le=1)
+    # how the weights that stay are mended: one update, or several in their order
+    update: Update = (chosen("update", "none"),)
+    # in how many steps the sparsity is reached, and what follows each of them
+    schedule: Schedule = chosen("schedule", "one-shot")
+    recover: Recover = chosen("recover", "none")
     # layers to prune and to leave alone: full name, last parts of it, or re:PATTERN
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -117,16 +132,6 @@ class Recipe(BaseModel):
         _as_value_error(parse_pattern, value)
         return value
 
-    @field_validator("allocate")
-    @classmethod
-    def _known_allocation(cls, value: str) -> str:
-        return _known_word(value, ALLOCATIONS)
-
-    @field_validator("update")
-    @classmethod
-    def _known_update(cls, value: str) -> str:
-        return _known_word(value, UPDATES)
-
     @model_validator(mode="after")
     def _can_rank(self) -> Recipe:
         # Ties would go from the left: a mask that looks like one and says nothing.
@@ -136,6 +141,44 @@ class Recipe(BaseModel):
                 "ranks nothing there; use a feature that varies along the row, or compare: layer"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.pattern != "free" and self.allocate.word != "uniform":
+            raise ValueError(
+                f"pattern {self.pattern} takes the same share of every layer, so it cannot be "
+                f"allocated by {self.allocate.word}; use allocate: uniform, or pattern: free"
+            )
+        if self.pattern == "free" and self.permute.word != "none":
+            raise ValueError(
+                f"permute: {self.permute.word} needs an N:M pattern; with pattern: free the order "
+                "of channels changes nothing"
+            )
+        if self.pattern != "free" and self.schedule.word != "one-shot":
+            raise ValueError(
+                f"schedule: {self.schedule.word} passes through other sparsities than the one that "
+                f"pattern {self.pattern} fixes; use schedule: one-shot, or pattern: free"
+            )
+        if self.compare == "model" and self.allocate.word != "uniform":
+            raise ValueError(
+                "compare: model lets all layers compete, so it says itself how much each loses; "
+                "use allocate: uniform"
+            )
+        return self
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """The words of the updates, in their order; none is no word."""
+        return tuple(choice.word for choice in self.update if choice.word != "none")
+
+    @property
+    def signal(self) -> str:
+        """The dearest signal that the criterion and the choices around it look at."""
+        words = {"allocate": (self.allocate,), "update": self.update, "recover": (self.recover,)}
+        signals = [
+            WORDS[arrow][choice.word].signal for arrow, found in words.items() for choice in found
+        ]
+        return max([self.criterion.signal, *signals], key=SIGNALS.index)
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -204,10 +247,3 @@ def _as_value_error(check: Any, value: str) -> None:
         check(value)
     except PruneZeroError as error:
         raise ValueError(str(error)) from error
-
-
-def _known_word(value: str, known: dict[str, Any]) -> str:
-    if value not in known:
-        near = did_you_mean(value, known) or "."
-        raise ValueError(f"'{value}' is not a known word{near} Known: {', '.join(known)}")
-    return value

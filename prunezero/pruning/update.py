@@ -1,25 +1,224 @@
-"""How are the weights that stay mended, once a mask is chosen?"""
+"""How are the weights that stay mended, once a mask is chosen, and how does a mask get better?
+
+Updates of a recipe run in their order, on the layers that read the same inputs together; each finds
+masks and weights as the one before left them. What a mask removes is exactly +0.0 in the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+from prunezero.errors import StatisticsError
+from prunezero.models.biases import compensate
+from prunezero.models.units import Layer
+from prunezero.pruning.admm import refit
+from prunezero.pruning.dsnot import dsnot
+from prunezero.pruning.obs import Choose, sweep
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.swaps import improve_by_swaps
+from prunezero.scoring.columns import ColumnScores, sees_inputs_alone
+from prunezero.scoring.feature_values import feature
+from prunezero.scoring.request import group_columns, parse_pattern
+from prunezero.scoring.score import keep_mask
+from prunezero.scoring.second_order import factor_of
+from prunezero.scoring.selection import select, select_pattern
+from prunezero.scoring.statistics import Statistics, sum_of
 
 
-def keep(weight: Tensor, mask: Tensor) -> None:
-    """Leave the weights that stay as they are, and set the others to exactly +0.0, in place.
+@dataclass
+class Work:
+    """One layer on its way from scores to mended weights."""
+
+    recipe: Recipe
+    """the choices"""
+    layer: Layer
+    """its weight is changed in place"""
+    statistics: Statistics | None
+    """of the layer"""
+    sparsity: float
+    """fraction of this layer to remove"""
+    mask: Tensor | None = None
+    """bool `[out, in]`, True = keep; None as long as nobody asked for it"""
+
+    def __post_init__(self) -> None:
+        # The mean that biases take over is that of all changes, whoever made them.
+        self._before = self.weight.clone() if "bias" in self.recipe.updates else None
+
+    @property
+    def weight(self) -> Tensor:
+        """`[out, in]`, of the model itself."""
+        return self.layer.weight
+
+    @cached_property
+    def swept_group(self) -> int | None:
+        """Columns chosen together in a sweep; None where all are chosen before it."""
+        pattern = parse_pattern(self.recipe.pattern)
+        return pattern.of if pattern is not None else group_columns(self.recipe.compare)
+
+    def settled_mask(self) -> Tensor:
+        """The mask as chosen before, or chosen now on the weights as they are."""
+        if self.mask is None:
+            self.mask = keep_mask(
+                self.recipe.criterion,
+                self.weight,
+                self.statistics,
+                self.sparsity,
+                compare=self.recipe.compare,
+                pattern=self.recipe.pattern,
+                layer=self.layer.name,
+            )
+        return self.mask
+
+    def change_in_output_mean(self) -> Tensor:
+        """How far the mean output `[out]` fell by all changes to the weight, float32."""
+        assert self._before is not None  # kept for the update that asks
+        mean = feature("X_mean", self.weight, self.statistics)[0]
+        return (self._before.float() - self.weight.float()) @ mean
+
+
+def mend(works: Sequence[Work]) -> None:
+    """Choose masks, run the recipe's updates, and set what was removed to zero.
 
     Args:
-        weight: `[out, in]`, modified.
-        mask: bool `[out, in]`, True = keep.
+        works: of one recipe, for layers that read the same inputs.
 
-    Multiplying by the mask instead would leave -0.0, which some kernels read as a value.
+    Raises:
+        ScoreError, StatisticsError, SelectionError: as `keep_mask`.
+        FactorizationError: as `factor_of`.
     """
-    weight.masked_fill_(~mask, 0.0)
+    for choice in works[0].recipe.update:
+        UPDATES[choice.word](works, choice.options)
+    for work in works:
+        # Multiplying by the mask instead would leave -0.0, which some kernels read as a value.
+        work.weight.masked_fill_(~work.settled_mask(), 0.0)
 
 
-# By the recipe's word: a weight `[out, in]` to change in place, and its mask.
-UPDATES: dict[str, Callable[[Tensor, Tensor], None]] = {"none": keep}
+def keep(works: Sequence[Work], options: Any) -> None:
+    """Leave the weights that stay as they are."""
+
+
+def obs(works: Sequence[Work], options: Any) -> None:
+    """Mend by optimal brain surgery, all layers in one sweep; see `sweep`.
+
+    Where no mask was chosen yet, groups of columns are chosen as the sweep reaches them.
+    """
+    first = works[0]
+    factor = factor_of(first.statistics, first.recipe.damping, layer=first.layer.name)
+    group = None if first.mask is not None else first.swept_group
+    heights = [work.weight.shape[0] for work in works]
+    if group is None:
+        masks = torch.cat([work.settled_mask() for work in works])
+        choose: Choose = lambda weight, start, stop: masks[:, start:stop]  # noqa: E731
+    else:
+        choose = _chooser(works)
+    stacked = torch.cat([work.weight.float() for work in works])
+    mended, masks = sweep(stacked, factor, choose, group=group)
+    for work, weight, mask in zip(
+        works, torch.split(mended, heights), torch.split(masks, heights), strict=True
+    ):
+        work.mask = mask
+        work.weight.copy_(weight)
+
+
+def _chooser(works: Sequence[Work]) -> Choose:
+    """What chooses a group of columns in all rows of stacked layers."""
+    recipe = works[0].recipe
+    if recipe.pattern != "free" and sees_inputs_alone(recipe.criterion):
+        # Rows do not compete, and a score says nothing of its layer: one call serves all.
+        return _scored_by(works[0])
+    heights = [work.weight.shape[0] for work in works]
+    choosers = [_scored_by(work) for work in works]
+
+    def choose(weight: Tensor, start: int, stop: int) -> Tensor:
+        parts = zip(choosers, torch.split(weight, heights), strict=True)
+        return torch.cat([chosen(rows, start, stop) for chosen, rows in parts])
+
+    return choose
+
+
+def _scored_by(work: Work) -> Choose:
+    scores_of = ColumnScores(work.recipe.criterion, work.weight, work.statistics)
+    pattern = parse_pattern(work.recipe.pattern)
+
+    def choose(weight: Tensor, start: int, stop: int) -> Tensor:
+        scores = scores_of(weight, start, stop)
+        if pattern is not None:
+            return select_pattern(scores, pattern)
+        return select(scores, work.sparsity, compare="layer")
+
+    return choose
+
+
+def admm(works: Sequence[Work], options: Any) -> None:
+    """Fit the kept weights to the dense outputs again, on fixed masks."""
+    for work in works:
+        gram = sum_of(work.statistics, "gram")
+        with _named(work):
+            work.weight.copy_(refit(work.weight, work.settled_mask(), gram, options))
+
+
+def swaps(works: Sequence[Work], options: Any) -> None:
+    """Exchange kept and removed weights while that lowers the error of their row."""
+    for work in works:
+        gram = sum_of(work.statistics, "gram")
+        pattern = parse_pattern(work.recipe.pattern)
+        with _named(work):
+            work.mask = improve_by_swaps(work.weight, work.settled_mask(), gram, options, pattern)
+
+
+def refine_by_dsnot(works: Sequence[Work], options: Any) -> None:
+    """Exchange kept and removed weights as DSnoT does, by means and variances of the inputs."""
+    for work in works:
+        known = work.statistics
+        mean, variance, norm = (
+            feature(name, work.weight, known)[0] for name in ("X_mean", "X_var", "X")
+        )
+        assert known is not None  # `feature` refused it; for the type checker
+        mean = mean * (known.tokens / known.sequences)
+        pattern = parse_pattern(work.recipe.pattern)
+        with _named(work):
+            work.mask = dsnot(
+                work.weight, work.settled_mask(), mean, variance, norm, options, pattern
+            )
+
+
+def take_over_mean(works: Sequence[Work], options: Any) -> None:
+    """Add to the layers' biases what their outputs lose on average."""
+    for work in works:
+        work.weight.masked_fill_(~work.settled_mask(), 0.0)
+        compensate(work.layer, work.change_in_output_mean())
+
+
+@contextmanager
+def _named(work: Work) -> Iterator[None]:
+    """Within it, an error of the statistics says of which layer they are."""
+    try:
+        yield
+    except StatisticsError as error:
+        raise type(error)(f"layer {work.layer.name}: {error}") from error
+
+
+# By the recipe's word.
+UPDATES: dict[str, Callable[[Sequence[Work], Any], None]] = {
+    "none": keep,
+    "obs": obs,
+    "admm": admm,
+    "bias": take_over_mean,
+    "swaps": swaps,
+    "dsnot": refine_by_dsnot,
+}
+# Sums of the layer's inputs that an update needs beside those of the criterion.
+UPDATE_SUMS: dict[str, frozenset[str]] = {
+    "obs": frozenset({"gram"}),
+    "admm": frozenset({"gram"}),
+    "swaps": frozenset({"gram"}),
+    "dsnot": frozenset({"input_sum", "input_square_sum"}),
+    "bias": frozenset({"input_sum"}),
+}

@@ -33,6 +33,8 @@ PARAM_NAMES = (
     "signal",
     "compare",
     "pattern",
+    "allocate",
+    "update",
     "sparsity",
     "statistics",
     "model",

@@ -108,9 +108,13 @@ def pruner_fields(recipe: Recipe) -> PrunerFields:
         pattern=recipe.pattern,
         targets=recipe.targets,
         ignore=recipe.ignore,
-        allocate=recipe.allocate,
+        allocate=recipe.allocate.text,
         statistics=recipe.statistics,
-        update=recipe.update,
+        update=", ".join(recipe.updates) or "none",
+        permute=recipe.permute.text,
+        schedule=recipe.schedule.text,
+        recover=recipe.recover.text,
+        damping=recipe.damping,
         source=recipe.source,
         results=tuple(_sentence(row) for row in recipe.provenance.get("measured", [])),
     )
@@ -135,7 +139,8 @@ def tracked_rows(
     """Records of the dense model and of recipes; measuring one again updates its record."""
     for row in rows:
         is_dense = row["recipe"] == "dense"
-        conditions = [row[key] for key in ("sparsity", "pattern", "statistics", "seed")]
+        words = ("sparsity", "pattern", "allocate", "statistics", "seed")
+        conditions = [row[key] for key in words]
         conditions += [row["sequence_length"], row["calibration_tokens"]]
         conditions += [bench.language_model.fingerprint[:8], bench.text.fingerprint[:8]]
         key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])

@@ -13,8 +13,8 @@ from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.compare import Stand
-from prunezero.pruning.prune import check_recipe, dense_sums, settled_sparsity
 from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.fitness import ladder_sums
 from prunezero.searching.journal import Journal
@@ -97,7 +97,7 @@ def _ladder(bench: Bench, task: Task, journal: Journal, progress: Progress | Non
     sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
     sums |= dense_sums(rivals(task))
     statistics = bench.statistics(layers, sums, progress)
-    stand = Stand(bench, layers, statistics, splits=("search", "validation", "test"))
+    stand = Stand(bench, statistics, splits=("search", "validation", "test"))
     return Ladder(task, stand, layers, statistics, journal)
 
 

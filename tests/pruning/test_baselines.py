@@ -30,7 +30,7 @@ def example(
     weight = weight.to(dtype)
     inputs = torch.randn(3, 5, columns, generator=generator)
     inputs[..., 4] = 0.0
-    names = ("input_square_sum", "gradient_square_sum", "gradient_absolute_sum")
+    names = ("input_square_sum", "gram", "gradient_square_sum", "gradient_absolute_sum")
     statistics = Statistics.empty(names, rows, columns)
     statistics.add_inputs(inputs)
     for _ in range(3):
@@ -43,7 +43,15 @@ def numpy_values(
 ) -> dict[str, Any]:
     squares = inputs.numpy().astype(np.float64) ** 2
     norm = np.sqrt(squares.reshape(-1, inputs.shape[-1]).sum(0) / inputs.shape[0])
+    rows = inputs.reshape(-1, inputs.shape[-1]).numpy()
+    gram = (rows.T @ rows).astype(np.float64) / inputs.shape[0]
+    diagonal = np.where(np.diag(gram) == 0, 1.0, np.diag(gram))
+    damped = gram - np.diag(np.diag(gram)) + np.diag(diagonal + 0.01 * diagonal.mean())
+    inverse = np.linalg.inv(damped)
     return {
+        "H": np.diag(gram).astype(np.float32)[None],
+        "V": np.diag(inverse).astype(np.float32)[None],
+        "U": np.diag(np.linalg.cholesky(inverse)).astype(np.float32)[None],
         "W": weight.float().numpy(),
         "X": norm.astype(np.float32)[None],
         "G": np.sqrt(statistics.sums["gradient_square_sum"].numpy()),

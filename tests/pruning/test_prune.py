@@ -16,8 +16,10 @@ from prunezero.errors import (
 )
 from prunezero.models.calibration import calibrate
 from prunezero.models.units import find_layers
-from prunezero.pruning.prune import DenseWeights, dense_sums, prune
+from prunezero.pruning.dense_weights import DenseWeights
+from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.requirements import dense_sums
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 BATCHES = tiny_batches(3, 16)
@@ -39,10 +41,14 @@ def test_every_recipe_prunes_every_family_to_its_sparsity(family: str, name: str
     chosen = Recipe.load(name)
     known = statistics_for(model, chosen)
     outcome = prune(model, chosen, 0.5, statistics=known, windows=BATCHES)
-    assert outcome.sparsity_reached == 0.5
+    if chosen.allocate.word == "uniform":
+        assert outcome.sparsity_reached == 0.5
+    else:
+        # Every row of every layer rounds its own count down.
+        assert 0.5 - 1 / 32 < outcome.sparsity_reached <= 0.5
     for layer in find_layers(model.model):
         assert not torch.signbit(layer.weight[layer.weight == 0]).any()
-        if chosen.compare == "row":
+        if chosen.compare == "row" and chosen.allocate.word == "uniform":
             assert ((layer.weight == 0).sum(dim=1) == layer.weight.shape[1] // 2).all()
 
 
@@ -131,7 +137,7 @@ def test_scores_that_rank_nothing_are_refused_by_formula_and_layer() -> None:
 
 def test_requests_that_no_mask_satisfies_are_refused_before_any_work() -> None:
     model = tiny_model()
-    before = DenseWeights(find_layers(model.model))
+    before = [(layer, layer.weight.clone()) for layer in find_layers(model.model)]
     for sparsity, choices, complaint in (
         (None, {}, "say how much"),
         (1.0, {}, "below 1"),
@@ -141,7 +147,7 @@ def test_requests_that_no_mask_satisfies_are_refused_before_any_work() -> None:
     ):
         with pytest.raises(SelectionError, match=complaint):
             prune(model, recipe("abs(W)", **choices), sparsity)
-    for layer, copy in before._copies:
+    for layer, copy in before:
         assert torch.equal(layer.weight, copy)
 
 
@@ -151,8 +157,6 @@ def test_choices_that_exclude_each_other_are_refused() -> None:
         prune(model, recipe(compare="model", statistics="sequential"), 0.5, windows=BATCHES)
     with pytest.raises(RecipeError, match="sequential statistics need calibration text"):
         prune(model, recipe(statistics="sequential"), 0.5)
-    with pytest.raises(RecipeError, match="reserved for a later version"):
-        prune(model, recipe("W**2/V"), 0.5)
     with pytest.raises(StatisticsError, match="input_square_sum"):
         prune(model, recipe(), 0.5)
 

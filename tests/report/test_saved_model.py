@@ -11,8 +11,8 @@ from prunezero.errors import OutputError
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
-from prunezero.pruning.prune import dense_sums
 from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
 from prunezero.report.saved_model import save_pruned
 from tests.searching.bench import tiny_bench
 from tests.tiny_models import FAMILIES, tiny_batches
@@ -23,7 +23,7 @@ WANDA = Recipe.load("wanda")
 def pruned(bench: Bench) -> list[dict[str, object]]:
     """Prune the model on the bench by Wanda, and keep it so."""
     layers = find_layers(bench.language_model.model)
-    stand = Stand(bench, layers, bench.statistics(layers, dense_sums([WANDA])))
+    stand = Stand(bench, bench.statistics(layers, dense_sums([WANDA])))
     return [stand.dense_row(("test",)), stand.row(WANDA, 0.5, ("test",), keep=True)]
 
 

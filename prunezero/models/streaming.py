@@ -1,0 +1,259 @@
+"""How does a model work that is larger than the memory: one block at a time, from its files?
+
+The model is built from its configuration with weights on the meta device; its buffers are real.
+What stands outside the blocks is read once, a block while it is needed. Nothing is hooked into the
+model: a parameter changes places with a real one, and back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from prunezero.errors import ModelError
+from prunezero.models.language_model import LanguageModel, quiet
+from prunezero.models.loading import (
+    DTYPES,
+    checked_configuration,
+    device_of,
+    explained,
+    load_tokenizer,
+)
+from prunezero.models.observing import removing
+from prunezero.models.shards import STORED_DTYPES, Shard, Shards
+from prunezero.models.units import find_blocks
+
+
+class StreamedModel:
+    """A model whose blocks have their weights only inside `with block(index)`."""
+
+    def __init__(
+        self, source: str | Path, *, dtype: str = "auto", device: str = "auto", name: str = ""
+    ) -> None:
+        """Build the model, and compare it with the headers of its files; no weight is read yet.
+
+        Args:
+            source: folder with configuration, tokenizer and safetensors, one file or several.
+            dtype: of every forward pass: "float32", "bfloat16", or "auto": as stored, with float32
+                for weights stored as float16.
+            device: where blocks work; a torch device, or "auto": the GPU where there is one.
+            name: what the user calls the model; that of the folder if empty.
+
+        Raises:
+            ModelError: the folder holds no model that can be pruned block by block.
+        """
+        self.folder = Path(source).expanduser()
+        if not (self.folder / "config.json").is_file():
+            raise ModelError(
+                f"'{source}' is not a model folder: config.json is missing; a streamed model is "
+                "read from a folder of safetensors files"
+            )
+        self.shards = Shards(self.folder)
+        self.language_model = _on_meta_device(name or str(source), self.shards, dtype, device)
+        model = self.language_model.model
+        self.blocks = find_blocks(model)
+        names_of = _names_of_parameters(model)
+        self._inside = [list(block.parameters()) for block in self.blocks]
+        inside = {parameter for block in self._inside for parameter in block}
+        self._outside = [parameter for parameter in names_of if parameter not in inside]
+        if any(len(names_of[parameter]) > 1 for parameter in inside):
+            raise ModelError(
+                f"model '{self.language_model.name}' shares weights between its blocks, so they cannot be pruned one "
+                "by one; load it whole"
+            )
+        self._names = {
+            parameter: self._stored_name(names, parameter) for parameter, names in names_of.items()
+        }
+        parameters = {name for names in names_of.values() for name in names}
+        self._stored_buffers = [
+            self._stored_name([name], buffer)
+            for name, buffer in model.state_dict().items()
+            if name not in parameters
+        ]
+
+    def _stored_name(self, names: list[str], parameter: Tensor) -> str:
+        """The name that a parameter has in the files."""
+        found = [name for name in names if name in self.shards.tensors]
+        where = self.language_model.name
+        if not found:
+            raise ModelError(
+                f"the files of model '{where}' lack the weight '{names[0]}'; get the files again, "
+                "or load the model whole and save it by save_pretrained"
+            )
+        for name in found:
+            stored = self.shards.tensors[name]
+            if stored.dtype not in STORED_DTYPES:
+                raise ModelError(
+                    f"model '{where}': weight '{name}' is stored as {stored.dtype}, which is a "
+                    "quantized or packed format; prune the full-precision checkpoint, then quantize"
+                )
+            if stored.shape != tuple(parameter.shape):
+                raise ModelError(
+                    f"model '{where}': weight '{name}' has shape {list(stored.shape)} in its file "
+                    f"but {list(parameter.shape)} by config.json; get the files again"
+                )
+        for other in found[1:]:
+            if not torch.equal(self.shards.read(found[0]), self.shards.read(other)):
+                raise ModelError(
+                    f"model '{where}' ties '{found[0]}' and '{other}' but its files hold different "
+                    "numbers for them; set tie_word_embeddings to false in config.json"
+                )
+        return found[0]
+
+    def load_outside(self) -> None:
+        """Read what the blocks' inputs are made from: embeddings, norms, buffers; not the head."""
+        body = set(self.language_model.model.base_model.parameters())
+        for parameter in filter(body.__contains__, self._outside):
+            self._fill(parameter, self.shards)
+        for name in self._stored_buffers:
+            self.language_model.model.get_buffer(name).copy_(self.shards.read(name))
+        for module in self.language_model.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.language_model.device)
+
+    def load_head(self) -> None:
+        """Read what logits are made with from the last hidden states; a tied head is there already.
+
+        Nothing but a measurement needs it, and that only once the text is through the blocks.
+        """
+        for parameter in self._outside:
+            if parameter.is_meta:
+                self._fill(parameter, self.shards)
+
+    @contextmanager
+    def block(self, index: int, source: Shards | Shard | None = None) -> Iterator[nn.Module]:
+        """Within it, the block has its weights, those of another source if given.
+
+        What is changed in them is lost afterwards; `stored_block` gives it to be kept.
+
+        Raises:
+            ModelError: a file is damaged.
+        """
+        filled: list[tuple[nn.Parameter, nn.Parameter]] = []
+        try:
+            for parameter in self._inside[index]:
+                filled.append((parameter, self._fill(parameter, source or self.shards)))
+            yield self.blocks[index]
+        finally:
+            for parameter, placeholder in filled:
+                _exchange(parameter, placeholder)
+
+    def _fill(self, parameter: nn.Parameter, source: Shards | Shard) -> nn.Parameter:
+        """Give a parameter its numbers; what comes back is its place on the meta device."""
+        numbers = source.read(self._names[parameter])
+        real = numbers.to(self.language_model.device, parameter.dtype)
+        twin = nn.Parameter(real, requires_grad=False)
+        # The object stays the same one, so weights that are tied stay tied.
+        _exchange(parameter, twin)
+        return twin
+
+    def stored_block(self, index: int) -> dict[str, Tensor]:
+        """The weights of a block that is in memory as its file will hold them, by name.
+
+        They have the dtype they had in the source, no -0.0, and are on the CPU. The block itself is
+        rounded likewise, so that it computes what a model read from the files would.
+        """
+        tensors = {}
+        for parameter in self._inside[index]:
+            name = self._names[parameter]
+            # Adding +0.0 turns -0.0 into +0.0 and leaves every other number alone.
+            weight = parameter.detach().add_(0.0)
+            tensors[name] = weight.to("cpu", STORED_DTYPES[self.shards.tensors[name].dtype])
+            weight.copy_(tensors[name])
+        return tensors
+
+    def stored_outside(self) -> dict[str, Tensor]:
+        """All that is not in a block, the head and stored buffers included, as `stored_block`."""
+        names = [self._names[parameter] for parameter in self._outside] + self._stored_buffers
+        return {name: self.shards.read(name).add_(0.0) for name in names}
+
+    @contextmanager
+    def outlined(self) -> Iterator[None]:
+        """Within it, weights of the blocks have shapes and places, but all their numbers are one.
+
+        For what looks at shapes alone and refuses weights that are not loaded.
+        """
+        weights = [parameter for block in self._inside for parameter in block]
+        outlines = []
+        for weight in weights:
+            number = torch.zeros((1,) * weight.dim(), dtype=weight.dtype)
+            outlines.append(nn.Parameter(number.expand(weight.shape), requires_grad=False))
+        for weight, outline in zip(weights, outlines, strict=True):
+            _exchange(weight, outline)
+        try:
+            yield
+        finally:
+            for weight, outline in zip(weights, outlines, strict=True):
+                _exchange(weight, outline)
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """Memory for what is outside the blocks, and for the largest block.
+
+        Weights stored in another dtype count twice: they are in memory as they work and as stored.
+        """
+        outside = sum(map(self._bytes, self._outside))
+        return outside, max(sum(map(self._bytes, block)) for block in self._inside)
+
+    def _bytes(self, parameter: nn.Parameter) -> int:
+        stored = STORED_DTYPES[self.shards.tensors[self._names[parameter]].dtype]
+        copied = 0 if stored == parameter.dtype else stored.itemsize
+        return parameter.numel() * (parameter.dtype.itemsize + copied)
+
+
+def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
+    """Let two parameters swap numbers, device and shape; who refers to one finds the other's."""
+    torch.utils.swap_tensors(left, right)  # type: ignore[no-untyped-call]
+
+
+def _on_meta_device(name: str, shards: Shards, dtype: str, device: str) -> LanguageModel:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
+    place = device_of(device)
+    folder = str(shards.folder)
+    with quiet(), explained(name):
+        configuration = checked_configuration(folder, name)
+        chosen = DTYPES[dtype] if dtype != "auto" else _stored_dtype(shards)
+        model = _without_weights(configuration, chosen)
+        tokenizer = load_tokenizer(folder)
+    return LanguageModel(model, tokenizer, name, shards.fingerprint(), chosen, place)
+
+
+def _stored_dtype(shards: Shards) -> torch.dtype:
+    """The dtype of most of the numbers; float32 for float16, whose range is too small here."""
+    sizes: Counter[str] = Counter()
+    for stored in shards.tensors.values():
+        sizes[stored.dtype] += prod(stored.shape)
+    most = sizes.most_common(1)[0][0] if sizes else "F32"
+    return torch.bfloat16 if most == "BF16" else torch.float32
+
+
+def _without_weights(configuration: Any, dtype: torch.dtype) -> Any:
+    """The network with every parameter on the meta device and every buffer real."""
+    from transformers import AutoModelForCausalLM
+
+    handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
+    with removing([handle]):
+        model = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def _names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every name of every parameter; tied ones have several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names

@@ -1,0 +1,62 @@
+"""What did pruning do to a model, and did it reach what was asked for?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prunezero.errors import SelectionError
+from prunezero.models.units import Layer
+from prunezero.pruning.recipe import Recipe
+from prunezero.scoring.request import group_columns, removed_count
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What pruning did to a model."""
+
+    sparsity: float
+    """the fraction that was asked for"""
+    pattern: str
+    """free or N:M"""
+    zeros: int
+    """weights of the pruned layers that are now exactly zero"""
+    total: int
+    """weights of the pruned layers"""
+    seconds: float
+    """elapsed, calibration of sequential statistics included"""
+
+    @property
+    def sparsity_reached(self) -> float:
+        """The fraction of the layers' weights that are zero."""
+        return self.zeros / self.total
+
+
+def check_reached(
+    outcome: Outcome, recipe: Recipe, layers: Sequence[Layer], ratios: Mapping[str, float]
+) -> None:
+    """A sparsity that was not reached is an error of ours, and never passes in silence."""
+    wanted = sum(expected_zeros(layer.weight.shape, recipe, ratios[layer.name]) for layer in layers)
+    if recipe.compare == "model" and recipe.pattern == "free":
+        wanted = removed_count(outcome.total, outcome.sparsity)
+    if outcome.zeros < wanted:
+        raise SelectionError(
+            f"recipe {recipe.name} reached {outcome.zeros} zeros of {wanted} that were asked for; "
+            "please report this"
+        )
+
+
+def expected_zeros(shape: torch.Size, recipe: Recipe, sparsity: float) -> int:
+    """How many weights of a matrix `[out, in]` a recipe removes; each group rounds down."""
+    rows, columns = shape
+    if recipe.compare == "row" or recipe.pattern != "free":
+        return rows * removed_count(columns, sparsity)
+    return sum(removed_count(rows * width, sparsity) for width in _group_widths(recipe, columns))
+
+
+def _group_widths(recipe: Recipe, columns: int) -> Iterator[int]:
+    width = group_columns(recipe.compare) or columns
+    for start in range(0, columns, width):
+        yield min(width, columns - start)

@@ -1,0 +1,107 @@
+"""Which channels change places before a block is pruned, and do the statistics follow?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from prunezero.errors import RecipeError
+from prunezero.models.folding import Folding, find_foldings, refusals
+from prunezero.models.language_model import LanguageModel
+from prunezero.models.units import Layer, find_layers
+from prunezero.pruning.permutation import permute_block, simulated_mask
+from prunezero.pruning.recipe import Recipe
+from prunezero.scoring.request import parse_pattern
+from prunezero.scoring.statistics import Statistics
+
+
+class Reordering:
+    """The permutations that a recipe asks for, block by block.
+
+    A permutation is folded into the weights: the layer's columns and the rows that make its
+    channels move together, so the function stays and the mask is N:M in memory. With
+    `simulate: true` only masks are permuted.
+    """
+
+    def __init__(
+        self, language_model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]
+    ) -> None:
+        """Find what can be moved.
+
+        Raises:
+            RecipeError: a layer that the recipe names cannot be moved, or none can.
+            ModelError: a name in the recipe matches no layer.
+        """
+        self._recipe = recipe
+        self._pattern = parse_pattern(recipe.pattern)
+        self._foldings: dict[int, list[Folding]] = defaultdict(list)
+        self.simulates = recipe.permute.options.model_dump().get("simulate", False)
+        if recipe.permute.word == "none":
+            return
+        self._wanted = _wanted(language_model, recipe, layers)
+        if not self.simulates:
+            self._find(language_model, [layer for layer in layers if layer.name in self._wanted])
+
+    def _find(self, language_model: LanguageModel, layers: list[Layer]) -> None:
+        by_block: dict[int, list[Layer]] = defaultdict(list)
+        for layer in layers:
+            by_block[layer.block].append(layer)
+        for block, inside in by_block.items():
+            if self._recipe.permute.options.model_dump()["layers"]:
+                for name, reason in refusals(language_model, inside).items():
+                    raise RecipeError(
+                        f"recipe {self._recipe.name}: the input channels of '{name}' cannot be "
+                        f"permuted: {reason}; leave it out of permute, or write simulate: true to "
+                        "measure what it would bring"
+                    )
+            self._foldings[block] = find_foldings(language_model, inside)
+        if not any(self._foldings.values()):
+            raise RecipeError(
+                f"recipe {self._recipe.name}: no layer's input channels can be permuted in "
+                f"{type(language_model.model).__name__}; use permute: none, or simulate: true"
+            )
+
+    def move(
+        self,
+        block: int,
+        score_of: Callable[[Layer], Tensor],
+        statistics: dict[str, Statistics],
+    ) -> None:
+        """Fold the orders that keep the most into one block; its statistics are replaced.
+
+        Args:
+            block: its index.
+            score_of: the scores `[out, in]` of a layer, on weights and statistics as they are.
+            statistics: by layer name.
+        """
+        foldings = self._foldings.get(block)
+        if not foldings or self._pattern is None:
+            return
+        moved = permute_block(foldings, score_of, self._pattern, self._recipe.permute)
+        for name, orders in moved.items():
+            if name in statistics:
+                statistics[name] = statistics[name].permuted(
+                    inputs=orders.inputs, outputs=orders.outputs
+                )
+
+    def simulated(
+        self, layers: Sequence[Layer], score_of: Callable[[Layer], Tensor]
+    ) -> Mapping[str, Tensor]:
+        """The masks of layers that would be permuted, by name; empty where nothing is simulated."""
+        if not self.simulates or self._pattern is None:
+            return {}
+        return {
+            layer.name: simulated_mask(score_of(layer), self._pattern, self._recipe.permute.word)
+            for layer in layers
+            if layer.name in self._wanted
+        }
+
+
+def _wanted(language_model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]) -> set[str]:
+    """Names of the layers that the recipe permutes, if they can be."""
+    patterns = recipe.permute.options.model_dump()["layers"]
+    if not patterns:
+        return {layer.name for layer in layers}
+    return {layer.name for layer in find_layers(language_model.model, targets=patterns)}

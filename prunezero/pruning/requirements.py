@@ -1,0 +1,75 @@
+"""What must hold before a recipe is applied to a model, and which sums does it need?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prunezero.errors import RecipeError, SelectionError
+from prunezero.models.language_model import LanguageModel
+from prunezero.models.units import Layer, find_layers
+from prunezero.models.walk import FORWARD_SUMS
+from prunezero.pruning.allocation import ALLOCATION_SUMS
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.update import UPDATE_SUMS
+from prunezero.scoring.feature_values import needed_sums
+from prunezero.scoring.request import check_request, pattern_sparsity, removed_count
+
+
+def settled_sparsity(pattern: str, sparsity: float | None) -> float:
+    """The fraction to remove: as asked for, or as an N:M pattern implies.
+
+    Raises:
+        SelectionError: nothing says how much to remove, or both do and disagree.
+    """
+    implied = pattern_sparsity(pattern)
+    if sparsity is None:
+        if implied is None:
+            raise SelectionError("say how much to remove, for example --sparsity 0.5")
+        return implied
+    if implied is not None and abs(implied - sparsity) > 1e-6:
+        raise SelectionError(
+            f"pattern {pattern} removes exactly {implied:g} of the weights, not {sparsity:g}; "
+            "leave --sparsity out or choose another pattern"
+        )
+    removed_count(1, sparsity)
+    return sparsity
+
+
+def layer_sums(recipe: Recipe) -> frozenset[str]:
+    """Names of the sums of a layer that the recipe's criterion and updates look at."""
+    sums = needed_sums([recipe.criterion])
+    return sums.union(*(UPDATE_SUMS[word] for word in recipe.updates))
+
+
+def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
+    """Names of the sums over the dense model that these recipes need."""
+    needed: set[str] = set()
+    for recipe in recipes:
+        sums = layer_sums(recipe)
+        needed |= sums - FORWARD_SUMS if recipe.statistics == "sequential" else sums
+        needed |= ALLOCATION_SUMS.get(recipe.allocate.word, frozenset())
+    return frozenset(needed)
+
+
+def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Layer]:
+    """The layers that a recipe prunes, after every check that needs no computation.
+
+    Raises:
+        RecipeError: choices that exclude each other.
+        ModelError: `targets` or `ignore` match nothing.
+        SelectionError: the sparsity, group or pattern fits no mask of some layer.
+    """
+    if recipe.compare == "model" and recipe.statistics == "sequential":
+        raise RecipeError(
+            f"recipe {recipe.name}: compare 'model' ranks all layers before the first is pruned, "
+            "so it needs statistics 'dense'"
+        )
+    layers = find_layers(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
+    for layer in layers:
+        try:
+            check_request(
+                layer.weight.shape[1], sparsity, compare=recipe.compare, pattern=recipe.pattern
+            )
+        except SelectionError as error:
+            raise SelectionError(f"layer {layer.name}: {error}") from error
+    return layers

@@ -1,0 +1,47 @@
+"""In how many pruning steps is a sparsity reached, and how sparse is the model after each?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from prunezero.pruning.choices import Iterative, Options
+
+# Earlier steps are given in ten-thousandths: what they leave is removed by a later one.
+PARTS = 10_000
+
+
+def one_shot(sparsity: float, options: Options) -> tuple[float, ...]:
+    """The sparsity itself, in one step."""
+    return (sparsity,)
+
+
+def iterative(sparsity: float, options: Iterative) -> tuple[float, ...]:
+    """Sparsities after each of several steps, each above the one before; the last is `sparsity`.
+
+    Args:
+        sparsity: fraction to remove in all, read as the decimal it is written as.
+        options: how many steps; step k of n reaches k/n of the sparsity (linear), or
+            1 - (1 - k/n)^3 of it (cubic), rounded down to four digits.
+
+    Of a sparsity so small that steps round to the same number, the repeated ones are left out.
+
+    Source: Zhu & Gupta 2017, arXiv:1710.01878, equation 1, from a dense model.
+    """
+    power = 3 if options.shape == "cubic" else 1
+    reached: list[float] = []
+    for step in range(1, options.steps):
+        share = 1 - (1 - Fraction(step, options.steps)) ** power
+        fraction = math.floor(Fraction(str(sparsity)) * share * PARTS) / PARTS
+        if (reached[-1] if reached else 0.0) < fraction < sparsity:
+            reached.append(fraction)
+    return (*reached, sparsity)
+
+
+# By the recipe's word: the sparsity and its numbers in, growing sparsities out.
+SCHEDULES: dict[str, Callable[[float, Any], tuple[float, ...]]] = {
+    "one-shot": one_shot,
+    "iterative": iterative,
+}

@@ -1,0 +1,134 @@
+"""Where did a pruning of several stages stop, and what were the weights then?
+
+A folder holds the request and the layers' weights after the last finished stage. The stages of
+step k are "pruned" and "tuned"; a tuning keeps its own state in the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunezero.errors import OutputError
+from prunezero.models.units import Layer
+
+STAGES = ("pruned", "tuned")
+
+
+class Stages:
+    """The finished stages of one request, on disk; without a folder nothing is kept."""
+
+    def __init__(
+        self, folder: Path | None, request: dict[str, Any], layers: Sequence[Layer]
+    ) -> None:
+        """Open or make the folder, and bring back the weights of the last finished stage.
+
+        Args:
+            folder: new, or that of the same request.
+            request: whatever the weights follow from, as plain JSON.
+            layers: all whose weights or biases may change.
+
+        Raises:
+            OutputError: the folder is of another request, is damaged, or cannot be written.
+        """
+        self._folder = folder
+        self._layers = layers
+        self._finished = (-1, "")
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._open(folder, request)
+        except OSError as error:
+            raise OutputError(f"folder '{folder}' cannot be written ({error})") from error
+
+    def _open(self, folder: Path, request: dict[str, Any]) -> None:
+        path = folder / "request.json"
+        if not path.is_file():
+            _write_text(path, json.dumps({"request": request}))
+            return
+        try:
+            known = json.loads(path.read_text())
+            step, stage = known.get("finished", (-1, ""))
+            changed = [key for key in request if known["request"].get(key) != request[key]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"{path} is damaged ({error}); delete its folder") from error
+        if changed:
+            told = "; ".join(
+                f"{key}: {known['request'].get(key)}, now {request[key]}" for key in changed
+            )
+            raise OutputError(
+                f"'{folder}' holds an unfinished run of another request ({told}); finish that one "
+                "with its own options, or delete the folder"
+            )
+        if stage:
+            self._restore(folder / f"step-{step}-{stage}.safetensors")
+        self._finished = (step, stage)
+
+    def has(self, step: int, stage: str) -> bool:
+        """Whether a stage, one of `STAGES`, is behind us."""
+        done_step, done_stage = self._finished
+        return step < done_step or (step == done_step and stage in STAGES[: _place(done_stage)])
+
+    def keep(self, step: int, stage: str) -> None:
+        """Note that a stage is finished, with the weights as they are now.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        self._finished = (step, stage)
+        if self._folder is None:
+            return
+        path = self._folder / f"step-{step}-{stage}.safetensors"
+        unfinished = path.with_name(f".{path.name}.tmp")
+        try:
+            tensors = {key: value.contiguous().cpu().clone() for key, value in self._tensors()}
+            save_file(tensors, unfinished)
+            unfinished.replace(path)
+            request = json.loads((self._folder / "request.json").read_text())
+            _write_text(
+                self._folder / "request.json", json.dumps(request | {"finished": [step, stage]})
+            )
+            for old in self._folder.glob("step-*"):
+                if old != path:
+                    old.unlink()
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"'{path}' cannot be written ({error})") from error
+
+    def checkpoint(self, step: int) -> Path | None:
+        """The file in which the tuning of a step keeps its state."""
+        return None if self._folder is None else self._folder / f"tuning-{step}.pt"
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        found = [(f"{layer.name}.weight", layer.weight) for layer in self._layers]
+        biases = [(f"{layer.name}.bias", layer.bias) for layer in self._layers]
+        return found + [(name, bias) for name, bias in biases if bias is not None]
+
+    def _restore(self, path: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            kept = load_file(path)
+            for name, tensor in self._tensors():
+                tensor.copy_(kept[name])
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+            raise OutputError(f"'{path}' is damaged ({error}); delete its folder") from error
+
+
+def _place(stage: str) -> int:
+    return STAGES.index(stage) + 1 if stage in STAGES else 0
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)

@@ -1,0 +1,290 @@
+"""How is a model pruned that does not fit into memory: block after block, from files to files?
+
+The loop of `prune`, with one block in memory at a time. Every block that is done is a file, so a
+run that was stopped goes on behind the last of them, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunezero.errors import ModelError, OutputError, RecipeError
+from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
+from prunezero.models.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
+from prunezero.models.saving import count_sparsity
+from prunezero.models.streaming import StreamedModel
+from prunezero.models.unfinished import UnfinishedCheckpoint
+from prunezero.models.units import Layer
+from prunezero.models.windows import check_windows
+from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.outcome import Outcome, check_reached
+from prunezero.pruning.prune import prune_layers
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import check_recipe, layer_sums, settled_sparsity
+from prunezero.scoring.statistics import Statistics
+
+# Allocations that look at nothing but the shapes of the layers.
+ALLOCATIONS_BY_SHAPE = ("uniform", "table")
+
+
+@dataclass(frozen=True)
+class StreamedOutcome:
+    """What pruning block by block did."""
+
+    outcome: Outcome
+    """zeros are counted in the files; the seconds are those of this run"""
+    folder: Path
+    """the pruned checkpoint"""
+    need: MemoryNeed
+    """what was estimated beforehand"""
+    peak_bytes: int
+    """growth of the memory in use, see `PeakMemory`"""
+    blocks_before: int
+    """blocks that an earlier run had finished"""
+
+
+# Told what was done, in a folder that is complete but for this: more text files, by file name.
+Report = Callable[[StreamedOutcome], Mapping[str, str]]
+
+
+def prune_streamed(
+    source: str | Path | StreamedModel,
+    recipe: Recipe,
+    sparsity: float | None,
+    output: str | Path,
+    *,
+    windows: Tensor | None = None,
+    memory_limit: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+    report: Report | None = None,
+) -> StreamedOutcome:
+    """Prune a checkpoint folder into a new one, with one block in memory at a time.
+
+    The work is done in `OUTPUT.partial`; after an interruption the same call goes on there.
+
+    Args:
+        source: folder of safetensors, or a `StreamedModel` of it, whose `language_model` cuts
+            calibration windows.
+        recipe: forward sums only, without schedule, recovery and permutation.
+        sparsity: fraction to remove; may be None with an N:M pattern.
+        output: folder that is new or empty; it appears complete or not at all.
+        windows: calibration token ids [count, length], where the recipe looks at inputs.
+        memory_limit: bytes; a larger `MemoryNeed` is refused before weights are read.
+        dtype: see `StreamedModel`; the files keep the dtype that they have in the source.
+        device: where blocks work.
+        progress: told (what, done, total) as the work goes on.
+        report: may measure the pruned checkpoint before it appears, and say what to put beside it.
+
+    Raises:
+        RecipeError: a choice that needs the whole model at once.
+        ModelError: the source cannot be read, or more memory is needed than the limit allows.
+        OutputError: the output cannot be written, or was begun under another request.
+        TextError, SelectionError, ScoreError, StatisticsError: as `prune`.
+    """
+    begin = time.perf_counter()
+    fraction = settled_sparsity(recipe.pattern, sparsity)
+    sums = _checked_sums(recipe, windows)
+    streamed = source
+    if not isinstance(streamed, StreamedModel):
+        streamed = StreamedModel(streamed, dtype=dtype, device=device)
+    peak = PeakMemory(streamed.language_model.device)
+    plan = _planned(streamed, recipe, fraction, sums, windows if sums else None)
+    need = memory_need(streamed, plan.layers, sums, plan.windows)
+    _refuse_too_large(need, memory_limit, streamed.language_model.name)
+    checkpoint = UnfinishedCheckpoint(output, _request(plan), len(streamed.blocks) + 1)
+    blocks_before = _Job(plan, checkpoint).run(progress or (lambda what, done, total: None))
+    outcome = _finish(plan, checkpoint, begin)
+    folder = checkpoint.model_folder
+    result = StreamedOutcome(outcome, folder, need, peak.growth, blocks_before)
+    if report is not None:
+        checkpoint.add_files(report(result))
+    return replace(result, folder=checkpoint.publish())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be done, once nothing speaks against it."""
+
+    streamed: StreamedModel
+    recipe: Recipe
+    sparsity: float
+    layers: list[Layer]
+    ratios: Mapping[str, float]
+    sums: frozenset[str]
+    windows: Tensor | None
+
+
+def _planned(
+    streamed: StreamedModel,
+    recipe: Recipe,
+    sparsity: float,
+    sums: frozenset[str],
+    windows: Tensor | None,
+) -> _Plan:
+    with streamed.outlined():
+        layers = check_recipe(streamed.language_model, recipe, sparsity)
+    _refuse_new_biases(recipe, layers)
+    if windows is not None:
+        check_windows(windows, streamed.language_model)
+    ratios = ALLOCATIONS[recipe.allocate.word](
+        layers, sparsity, recipe.allocate.options, Evidence({}, None, None)
+    )
+    return _Plan(streamed, recipe, sparsity, layers, ratios, sums, windows)
+
+
+@dataclass(frozen=True)
+class _Job:
+    plan: _Plan
+    checkpoint: UnfinishedCheckpoint
+
+    def run(self, tell: Progress) -> int:
+        """Write what is missing of the shards; how many blocks were there already."""
+        finished = self.checkpoint.finished()
+        streamed = self.plan.streamed
+        total = len(streamed.blocks)
+        # The first shard holds what is outside the blocks.
+        if finished == 0:
+            self.checkpoint.write(0, streamed.stored_outside())
+        first = max(0, finished - 1)
+        walk = self._walk() if first <= self._last else None
+        if walk is not None:
+            self._catch_up(walk, first, tell)
+        for index in range(first, total):
+            with streamed.block(index):
+                self._prune_block(index, walk if index <= self._last else None)
+            tell("blocks pruned", index + 1, total)
+        return first
+
+    @property
+    def _last(self) -> int:
+        """The last block with a layer to prune; nobody asks for the hidden states behind it."""
+        return max(layer.block for layer in self.plan.layers)
+
+    def _walk(self) -> BlockWalk | None:
+        if self.plan.windows is None:
+            return None
+        self.plan.streamed.load_outside()
+        with self.plan.streamed.block(0):
+            return BlockWalk(
+                self.plan.streamed.language_model,
+                self.plan.windows,
+                states_device=torch.device("cpu"),
+            )
+
+    def _catch_up(self, walk: BlockWalk, first: int, tell: Progress) -> None:
+        """Take the text through the blocks that are finished, as it went when they were."""
+        is_dense = self.plan.recipe.statistics == "dense"
+        for index in range(first):
+            source = None if is_dense else self.checkpoint.part(index + 1)
+            with self.plan.streamed.block(index, source):
+                walk.advance(index)
+            tell("finished blocks walked", index + 1, first)
+
+    def _prune_block(self, index: int, walk: BlockWalk | None) -> None:
+        plan = self.plan
+        inside = [layer for layer in plan.layers if layer.block == index]
+        is_dense = plan.recipe.statistics == "dense"
+        moves = walk is not None and index < self._last
+        known: dict[str, Statistics] = {}
+        if walk is not None and is_dense and moves:
+            known = walk.observe_and_advance(index, inside, plan.sums)
+        elif walk is not None and inside:
+            known = walk.observe(index, inside, plan.sums)
+        prune_layers(plan.recipe, inside, known, plan.ratios)
+        self.checkpoint.write(index + 1, plan.streamed.stored_block(index))
+        if walk is not None and moves and not is_dense:
+            walk.advance(index)
+
+
+def _checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
+    """The sums to collect, once it is sure that one block at a time is enough for the recipe."""
+    sums = layer_sums(recipe)
+    backward = sorted(sums - FORWARD_SUMS)
+    backward_pass = f"a backward pass through all blocks, for {', '.join(backward)}"
+    faults = {
+        f"its formula takes {backward_pass}": bool(backward),
+        "compare 'model' ranks the weights of all blocks together": recipe.compare == "model",
+        f"allocate {recipe.allocate.word} looks at all blocks before the first is pruned": (
+            recipe.allocate.word not in ALLOCATIONS_BY_SHAPE
+        ),
+        f"schedule {recipe.schedule.word} prunes the model several times": (
+            recipe.schedule.word != "one-shot"
+        ),
+        f"recover {recipe.recover.word} trains all blocks together": recipe.recover.word != "none",
+        f"permute {recipe.permute.word} reorders the model as a whole": (
+            recipe.permute.word != "none"
+        ),
+    }
+    found = [fault for fault, applies in faults.items() if applies]
+    if found:
+        raise RecipeError(
+            f"recipe {recipe.name} cannot be run block by block: {'; '.join(found)}; choose "
+            "another recipe, or prune the model in memory"
+        )
+    if sums and windows is None:
+        raise RecipeError(f"recipe {recipe.name} looks at inputs, so it needs calibration text")
+    return sums
+
+
+def _refuse_new_biases(recipe: Recipe, layers: list[Layer]) -> None:
+    without = [layer.name for layer in layers if layer.bias is None]
+    if "bias" in recipe.updates and without:
+        raise RecipeError(
+            f"recipe {recipe.name} updates biases but layer '{without[0]}' has none, and a file "
+            "cannot get one block by block; choose another update, or prune the model in memory"
+        )
+
+
+def _refuse_too_large(need: MemoryNeed, limit: int | None, name: str) -> None:
+    if limit is not None and need.total > limit:
+        raise ModelError(
+            f"pruning '{name}' block by block takes about {mebibytes(need.total)} ({need}) but the "
+            f"limit is {mebibytes(limit)}; raise it, use fewer or shorter calibration windows, or "
+            "a recipe that needs smaller statistics"
+        )
+
+
+def _request(plan: _Plan) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    text = None
+    if plan.windows is not None:
+        ids = plan.windows.cpu().contiguous().numpy().tobytes()
+        digest = hashlib.blake2b(ids, digest_size=16).hexdigest()
+        text = f"{digest} {list(plan.windows.shape)}"
+    model = plan.streamed.language_model
+    return {
+        "recipe": plan.recipe.to_yaml(),
+        "sparsity": plan.sparsity,
+        "source": model.fingerprint,
+        "windows": text,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "versions": {name: version(name) for name in ("prunezero", "torch", "transformers")},
+    }
+
+
+def _finish(plan: _Plan, checkpoint: UnfinishedCheckpoint, begin: float) -> Outcome:
+    """Complete the folder, and count in its files what was reached."""
+    recipe = plan.recipe
+    folder = checkpoint.complete(plan.streamed.folder)
+    checkpoint.add_files({"recipe.yaml": recipe.to_yaml()})
+    saved = count_sparsity(folder, [layer.name for layer in plan.layers])
+    if saved.negative_zeros:
+        raise OutputError(
+            f"{folder} holds {saved.negative_zeros} negative zeros; please report this"
+        )
+    seconds = time.perf_counter() - begin
+    outcome = Outcome(plan.sparsity, recipe.pattern, saved.zeros, saved.total, seconds)
+    check_reached(outcome, recipe, plan.layers, plan.ratios)
+    return outcome

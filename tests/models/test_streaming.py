@@ -1,0 +1,319 @@
+"""Blocks read one by one give what the whole model gives, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prunezero.errors import ModelError, OutputError
+from prunezero.models import streaming
+from prunezero.models.language_model import wrap_model
+from prunezero.models.loading import load_model
+from prunezero.models.memory import memory_need
+from prunezero.models.observing import StopForwardError, Visits
+from prunezero.models.shards import Shards, write_shard
+from prunezero.models.streaming import StreamedModel
+from prunezero.models.unfinished import UnfinishedCheckpoint
+from prunezero.models.units import find_blocks, find_layers
+from prunezero.models.walk import BlockWalk
+from tests.tiny_models import (
+    BLOCKS,
+    FAMILIES,
+    HIDDEN,
+    VOCABULARY,
+    save_tiny_model,
+    tiny_batches,
+    tiny_model,
+    tiny_network,
+    tiny_tokenizer,
+)
+
+
+def save_sharded(family: str, folder: Path, *, dtype: torch.dtype, **changes: Any) -> Path:
+    """A tiny checkpoint of several files."""
+    network = tiny_network(family, **changes).to(dtype)
+    network.save_pretrained(folder, max_shard_size="20KB")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) >= 3
+    return folder
+
+
+def change_file(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Exchange tensors of a checkpoint of one file; None takes one away."""
+    file = folder / "model.safetensors"
+    tensors = {**load_file(file), **{key.replace("__", "."): v for key, v in changes.items()}}
+    save_file({key: value for key, value in tensors.items() if value is not None}, file)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_walk_over_streamed_blocks_equals_the_walk_over_the_loaded_model(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    folder = save_sharded(family, tmp_path / "model", dtype=getattr(torch, dtype))
+    streamed = StreamedModel(folder, device="cpu")
+    whole = load_model(str(folder), dtype=dtype, device="cpu")
+    assert streamed.language_model.dtype == whole.dtype
+    streamed.load_outside()
+    with streamed.outlined():
+        layers = find_layers(streamed.language_model.model)
+    known = find_layers(whole.model)
+    assert [layer.name for layer in layers] == [layer.name for layer in known]
+    with streamed.block(0):
+        walk = BlockWalk(streamed.language_model, tiny_batches())
+    expected = BlockWalk(whole, tiny_batches())
+    for index in range(BLOCKS):
+        with streamed.block(index):
+            seen = walk.observe_and_advance(index, layers, ["gram"])
+        for name, wanted in expected.observe_and_advance(index, known, ["gram"]).items():
+            assert torch.equal(seen[name].sums["gram"], wanted.sums["gram"])
+        assert all(map(torch.equal, walk.states, expected.states))
+
+
+def test_only_what_makes_the_inputs_of_blocks_is_read_and_each_block_goes_again(
+    tmp_path: Path,
+) -> None:
+    streamed = StreamedModel(
+        save_tiny_model("llama", tmp_path, tie_word_embeddings=False), device="cpu"
+    )
+    model = streamed.language_model.model
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    streamed.load_outside()
+    with streamed.block(1) as block:
+        assert not any(parameter.is_meta for parameter in block.parameters())
+        real = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
+    inside = {f"model.layers.1.{name}" for name, _ in streamed.blocks[1].named_parameters()}
+    assert real == inside | {"model.embed_tokens.weight", "model.norm.weight"}
+    assert all(parameter.is_meta for parameter in streamed.blocks[1].parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_block_goes_again_after_an_error(tmp_path: Path) -> None:
+    streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
+    with pytest.raises(ZeroDivisionError), streamed.block(0):
+        raise ZeroDivisionError
+    assert all(parameter.is_meta for parameter in streamed.blocks[0].parameters())
+
+
+def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
+    streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
+    streamed.load_outside()
+    model = streamed.language_model.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.lm_head.weight.is_meta
+    assert "lm_head.weight" not in streamed.stored_outside()
+
+
+def test_tied_weights_that_are_stored_twice_must_be_equal(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change_file(tmp_path, lm_head__weight=embedding.clone())
+    assert len(StreamedModel(tmp_path, device="cpu").stored_outside()) == 2
+    change_file(tmp_path, lm_head__weight=embedding + 1)
+    with pytest.raises(ModelError, match="ties .* but its files hold different numbers"):
+        StreamedModel(tmp_path, device="cpu")
+
+
+def test_a_stored_block_has_the_dtype_of_the_source_and_no_negative_zero(tmp_path: Path) -> None:
+    folder = save_sharded("llama", tmp_path / "model", dtype=torch.bfloat16)
+    streamed = StreamedModel(folder, dtype="float32", device="cpu")
+    with streamed.block(0) as block:
+        weight = block.get_parameter("mlp.up_proj.weight")
+        weight[0, 0], weight[0, 1] = -0.0, 1 + 2**-20
+        stored = streamed.stored_block(0)["model.layers.0.mlp.up_proj.weight"]
+        assert stored.dtype == torch.bfloat16 and weight.dtype == torch.float32
+        assert not torch.signbit(stored[0, 0]) and not torch.signbit(weight[0, 0])
+        # What was rounded in the file is rounded in memory too.
+        assert torch.equal(stored.float(), weight) and float(weight[0, 1]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__layers__1__mlp__up_proj__weight": None}, "lack the weight 'model.layers.1.mlp"),
+        (
+            {"model__layers__0__mlp__up_proj__weight": torch.zeros(3, 4)},
+            r"shape \[3, 4\] in its file but \[64, 32\] by config.json",
+        ),
+        (
+            {"model__layers__0__mlp__up_proj__weight": torch.zeros(64, 32, dtype=torch.int8)},
+            "stored as I8, which is a quantized",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_the_configuration_are_refused(
+    changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    save_tiny_model("llama", tmp_path)
+    change_file(tmp_path, **changes)
+    with pytest.raises(ModelError, match=message):
+        StreamedModel(tmp_path, device="cpu")
+
+
+def test_weights_shared_between_blocks_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = streaming._without_weights
+
+    def with_one_weight_twice(configuration: Any, dtype: torch.dtype) -> Any:
+        model = usual(configuration, dtype)
+        first, second = find_blocks(model)
+        first.mlp.up_proj.weight = second.mlp.up_proj.weight  # type: ignore[union-attr]
+        return model
+
+    monkeypatch.setattr(streaming, "_without_weights", with_one_weight_twice)
+    with pytest.raises(ModelError, match="shares weights between its blocks"):
+        StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
+
+
+def test_a_folder_without_a_model_and_a_damaged_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="config.json is missing"):
+        StreamedModel(tmp_path)
+    folder = save_sharded("llama", tmp_path / "model", dtype=torch.float32)
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ModelError, match="is damaged or missing"):
+        StreamedModel(folder)
+    file.unlink()
+    with pytest.raises(ModelError, match="is damaged or missing"):
+        StreamedModel(folder)
+
+
+def test_an_index_that_promises_too_much_is_refused(tmp_path: Path) -> None:
+    folder = save_sharded("llama", tmp_path / "model", dtype=torch.float32)
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.more.weight"] = next(iter(index["weight_map"].values()))
+    file.write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=r"lack 1 tensors of their index, 'model.more.weight'"):
+        StreamedModel(folder)
+
+
+def test_weights_on_the_meta_device_are_still_refused_elsewhere(tmp_path: Path) -> None:
+    streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
+    with pytest.raises(ModelError, match="offloaded or not loaded"):
+        find_layers(streamed.language_model.model)
+    with pytest.raises(ModelError, match="offloaded or not loaded"):
+        wrap_model(streamed.language_model.model, tiny_tokenizer(), name="streamed")
+
+
+def test_the_fingerprint_tells_files_with_equal_headers_apart(tmp_path: Path) -> None:
+    digests = {
+        Shards(save_tiny_model("llama", tmp_path / str(seed), seed=seed % 2)).fingerprint()
+        for seed in range(4)
+    }
+    assert len(digests) == 2
+
+
+def test_the_memory_need_adds_up_weights_sums_and_states(tmp_path: Path) -> None:
+    streamed = StreamedModel(
+        save_tiny_model("llama", tmp_path, tie_word_embeddings=False), device="cpu"
+    )
+    with streamed.outlined():
+        layers = find_layers(streamed.language_model.model)
+    need = memory_need(streamed, layers, ["gram", "input_square_sum"], tiny_batches(3, 16))
+    assert need.outside == 4 * (2 * VOCABULARY * HIDDEN + HIDDEN)
+    # q and o, k and v with half the heads, three of the perceptron, two norms
+    assert need.block == 4 * (2 * HIDDEN**2 + HIDDEN**2 + 3 * 64 * HIDDEN + 2 * HIDDEN)
+    inputs = [HIDDEN] * 6 + [64]
+    assert need.statistics == sum(2 * 4 * width**2 + 8 * width for width in inputs)
+    assert need.states == 3 * 16 * HIDDEN * 4
+    assert need.total > need.outside + need.block + need.statistics + need.states
+    assert not any(layer.weight.device.type != "meta" for layer in layers)
+
+
+def test_an_unfinished_checkpoint_goes_on_behind_its_last_complete_shard(tmp_path: Path) -> None:
+    request = {"recipe": "a", "sparsity": 0.5}
+    first = UnfinishedCheckpoint(tmp_path / "out", request, 3)
+    first.write(0, {"a": torch.ones(2)})
+    # a file that was being written when the machine stopped
+    (first.model_folder / f".{first.part(1).path.name}.unfinished").write_bytes(b"half")
+    again = UnfinishedCheckpoint(tmp_path / "out", request, 3)
+    assert again.finished() == 1
+    again.write(1, {"b": torch.ones(3)})
+    again.write(2, {"c": torch.ones(4)})
+    assert again.finished() == 3
+    again.complete(tmp_path, {"note.txt": "mine"})
+    published = again.publish()
+    assert sorted(file.name for file in published.iterdir()) == [
+        *(f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)),
+        "model.safetensors.index.json",
+        "note.txt",
+    ]
+    index = json.loads((published / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 36 and sorted(index["weight_map"]) == ["a", "b", "c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_request_is_refused_with_the_difference(tmp_path: Path) -> None:
+    UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, 3)
+    with pytest.raises(OutputError, match=r"another request \(sparsity: 0.5 then, 0.6 now\)"):
+        UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, 3)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("keep me")
+    with pytest.raises(OutputError, match="is not empty and says nothing of what it holds"):
+        UnfinishedCheckpoint(tmp_path / "out", {}, 1)
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "keep me"
+
+
+def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_shard(tmp_path / "none" / "shard.safetensors", {"a": torch.ones(2)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_observing_inputs_alone_gives_the_same_sums_without_the_last_product(family: str) -> None:
+    model = tiny_model(family)
+    layers = [layer for layer in find_layers(model.model) if layer.block == 0]
+    products: list[str] = []
+    for layer in layers:
+        layer.module.register_forward_hook(
+            lambda module, args, output, name=layer.name: products.append(name)
+        )
+    walk = BlockWalk(model, tiny_batches(3))
+    products.clear()
+    seen = walk.observe(0, layers, ["gram", "input_sum"])
+    # The first sequence runs whole, to see that each layer is reached once.
+    assert len(products) == 3 * len(layers) - 2
+    for name, wanted in walk.observe_and_advance(0, layers, ["gram", "input_sum"]).items():
+        assert (seen[name].tokens, seen[name].sequences) == (wanted.tokens, wanted.sequences)
+        assert all(torch.equal(seen[name].sums[key], wanted.sums[key]) for key in wanted.sums)
+
+
+def test_a_sequence_is_stopped_only_behind_one_that_reached_each_layer_once() -> None:
+    layers = find_layers(tiny_model().model)[:2]
+    first, second = (layer.name for layer in layers)
+    for before in ([], [first], [first, first], [first, first, second]):
+        visits = Visits(layers, stop_early=True)
+        for name in before:
+            visits.add(name)
+        visits.end_sequence()
+        visits.add(first)
+        visits.add(second)
+        visits.end_sequence()
+        visits.add(second)
+        with pytest.raises(StopForwardError):
+            visits.add(first)
+
+
+def test_outputs_are_never_cut_off() -> None:
+    model = tiny_model()
+    layers = find_layers(model.model)
+    walk = BlockWalk(model, tiny_batches(3))
+    seen = walk.observe(0, layers, ["input_sum", "output_square_sum"])
+    assert {(row.tokens, row.sequences) for row in seen.values()} == {(48, 3)}
+    wanted = walk.observe_and_advance(0, layers, ["output_square_sum"])
+    for name, row in wanted.items():
+        key = "output_square_sum"
+        assert torch.equal(seen[name].sums[key], row.sums[key])
