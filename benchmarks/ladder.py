@@ -50,7 +50,7 @@ def main() -> None:
     layers = find_layers(bench.language_model.model)
     sums = ladder_sums(space.features, with_gradients=True)
     statistics = bench.statistics(layers, sums)
-    stand = Stand(bench, layers, statistics, splits=("search",))
+    stand = Stand(bench, statistics, splits=("search",))
     samples = sample_rows(layers, statistics, space.features)
     plain = [replace(one, row_weights=torch.ones_like(one.row_weights)) for one in samples]
     probe = probe_of(samples)

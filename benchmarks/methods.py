@@ -1,0 +1,166 @@
+"""How good is every method at 50 %, at 70 % and at 2:4, with uniform and outlier-weighed layers?
+
+    python benchmarks/methods.py                      # all of it: hours on 2 cores
+    python benchmarks/methods.py --seeds 0            # one draw of calibration text
+    python benchmarks/methods.py --report             # only write the table anew
+
+All methods see sequential statistics of the same calibration text. Every finished row is kept in
+docs/results/methods.jsonl, so a second start goes on behind the last one; the table over all seeds
+is docs/results/methods.md. Nothing is chosen by test text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prunezero.models.units import find_layers
+from prunezero.pruning.bench import Settings, set_up, with_choices
+from prunezero.pruning.compare import SPLITS, Stand, finite_row
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+RECIPES = ("magnitude", "wanda", "ria", "pruner_zero", "isc", "sparsegpt", "admm")
+ALLOCATIONS = ("uniform", "owl")
+# What is asked for: sparsity and pattern.
+TARGETS = ((0.5, "free"), (0.7, "free"), (0.5, "2:4"))
+KEYS = ("recipe", "allocate", "sparsity", "pattern", "seed", "calibration_tokens", "model")
+
+
+def main() -> None:
+    """Measure what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--calibration-tokens", type=int, default=32768)
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    path = RESULTS / "methods.jsonl"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not arguments.report:
+        for seed in map(int, arguments.seeds.split(",")):
+            settings = Settings(
+                calibration_tokens=arguments.calibration_tokens,
+                evaluation_tokens=4096,
+                test_tokens=8192,
+                seed=seed,
+            )
+            measure(arguments.model, settings, path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    text = "\n".join(report(rows))
+    (RESULTS / "methods.md").write_text(text + "\n")
+    print(text)
+
+
+def wanted() -> Iterator[tuple[Recipe, float]]:
+    """Every recipe with every allocation that its pattern allows, and its sparsity."""
+    for allocate in ALLOCATIONS:
+        for sparsity, pattern in TARGETS:
+            if pattern != "free" and allocate != "uniform":
+                continue  # N:M takes the same share of every layer
+            for name in RECIPES:
+                choices = {"allocate": allocate, "statistics": "sequential"}
+                yield with_choices(Recipe.load(name), pattern=pattern, **choices), sparsity
+
+
+def measure(model: str, settings: Settings, path: Path) -> None:
+    """Append the rows of one seed that the file does not hold yet."""
+    done = set()
+    if path.is_file():
+        done = {key_of(json.loads(line)) for line in path.read_text().splitlines()}
+    jobs = [(recipe, sparsity) for recipe, sparsity in wanted()]
+    missing = [job for job in jobs if key_of(head_of(model, settings, *job)) not in done]
+    dense_head = head_of(model, settings, Recipe.load("magnitude"), 0.0) | {"recipe": "dense"}
+    if not missing and key_of(dense_head) in done:
+        return
+    bench = set_up(model, "demo", settings)
+    layers = find_layers(bench.language_model.model)
+    sums = bench.statistics(layers, dense_sums([recipe for recipe, _ in missing]), told)
+    stand = Stand(bench, sums)
+    with path.open("a") as file:
+        if key_of(dense_head) not in done:
+            write(file, stand.dense_row(SPLITS) | dense_head)
+        for recipe, sparsity in missing:
+            begin = time.perf_counter()
+            row = stand.row(recipe, sparsity, SPLITS)
+            write(file, row | head_of(model, settings, recipe, sparsity))
+            print(f"  {time.perf_counter() - begin:.0f} s with evaluation", flush=True)
+
+
+def head_of(model: str, settings: Settings, recipe: Recipe, sparsity: float) -> dict[str, Any]:
+    """What tells a row from every other."""
+    return {
+        "recipe": recipe.name,
+        "allocate": recipe.allocate.word,
+        "sparsity": sparsity,
+        "pattern": recipe.pattern,
+        "seed": settings.seed,
+        "calibration_tokens": settings.calibration_tokens,
+        "model": model,
+    }
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of `KEYS`."""
+    return tuple(row[key] for key in KEYS)
+
+
+def write(file: Any, row: dict[str, Any]) -> None:
+    """One line, on the disk before the next measurement begins."""
+    file.write(json.dumps(finite_row(row)) + "\n")
+    file.flush()
+    print(
+        f"{row['recipe']} {row['allocate']} {row['sparsity']} {row['pattern']} seed {row['seed']}: "
+        f"validation {row['validation_perplexity']:.2f}, test {row['test_perplexity']:.2f}, "
+        f"pruned in {row['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def told(what: str, done: int, total: int) -> None:
+    """Progress of the dense statistics, now and then."""
+    if done == total or done % 32 == 0:
+        print(f"  {what} {done}/{total}", flush=True)
+
+
+def report(rows: list[dict[str, Any]]) -> list[str]:
+    """The table as Markdown: mean and spread (largest minus smallest) over seeds."""
+    columns = [(0.5, "free", "uniform"), (0.5, "free", "owl"), (0.7, "free", "uniform")]
+    columns += [(0.7, "free", "owl"), (0.5, "2:4", "uniform")]
+    names = ["50 %", "50 % owl", "70 %", "70 % owl", "2:4"]
+    lines = []
+    for split in SPLITS:
+        found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        for row in rows:
+            value = row[f"{split}_perplexity"]
+            place = (row["recipe"], row["sparsity"], row["pattern"], row["allocate"])
+            found[place].append(float("nan") if value is None else value)
+        dense = [row[f"{split}_perplexity"] for row in rows if row["recipe"] == "dense"]
+        lines += [f"Perplexity on {split} text (dense {_shown(dense)}):", ""]
+        lines += ["| recipe | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+        for recipe in RECIPES:
+            cells = [_shown(found.get((recipe, *column), [])) for column in columns]
+            lines.append(f"| `{recipe}` | " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines
+
+
+def _shown(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    digits = 0 if mean >= 1000 else 1
+    if len(values) == 1 or max(values) == min(values):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({max(values) - min(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
