@@ -41,7 +41,7 @@ Statistics = Annotated[
 Allocate = Annotated[
     str | None,
     typer.Option(
-        help="How much each layer loses: uniform, owl, sensitivity, heavy_tail, or the recipe's own."
+        help="How much each layer loses: `uniform`, `owl`, `sensitivity` or `heavy_tail`."
     ),
 ]
 Seed = Annotated[

@@ -151,7 +151,7 @@ WORDS: dict[str, dict[str, Word]] = {
         "admm": Word(Admm, "kept weights are fitted again to the dense outputs", "second order"),
         "bias": Word(Options, "biases take over the mean of what was removed", "activations"),
         "swaps": Word(
-            Swaps, "the mask is improved by the best exchanges in each row", "second order"
+            Swaps, "the mask is improved by a row's best exchanges", "second order"
         ),
         "dsnot": Word(Dsnot, "the mask is improved by DSnoT's exchanges", "activations"),
     },

@@ -141,8 +141,8 @@ def compare(
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
     sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, its
-    comparison group, allocation and updates. Perplexity is exp of the mean nats per token, kl is in nats per token on
-    validation text, seconds are those of pruning alone.
+    comparison group, allocation and updates. Perplexity is exp of the mean nats per token, kl is
+    in nats per token on validation text, seconds are those of pruning alone.
 
     Args:
         pattern: for all recipes; None leaves each its own.
