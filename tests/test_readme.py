@@ -10,13 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from prunezero.cli import app
+from prunezero.pruning.recipe import Recipe
 from tests.cli.conftest import SMALL, tiny_files
 
 __all__ = ["tiny_files"]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = re.findall(r"```(bash|python|yaml)\n(.*?)```", README, flags=re.DOTALL)
 # Opens a web page, and waits.
 SERVERS = ("prunezero ui",)
 
@@ -47,6 +48,16 @@ def test_the_commands_of_the_readme_run_one_after_another(
         small = re.sub(r"--time \w+", "--budget 8", re.sub(r"--budget \d+", "--budget 8", small))
         result = CliRunner().invoke(app, shlex.split(small)[1:])
         assert result.exit_code == 0, (command, result.output, result.exception)
+
+
+def test_the_recipe_of_the_readme_is_the_published_one(tmp_path: Path) -> None:
+    (text,) = [body for language, body in BLOCKS if language == "yaml"]
+    path = tmp_path / "sparsegpt.yaml"
+    path.write_text(text)
+    shown, published = (Recipe.load(name).model_dump() for name in (path, "sparsegpt"))
+    told = {key: value for key, value in shown.items() if key in text}
+    assert len(told) > 8
+    assert told == {key: published[key] for key in told}
 
 
 def test_the_python_of_the_readme_runs(

@@ -50,7 +50,7 @@ def gradient_statistics(
     collected = {layer.name: empty_statistics(layer, sums) for layer in layers}
     with torch.enable_grad(), _collecting(language_model, layers, collected):
         for done, ids in enumerate(batches, start=1):
-            loss = _sequence_loss(language_model.model, ids[None].to(language_model.device))
+            loss = sequence_loss(language_model.model, ids[None].to(language_model.device))
             if not bool(torch.isfinite(loss)):
                 raise StatisticsError(
                     f"the loss of '{language_model.name}' on calibration sequence {done - 1} is "
@@ -65,7 +65,8 @@ def gradient_statistics(
     return collected
 
 
-def _sequence_loss(model: Any, ids: Tensor) -> Tensor:
+def sequence_loss(model: Any, ids: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the tokens after the first; ids [1, length]."""
     logits = model(ids, use_cache=False).logits[0, :-1].float()
     return cross_entropy(logits, ids[0, 1:])
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from prunezero.errors import OutputError, RecipeError
 from prunezero.models.calibration import Progress
+from prunezero.models.gradients import sequence_loss
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer
 from prunezero.models.windows import check_windows
@@ -202,8 +202,7 @@ def _add_gradients(language_model: LanguageModel, windows: Tensor, where: str) -
     """The mean loss of the windows; its gradients are added to the masters'."""
     total = 0.0
     for ids in windows.to(language_model.device):
-        logits = language_model.model(ids[None], use_cache=False).logits[0, :-1].float()
-        loss = cross_entropy(logits, ids[1:])
+        loss = sequence_loss(language_model.model, ids[None])
         found = float(loss.detach())
         if not math.isfinite(found):
             raise _refusal(where, f"the loss is {found}")
