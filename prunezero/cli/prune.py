@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunezero.cli import options
 from prunezero.cli.options import (
+    Allocate,
     CalibrationTokens,
     Device,
     Dtype,
@@ -23,6 +25,11 @@ from prunezero.cli.options import (
     TestTokens,
     TextName,
 )
+from prunezero.errors import OutputError
+
+if TYPE_CHECKING:
+    from prunezero.pruning.bench import Bench
+    from prunezero.pruning.recipe import Recipe
 
 PATTERN_LINE = "Zeros do not make a model smaller or faster unless its kernels use the pattern."
 FIRST_LINE = "Free-form zeros do not make a model smaller or faster by themselves."
@@ -36,6 +43,7 @@ def prune(
     ] = "wanda",
     sparsity: Sparsity = None,
     pattern: Pattern = None,
+    allocate: Allocate = None,
     output: Annotated[
         Path | None, typer.Option(help="New folder for the pruned model; without it, only report.")
     ] = None,
@@ -45,6 +53,10 @@ def prune(
     ignore: Annotated[str, typer.Option(help="Layers to leave alone, written likewise.")] = "",
     statistics: Statistics = None,
     seed: Seed = 0,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Such as 900MiB: prune from files to files, one block in memory."),
+    ] = None,
     json_file: JsonFile = None,
     sequence_length: SequenceLength = 256,
     calibration_tokens: CalibrationTokens = 8192,
@@ -58,6 +70,10 @@ def prune(
     The folder holds dense safetensors with exact zeros, so every loader takes it, a model card,
     the recipe and a report. Its sparsity is counted again from the files.
 
+    With a memory limit, weights are read and written block by block; what a stopped run has done
+    waits beside the output, and the same command goes on there. So it is with recipes of several
+    steps, without a limit too.
+
     Examples:
 
         prunezero prune --model demo --recipe wanda --sparsity 0.5 --output pruned
@@ -65,20 +81,22 @@ def prune(
         prunezero prune --model demo --recipe runs/first/recipe.yaml --pattern 2:4 --output pruned
 
         prunezero prune --model demo --recipe ria --sparsity 0.5 --ignore "re:layers\.0\."
+
+        prunezero prune --model ./7b --recipe wanda --sparsity 0.5 --memory-limit 6GiB --output out
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
+    from prunezero.cli.tables import say, waiting
     from prunezero.models.loading import check_writable
     from prunezero.pruning.bench import set_up, with_choices
-    from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.recipe import Recipe
-    from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
-    from prunezero.report.saved_model import save_pruned
+    from prunezero.pruning.requirements import settled_sparsity
 
     options.check_statistics(statistics)
     options.check_json(json_file)
+    limit = options.bytes_of(memory_limit)
     chosen = with_choices(
         Recipe.load(recipe),
         pattern=pattern,
+        allocate=allocate,
         statistics=statistics,
         targets=_words(targets),
         ignore=_words(ignore),
@@ -88,30 +106,78 @@ def prune(
         sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
     )
     if output is not None:
-        check_writable(output)
-    with waiting(f"loading {model}"):
-        bench = set_up(model, text, settings, dtype=dtype, device=device)
+        output = check_writable(output)
+    if limit is None:
+        with waiting(f"loading {model}"):
+            bench = set_up(model, text, settings, dtype=dtype, device=device)
+        row = _prune_in_memory(bench, chosen, fraction, output)
+    else:
+        from prunezero.cli.streamed import open_files, prune_files
+
+        if output is None:
+            raise OutputError("--memory-limit prunes into files, so it needs an --output folder")
+        with waiting(f"opening {model}"):
+            streamed, bench = open_files(model, text, settings, dtype=dtype, device=device)
+        row = prune_files(streamed, bench, chosen, fraction, output, limit)
+    say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
+    options.write_json({"model": model, "text": text, **row}, json_file)
+
+
+def _prune_in_memory(
+    bench: Bench, recipe: Recipe, sparsity: float, output: Path | None
+) -> dict[str, Any]:
+    """Prune, measure, print, and save where an output is named; returns the pruned row."""
+    from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
+    from prunezero.pruning.compare import SPLITS, Stand
+    from prunezero.pruning.requirements import check_recipe, dense_sums
+    from prunezero.report.saved_model import save_pruned
+
+    name = bench.language_model.name
     say(options.about_model(bench))
-    layers = check_recipe(bench.language_model, chosen, fraction)
+    layers = check_recipe(bench.language_model, recipe, sparsity)
+    steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
-        sums = bench.statistics(layers, dense_sums([chosen]), bars)
+        sums = bench.statistics(layers, dense_sums([recipe]), bars)
         with waiting("measuring the dense model"):
             stand = Stand(bench, sums)
             rows = [stand.dense_row(SPLITS)]
-        with waiting(f"pruning by {chosen.name}, then measuring"):
-            rows.append(stand.row(chosen, fraction, SPLITS, keep=True))
-    say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
+        with waiting(f"pruning by {recipe.name}, then measuring"):
+            rows.append(stand.row(recipe, sparsity, SPLITS, keep=True, folder=steps, progress=bars))
     if output is not None:
-        saved = save_pruned(bench, chosen, rows, layers, output)
+        saved = save_pruned(bench, recipe, rows, layers, output)
         rows[-1]["sparsity_reached"] = saved.sparsity
-    console.print(results_table(rows, f"{chosen.name} on {bench.language_model.name}"))
-    say(conditions(rows, bench.language_model.name, bench.text.name))
+    if steps is not None:
+        shutil.rmtree(steps)
+    console.print(results_table(rows, f"{recipe.name} on {name}"))
+    say(conditions(rows, name, bench.text.name))
     if output is not None:
         say(
             f"saved to {output}: {saved.zeros} of {saved.total} weights of {len(layers)} layers "
             "are zero, counted from the files"
         )
-    options.write_json({"model": model, "text": text, **rows[-1]}, json_file)
+    return rows[-1]
+
+
+def _folder_of_steps(recipe: Recipe, output: Path | None) -> Path | None:
+    """Where the finished steps of a pruning of several wait, in case it is stopped.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    from prunezero.cli.tables import say
+
+    is_quick = recipe.schedule.word == "one-shot" and recipe.recover.word == "none"
+    if output is None or is_quick:
+        return None
+    folder = output.absolute().with_name(f"{output.absolute().name}.partial")
+    if (folder / "request.json").is_file():
+        say(f"going on with what an earlier run left in {folder}")
+    # A crash may have come before the request was in its place; its beginning has a dot.
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise OutputError(
+            f"'{folder}' holds no steps of this command; move it away, or choose another output"
+        )
+    return folder
 
 
 def _words(names: str) -> tuple[str, ...] | None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from prunezero.models.calibration import BlockWalk, Progress
-from prunezero.models.evaluation import Evaluation, evaluate
+from prunezero.models.evaluation import CHUNK, Evaluation, evaluate
+from prunezero.models.memory import SPARE_BYTES
 from prunezero.models.streaming import StreamedModel
 
 
@@ -28,8 +29,8 @@ def evaluate_streamed(
 ) -> Evaluation:
     """The perplexity that `evaluate` measures of the loaded model, without a distance to another.
 
-    In memory at the same time: what is outside the blocks, one block, the hidden states of all
-    windows on the CPU, and the logits of one window.
+    In memory are the hidden states of all windows, on the CPU, and first one block after another,
+    then what is outside the blocks with the logits of one window.
 
     Args:
         source: folder of safetensors, or a `StreamedModel` of it.
@@ -47,11 +48,11 @@ def evaluate_streamed(
     if not isinstance(streamed, StreamedModel):
         streamed = StreamedModel(streamed, dtype=dtype, device=device)
     walk = _walked(streamed, windows, progress or (lambda what, done, total: None))
-    streamed.load_head()
     losses: list[float] = []
-    for place, ids in enumerate(windows):
-        with walk.replaying(place):
-            losses += evaluate(streamed.language_model, ids[None]).window_losses
+    with streamed.outside(with_head=True):
+        for place, ids in enumerate(windows):
+            with walk.replaying(place):
+                losses += evaluate(streamed.language_model, ids[None]).window_losses
     perplexity = float(torch.tensor(losses, dtype=torch.float64).mean().exp())
     return Evaluation(
         perplexity=perplexity if math.isfinite(perplexity) else math.nan,
@@ -62,14 +63,25 @@ def evaluate_streamed(
     )
 
 
+def evaluation_bytes(streamed: StreamedModel, windows: Tensor) -> int:
+    """Estimate of what `evaluate_streamed` holds in memory at the same time, from shapes alone."""
+    model = streamed.language_model
+    vocabulary, width = model.model.get_input_embeddings().weight.shape
+    size = model.dtype.itemsize
+    # Logits as they come, and two copies in float32.
+    logits = min(windows.shape[1], CHUNK) * vocabulary * (size + 8)
+    outside, block = streamed.weight_bytes()
+    states = windows.numel() * width * size
+    return SPARE_BYTES + states + max(block, outside + max(logits, vocabulary * width * size))
+
+
 def _walked(streamed: StreamedModel, windows: Tensor, tell: Progress) -> BlockWalk:
     """The windows behind the last block."""
-    streamed.load_outside()
-    with streamed.block(0):
+    with streamed.outside(), streamed.block(0):
         walk = BlockWalk(streamed.language_model, windows, states_device=torch.device("cpu"))
     total = len(streamed.blocks)
     for index in range(total):
         with streamed.block(index):
             walk.advance(index)
-        tell("text through block", index + 1, total)
+        tell("blocks walked", index + 1, total)
     return walk

@@ -66,8 +66,8 @@ class StreamedModel:
         self._outside = [parameter for parameter in names_of if parameter not in inside]
         if any(len(names_of[parameter]) > 1 for parameter in inside):
             raise ModelError(
-                f"model '{self.language_model.name}' shares weights between its blocks, so they cannot be pruned one "
-                "by one; load it whole"
+                f"model '{self.language_model.name}' shares weights between its blocks, so they "
+                "cannot be pruned one by one; load it whole"
             )
         self._names = {
             parameter: self._stored_name(names, parameter) for parameter, names in names_of.items()
@@ -108,25 +108,26 @@ class StreamedModel:
                 )
         return found[0]
 
-    def load_outside(self) -> None:
-        """Read what the blocks' inputs are made from: embeddings, norms, buffers; not the head."""
-        body = set(self.language_model.model.base_model.parameters())
-        for parameter in filter(body.__contains__, self._outside):
-            self._fill(parameter, self.shards)
+    @contextmanager
+    def outside(self, *, with_head: bool = False) -> Iterator[None]:
+        """Within it, embeddings and norms have their weights, so the inputs of blocks can be made.
+
+        Args:
+            with_head: the output head too, which makes logits of the last hidden states.
+
+        Raises:
+            ModelError: a file is damaged.
+        """
+        model = self.language_model.model
+        body = set(model.base_model.parameters())
         for name in self._stored_buffers:
-            self.language_model.model.get_buffer(name).copy_(self.shards.read(name))
-        for module in self.language_model.model.modules():
+            model.get_buffer(name).copy_(self.shards.read(name))
+        for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.language_model.device)
-
-    def load_head(self) -> None:
-        """Read what logits are made with from the last hidden states; a tied head is there already.
-
-        Nothing but a measurement needs it, and that only once the text is through the blocks.
-        """
-        for parameter in self._outside:
-            if parameter.is_meta:
-                self._fill(parameter, self.shards)
+        wanted = [parameter for parameter in self._outside if with_head or parameter in body]
+        with self._filled(wanted, self.shards):
+            yield
 
     @contextmanager
     def block(self, index: int, source: Shards | Shard | None = None) -> Iterator[nn.Module]:
@@ -137,13 +138,18 @@ class StreamedModel:
         Raises:
             ModelError: a file is damaged.
         """
-        filled: list[tuple[nn.Parameter, nn.Parameter]] = []
-        try:
-            for parameter in self._inside[index]:
-                filled.append((parameter, self._fill(parameter, source or self.shards)))
+        with self._filled(self._inside[index], source or self.shards):
             yield self.blocks[index]
+
+    @contextmanager
+    def _filled(self, parameters: list[nn.Parameter], source: Shards | Shard) -> Iterator[None]:
+        placeholders: list[nn.Parameter] = []
+        try:
+            for parameter in parameters:
+                placeholders.append(self._fill(parameter, source))
+            yield
         finally:
-            for parameter, placeholder in filled:
+            for parameter, placeholder in zip(parameters, placeholders, strict=False):
                 _exchange(parameter, placeholder)
 
     def _fill(self, parameter: nn.Parameter, source: Shards | Shard) -> nn.Parameter:

@@ -50,7 +50,7 @@ class UnfinishedCheckpoint:
             OutputError: the folder cannot be written, or was begun under another request, whose
                 differences the message lists.
         """
-        self.output = check_writable(output)
+        self.output = check_writable(output).absolute()
         self.folder = self.output.with_name(f"{self.output.name}.partial")
         self.model_folder = self.folder / "model"
         self.parts = parts

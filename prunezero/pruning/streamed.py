@@ -174,10 +174,10 @@ class _Job:
     def _walk(self) -> BlockWalk | None:
         if self.plan.windows is None:
             return None
-        self.plan.streamed.load_outside()
-        with self.plan.streamed.block(0):
+        streamed = self.plan.streamed
+        with streamed.outside(), streamed.block(0):
             return BlockWalk(
-                self.plan.streamed.language_model,
+                streamed.language_model,
                 self.plan.windows,
                 states_device=torch.device("cpu"),
             )

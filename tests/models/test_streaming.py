@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError, OutputError
 from prunezero.models import streaming
+from prunezero.models.evaluation import evaluate
 from prunezero.models.language_model import wrap_model
-from prunezero.models.loading import load_model
-from prunezero.models.memory import memory_need
-from prunezero.models.observing import StopForwardError, Visits
+from prunezero.models.loading import load_model, local_folder
+from prunezero.models.memory import SPARE_BYTES, memory_need
 from prunezero.models.shards import Shards, write_shard
+from prunezero.models.streamed_evaluation import evaluate_streamed, evaluation_bytes
 from prunezero.models.streaming import StreamedModel
 from prunezero.models.unfinished import UnfinishedCheckpoint
 from prunezero.models.units import find_blocks, find_layers
@@ -28,7 +30,6 @@ from tests.tiny_models import (
     VOCABULARY,
     save_tiny_model,
     tiny_batches,
-    tiny_model,
     tiny_network,
     tiny_tokenizer,
 )
@@ -59,12 +60,11 @@ def test_a_walk_over_streamed_blocks_equals_the_walk_over_the_loaded_model(
     streamed = StreamedModel(folder, device="cpu")
     whole = load_model(str(folder), dtype=dtype, device="cpu")
     assert streamed.language_model.dtype == whole.dtype
-    streamed.load_outside()
     with streamed.outlined():
         layers = find_layers(streamed.language_model.model)
     known = find_layers(whole.model)
     assert [layer.name for layer in layers] == [layer.name for layer in known]
-    with streamed.block(0):
+    with streamed.outside(), streamed.block(0):
         walk = BlockWalk(streamed.language_model, tiny_batches())
     expected = BlockWalk(whole, tiny_batches())
     for index in range(BLOCKS):
@@ -84,30 +84,31 @@ def test_only_what_makes_the_inputs_of_blocks_is_read_and_each_block_goes_again(
     model = streamed.language_model.model
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
-    streamed.load_outside()
-    with streamed.block(1) as block:
+    with streamed.outside(), streamed.block(1) as block:
         assert not any(parameter.is_meta for parameter in block.parameters())
         real = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
     inside = {f"model.layers.1.{name}" for name, _ in streamed.blocks[1].named_parameters()}
     assert real == inside | {"model.embed_tokens.weight", "model.norm.weight"}
-    assert all(parameter.is_meta for parameter in streamed.blocks[1].parameters())
+    with streamed.outside(with_head=True):
+        assert not model.lm_head.weight.is_meta
+    assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_block_goes_again_after_an_error(tmp_path: Path) -> None:
     streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
-    with pytest.raises(ZeroDivisionError), streamed.block(0):
+    with pytest.raises(ZeroDivisionError), streamed.outside(), streamed.block(0):
         raise ZeroDivisionError
-    assert all(parameter.is_meta for parameter in streamed.blocks[0].parameters())
+    assert all(parameter.is_meta for parameter in streamed.language_model.model.parameters())
 
 
 def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
     streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
-    streamed.load_outside()
     model = streamed.language_model.model
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert not model.lm_head.weight.is_meta
+    with streamed.outside():
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert not model.lm_head.weight.is_meta
     assert "lm_head.weight" not in streamed.stored_outside()
 
 
@@ -229,6 +230,77 @@ def test_the_memory_need_adds_up_weights_sums_and_states(tmp_path: Path) -> None
     assert not any(layer.weight.device.type != "meta" for layer in layers)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_perplexity_is_that_of_the_loaded_model(
+    family: str, is_tied: bool, dtype: str, tmp_path: Path
+) -> None:
+    changes = {"tie_word_embeddings": is_tied}
+    folder = save_sharded(family, tmp_path / "model", dtype=getattr(torch, dtype), **changes)
+    ids = tiny_batches(3, 24)
+    measured = evaluate_streamed(folder, ids, dtype=dtype, device="cpu")
+    expected = evaluate(load_model(str(folder), dtype=dtype, device="cpu"), ids)
+    assert measured.window_losses == pytest.approx(expected.window_losses, rel=1e-6)
+    assert measured.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+    assert (measured.tokens, measured.kl) == (expected.tokens, None)
+
+
+def test_capped_logits_are_measured_as_the_model_computes_them(tmp_path: Path) -> None:
+    save_tiny_model("gemma3", tmp_path, final_logit_softcapping=0.05)
+    ids = tiny_batches(2, 24)
+    expected = evaluate(load_model(str(tmp_path), dtype="float32", device="cpu"), ids)
+    measured = evaluate_streamed(tmp_path, ids, device="cpu")
+    assert measured.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+
+
+def test_measuring_leaves_no_weights_behind_and_can_be_repeated(tmp_path: Path) -> None:
+    streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
+    told: list[tuple[str, int, int]] = []
+    first = evaluate_streamed(
+        streamed,
+        tiny_batches(),
+        progress=lambda what, done, total: told.append((what, done, total)),
+    )
+    assert told == [("blocks walked", 1, 2), ("blocks walked", 2, 2)]
+    model = streamed.language_model.model
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert evaluate_streamed(streamed, tiny_batches()).window_losses == first.window_losses
+
+
+def test_a_model_that_blew_up_has_no_perplexity(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    weight = torch.full((64, HIDDEN), float("nan"))
+    change_file(tmp_path, model__layers__1__mlp__up_proj__weight=weight)
+    measured = evaluate_streamed(tmp_path, tiny_batches(), device="cpu")
+    assert math.isnan(measured.perplexity)
+
+
+def test_the_memory_for_measuring_adds_up_states_weights_and_logits(tmp_path: Path) -> None:
+    streamed = StreamedModel(
+        save_tiny_model("llama", tmp_path, tie_word_embeddings=False), device="cpu"
+    )
+    outside = 4 * (2 * VOCABULARY * HIDDEN + HIDDEN)
+    work = max(16 * VOCABULARY * 12, VOCABULARY * HIDDEN * 4)
+    sizes = [evaluation_bytes(streamed, tiny_batches(count, 16)) for count in (1, 3)]
+    assert sizes[1] - sizes[0] == 2 * 16 * HIDDEN * 4
+    block = streamed.weight_bytes()[1]
+    expected = 3 * 16 * HIDDEN * 4 + max(block, outside + work)
+    assert sizes[1] == SPARE_BYTES + expected
+
+
+def test_a_local_model_has_a_folder_and_a_hub_id_has_none(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path)
+    assert local_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelError, match="hf download some/model --local-dir FOLDER"):
+        local_folder("some/model")
+    with pytest.raises(ModelError, match="there is no model folder './nothing'"):
+        local_folder("./nothing")
+    with pytest.raises(ModelError, match="there is no file 'nothing.gguf'"):
+        local_folder("nothing.gguf")
+
+
 def test_an_unfinished_checkpoint_goes_on_behind_its_last_complete_shard(tmp_path: Path) -> None:
     request = {"recipe": "a", "sparsity": 0.5}
     first = UnfinishedCheckpoint(tmp_path / "out", request, 3)
@@ -240,7 +312,8 @@ def test_an_unfinished_checkpoint_goes_on_behind_its_last_complete_shard(tmp_pat
     again.write(1, {"b": torch.ones(3)})
     again.write(2, {"c": torch.ones(4)})
     assert again.finished() == 3
-    again.complete(tmp_path, {"note.txt": "mine"})
+    again.complete(tmp_path)
+    again.add_files({"note.txt": "mine"})
     published = again.publish()
     assert sorted(file.name for file in published.iterdir()) == [
         *(f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)),
@@ -270,50 +343,3 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         write_shard(tmp_path / "none" / "shard.safetensors", {"a": torch.ones(2)})
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_observing_inputs_alone_gives_the_same_sums_without_the_last_product(family: str) -> None:
-    model = tiny_model(family)
-    layers = [layer for layer in find_layers(model.model) if layer.block == 0]
-    products: list[str] = []
-    for layer in layers:
-        layer.module.register_forward_hook(
-            lambda module, args, output, name=layer.name: products.append(name)
-        )
-    walk = BlockWalk(model, tiny_batches(3))
-    products.clear()
-    seen = walk.observe(0, layers, ["gram", "input_sum"])
-    # The first sequence runs whole, to see that each layer is reached once.
-    assert len(products) == 3 * len(layers) - 2
-    for name, wanted in walk.observe_and_advance(0, layers, ["gram", "input_sum"]).items():
-        assert (seen[name].tokens, seen[name].sequences) == (wanted.tokens, wanted.sequences)
-        assert all(torch.equal(seen[name].sums[key], wanted.sums[key]) for key in wanted.sums)
-
-
-def test_a_sequence_is_stopped_only_behind_one_that_reached_each_layer_once() -> None:
-    layers = find_layers(tiny_model().model)[:2]
-    first, second = (layer.name for layer in layers)
-    for before in ([], [first], [first, first], [first, first, second]):
-        visits = Visits(layers, stop_early=True)
-        for name in before:
-            visits.add(name)
-        visits.end_sequence()
-        visits.add(first)
-        visits.add(second)
-        visits.end_sequence()
-        visits.add(second)
-        with pytest.raises(StopForwardError):
-            visits.add(first)
-
-
-def test_outputs_are_never_cut_off() -> None:
-    model = tiny_model()
-    layers = find_layers(model.model)
-    walk = BlockWalk(model, tiny_batches(3))
-    seen = walk.observe(0, layers, ["input_sum", "output_square_sum"])
-    assert {(row.tokens, row.sequences) for row in seen.values()} == {(48, 3)}
-    wanted = walk.observe_and_advance(0, layers, ["output_square_sum"])
-    for name, row in wanted.items():
-        key = "output_square_sum"
-        assert torch.equal(seen[name].sums[key], row.sums[key])

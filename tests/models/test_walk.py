@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from prunezero.errors import ModelError, StatisticsError, TextError
 from prunezero.models import observing
 from prunezero.models.calibration import BlockWalk
 from prunezero.models.language_model import LanguageModel
+from prunezero.models.observing import StopForwardError, Visits
 from prunezero.models.units import find_blocks, find_layers
 from prunezero.models.walk import hidden_of
 from prunezero.scoring import statistics
@@ -89,6 +91,101 @@ def test_advancing_uses_the_weights_as_they_are_now() -> None:
     with torch.no_grad():
         embedded = model.model.get_input_embeddings()(ids)
     torch.testing.assert_close(torch.cat(walk.states), embedded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_observing_inputs_alone_gives_the_same_sums_without_the_last_product(family: str) -> None:
+    model = tiny_model(family)
+    layers = [layer for layer in find_layers(model.model) if layer.block == 0]
+    products: list[str] = []
+    for layer in layers:
+        layer.module.register_forward_hook(
+            lambda module, args, output, name=layer.name: products.append(name)
+        )
+    walk = BlockWalk(model, tiny_batches(3))
+    products.clear()
+    seen = walk.observe(0, layers, ["gram", "input_sum"])
+    # The first sequence runs whole, to see that each layer is reached once.
+    assert len(products) == 3 * len(layers) - 2
+    for name, wanted in walk.observe_and_advance(0, layers, ["gram", "input_sum"]).items():
+        assert (seen[name].tokens, seen[name].sequences) == (wanted.tokens, wanted.sequences)
+        assert all(torch.equal(seen[name].sums[key], wanted.sums[key]) for key in wanted.sums)
+
+
+def test_a_sequence_is_stopped_only_behind_one_that_reached_each_layer_once() -> None:
+    layers = find_layers(tiny_model().model)[:2]
+    first, second = (layer.name for layer in layers)
+    for before in ([], [first], [first, first], [first, first, second]):
+        visits = Visits(layers, stop_early=True)
+        for name in before:
+            visits.add(name)
+        visits.end_sequence()
+        visits.add(first)
+        visits.add(second)
+        visits.end_sequence()
+        visits.add(second)
+        with pytest.raises(StopForwardError):
+            visits.add(first)
+
+
+def test_outputs_are_never_cut_off() -> None:
+    model = tiny_model()
+    layers = find_layers(model.model)
+    walk = BlockWalk(model, tiny_batches(3))
+    seen = walk.observe(0, layers, ["input_sum", "output_square_sum"])
+    assert {(row.tokens, row.sequences) for row in seen.values()} == {(48, 3)}
+    wanted = walk.observe_and_advance(0, layers, ["output_square_sum"])
+    for name, row in wanted.items():
+        key = "output_square_sum"
+        assert torch.equal(seen[name].sums[key], row.sums[key])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behind_the_last_block_the_model_answers_from_the_walks_states(family: str) -> None:
+    model, ids = tiny_model(family), tiny_batches(3, 24)
+    with torch.no_grad():
+        expected = model.model(ids, use_cache=False).logits
+    walk = BlockWalk(model, ids)
+    for index in range(BLOCKS):
+        walk.advance(index)
+    for layer in find_layers(model.model):
+        layer.weight.fill_(float("nan"))
+    for length in (24, 5):
+        with torch.no_grad(), walk.replaying(1):
+            logits = model.model(ids[1:2, :length], use_cache=False).logits
+        torch.testing.assert_close(logits[0], expected[1, :length], rtol=1e-4, atol=1e-5)
+    assert not any("forward" in vars(block) for block in walk.blocks)
+
+
+def test_blocks_that_return_tuples_are_replayed_as_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model(), tiny_batches(1)
+    blocks = find_blocks(model.model)
+    returned: list[Any] = []
+
+    def tupled(usual: Any, *args: Any, **kwargs: Any) -> Any:
+        return (usual(*args, **kwargs), "more")
+
+    for block in blocks:
+        monkeypatch.setattr(block, "forward", partial(tupled, block.forward))
+    # A body of the kind that takes the first of what its blocks return.
+    rotary = model.model.base_model.rotary_emb
+
+    def forward(ids: Tensor, **named: Any) -> Any:
+        states = model.model.get_input_embeddings()(ids)
+        positions = rotary(states, torch.arange(ids.shape[1])[None])
+        for block in blocks:
+            output = block(states, position_embeddings=positions)
+            returned.append(output)
+            states = output[0]
+        return states
+
+    monkeypatch.setattr(model.model.base_model, "forward", forward)
+    walk = BlockWalk(model, ids)
+    walk.advance(0)
+    with walk.replaying(0):
+        answered = model.model.base_model(ids)
+    assert torch.equal(answered, walk.states[0])
+    assert returned[-1][1:] == ("more",)
 
 
 def test_layers_that_share_an_input_compute_its_gram_once(monkeypatch: pytest.MonkeyPatch) -> None:

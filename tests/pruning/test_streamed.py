@@ -229,6 +229,112 @@ def test_a_run_stopped_before_it_is_published_has_nothing_left_to_prune(
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
 
 
+def test_a_report_sees_the_finished_checkpoint_before_it_appears(
+    source: Path, tmp_path: Path
+) -> None:
+    seen: list[StreamedOutcome] = []
+    output = tmp_path / "out"
+
+    def report(done: StreamedOutcome) -> dict[str, str]:
+        load_model(str(done.folder), dtype="float32", device="cpu")
+        seen.append(done)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        assert not output.exists()
+        return {"README.md": "measured"}
+
+    def again() -> StreamedOutcome:
+        chosen = RECIPES["inputs"]
+        return prune_streamed(
+            source, chosen, 0.5, output, windows=WINDOWS, device="cpu", report=report
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert not output.exists()
+    result = again()
+    assert (result.blocks_before, result.folder) == (3, output)
+    assert seen[1].folder != output and seen[1].outcome == result.outcome
+    assert (output / "README.md").read_text() == "measured"
+    assert not (tmp_path / "out.partial").exists()
+
+
+KILLING = """
+import hashlib, os, random, shutil, signal, sys, time
+from pathlib import Path
+import torch
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.streamed import prune_streamed
+
+torch.set_num_threads(1)
+source, work = map(Path, sys.argv[1:])
+chosen = Recipe.model_validate({
+    "name": "mine", "criterion": "W**2 / U**2", "statistics": "sequential", "update": "obs",
+    "compare": "8 columns",
+})
+ids = torch.arange(64).reshape(2, 32) % 90
+
+def started(output):
+    child = os.fork()
+    if child == 0:
+        prune_streamed(source, chosen, 0.5, output, windows=ids, device="cpu")
+        os._exit(0)
+    return child
+
+def digests(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+def ended(child):
+    # It stays to be waited for.
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+def written():
+    return len(list(work.glob("out.partial/model/model-*.safetensors")))
+
+def check_same(output):
+    assert digests(output) == whole
+    shutil.rmtree(output)
+    shutil.rmtree(f"{output}.partial", ignore_errors=True)
+
+# The first run also loads libraries, so the second one says how long a run takes.
+for name in ("warm", "whole"):
+    begin = time.perf_counter()
+    prune_streamed(source, chosen, 0.5, work / name, windows=ids, device="cpu")
+seconds = time.perf_counter() - begin
+whole = digests(work / "whole")
+rng, output, shards = random.Random(0), work / "out", []
+while len(shards) < 6:
+    enough = written() + rng.randint(0, 3)
+    child = started(output)
+    # Moments count from what is written, so that a busy machine cannot make all of them too early.
+    while written() < enough and not (output.exists() or ended(child)):
+        time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.15) * seconds)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, status
+    # One that was killed may have published everything.
+    if output.exists():
+        check_same(output)
+    elif status:
+        shards.append(written())
+assert os.waitpid(started(output), 0)[1] == 0
+check_same(output)
+print(*shards)
+"""
+
+
+def test_a_process_killed_at_random_moments_ends_with_the_same_files(tmp_path: Path) -> None:
+    source = save_tiny_model("llama", tmp_path / "dense", num_hidden_layers=10)
+    result = subprocess.run(
+        [sys.executable, "-c", KILLING, source, tmp_path], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    shards = list(map(int, result.stdout.split()))
+    # Killed early, killed in between: the moments are worth something.
+    assert len(shards) == 6 and len(set(shards)) > 2 and max(shards) > 1
+
+
 def test_another_request_does_not_go_on_in_the_same_place(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

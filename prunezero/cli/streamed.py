@@ -1,0 +1,217 @@
+"""`prunezero prune --memory-limit`: from files to files, with one block in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunezero.cli import options
+from prunezero.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunezero.cli.tables import Bars
+    from prunezero.models.streaming import StreamedModel
+    from prunezero.models.units import Layer
+    from prunezero.pruning.bench import Bench, Settings
+    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.streamed import StreamedOutcome
+
+
+def open_files(
+    model: str, text: str, settings: Settings, *, dtype: str, device: str
+) -> tuple[StreamedModel, Bench]:
+    """A model whose weights stay in their files, and the bench that cuts text for it.
+
+    Raises:
+        ModelError: the name is that of no folder and no .gguf file, or its model is not readable.
+        TextError: the text cannot be loaded.
+    """
+    from prunezero.models.loading import local_folder
+    from prunezero.models.streaming import StreamedModel
+    from prunezero.models.text import load_text
+    from prunezero.pruning.bench import Bench
+
+    streamed = StreamedModel(local_folder(model), dtype=dtype, device=device, name=model)
+    return streamed, Bench(streamed.language_model, load_text(text), settings)
+
+
+def prune_files(
+    streamed: StreamedModel,
+    bench: Bench,
+    recipe: Recipe,
+    sparsity: float,
+    output: Path,
+    limit: int,
+) -> dict[str, Any]:
+    """Prune into a new folder, measure both models, and print all of it; returns the pruned row.
+
+    Args:
+        sparsity: fraction to remove.
+        output: new or empty; work that an earlier run left beside it is gone on with.
+        limit: bytes; a larger estimate is refused.
+
+    Raises:
+        PruneZeroError: as `prune_streamed`.
+    """
+    from prunezero.cli.tables import Bars, conditions, console, results_table, say
+    from prunezero.models.memory import PeakMemory
+    from prunezero.pruning.compare import SPLITS
+    from prunezero.pruning.requirements import check_recipe
+    from prunezero.pruning.streamed import prune_streamed
+
+    with streamed.outlined():
+        say(options.about_model(bench))
+        layers = check_recipe(bench.language_model, recipe, sparsity)
+    ids = bench.windows("calibration")
+    measured = {split: bench.windows(split) for split in SPLITS}
+    measuring = _checked_estimates(streamed, recipe, layers, ids, measured, limit)
+    peak = PeakMemory(bench.language_model.device)
+    with Bars() as bars:
+        report = _Report(streamed, recipe, bench, measured, ids.numel(), bars)
+        done = prune_streamed(
+            streamed,
+            recipe,
+            sparsity,
+            output,
+            windows=ids,
+            memory_limit=limit,
+            progress=bars,
+            report=report,
+        )
+    name = bench.language_model.name
+    console.print(results_table(report.rows, f"{recipe.name} on {name}"))
+    say(conditions(report.rows, name, bench.text.name))
+    _tell(done, len(streamed.blocks), len(layers), limit, [peak.growth, measuring])
+    memory = {"peak_bytes": done.peak_bytes, "estimated_bytes": done.need.total}
+    return {**report.rows[-1], **memory, "blocks_before": done.blocks_before}
+
+
+def _checked_estimates(
+    streamed: StreamedModel,
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    ids: Tensor,
+    measured: Mapping[str, Tensor],
+    limit: int,
+) -> int:
+    """Bytes that measuring takes; what pruning takes is printed, and refused by `prune_streamed`.
+
+    Raises:
+        ModelError: measuring takes more than the limit.
+    """
+    from prunezero.cli.tables import say
+    from prunezero.models.memory import mebibytes, memory_need
+    from prunezero.models.streamed_evaluation import evaluation_bytes
+    from prunezero.pruning.requirements import layer_sums
+
+    sums = layer_sums(recipe)
+    need = memory_need(streamed, layers, sums, ids if sums else None)
+    say(f"pruning takes about {mebibytes(need.total)} of memory: {need}")
+    measuring = max(evaluation_bytes(streamed, windows) for windows in measured.values())
+    # Found out only after hours of pruning, it would leave the files without a way to the end.
+    if measuring > limit:
+        raise ModelError(
+            f"measuring '{streamed.language_model.name}' takes about {mebibytes(measuring)} but "
+            f"the limit is {mebibytes(limit)}; raise it, or use shorter windows "
+            "(--sequence-length)"
+        )
+    return measuring
+
+
+def _tell(
+    done: StreamedOutcome, blocks: int, layers: int, limit: int, measuring: Sequence[int]
+) -> None:
+    """The lines under the table; `measuring` is the highest use of all and the estimate of it."""
+    from prunezero.cli.tables import say
+    from prunezero.models.memory import mebibytes
+
+    highest, estimate = map(mebibytes, measuring)
+    if done.blocks_before:
+        say(f"{done.blocks_before} of {blocks} blocks were there already, from an earlier run")
+    say(
+        f"peak memory: {mebibytes(done.peak_bytes)} for pruning (estimated "
+        f"{mebibytes(done.need.total)}), {highest} with measuring (estimated {estimate}); the "
+        f"limit is {mebibytes(limit)}"
+    )
+    say(
+        f"saved to {done.folder}: {done.outcome.zeros} of {done.outcome.total} weights of {layers} "
+        "layers are zero, counted from the files"
+    )
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Measures the dense and the pruned files, once these are complete."""
+
+    streamed: StreamedModel
+    recipe: Recipe
+    bench: Bench
+    windows: Mapping[str, Tensor]
+    calibration_tokens: int
+    bars: Bars
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(self, done: StreamedOutcome) -> dict[str, str]:
+        """The texts to put beside the weights; keeps the rows."""
+        from prunezero.models.streaming import StreamedModel
+        from prunezero.pruning.compare import finite_row
+        from prunezero.report.card import model_card
+
+        model = self.bench.language_model
+        dtype = str(model.dtype).removeprefix("torch.")
+        pruned = StreamedModel(done.folder, dtype=dtype, device=str(model.device))
+        self.rows.append(self._dense_row())
+        self.rows.append(self._pruned_row(pruned, done))
+        rows = [finite_row(row) for row in self.rows]
+        results = [{**row, "method": row["recipe"], "model": model.name} for row in rows]
+        yaml = self.recipe.to_yaml()
+        return {
+            "README.md": model_card(model.name, self.recipe.criterion, results, recipe=yaml),
+            "report.json": json.dumps({"rows": rows}, indent=2, allow_nan=False) + "\n",
+        }
+
+    def _dense_row(self) -> dict[str, Any]:
+        head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
+        tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
+        tail |= {"allocate": "", "update": ""}
+        return head | self._measured(self.streamed, "dense") | tail
+
+    def _pruned_row(self, pruned: StreamedModel, done: StreamedOutcome) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "sparsity": done.outcome.sparsity,
+            "pattern": recipe.pattern,
+            "statistics": recipe.statistics,
+            **self._measured(pruned, "pruned"),
+            "sparsity_reached": done.outcome.sparsity_reached,
+            "seconds": done.outcome.seconds,
+            "formula": recipe.criterion.text,
+            "compare": recipe.compare,
+            "allocate": recipe.allocate.text,
+            "update": ", ".join(recipe.updates) or "none",
+        }
+
+    def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
+        from prunezero.models.streamed_evaluation import evaluate_streamed
+
+        settings = self.bench.settings
+        row: dict[str, Any] = {
+            "seed": settings.seed,
+            "calibration_tokens": self.calibration_tokens,
+            "sequence_length": settings.sequence_length,
+        }
+        for split, windows in self.windows.items():
+
+            def tell(what: str, done: int, total: int, split: str = split) -> None:
+                self.bars(f"{what}, {kind} model on {split} text", done, total)
+
+            result = evaluate_streamed(streamed, windows, progress=tell)
+            row[f"{split}_perplexity"] = result.perplexity
+        # The distance to the dense model would need the hidden states of both at once.
+        return row | {"kl": None}
