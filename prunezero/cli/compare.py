@@ -63,7 +63,7 @@ def compare(
 
         prunezero compare --model demo --recipes wanda,sparsegpt --sparsity 0.7 --allocate owl
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
+    from prunezero.cli.tables import Bars, conditions, console, one_line, results_table, say, waiting
     from prunezero.pruning import compare as comparison
     from prunezero.pruning.bench import set_up
     from prunezero.pruning.requirements import settled_sparsity
@@ -97,6 +97,8 @@ def compare(
             )
             for row in measured:
                 rows.append(row)
+                if not console.is_terminal:
+                    say(one_line(row))
                 bars("recipes", len(rows), len(chosen) + 1)
                 for record in tracked_rows([row], bench):
                     tracker.record(record)

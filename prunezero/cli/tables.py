@@ -65,6 +65,13 @@ def cell(key: str, value: Any) -> str:
     return str(value)
 
 
+def one_line(row: dict[str, Any]) -> str:
+    """The perplexities of one row, for a log that is read while the work goes on."""
+    splits = [key for key in row if key.endswith("_perplexity")]
+    shown = ", ".join(f"{_COLUMNS[key]} {cell(key, row[key])}" for key in splits)
+    return f"{row['recipe']}: {shown}"
+
+
 def conditions(rows: Sequence[dict[str, Any]], model: str, text: str) -> str:
     """The line under a table that says how its numbers were measured."""
     row = rows[-1]
