@@ -63,7 +63,15 @@ def compare(
 
         prunezero compare --model demo --recipes wanda,sparsegpt --sparsity 0.7 --allocate owl
     """
-    from prunezero.cli.tables import Bars, conditions, console, one_line, results_table, say, waiting
+    from prunezero.cli.tables import (
+        Bars,
+        conditions,
+        console,
+        one_line,
+        results_table,
+        say,
+        waiting,
+    )
     from prunezero.pruning import compare as comparison
     from prunezero.pruning.bench import set_up
     from prunezero.pruning.requirements import settled_sparsity
