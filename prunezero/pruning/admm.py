@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunezero.errors import StatisticsError
+from prunezero.errors import FactorizationError, StatisticsError
 from prunezero.pruning.choices import Admm
 
 
@@ -73,4 +73,10 @@ def _inverse(scaled: Tensor, options: Admm) -> Tensor:
     """The inverse of the Gram matrix with the damping and rho on its diagonal, which is one."""
     system = scaled.float()
     system.diagonal().add_(options.damping + options.rho)
-    return torch.cholesky_inverse(torch.linalg.cholesky(system))
+    lower, failed = torch.linalg.cholesky_ex(system)
+    if int(failed) != 0:
+        raise FactorizationError(
+            "the Gram matrix is not positive semidefinite, so it is no sum of squares; calibrate "
+            "anew"
+        )
+    return torch.cholesky_inverse(lower)

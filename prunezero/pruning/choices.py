@@ -150,9 +150,7 @@ WORDS: dict[str, dict[str, Word]] = {
         "obs": Word(Options, "optimal brain surgeon, column by column", "second order"),
         "admm": Word(Admm, "kept weights are fitted again to the dense outputs", "second order"),
         "bias": Word(Options, "biases take over the mean of what was removed", "activations"),
-        "swaps": Word(
-            Swaps, "the mask is improved by a row's best exchanges", "second order"
-        ),
+        "swaps": Word(Swaps, "the mask is improved by a row's best exchanges", "second order"),
         "dsnot": Word(Dsnot, "the mask is improved by DSnoT's exchanges", "activations"),
     },
     "permute": {
@@ -171,8 +169,9 @@ WORDS: dict[str, dict[str, Word]] = {
 }
 
 
-# Updates that change the mask and no weight.
-REFINING = ("swaps", "dsnot")
+# What must stand before what: the mask is settled among dense weights, then weights are mended, and
+# biases take over what is left.
+ORDER = {"swaps": 0, "dsnot": 0, "obs": 1, "admm": 2, "bias": 3}
 
 
 @dataclass(frozen=True)
@@ -233,11 +232,11 @@ def chain(value: object) -> tuple[Choice, ...]:
     words = [choice.word for choice in choices]
     if len(set(words)) < len(words) or ("none" in words and len(words) > 1) or not words:
         raise ValueError(f"each update may stand once, and none alone, but got {words}")
-    refining = [word in REFINING for word in words]
-    if refining != sorted(refining, reverse=True):
+    places = [ORDER.get(word, 0) for word in words]
+    if places != sorted(places):
         raise ValueError(
-            f"{' and '.join(REFINING)} choose among dense weights, so they stand before updates "
-            f"that change weights, but got {words}"
+            "updates stand in the order swaps or dsnot (they choose among dense weights), obs, "
+            f"admm, bias, but got {words}"
         )
     return choices
 

@@ -22,7 +22,7 @@ from prunezero.errors import RecipeError
 from prunezero.models.biases import open_biases
 from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer
+from prunezero.models.units import Layer, find_layers
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipe import Recipe
@@ -155,7 +155,9 @@ class _Job:
         shares = SCHEDULES[recipe.schedule.word](sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
         ratios = [self._allocated(share) for share in shares]
-        stages = Stages(folder, self._request(sparsity), self.layers)
+        # All layers: a permutation also moves rows of layers that are not pruned.
+        every = find_layers(self.language_model.model)
+        stages = Stages(folder, self._request(sparsity), every)
         for step, share in enumerate(shares):
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
@@ -172,12 +174,13 @@ class _Job:
 
     def _request(self, sparsity: float) -> dict[str, Any]:
         """Whatever the pruned weights follow from, in words and numbers."""
-        ids = b"" if self.windows is None else self.windows.cpu().contiguous().numpy().tobytes()
+        windows = torch.empty(0) if self.windows is None else self.windows.cpu().contiguous()
+        digest = hashlib.blake2b(windows.numpy().tobytes(), digest_size=8).hexdigest()
         return {
             "model": self.language_model.fingerprint,
             "recipe": self.recipe.to_yaml(),
             "sparsity": sparsity,
-            "text": hashlib.blake2b(ids, digest_size=8).hexdigest(),
+            "text": f"{digest} {list(windows.shape)}",
             "torch": str(torch.__version__),
         }
 
@@ -210,8 +213,6 @@ class _Job:
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
-            if walk is not None:
-                walk.advance(block)
 
     def _score(self, layer: Layer) -> Tensor:
         known = self.known.get(layer.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 from prunezero.errors import RecipeError
 from prunezero.models.folding import Folding, find_foldings, refusals
 from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.units import Layer, matching
 from prunezero.pruning.permutation import permute_block, simulated_mask
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.request import parse_pattern
@@ -32,7 +32,7 @@ class Reordering:
 
         Raises:
             RecipeError: a layer that the recipe names cannot be moved, or none can.
-            ModelError: a name in the recipe matches no layer.
+            ModelError: a name in the recipe matches none of the layers that are pruned.
         """
         self._recipe = recipe
         self._pattern = parse_pattern(recipe.pattern)
@@ -40,7 +40,7 @@ class Reordering:
         self.simulates = recipe.permute.options.model_dump().get("simulate", False)
         if recipe.permute.word == "none":
             return
-        self._wanted = _wanted(language_model, recipe, layers)
+        self._wanted = _wanted(recipe, layers)
         if not self.simulates:
             self._find(language_model, [layer for layer in layers if layer.name in self._wanted])
 
@@ -99,9 +99,9 @@ class Reordering:
         }
 
 
-def _wanted(language_model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]) -> set[str]:
-    """Names of the layers that the recipe permutes, if they can be."""
+def _wanted(recipe: Recipe, layers: Sequence[Layer]) -> set[str]:
+    """Names of the pruned layers that the recipe permutes, if they can be."""
     patterns = recipe.permute.options.model_dump()["layers"]
     if not patterns:
         return {layer.name for layer in layers}
-    return {layer.name for layer in find_layers(language_model.model, targets=patterns)}
+    return set().union(*(matching(pattern, layers) for pattern in patterns))

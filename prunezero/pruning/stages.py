@@ -60,7 +60,8 @@ class Stages:
             raise OutputError(f"{path} is damaged ({error}); delete its folder") from error
         if changed:
             told = "; ".join(
-                f"{key}: {known['request'].get(key)}, now {request[key]}" for key in changed
+                _difference(key, str(known["request"].get(key)), str(request[key]))
+                for key in changed
             )
             raise OutputError(
                 f"'{folder}' holds an unfinished run of another request ({told}); finish that one "
@@ -126,6 +127,14 @@ class Stages:
 
 def _place(stage: str) -> int:
     return STAGES.index(stage) + 1 if stage in STAGES else 0
+
+
+def _difference(key: str, before: str, now: str) -> str:
+    """What changed in words; of texts the lines that differ."""
+    old, new = before.splitlines(), now.splitlines()
+    gone = " ".join(line.strip() for line in old if line not in new)
+    come = " ".join(line.strip() for line in new if line not in old)
+    return f"{key}: {gone or 'nothing'}, now {come or 'nothing'}"
 
 
 def _write_text(path: Path, text: str) -> None:

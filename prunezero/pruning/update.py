@@ -6,6 +6,7 @@ masks and weights as the one before left them. What a mask removes is exactly +0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import StatisticsError
+from prunezero.errors import ModelError, StatisticsError
 from prunezero.models.biases import compensate
 from prunezero.models.units import Layer
 from prunezero.pruning.admm import refit
@@ -26,7 +27,7 @@ from prunezero.pruning.swaps import improve_by_swaps
 from prunezero.scoring.columns import ColumnScores, sees_inputs_alone
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.request import group_columns, parse_pattern
-from prunezero.scoring.score import keep_mask
+from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.second_order import factor_of
 from prunezero.scoring.selection import select, select_pattern
 from prunezero.scoring.statistics import Statistics, sum_of
@@ -48,8 +49,9 @@ class Work:
     """bool `[out, in]`, True = keep; None as long as nobody asked for it"""
 
     def __post_init__(self) -> None:
-        # The mean that biases take over is that of all changes, whoever made them.
-        self._before = self.weight.clone() if "bias" in self.recipe.updates else None
+        # Biases take over all changes, whoever made them; a fit is to the dense outputs.
+        asked = {"bias"} if "obs" not in self.recipe.updates else {"bias", "admm"}
+        self._before = self.weight.clone() if asked & set(self.recipe.updates) else None
 
     @property
     def weight(self) -> Tensor:
@@ -76,11 +78,15 @@ class Work:
             )
         return self.mask
 
+    @property
+    def dense_weight(self) -> Tensor:
+        """`[out, in]`, before any update changed it."""
+        return self.weight if self._before is None else self._before
+
     def change_in_output_mean(self) -> Tensor:
         """How far the mean output `[out]` fell by all changes to the weight, float32."""
-        assert self._before is not None  # kept for the update that asks
         mean = feature("X_mean", self.weight, self.statistics)[0]
-        return (self._before.float() - self.weight.float()) @ mean
+        return (self.dense_weight.float() - self.weight.float()) @ mean
 
 
 def mend(works: Sequence[Work]) -> None:
@@ -98,6 +104,7 @@ def mend(works: Sequence[Work]) -> None:
     for work in works:
         # Multiplying by the mask instead would leave -0.0, which some kernels read as a value.
         work.weight.masked_fill_(~work.settled_mask(), 0.0)
+        _refuse_not_finite(work)
 
 
 def keep(works: Sequence[Work], options: Any) -> None:
@@ -109,15 +116,20 @@ def obs(works: Sequence[Work], options: Any) -> None:
 
     Where no mask was chosen yet, groups of columns are chosen as the sweep reaches them.
     """
-    first = works[0]
-    factor = factor_of(first.statistics, first.recipe.damping, layer=first.layer.name)
+    first, recipe = works[0], works[0].recipe
+    factor = factor_of(first.statistics, recipe.damping, layer=first.layer.name)
     group = None if first.mask is not None else first.swept_group
     heights = [work.weight.shape[0] for work in works]
     if group is None:
         masks = torch.cat([work.settled_mask() for work in works])
         choose: Choose = lambda weight, start, stop: masks[:, start:stop]  # noqa: E731
     else:
+        for work in works:
+            # What ranks nothing, or is not finite, is told of the whole layer at once.
+            score(recipe.criterion, work.weight, work.statistics, layer=work.layer.name)
         choose = _chooser(works)
+    for work in works:
+        _refuse_not_finite(work)
     stacked = torch.cat([work.weight.float() for work in works])
     mended, masks = sweep(stacked, factor, choose, group=group)
     for work, weight, mask in zip(
@@ -161,7 +173,7 @@ def admm(works: Sequence[Work], options: Any) -> None:
     for work in works:
         gram = sum_of(work.statistics, "gram")
         with _named(work):
-            work.weight.copy_(refit(work.weight, work.settled_mask(), gram, options))
+            work.weight.copy_(refit(work.dense_weight, work.settled_mask(), gram, options))
 
 
 def swaps(works: Sequence[Work], options: Any) -> None:
@@ -194,6 +206,15 @@ def take_over_mean(works: Sequence[Work], options: Any) -> None:
     for work in works:
         work.weight.masked_fill_(~work.settled_mask(), 0.0)
         compensate(work.layer, work.change_in_output_mean())
+
+
+def _refuse_not_finite(work: Work) -> None:
+    # A sum is quicker than a look at every weight.
+    if not math.isfinite(float(work.weight.sum(dtype=torch.float64))):
+        raise ModelError(
+            f"the weight of layer {work.layer.name} holds NaN or infinite numbers; check that the "
+            "model itself is sound"
+        )
 
 
 @contextmanager

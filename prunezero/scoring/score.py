@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from prunezero.errors import ScoreError
+from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.feature_values import feature
@@ -23,14 +23,17 @@ from prunezero.scoring.statistics import Statistics
 
 
 def features_of(
-    criterion: Criterion, weight: Tensor, statistics: Statistics | None
+    criterion: Criterion, weight: Tensor, statistics: Statistics | None, *, layer: str = ""
 ) -> dict[str, Tensor]:
     """The values that a criterion reads, by feature name; float32, broadcastable to `[out, in]`.
 
     Raises:
-        StatisticsError: a sum that a feature needs was not collected.
+        StatisticsError: a sum that a feature needs was not collected, or nothing follows from it.
     """
-    return {name: feature(name, weight, statistics) for name in criterion.features}
+    try:
+        return {name: feature(name, weight, statistics) for name in criterion.features}
+    except StatisticsError as error:
+        raise type(error)(f"layer {layer}: {error}" if layer else str(error)) from error
 
 
 def score(
@@ -46,7 +49,8 @@ def score(
         ScoreError: a score is NaN or infinite, or all scores of the layer are equal.
         StatisticsError: a sum that a feature needs was not collected.
     """
-    scores = evaluate(criterion, features_of(criterion, weight, statistics), weight.shape)
+    features = features_of(criterion, weight, statistics, layer=layer)
+    scores = evaluate(criterion, features, weight.shape)
     refuse_unusable(scores, criterion, weight, layer)
     return scores
 
@@ -99,7 +103,7 @@ def keep_mask(
         SelectionError: no mask satisfies the sparsity, group or pattern.
     """
     if weight.is_cuda and can_fuse(compare, pattern, weight.shape[1]):
-        features = features_of(criterion, weight, statistics)
+        features = features_of(criterion, weight, statistics, layer=layer)
         refuse_unusable(fused_score(criterion, weight, features), criterion, weight, layer)
         return fused_mask(criterion, weight, features, sparsity, compare=compare, pattern=pattern)
     scores = score(criterion, weight, statistics, layer=layer)

@@ -1,0 +1,296 @@
+"""Permutations through whole prunings: the function stays, and masks are N:M in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prunezero.errors import ModelError, RecipeError, SelectionError
+from prunezero.models.calibration import calibrate
+from prunezero.models.language_model import LanguageModel, wrap_model
+from prunezero.models.units import find_layers
+from prunezero.pruning.compare import Stand
+from prunezero.pruning.prune import prune
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums, layer_sums
+from prunezero.pruning.update import Work
+from prunezero.scoring.score import score
+from prunezero.scoring.statistics import Statistics
+from tests.scoring.reference import keep_pattern
+from tests.searching.bench import tiny_bench
+from tests.tiny_models import BLOCKS, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
+
+BATCHES = tiny_batches(4, 16)
+# Queries share keys and values in llama; the others have biases, gpt2 a fused layer.
+FAMILIES = ("llama", "gpt2", "opt")
+RIA = "(abs(W) / C1 + abs(W) / R1) * sqrt(X)"
+# The last layer of each block, whose inputs any order can be folded into.
+LAST = {"llama": "down_proj", "gpt2": "mlp.c_proj", "opt": "fc2"}
+CONSUMERS = {
+    "llama": ("o_proj", "down_proj"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "opt": ("out_proj", "fc2"),
+}
+
+
+def recipe(criterion: str = RIA, **choices: object) -> Recipe:
+    fields = {"name": "mine", "pattern": "2:4", "permute": "assignment", **choices}
+    return Recipe.model_validate({"criterion": criterion, **fields})
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """A tiny model with strong and weak channels, and biases that are not zero."""
+    network, generator = tiny_network(family), torch.Generator().manual_seed(7)
+    for layer in find_layers(network):
+        rows, columns = layer.weight.shape
+        layer.weight.mul_(torch.randn(1, columns, generator=generator).exp())
+        layer.weight.mul_(torch.randn(rows, 1, generator=generator).exp())
+        if layer.bias is not None:
+            layer.bias.normal_(std=0.1, generator=generator)
+    return wrap_model(network.to(dtype), tiny_tokenizer(), name=family)
+
+
+def statistics_of(model: LanguageModel, chosen: Recipe) -> dict[str, Statistics]:
+    """All that the recipe looks at, gradients too, on the model as it is."""
+    return calibrate(model, BATCHES, find_layers(model.model), layer_sums(chosen))
+
+
+def logits_of(model: LanguageModel) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.model(BATCHES).logits
+    return logits
+
+
+def pruned(model: LanguageModel, chosen: Recipe) -> LanguageModel:
+    known = None
+    if dense_sums([chosen]):
+        known = calibrate(model, BATCHES, find_layers(model.model), dense_sums([chosen]))
+    prune(model, chosen, statistics=known, windows=BATCHES)
+    return model
+
+
+def retained(scores: Tensor) -> float:
+    values = scores.double().numpy()
+    return float(values[keep_pattern(values, 2, 4)].sum())
+
+
+def moved_only(
+    model: LanguageModel, chosen: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Statistics]:
+    """A pruning that removes nothing; what it would have judged each layer by."""
+    judged: dict[str, Statistics] = {}
+
+    def noting(works: Sequence[Work]) -> None:
+        judged.update({work.layer.name: work.statistics for work in works if work.statistics})
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prunezero.pruning.prune.mend", noting)
+        patch.setattr("prunezero.pruning.prune.check_reached", lambda *arguments: None)
+        pruned(model, chosen)
+    return judged
+
+
+@pytest.mark.parametrize("word", ["heuristic", "assignment"])
+@pytest.mark.parametrize("statistics", ["dense", "sequential"])
+@pytest.mark.parametrize("criterion", [RIA, "abs(W) * X * Y + G1"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_permuted_model_computes_the_same_and_would_keep_more(
+    family: str, criterion: str, statistics: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, model = model_of(family), model_of(family)
+    chosen = recipe(criterion, permute=word, statistics=statistics)
+    judged = moved_only(model, chosen, monkeypatch)
+    torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=1e-4, atol=1e-5)
+
+    # Statistics moved along with the channels: they are those that the moved model shows.
+    seen = statistics_of(model, chosen)
+    assert judged.keys() == seen.keys()
+    for name, known in judged.items():
+        assert known.sums.keys() == seen[name].sums.keys()
+        for key, value in seen[name].sums.items():
+            torch.testing.assert_close(known.sums[key], value, rtol=1e-3, atol=1e-5)
+
+    before = statistics_of(dense, chosen)
+    gained = {}
+    for old, new in zip(find_layers(dense.model), find_layers(model.model), strict=True):
+        kept_before = retained(score(chosen.criterion, old.weight, before[old.name]))
+        kept_now = retained(score(chosen.criterion, new.weight, judged[new.name]))
+        gained[new.block, new.kind] = kept_now / kept_before - 1
+    consumers = {(block, kind) for block in range(BLOCKS) for kind in CONSUMERS[family]}
+    assert {layer for layer, gain in gained.items() if gain > 1e-4} <= consumers
+    assert min(gained.values()) > -1e-5
+    assert all(gained[layer] > 1e-3 for layer in consumers)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "choices"),
+    [
+        (RIA, {}),
+        (RIA, {"statistics": "sequential"}),
+        ("W**2 / U**2", {"statistics": "sequential", "update": "obs"}),
+        ("abs(W) * X", {"update": ["swaps", "bias"]}),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_two_of_four_in_memory(
+    dtype: torch.dtype, family: str, criterion: str, choices: dict[str, Any]
+) -> None:
+    model = pruned(model_of(family, dtype), recipe(criterion, **choices))
+    for layer in find_layers(model.model):
+        assert bool(((layer.weight.reshape(-1, 4) != 0).sum(1) == 2).all())
+        assert not torch.signbit(layer.weight[layer.weight == 0]).any()
+
+
+def is_two_of_four(weight: Tensor) -> bool:
+    return bool(((weight.reshape(-1, 4) != 0).sum(1) == 2).all())
+
+
+@pytest.mark.parametrize("statistics", ["dense", "sequential"])
+@pytest.mark.parametrize("word", ["heuristic", "assignment"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folded_order_prunes_to_the_same_function_as_a_simulated_one(
+    family: str, word: str, statistics: str
+) -> None:
+    dense = model_of(family)
+    models = {}
+    for simulate in (False, True):
+        options = {"layers": [LAST[family]], "simulate": simulate}
+        chosen = recipe(permute={word: options}, statistics=statistics)
+        models[simulate] = pruned(model_of(family), chosen)
+    folded, simulated = models[False], models[True]
+    torch.testing.assert_close(logits_of(folded), logits_of(simulated), rtol=1e-4, atol=1e-5)
+    trio = zip(*(find_layers(model.model) for model in (dense, folded, simulated)), strict=True)
+    for before, moved, masked in trio:
+        # Simulation moves no weight; what it keeps stands where it stood.
+        kept = masked.weight != 0
+        assert torch.equal(masked.weight[kept], before.weight[kept])
+        assert is_two_of_four(moved.weight)
+        assert is_two_of_four(masked.weight) == (masked.kind != LAST[family])
+
+
+def test_a_simulation_permutes_layers_that_read_the_residual_stream_too() -> None:
+    dense, model = model_of("llama"), model_of("llama")
+    known = statistics_of(dense, recipe())
+    pruned(model, recipe(permute={"assignment": {"simulate": True}}))
+    plain = pruned(model_of("llama"), recipe(permute="none"))
+    lists = (find_layers(each.model) for each in (dense, model, plain))
+    for before, masked, aligned in zip(*lists, strict=True):
+        kept = masked.weight != 0
+        assert torch.equal(masked.weight[kept], before.weight[kept])
+        assert bool((kept.sum(1) * 2 == kept.shape[1]).all()) and not is_two_of_four(masked.weight)
+        scores = score(recipe().criterion, before.weight, known[before.name]).double()
+        assert float(scores[kept].sum()) > 1.001 * float(scores[aligned.weight != 0].sum())
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "q_proj"), ("llama", "gate_proj"), ("gpt2", "c_attn")]
+)
+def test_a_named_layer_that_cannot_move_is_refused_with_the_reason(family: str, kind: str) -> None:
+    model = model_of(family)
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    chosen = recipe("abs(W)", permute={"heuristic": {"layers": [LAST[family], kind]}})
+    complaint = rf"input channels of '.*{kind}' cannot be permuted: .*residual.*simulate: true"
+    with pytest.raises(RecipeError, match=complaint):
+        prune(model, chosen)
+    after = model.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_names_that_no_pruned_layer_bears_are_refused() -> None:
+    with pytest.raises(ModelError, match="'down_prj' matches no layer; did you mean 'down_proj'"):
+        prune(model_of("llama"), recipe("abs(W)", permute={"assignment": {"layers": ["down_prj"]}}))
+    for simulate in (False, True):
+        options = {"layers": ["down_proj", "o_proj"], "simulate": simulate}
+        chosen = recipe("abs(W)", permute={"assignment": options}, targets=["down_proj"])
+        with pytest.raises(ModelError, match="'o_proj' matches no layer.*'.*down_proj'"):
+            prune(model_of("llama"), chosen)
+
+
+def test_a_recipe_none_of_whose_layers_can_move_is_refused() -> None:
+    chosen = recipe("abs(W)", targets=["q_proj", "up_proj"])
+    with pytest.raises(RecipeError, match=r"no layer's .* permuted in LlamaForCausalLM; use"):
+        prune(model_of("llama"), chosen)
+
+
+def test_a_pattern_wider_than_a_head_needs_the_other_layers_named() -> None:
+    with pytest.raises(
+        SelectionError, match=re.escape("o_proj' can be permuted within heads of 8")
+    ):
+        prune(model_of("llama"), recipe("abs(W)", pattern="8:16"))
+    model = model_of("llama")
+    prune(
+        model, recipe("abs(W)", pattern="8:16", permute={"assignment": {"layers": [LAST["llama"]]}})
+    )
+    for layer in find_layers(model.model):
+        assert bool(((layer.weight.reshape(-1, 16) != 0).sum(1) == 8).all())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_layers_that_are_not_pruned_follow(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, model = model_of(family), model_of(family)
+    chosen = recipe(targets=list(CONSUMERS[family]))
+    moved_only(model, chosen, monkeypatch)
+    torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=1e-4, atol=1e-5)
+    pruned(model, recipe(targets=list(CONSUMERS[family])))
+    for before, after in zip(find_layers(dense.model), find_layers(model.model), strict=True):
+        if after.kind in CONSUMERS[family]:
+            assert is_two_of_four(after.weight)
+        else:
+            rows = [sorted(map(tuple, layer.weight.tolist())) for layer in (before, after)]
+            assert rows[0] == rows[1]
+
+
+class StopError(Exception):
+    """Ends a pruning from outside."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_measurement_brings_back_order_and_weights(family: str) -> None:
+    bench = tiny_bench(family)
+    model = bench.language_model
+    for layer in find_layers(model.model):
+        if layer.bias is not None:
+            layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+
+    def is_dense() -> bool:
+        after = model.model.state_dict()
+        return all(torch.equal(after[name], value) for name, value in before.items())
+
+    def stop(what: str, done: int, total: int) -> None:
+        assert not is_dense()
+        raise StopError
+
+    for targets in ([], [LAST[family]]):
+        chosen = recipe(targets=targets)
+        stand = Stand(bench, bench.statistics(find_layers(model.model), dense_sums([chosen])))
+        first = stand.row(chosen, None, ["validation"])
+        assert is_dense()
+        with pytest.raises(StopError):
+            stand.row(chosen, None, ["validation"], progress=stop)
+        assert is_dense()
+        assert stand.row(chosen, None, ["validation"])["kl"] == first["kl"] > 0
+
+
+def test_the_order_is_that_of_the_weights_a_mask_is_chosen_on() -> None:
+    # Strong and weak columns stand in different groups, so every order must mix them.
+    model = tiny_model("llama")
+    for layer in find_layers(model.model, targets=["down_proj"]):
+        layer.weight[:, :32] = 1.0 + torch.arange(32.0) / 100
+        layer.weight[:, 32:] = 0.01
+    prune(model, recipe("abs(W)", permute={"heuristic": {"layers": ["down_proj"]}}))
+    for layer in find_layers(model.model, targets=["down_proj"]):
+        # All that is strong is kept: of every group of four exactly two.
+        assert np.array_equal(
+            np.sort(layer.weight[0][layer.weight[0] != 0].numpy()),
+            np.float32(1.0) + np.arange(32, dtype=np.float32) / np.float32(100),
+        )
