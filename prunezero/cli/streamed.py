@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,43 +158,16 @@ class _Report:
     def __call__(self, done: StreamedOutcome) -> dict[str, str]:
         """The texts to put beside the weights; keeps the rows."""
         from prunezero.models.streaming import StreamedModel
-        from prunezero.pruning.compare import finite_row
-        from prunezero.report.card import model_card
+        from prunezero.pruning.compare import dense_row, pruned_row
+        from prunezero.report.saved_model import companions
 
         model = self.bench.language_model
         dtype = str(model.dtype).removeprefix("torch.")
         pruned = StreamedModel(done.folder, dtype=dtype, device=str(model.device))
-        self.rows.append(self._dense_row())
-        self.rows.append(self._pruned_row(pruned, done))
-        rows = [finite_row(row) for row in self.rows]
-        results = [{**row, "method": row["recipe"], "model": model.name} for row in rows]
-        yaml = self.recipe.to_yaml()
-        return {
-            "README.md": model_card(model.name, self.recipe.criterion, results, recipe=yaml),
-            "report.json": json.dumps({"rows": rows}, indent=2, allow_nan=False) + "\n",
-        }
-
-    def _dense_row(self) -> dict[str, Any]:
-        head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
-        tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
-        tail |= {"allocate": "", "update": ""}
-        return head | self._measured(self.streamed, "dense") | tail
-
-    def _pruned_row(self, pruned: StreamedModel, done: StreamedOutcome) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "recipe": recipe.name,
-            "sparsity": done.outcome.sparsity,
-            "pattern": recipe.pattern,
-            "statistics": recipe.statistics,
-            **self._measured(pruned, "pruned"),
-            "sparsity_reached": done.outcome.sparsity_reached,
-            "seconds": done.outcome.seconds,
-            "formula": recipe.criterion.text,
-            "compare": recipe.compare,
-            "allocate": recipe.allocate.text,
-            "update": ", ".join(recipe.updates) or "none",
-        }
+        self.rows.append(dense_row(self._measured(self.streamed, "dense")))
+        measured = self._measured(pruned, "pruned")
+        self.rows.append(pruned_row(self.recipe, done.outcome, measured))
+        return companions(model.name, self.recipe, self.rows)
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
         from prunezero.models.streamed_evaluation import evaluate_streamed

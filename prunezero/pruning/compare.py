@@ -12,12 +12,37 @@ from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.units import Layer, find_layers
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.dense_weights import DenseWeights
+from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
 
 SPLITS = ("validation", "test")
+
+
+def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a dense model, from what was measured on it."""
+    head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
+    tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
+    return {**head, **measured, **tail, "allocate": "", "update": ""}
+
+
+def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a pruned model, from how it was pruned and what was measured on it."""
+    return {
+        "recipe": recipe.name,
+        "sparsity": outcome.sparsity,
+        "pattern": recipe.pattern,
+        "statistics": recipe.statistics,
+        **measured,
+        "sparsity_reached": outcome.sparsity_reached,
+        "seconds": outcome.seconds,
+        "formula": recipe.criterion.text,
+        "compare": recipe.compare,
+        "allocate": recipe.allocate.text,
+        "update": ", ".join(recipe.updates) or "none",
+    }
 
 
 class Stand:
@@ -52,10 +77,7 @@ class Stand:
 
     def dense_row(self, splits: Sequence[str]) -> dict[str, Any]:
         """The row of the model before pruning, in the columns of `row`."""
-        head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
-        tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
-        tail |= {"allocate": "", "update": ""}
-        return head | self._measured(splits) | tail
+        return dense_row(self._measured(splits))
 
     def row(
         self,
@@ -94,19 +116,7 @@ class Stand:
             raise
         if not keep:
             self._dense.restore()
-        return {
-            "recipe": recipe.name,
-            "sparsity": outcome.sparsity,
-            "pattern": recipe.pattern,
-            "statistics": recipe.statistics,
-            **measured,
-            "sparsity_reached": outcome.sparsity_reached,
-            "seconds": outcome.seconds,
-            "formula": recipe.criterion.text,
-            "compare": recipe.compare,
-            "allocate": recipe.allocate.text,
-            "update": ", ".join(recipe.updates) or "none",
-        }
+        return pruned_row(recipe, outcome, measured)
 
     def _measured(self, splits: Sequence[str]) -> dict[str, Any]:
         settings = self.bench.settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,22 @@ from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import finite_row
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.card import model_card
+
+
+def companions(model: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What stands beside the weights of a pruned model, text by file name.
+
+    Args:
+        model: the dense model's name, as the user wrote it.
+        rows: results of the dense and of the pruned model.
+    """
+    plain = [finite_row(row) for row in rows]
+    results = [{**row, "method": row["recipe"], "model": model} for row in plain]
+    return {
+        "README.md": model_card(model, recipe.criterion, results, recipe=recipe.to_yaml()),
+        "recipe.yaml": recipe.to_yaml(),
+        "report.json": json.dumps({"rows": plain}, indent=2, allow_nan=False) + "\n",
+    }
 
 
 def save_pruned(
@@ -32,11 +48,7 @@ def save_pruned(
     Raises:
         OutputError: the folder cannot be written, or the files do not hold what is in memory.
     """
-    rows = [finite_row(row) for row in rows]
-    results = [{**row, "method": row["recipe"], "model": bench.language_model.name} for row in rows]
-    card = model_card(bench.language_model.name, recipe.criterion, results, recipe=recipe.to_yaml())
-    report = json.dumps({"rows": rows}, indent=2, allow_nan=False) + "\n"
-    files = {"README.md": card, "recipe.yaml": recipe.to_yaml(), "report.json": report}
+    files = companions(bench.language_model.name, recipe, rows)
     save_model(bench.language_model, folder, files=files)
     saved = count_sparsity(folder, [layer.name for layer in layers])
     in_memory = sum(int((layer.weight == 0).sum()) for layer in layers)
