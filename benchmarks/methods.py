@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -53,10 +54,22 @@ def main() -> None:
                 seed=seed,
             )
             measure(arguments.model, settings, path)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    asked = (arguments.model, arguments.calibration_tokens)
+    rows = [row for row in read(path) if (row["model"], row["calibration_tokens"]) == asked]
     text = "\n".join(report(rows))
     (RESULTS / "methods.md").write_text(text + "\n")
     print(text)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of the file; a line that a kill cut off is taken away."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def wanted() -> Iterator[tuple[Recipe, float]]:
@@ -72,9 +85,7 @@ def wanted() -> Iterator[tuple[Recipe, float]]:
 
 def measure(model: str, settings: Settings, path: Path) -> None:
     """Append the rows of one seed that the file does not hold yet."""
-    done = set()
-    if path.is_file():
-        done = {key_of(json.loads(line)) for line in path.read_text().splitlines()}
+    done = {key_of(row) for row in read(path)}
     jobs = [(recipe, sparsity) for recipe, sparsity in wanted()]
     missing = [job for job in jobs if key_of(head_of(model, settings, *job)) not in done]
     dense_head = head_of(model, settings, Recipe.load("magnitude"), 0.0) | {"recipe": "dense"}
@@ -116,6 +127,7 @@ def write(file: Any, row: dict[str, Any]) -> None:
     """One line, on the disk before the next measurement begins."""
     file.write(json.dumps(finite_row(row)) + "\n")
     file.flush()
+    os.fsync(file.fileno())
     print(
         f"{row['recipe']} {row['allocate']} {row['sparsity']} {row['pattern']} seed {row['seed']}: "
         f"validation {row['validation_perplexity']:.2f}, test {row['test_perplexity']:.2f}, "

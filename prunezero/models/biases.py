@@ -30,9 +30,28 @@ def open_biases(language_model: LanguageModel, layers: Sequence[Layer]) -> list[
         ModelError: the configuration has no switch for a layer; the model is left as it was.
     """
     model = language_model.model
+    switches, added = refuse_without_bias(language_model, layers)
+    for switch in switches:
+        setattr(model.config.get_text_config(), switch, True)
+    for name in sorted(added):
+        module = model.get_submodule(name.removesuffix(".bias"))
+        zeros = module.weight.new_zeros(module.weight.shape[0])
+        module.bias = nn.Parameter(zeros, requires_grad=False)
+    return sorted(added)
+
+
+def refuse_without_bias(
+    language_model: LanguageModel, layers: Sequence[Layer]
+) -> tuple[list[str], set[str]]:
+    """Switches of the configuration that give all layers a bias, and the biases that they add.
+
+    Raises:
+        ModelError: the configuration has no switch for a layer.
+    """
+    model = language_model.model
     wanted = {f"{layer.name}.bias": layer for layer in layers if bias_of(layer) is None}
     if not wanted:
-        return []
+        return [], set()
     switches = [
         name for name in _closed_switches(model.config) if wanted.keys() & _adds(model, [name])
     ]
@@ -44,13 +63,7 @@ def open_biases(language_model: LanguageModel, layers: Sequence[Layer]) -> list[
                 f"({model.config.model_type}) has no switch that gives it one, so a saved bias "
                 "would be lost; choose another update than bias, or other targets"
             )
-    for switch in switches:
-        setattr(model.config.get_text_config(), switch, True)
-    for name in sorted(added):
-        module = model.get_submodule(name.removesuffix(".bias"))
-        zeros = module.weight.new_zeros(module.weight.shape[0])
-        module.bias = nn.Parameter(zeros, requires_grad=False)
-    return sorted(added)
+    return switches, added
 
 
 def compensate(layer: Layer, removed_output: Tensor) -> None:

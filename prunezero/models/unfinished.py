@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.errors import OutputError
+from prunezero.errors import ModelError, OutputError
 from prunezero.models.saving import check_writable
 from prunezero.models.shards import Shard, StoredTensor, write_shard
 
@@ -62,7 +62,13 @@ class UnfinishedCheckpoint:
     def _begin(self, request: dict[str, Any]) -> None:
         state = self.folder / "state.json"
         if state.is_file():
-            _refuse_other_request(json.loads(state.read_text(encoding="utf-8")), request, self)
+            try:
+                known = json.loads(state.read_text(encoding="utf-8"))
+            except ValueError:
+                known = None
+            if not isinstance(known, dict):
+                raise OutputError(f"{state} is damaged; delete its folder and begin again")
+            _refuse_other_request(known, request, self)
             return
         # A crash may have come before the state was in its place, but then nothing else is there.
         if any(path.name != "state.unfinished" for path in self.folder.iterdir()):
@@ -80,9 +86,17 @@ class UnfinishedCheckpoint:
         return Shard(self.model_folder / name)
 
     def finished(self) -> int:
-        """How many shards are complete, from the first on."""
-        places = range(self.parts)
-        return next((place for place in places if not self.part(place).path.is_file()), self.parts)
+        """How many shards are complete, from the first on; a damaged one is made anew."""
+        return next((place for place in range(self.parts) if not self._has(place)), self.parts)
+
+    def _has(self, place: int) -> bool:
+        if not self.part(place).path.is_file():
+            return False
+        try:
+            self.part(place).tensors()
+        except ModelError:
+            return False
+        return True
 
     def write(self, place: int, tensors: Mapping[str, Tensor]) -> None:
         """Write a shard; it is complete or not there.

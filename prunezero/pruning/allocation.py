@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -42,6 +42,8 @@ class Evidence:
     """dense"""
     windows: Tensor | None
     """calibration token ids [count, length]"""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """what an allocation has measured, for the next sparsity of a schedule"""
 
 
 def uniform(
@@ -91,13 +93,15 @@ def sensitivity(
     """
     if evidence.language_model is None or evidence.windows is None:
         raise RecipeError("allocate sensitivity needs the model and calibration text; give both")
-    traces = hessian_traces(
-        evidence.language_model,
-        evidence.windows,
-        layers,
-        sequences=options.sequences,
-        samples=options.samples,
-    )
+    if "traces" not in evidence.memo:
+        evidence.memo["traces"] = hessian_traces(
+            evidence.language_model,
+            evidence.windows,
+            layers,
+            sequences=options.sequences,
+            samples=options.samples,
+        )
+    traces = evidence.memo["traces"]
     ranked = sorted(layers, key=lambda layer: traces[layer.name] / layer.weight.numel())
     ranks = {layer.name: float(rank) for rank, layer in enumerate(ranked)}
     spread = min(options.spread, sparsity, (1 - sparsity) / 2)
@@ -118,14 +122,21 @@ def heavy_tail(
 
     Source: Lu et al. 2024 (NeurIPS), arXiv:2410.10912.
     """
-    exponents = {
+    if "exponents" not in evidence.memo:
+        evidence.memo["exponents"] = _block_exponents(layers)
+    exponents = evidence.memo["exponents"]
+    wishes = _stretched(exponents, 1 - options.spread, 1 + options.spread)
+    by_layer = {layer.name: wishes[layer.block] for layer in layers}
+    return fit_to_budget(by_layer, layers, sparsity, keep="ratios")
+
+
+def _block_exponents(layers: Sequence[Layer]) -> dict[int, float]:
+    """The mean exponent of the matrices of each block."""
+    return {
         block: sum(spectral_exponent(layer.weight, layer=layer.name) for layer in inside)
         / len(inside)
         for block, inside in _by_block(layers).items()
     }
-    wishes = _stretched(exponents, 1 - options.spread, 1 + options.spread)
-    by_layer = {layer.name: wishes[layer.block] for layer in layers}
-    return fit_to_budget(by_layer, layers, sparsity, keep="ratios")
 
 
 def table(

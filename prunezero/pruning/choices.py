@@ -148,7 +148,7 @@ WORDS: dict[str, dict[str, Word]] = {
     "update": {
         "none": Word(Options, "weights that stay are not changed"),
         "obs": Word(Options, "optimal brain surgeon, column by column", "second order"),
-        "admm": Word(Admm, "kept weights are fitted again to the dense outputs", "second order"),
+        "admm": Word(Admm, "kept weights are fitted again to the outputs before", "second order"),
         "bias": Word(Options, "biases take over the mean of what was removed", "activations"),
         "swaps": Word(Swaps, "the mask is improved by a row's best exchanges", "second order"),
         "dsnot": Word(Dsnot, "the mask is improved by DSnoT's exchanges", "activations"),

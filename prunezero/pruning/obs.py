@@ -37,8 +37,8 @@ def sweep(
 ) -> tuple[Tensor, Tensor]:
     """The mended weight, float32 `[out, in]` with exact zeros, and its mask, bool, True = keep.
 
-    Weights of channels that were zero in all calibration text are set to zero first, as they do
-    nothing to the outputs there.
+    Weights of channels that were zero in all calibration text count as zero when groups are chosen
+    on the way, so that they go first; those that stay are not changed, as they do nothing there.
 
     Args:
         weight: `[out, in]`; not modified.
@@ -49,7 +49,8 @@ def sweep(
     """
     # Rows of the transpose are columns of the weight, and lie together in memory.
     columns = weight.detach().float().T.contiguous()
-    columns[factor.dead] = 0.0
+    if group is not None:
+        columns[factor.dead] = 0.0
     work = _Sweep(columns, factor.upper, choose, group)
     if group is None:
         work.choose(0, len(columns))
@@ -58,6 +59,8 @@ def sweep(
         for start, stop in _blocks(len(columns), group):
             work.mend(start, stop, chosen=False)
             work.pass_on(start, stop, len(columns))
+    dead = factor.dead
+    columns[dead] = torch.where(work.keep[dead], weight.detach().float().T[dead], 0.0)
     return columns.T.contiguous(), work.keep.T.contiguous()
 
 

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import RecipeError
 from prunezero.models.biases import open_biases
 from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.language_model import LanguageModel
@@ -28,7 +28,12 @@ from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.recovery import RECOVERIES
 from prunezero.pruning.reordering import Reordering
-from prunezero.pruning.requirements import check_recipe, layer_sums, settled_sparsity
+from prunezero.pruning.requirements import (
+    check_recipe,
+    check_text,
+    layer_sums,
+    settled_sparsity,
+)
 from prunezero.pruning.schedule import SCHEDULES
 from prunezero.pruning.stages import Stages
 from prunezero.pruning.update import Work, mend
@@ -74,6 +79,7 @@ def prune(
     begin = time.perf_counter()
     fraction = settled_sparsity(recipe.pattern, sparsity)
     layers = check_recipe(language_model, recipe, fraction)
+    check_text(recipe, windows)
     if "bias" in recipe.updates:
         open_biases(language_model, layers)
     job = _Job(language_model, recipe, layers, dict(statistics or {}), windows)
@@ -154,7 +160,8 @@ class _Job:
         recipe = self.recipe
         shares = SCHEDULES[recipe.schedule.word](sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
-        ratios = [self._allocated(share) for share in shares]
+        evidence = Evidence(self.dense, self.language_model, self.windows)
+        ratios = [self._allocated(share, evidence) for share in shares]
         # All layers: a permutation also moves rows of layers that are not pruned.
         every = find_layers(self.language_model.model)
         stages = Stages(folder, self._request(sparsity), every)
@@ -167,9 +174,8 @@ class _Job:
                 stages.keep(step, "tuned")
         return ratios[-1]
 
-    def _allocated(self, sparsity: float) -> dict[str, float]:
+    def _allocated(self, sparsity: float, evidence: Evidence) -> dict[str, float]:
         allocate = self.recipe.allocate
-        evidence = Evidence(self.dense, self.language_model, self.windows)
         return ALLOCATIONS[allocate.word](self.layers, sparsity, allocate.options, evidence)
 
     def _request(self, sparsity: float) -> dict[str, Any]:
@@ -181,13 +187,13 @@ class _Job:
             "recipe": self.recipe.to_yaml(),
             "sparsity": sparsity,
             "text": f"{digest} {list(windows.shape)}",
-            "torch": str(torch.__version__),
+            "device": self.language_model.device.type,
+            "versions": {name: version(name) for name in ("prunezero", "torch", "transformers")},
         }
 
     def _recover(self, step: int, checkpoint: Path | None, tell: Progress) -> None:
         recover = self.recipe.recover
-        if self.windows is None:
-            raise RecipeError(f"recipe {self.recipe.name}: recovery needs calibration text")
+        assert self.windows is not None  # check_text refused it; for the type checker
         RECOVERIES[recover.word](
             self.language_model,
             self.layers,
@@ -224,10 +230,7 @@ class _Job:
         sums = layer_sums(self.recipe) & FORWARD_SUMS
         if self.recipe.statistics == "dense" or not sums:
             return None
-        if self.windows is None:
-            raise RecipeError(
-                f"recipe {self.recipe.name}: sequential statistics need calibration text"
-            )
+        assert self.windows is not None  # check_text refused it; for the type checker
         return BlockWalk(self.language_model, self.windows)
 
     def _seen_by_pruned(

@@ -159,6 +159,13 @@ class Recipe(BaseModel):
                 f"schedule: {self.schedule.word} passes through other sparsities than the one that "
                 f"pattern {self.pattern} fixes; use schedule: one-shot, or pattern: free"
             )
+        refining = {"swaps", "dsnot"} & set(self.updates)
+        if self.schedule.word != "one-shot" and refining:
+            raise ValueError(
+                f"update: {' and '.join(sorted(refining))} brings removed weights back, which "
+                f"later steps of schedule: {self.schedule.word} no longer have; use schedule: "
+                "one-shot"
+            )
         if self.compare == "model" and self.allocate.word != "uniform":
             raise ValueError(
                 "compare: model lets all layers compete, so it says itself how much each loses; "

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from prunezero.errors import RecipeError, SelectionError
+from prunezero.models.biases import refuse_without_bias
 from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.units import Layer, find_layers, matching
 from prunezero.models.walk import FORWARD_SUMS
 from prunezero.pruning.allocation import ALLOCATION_SUMS
 from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.update import UPDATE_SUMS
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import check_request, pattern_sparsity, removed_count
@@ -51,12 +55,38 @@ def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
     return frozenset(needed)
 
 
+def check_text(recipe: Recipe, windows: Tensor | None) -> None:
+    """Refuse to begin without the calibration text that the recipe will ask for.
+
+    Args:
+        windows: calibration token ids [count, length], or None.
+
+    Raises:
+        RecipeError: there is none, or too little of it.
+    """
+    walks = recipe.statistics == "sequential" and layer_sums(recipe) & FORWARD_SUMS
+    needs = {
+        "sequential statistics need": bool(walks),
+        f"recover {recipe.recover.word} needs": recipe.recover.word != "none",
+        f"allocate {recipe.allocate.word} needs": recipe.allocate.word == "sensitivity",
+    }
+    for what, applies in needs.items():
+        if applies and windows is None:
+            raise RecipeError(f"recipe {recipe.name}: {what} calibration text")
+    wanted = recipe.allocate.options.model_dump().get("sequences", 0)
+    if windows is not None and len(windows) < wanted:
+        raise RecipeError(
+            f"recipe {recipe.name}: allocate {recipe.allocate.word} looks at {wanted} sequences, "
+            f"but the calibration text has {len(windows)}; use more text, or fewer sequences"
+        )
+
+
 def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Layer]:
     """The layers that a recipe prunes, after every check that needs no computation.
 
     Raises:
         RecipeError: choices that exclude each other.
-        ModelError: `targets` or `ignore` match nothing.
+        ModelError: `targets`, `ignore` or ratios match nothing, or a bias cannot be had.
         SelectionError: the sparsity, group or pattern fits no mask of some layer.
     """
     if recipe.compare == "model" and recipe.statistics == "sequential":
@@ -72,4 +102,9 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
             )
         except SelectionError as error:
             raise SelectionError(f"layer {layer.name}: {error}") from error
+    for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
+        matching(pattern, layers)
+    if "bias" in recipe.updates:
+        refuse_without_bias(language_model, layers)
+    Reordering(language_model, recipe, layers)
     return layers

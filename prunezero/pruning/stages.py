@@ -85,22 +85,28 @@ class Stages:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        self._finished = (step, stage)
         if self._folder is None:
+            self._finished = (step, stage)
             return
         path = self._folder / f"step-{step}-{stage}.safetensors"
         unfinished = path.with_name(f".{path.name}.tmp")
         try:
             tensors = {key: value.contiguous().cpu().clone() for key, value in self._tensors()}
             save_file(tensors, unfinished)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
             unfinished.replace(path)
             request = json.loads((self._folder / "request.json").read_text())
             _write_text(
                 self._folder / "request.json", json.dumps(request | {"finished": [step, stage]})
             )
-            for old in self._folder.glob("step-*"):
-                if old != path:
-                    old.unlink()
+            self._finished = (step, stage)
+            used_up = [old for old in self._folder.glob("step-*") if old != path]
+            tuning = self.checkpoint(step)
+            if stage == "tuned" and tuning is not None and tuning.exists():
+                used_up.append(tuning)
+            for old in used_up:
+                old.unlink()
         except (OSError, SafetensorError) as error:
             raise OutputError(f"'{path}' cannot be written ({error})") from error
 

@@ -169,7 +169,10 @@ def _scored_by(work: Work) -> Choose:
 
 
 def admm(works: Sequence[Work], options: Any) -> None:
-    """Fit the kept weights to the dense outputs again, on fixed masks."""
+    """Fit the kept weights again, on fixed masks, to the outputs before any update.
+
+    In a schedule of several steps those are the outputs that the step before left.
+    """
     for work in works:
         gram = sum_of(work.statistics, "gram")
         with _named(work):

@@ -47,7 +47,8 @@ FEATURE_LINES = {
 # The inverse of the damped Gram matrix is upper.T @ upper.
 _INVERSE = (
     'gram = stats["gram"].double() / stats["sequences"]',
-    "diagonal = torch.where(gram.diagonal() == 0, 1.0, gram.diagonal())",
+    "diagonal = gram.diagonal().clone()",
+    "diagonal[diagonal == 0] = diagonal[diagonal != 0].mean()",
     "gram.diagonal().copy_(diagonal + 0.01 * diagonal.mean())",
     "root = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)",
     "upper = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=True)",

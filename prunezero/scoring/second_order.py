@@ -39,7 +39,7 @@ class InverseFactor:
     inverse_diagonal: Tensor
     """diagonal `[in]` of H^-1, float32"""
     dead: Tensor
-    """bool `[in]`: channels that were zero in all calibration text; their H_jj counts as 1"""
+    """bool `[in]`: channels that were zero in all calibration text; they count as mean ones"""
     damping: float
     """share of the mean diagonal that was added in the end"""
 
@@ -71,9 +71,12 @@ def inverse_factor(
     matrix = gram.to(torch.float64, copy=True).div_(sequences)
     diagonal = matrix.diagonal().clone()
     dead = diagonal == 0
-    diagonal[dead] = 1.0
-    added = damping
-    while added <= max(damping, LARGEST_DAMPING):
+    # One, as SparseGPT's code has it, would be in no unit, and would damp small inputs away.
+    diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+    tries = [damping]
+    while tries[-1] < LARGEST_DAMPING:
+        tries.append(min(10 * tries[-1], LARGEST_DAMPING))
+    for added in tries:
         matrix.diagonal().copy_(diagonal + added * diagonal.mean())
         upper = _inverse_upper(matrix)
         if upper is not None:
@@ -81,9 +84,8 @@ def inverse_factor(
                 _log.warning("%s: damping raised from %g to %g", where, damping, added)
             inverse_diagonal = upper.square().sum(0)
             return InverseFactor(upper.float(), inverse_diagonal.float(), dead, added)
-        added *= 10
     raise FactorizationError(
-        f"the Gram matrix of {where} is not positive definite, even with {added / 10:g} of its "
+        f"the Gram matrix of {where} is not positive definite, even with {tries[-1]:g} of its "
         "mean diagonal added; calibrate with more text"
     )
 
@@ -141,8 +143,7 @@ def share_gram(first: Statistics, second: Statistics) -> bool:
         return False
     if first.sequences != second.sequences or not (left is right or torch.equal(left, right)):
         return False
-    second.sums["gram"] = left
-    second.memo = first.memo
+    second.share(first, "gram")
     return True
 
 

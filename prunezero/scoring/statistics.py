@@ -111,6 +111,7 @@ class Statistics:
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
     """what was derived from the sums and is dear to derive again; emptied when they change"""
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
+    _is_shared: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         sources = {SUMS[name].source for name in self.sums}
@@ -138,7 +139,11 @@ class Statistics:
 
     def add(self, added: Contribution) -> None:
         """Add what `contribution` returned; counts follow the source that has seen most."""
-        self.memo.clear()
+        if self._is_shared:
+            # What is shared must not change under the other layer.
+            self.sums = {name: value.clone() for name, value in self.sums.items()}
+            self._is_shared = False
+        self.memo = {}
         for name, value in added.values.items():
             self.sums[name] += value.to(self.sums[name].device)
         tokens, sequences = self._seen.get(added.source, (0, 0))
@@ -161,6 +166,12 @@ class Statistics:
     def add_output_gradients(self, gradients: Tensor, *, layer: str = "a layer") -> None:
         """Add dLoss/dOutput: [sequences, tokens, out], or [tokens, out] for one sequence."""
         self.add(contribution("output gradients", gradients, self.sums, layer=layer))
+
+    def share(self, other: Statistics, name: str) -> None:
+        """Hold another layer's equal sum, and what is derived from it, in the same memory."""
+        self.sums[name] = other.sums[name]
+        self.memo = other.memo
+        self._is_shared = other._is_shared = True
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same sums on another device."""

@@ -109,7 +109,7 @@ def test_list_names_everything(run: Run) -> None:
     result = run("list --json all.json")
     assert result.exit_code == 0
     lists = json.loads(Path("all.json").read_text())
-    assert set(lists) == {"recipes", "spaces", "features", "operators", "runs"}
+    assert set(lists) == {"recipes", "choices", "spaces", "features", "operators", "runs"}
     assert {"wanda", "pruner_zero"} <= {row["name"] for row in lists["recipes"]}
     assert {"formulas", "pruner_zero", "tiny"} <= {row["name"] for row in lists["spaces"]}
 

@@ -45,7 +45,8 @@ def numpy_values(
     norm = np.sqrt(squares.reshape(-1, inputs.shape[-1]).sum(0) / inputs.shape[0])
     rows = inputs.reshape(-1, inputs.shape[-1]).numpy()
     gram = (rows.T @ rows).astype(np.float64) / inputs.shape[0]
-    diagonal = np.where(np.diag(gram) == 0, 1.0, np.diag(gram))
+    alive = np.diag(gram)[np.diag(gram) != 0]
+    diagonal = np.where(np.diag(gram) == 0, alive.mean(), np.diag(gram))
     damped = gram - np.diag(np.diag(gram)) + np.diag(diagonal + 0.01 * diagonal.mean())
     inverse = np.linalg.inv(damped)
     return {

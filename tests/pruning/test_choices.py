@@ -55,7 +55,7 @@ def test_a_word_with_its_usual_numbers_is_spelled_as_the_word_alone(arrow: str) 
 def test_choices_survive_the_way_through_a_file(tmp_path: Any) -> None:
     mine = recipe(
         allocate={"table": {"ratios": {"down_proj": 0.9, r"re:layers\.0\.": 0.5}}},
-        update=["swaps", {"admm": {"iterations": 3}}],
+        update=["obs", {"admm": {"iterations": 3}}],
         statistics="sequential",
         schedule={"iterative": {"steps": 3, "shape": "linear"}},
         recover={"tune": {"learning_rate": 1e-3}},
@@ -64,7 +64,7 @@ def test_choices_survive_the_way_through_a_file(tmp_path: Any) -> None:
     path = tmp_path / "mine.yaml"
     mine.save(path)
     assert Recipe.load(path) == mine
-    assert mine.updates == ("swaps", "admm")
+    assert mine.updates == ("obs", "admm")
     assert "recover:\n  tune:\n    learning_rate: 0.001\n" in path.read_text()
 
 
@@ -83,6 +83,7 @@ def test_choices_survive_the_way_through_a_file(tmp_path: Any) -> None:
         ({"pattern": "2:4", "allocate": "owl"}, "cannot be allocated by owl"),
         ({"permute": "assignment"}, "needs an N:M pattern"),
         ({"pattern": "2:4", "schedule": "iterative"}, "other sparsities"),
+        ({"update": "swaps", "schedule": "iterative"}, "brings removed weights back"),
         ({"compare": "model", "allocate": "owl"}, "all layers compete"),
         ({"damping": 0}, "damping: .*greater than 0"),
     ],

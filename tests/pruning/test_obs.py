@@ -35,7 +35,7 @@ def published_sweep(
     """
     weight, gram = weight.astype(np.float64).copy(), gram.astype(np.float64).copy()
     dead = np.diag(gram) == 0
-    gram[dead, dead] = 1.0
+    gram[dead, dead] = np.diag(gram)[~dead].mean()
     weight[:, dead] = 0.0
     gram[np.diag_indices_from(gram)] += damping * np.diag(gram).mean()
     factor = np.linalg.cholesky(np.linalg.inv(gram)).T
@@ -138,6 +138,25 @@ def test_weights_of_dead_channels_go_and_change_nothing_else() -> None:
     reference = published_sweep(weight.numpy(), gram.numpy(), lowest_half_of_block, 40)
     assert not ours[:, [3, 17]].any()
     np.testing.assert_allclose(ours.numpy(), reference, rtol=1e-3, atol=1e-5)
+
+
+def test_kept_weights_of_dead_channels_stay_as_they_are() -> None:
+    weight, gram = correlated_layer(6, 40)
+    gram[[3, 17]] = 0.0
+    gram[:, [3, 17]] = 0.0
+    factor = inverse_factor(gram)
+    mask = torch.ones(6, 40, dtype=torch.bool)
+    mask[:, ::4] = False
+    mask[0, 3] = False
+    before, _ = sweep(weight, factor, lambda now, start, stop: mask[:, start:stop])
+    assert int((before == 0).sum()) == int((~mask).sum())
+    assert torch.equal(before[1:, [3, 17]], weight[1:, [3, 17]])
+    # Chosen on the way, nothing goes where nothing is asked for.
+    whole, kept = sweep(
+        weight, factor, lambda now, start, stop: torch.ones_like(now[:, start:stop]) > 0, group=8
+    )
+    assert kept.all()
+    assert torch.equal(whole, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -104,16 +104,42 @@ def test_numbers_that_are_not_finite_name_the_layer_and_are_not_damped(
     assert "damping" not in caplog.text
 
 
-def test_a_channel_that_was_always_zero_counts_as_one_and_is_told() -> None:
+def test_a_channel_that_was_always_zero_counts_as_a_mean_one_and_is_told() -> None:
     inputs = correlated_inputs(50, 6)
     inputs[:, 2] = 0.0
     factor = inverse_factor(inputs.T @ inputs)
     assert factor.dead.tolist() == [False, False, True, False, False, False]
     gram = inputs.double().numpy().T @ inputs.double().numpy()
-    gram[2, 2] = 1.0
+    gram[2, 2] = np.delete(np.diag(gram), 2).mean()
     gram[np.diag_indices_from(gram)] += 0.01 * np.diag(gram).mean()
     expected = np.diag(np.linalg.inv(gram))
     np.testing.assert_allclose(factor.inverse_diagonal.numpy(), expected, rtol=1e-5)
+
+
+def test_the_unit_of_inputs_changes_no_more_than_the_unit_of_the_factor() -> None:
+    inputs = correlated_inputs(50, 6)
+    inputs[:, 2] = 0.0
+    gram = inputs.T @ inputs
+    usual, small = inverse_factor(gram), inverse_factor(1e-6 * gram)
+    np.testing.assert_allclose(small.upper.numpy(), 1e3 * usual.upper.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", [1e-6, 0.01, 0.03, 0.2])
+def test_the_last_try_adds_the_whole_mean_diagonal_wherever_the_first_began(start: float) -> None:
+    # The smallest eigenvalue is half a mean diagonal below zero.
+    gram = torch.tensor([[1.0, 1.7], [1.7, 1.0]])
+    assert 0.7 < inverse_factor(gram, start).damping <= 1.0
+
+
+def test_a_shared_sum_parts_when_one_layer_sees_more() -> None:
+    query, key = statistics_of(correlated_inputs()), statistics_of(correlated_inputs())
+    assert share_gram(query, key)
+    more = correlated_inputs(seed=1)
+    before = key.sums["gram"].clone()
+    query.add_inputs(more)
+    assert torch.equal(key.sums["gram"], before)
+    key.add_inputs(more)
+    assert torch.equal(key.sums["gram"], query.sums["gram"])
 
 
 def test_statistics_remember_the_factor_until_they_change() -> None:
