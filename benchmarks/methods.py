@@ -147,7 +147,18 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     columns = [(0.5, "free", "uniform"), (0.5, "free", "owl"), (0.7, "free", "uniform")]
     columns += [(0.7, "free", "owl"), (0.5, "2:4", "uniform")]
     names = ["50 %", "50 % owl", "70 %", "70 % owl", "2:4"]
-    lines = []
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
+    one = rows[0]
+    lines = [
+        "# Methods under equal conditions",
+        "",
+        f"{one['model']}, windows of {one['sequence_length']} tokens, sequential statistics from "
+        f"{one['calibration_tokens']} tokens, seeds {seeds}; made by "
+        "`python benchmarks/methods.py`. "
+        "A cell is the mean over seeds and, where there are several, in brackets the largest minus "
+        "the smallest; - was not measured yet.",
+        "",
+    ]
     for split in SPLITS:
         found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
         for row in rows:
