@@ -55,7 +55,11 @@ def prune(
     seed: Seed = 0,
     memory_limit: Annotated[
         str | None,
-        typer.Option(help="Such as 900MiB: prune from files to files, one block in memory."),
+        typer.Option(
+            "--memory-limit",
+            "--memory",
+            help="Such as 900MiB: prune from files to files, one block in memory.",
+        ),
     ] = None,
     json_file: JsonFile = None,
     sequence_length: SequenceLength = 256,
