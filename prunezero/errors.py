@@ -18,7 +18,8 @@ The message says what is wrong with the value, where it stands and what to do ab
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class PruneZeroError(Exception):
@@ -69,3 +70,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known word as the tail of a sentence, or nothing when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a request that is kept on disk has otherwise than the present one, for a message.
+
+    Keys with other values as "key: before, now after", by semicolons; of texts of several lines
+    the lines that differ. Nothing where nothing differs.
+    """
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    return "; ".join(_difference(key, str(before.get(key)), str(now.get(key))) for key in changed)
+
+
+def _difference(key: str, before: str, now: str) -> str:
+    old, new = before.splitlines(), now.splitlines()
+    gone = " ".join(line.strip() for line in old if line not in new)
+    come = " ".join(line.strip() for line in new if line not in old)
+    return f"{key}: {_shortened(gone)}, now {_shortened(come)}"
+
+
+def _shortened(text: str) -> str:
+    return text if 0 < len(text) <= 80 else text[:77] + "..." if text else "nothing"

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, differences
 from prunezero.models.saving import check_writable
 from prunezero.models.shards import Shard, StoredTensor, write_shard
 
@@ -166,19 +166,10 @@ def _explained(folder: Path) -> Iterator[None]:
 def _refuse_other_request(
     before: dict[str, Any], now: dict[str, Any], checkpoint: UnfinishedCheckpoint
 ) -> None:
-    changed = [
-        f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now"
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key)
-    ]
+    changed = differences(before, now)
     if changed:
         raise OutputError(
-            f"folder '{checkpoint.folder}' was begun under another request ({'; '.join(changed)}); "
+            f"folder '{checkpoint.folder}' was begun under another request ({changed}); "
             "repeat that one to go on with it, delete the folder to start anew, or choose another "
             "output"
         )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

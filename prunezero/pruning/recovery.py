@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunezero.errors import OutputError, RecipeError
+from prunezero.errors import OutputError, RecipeError, differences
 from prunezero.models.calibration import Progress
 from prunezero.models.gradients import sequence_loss
 from prunezero.models.language_model import LanguageModel
@@ -278,15 +278,13 @@ def _resume(path: Path, request: dict[str, Any], tuning: _Tuning) -> float:
         _write(path, request, tuning, 0.0)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["request"]
-        changed = [key for key in request if before.get(key) != request[key]]
+        changed = differences(state["request"], request)
     # Whatever a damaged or foreign file makes a reader do.
     except Exception as error:
         fault = "is damaged, or no checkpoint of a tuning; delete it"
         raise OutputError(f"{path} {fault} ({type(error).__name__})") from error
     if changed:
-        differences = "; ".join(f"{key}: {before.get(key)}, now {request[key]}" for key in changed)
-        raise OutputError(f"{path} is of another tuning ({differences}); repeat it or delete that")
+        raise OutputError(f"{path} is of another tuning ({changed}); repeat it or delete that")
     for one, master in zip(tuning.trained, state["masters"], strict=True):
         one.master.copy_(master)
         one.write()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, differences
 from prunezero.models.units import Layer
 
 STAGES = ("pruned", "tuned")
@@ -55,17 +55,13 @@ class Stages:
         try:
             known = json.loads(path.read_text())
             step, stage = known.get("finished", (-1, ""))
-            changed = [key for key in request if known["request"].get(key) != request[key]]
+            changed = differences(known["request"], request)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{path} is damaged ({error}); delete its folder") from error
         if changed:
-            told = "; ".join(
-                _difference(key, str(known["request"].get(key)), str(request[key]))
-                for key in changed
-            )
             raise OutputError(
-                f"'{folder}' holds an unfinished run of another request ({told}); finish that one "
-                "with its own options, or delete the folder"
+                f"'{folder}' holds an unfinished run of another request ({changed}); finish that "
+                "one with its own options, or delete the folder"
             )
         if stage:
             self._restore(folder / f"step-{step}-{stage}.safetensors")
@@ -133,14 +129,6 @@ class Stages:
 
 def _place(stage: str) -> int:
     return STAGES.index(stage) + 1 if stage in STAGES else 0
-
-
-def _difference(key: str, before: str, now: str) -> str:
-    """What changed in words; of texts the lines that differ."""
-    old, new = before.splitlines(), now.splitlines()
-    gone = " ".join(line.strip() for line in old if line not in new)
-    come = " ".join(line.strip() for line in new if line not in old)
-    return f"{key}: {gone or 'nothing'}, now {come or 'nothing'}"
 
 
 def _write_text(path: Path, text: str) -> None:

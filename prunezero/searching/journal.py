@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, SearchError
+from prunezero.errors import OutputError, SearchError, differences
 
 
 class Journal:
@@ -142,18 +142,9 @@ def _lock(handle: int, path: Path) -> None:
 
 def _refuse_other_header(first: dict[str, Any], header: dict[str, Any], path: Path) -> None:
     before = first.get("header", {})
-    changed = [
-        f"{key}: {_short(before.get(key))} then, {_short(header.get(key))} now"
-        for key in sorted({*before, *header})
-        if before.get(key) != header.get(key)
-    ]
+    changed = differences(before, header)
     if changed:
         raise SearchError(
-            f"{path.parent} was searched under other settings ({'; '.join(changed)}); "
+            f"{path.parent} was searched under other settings ({changed}); "
             "repeat those, or start anew under another --name"
         )
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -327,7 +327,7 @@ def test_an_unfinished_checkpoint_goes_on_behind_its_last_complete_shard(tmp_pat
 
 def test_another_request_is_refused_with_the_difference(tmp_path: Path) -> None:
     UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, 3)
-    with pytest.raises(OutputError, match=r"another request \(sparsity: 0.5 then, 0.6 now\)"):
+    with pytest.raises(OutputError, match=r"another request \(sparsity: 0.5, now 0.6\)"):
         UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, 3)
 
 
