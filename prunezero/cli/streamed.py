@@ -61,12 +61,14 @@ def prune_files(
     from prunezero.models.memory import PeakMemory
     from prunezero.pruning.compare import SPLITS
     from prunezero.pruning.requirements import check_recipe
-    from prunezero.pruning.streamed import prune_streamed
+    from prunezero.pruning.streamed import checked_sums, prune_streamed
 
+    ids = bench.windows("calibration")
+    # Before anything that looks at the model as a whole.
+    checked_sums(recipe, ids)
     with streamed.outlined():
         say(options.about_model(bench))
         layers = check_recipe(bench.language_model, recipe, sparsity)
-    ids = bench.windows("calibration")
     measured = {split: bench.windows(split) for split in SPLITS}
     measuring = _checked_estimates(streamed, recipe, layers, ids, measured, limit)
     peak = PeakMemory(bench.language_model.device)

@@ -94,7 +94,7 @@ def prune_streamed(
     """
     begin = time.perf_counter()
     fraction = settled_sparsity(recipe.pattern, sparsity)
-    sums = _checked_sums(recipe, windows)
+    sums = checked_sums(recipe, windows)
     streamed = source
     if not isinstance(streamed, StreamedModel):
         streamed = StreamedModel(streamed, dtype=dtype, device=device)
@@ -207,8 +207,12 @@ class _Job:
             walk.advance(index)
 
 
-def _checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
-    """The sums to collect, once it is sure that one block at a time is enough for the recipe."""
+def checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
+    """The sums to collect, once it is sure that one block at a time is enough for the recipe.
+
+    Raises:
+        RecipeError: a choice needs the whole model at once, or there is no text to look at.
+    """
     sums = layer_sums(recipe)
     backward = sorted(sums - FORWARD_SUMS)
     backward_pass = f"a backward pass through all blocks, for {', '.join(backward)}"
@@ -230,7 +234,7 @@ def _checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
     if found:
         raise RecipeError(
             f"recipe {recipe.name} cannot be run block by block: {'; '.join(found)}; choose "
-            "another recipe, or prune the model in memory"
+            "another recipe, or leave out the memory limit"
         )
     if sums and windows is None:
         raise RecipeError(f"recipe {recipe.name} looks at inputs, so it needs calibration text")

@@ -233,3 +233,14 @@ def test_an_allocation_is_chosen_by_a_word(run: Run) -> None:
     assert "heavy_tail" in json.loads(Path("o.json").read_text())["allocate"]
     result = run("prune MODEL --sparsity 0.5 --allocate heavy")
     assert isinstance(result.exception, RecipeError)
+
+
+@pytest.mark.parametrize("recipe", ["ria_permuted", "owl", "gblm"])
+def test_recipes_that_need_the_whole_model_are_refused_before_it_is_looked_at(
+    recipe: str, run: Run
+) -> None:
+    pattern = "--pattern 2:4" if recipe == "ria_permuted" else "--sparsity 0.5"
+    result = run(f"prune MODEL --recipe {recipe} {pattern} --memory-limit 2GiB --output out")
+    assert isinstance(result.exception, RecipeError)
+    assert "cannot be run block by block" in str(result.exception)
+    assert "takes about" not in result.output
