@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
 
 _TEXT = "Calibration and evaluation text"
 _SIZES = "How much text"
+_TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+# K, Ki, KB, KiB and so on.
+_SIZE_UNITS = {
+    f"{letter}{binary}{end}": (1024 if binary else 1000) ** power
+    for power, letter in enumerate("KMG", start=1)
+    for binary in ("", "i")
+    for end in ("", "B")
+}
 
 Model = Annotated[
     str, typer.Option(help="Hub id, folder, .gguf file, or `demo` (a 135M Llama-class model).")
@@ -123,11 +132,7 @@ def bytes_of(size: str | None) -> int | None:
     """
     if size is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG])(i?)B?", size.strip())
-    if found is None or float(found[1]) == 0:
-        raise RecipeError(f"--memory-limit must be a size such as 900MiB or 16GiB but is '{size}'")
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** (1 + "KMG".index(found[2])))
+    return int(_amount(size, _SIZE_UNITS, "--memory-limit must be a size such as 900MiB or 16GiB"))
 
 
 def check_statistics(word: str | None) -> None:
@@ -150,10 +155,15 @@ def seconds_of(duration: str | None) -> float | None:
     """
     if duration is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|h|)", duration.strip())
-    if found is None or float(found[1]) == 0:
-        raise RecipeError(f"--time must be a duration such as 90s, 10m or 2h but is '{duration}'")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    return _amount(duration, _TIME_UNITS, "--time must be a duration such as 90s, 10m or 2h")
+
+
+def _amount(text: str, units: Mapping[str, int], rule: str) -> float:
+    """A number above 0 times the unit behind it; without one, `rule` says what is wrong."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if found is None or float(found[1]) == 0 or found[2] not in units:
+        raise RecipeError(f"{rule} but is '{text}'")
+    return float(found[1]) * units[found[2]]
 
 
 def check_json(path: Path | None) -> None:

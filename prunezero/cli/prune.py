@@ -133,12 +133,15 @@ def _prune_in_memory(
     """Prune, measure, print, and save where an output is named; returns the pruned row."""
     from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
     from prunezero.pruning.compare import SPLITS, Stand
+    from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums
     from prunezero.report.saved_model import save_pruned
 
     name = bench.language_model.name
     say(options.about_model(bench))
     layers = check_recipe(bench.language_model, recipe, sparsity)
+    # Refuses a permutation that cannot be had.
+    Reordering(bench.language_model, recipe, layers)
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
         sums = bench.statistics(layers, dense_sums([recipe]), bars)

@@ -49,7 +49,7 @@ def refuse_without_bias(
         ModelError: the configuration has no switch for a layer.
     """
     model = language_model.model
-    wanted = {f"{layer.name}.bias": layer for layer in layers if bias_of(layer) is None}
+    wanted = {f"{layer.name}.bias": layer for layer in layers if layer.bias is None}
     if not wanted:
         return [], set()
     switches = [
@@ -77,7 +77,7 @@ def compensate(layer: Layer, removed_output: Tensor) -> None:
         ModelError: the layer has no bias.
         StatisticsError: a number is NaN or infinite.
     """
-    bias = bias_of(layer)
+    bias = layer.bias
     if bias is None:
         raise ModelError(f"layer '{layer.name}' has no bias to add to; open its bias first")
     if not bool(torch.isfinite(removed_output).all()):
@@ -87,12 +87,6 @@ def compensate(layer: Layer, removed_output: Tensor) -> None:
         )
     # Added in the wider dtype, rounded once.
     bias.copy_(bias + removed_output.to(bias.device))
-
-
-def bias_of(layer: Layer) -> Tensor | None:
-    """The bias [out] of a layer without gradient, in the model's own storage, or None."""
-    bias = layer.module.bias
-    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def _closed_switches(configuration: Any) -> list[str]:

@@ -19,7 +19,7 @@ from prunezero.errors import ModelError
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.observing import removing
 from prunezero.models.units import Layer, find_blocks, find_layers
-from prunezero.models.walk import hidden_of
+from prunezero.models.walk import hidden_of, split_call
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,16 @@ def probe_block(
         ModelError: the model does not hand hidden states to its blocks.
     """
     block = find_blocks(language_model.model)[index]
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_in_float32((args, kwargs)))
+        calls.append(_in_float32(split_call(args, kwargs)))
 
     with removing([block.register_forward_pre_hook(before, with_kwargs=True)]):
         logits = logits_of(language_model, ids)
-    if not calls or not calls[0][0] or not isinstance(calls[0][0][0], Tensor):
-        raise ModelError(
-            f"the model does not hand hidden states to its block {index} as the first argument; "
-            "this layout is not supported"
-        )
-    (state, *rest), named = calls[0]
+    if not calls:
+        raise ModelError(f"the model did not run its block {index}; this layout is not supported")
+    state, rest, named = calls[0]
     generator = torch.Generator(state.device).manual_seed(0)
     twin = copy.deepcopy(block).float()
     paths = {module: path for path, module in block.named_modules()}
@@ -103,15 +100,15 @@ def probe_block(
     for layer in layers.values():
         _randomize(layer, generator)
     return BlockProbe(
-        twin, layers, originals, state.normal_(generator=generator), tuple(rest), named
+        twin, layers, originals, state.normal_(generator=generator), rest, named
     ), logits
 
 
 def _randomize(layer: Layer, generator: torch.Generator) -> None:
     """Weights and biases that keep the size of their inputs."""
     layer.weight.normal_(std=layer.weight.shape[1] ** -0.5, generator=generator)
-    if isinstance(layer.module.bias, Tensor):
-        layer.module.bias.detach().normal_(std=0.5, generator=generator)
+    if layer.bias is not None:
+        layer.bias.normal_(std=0.5, generator=generator)
 
 
 def logits_of(language_model: LanguageModel, ids: Tensor) -> Tensor:

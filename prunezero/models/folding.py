@@ -86,9 +86,7 @@ def fold(folding: Folding, order: Tensor) -> None:
     weight = folding.consumer.weight
     weight.copy_(weight.index_select(1, order.to(weight.device)))
     for layer, start in folding.producers:
-        bias = layer.module.bias
-        parts = [layer.weight] if bias is None else [layer.weight, bias.detach()]  # type: ignore[operator]
-        for part in parts:
+        for part in filter(torch.is_tensor, (layer.weight, layer.bias)):
             made = part[start : start + folding.produced]
             made.copy_(made.index_select(0, rows.to(made.device)))
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from prunezero.errors import StatisticsError
 from prunezero.models.language_model import LanguageModel
-from prunezero.models.observing import empty_statistics
+from prunezero.models.observing import empty_statistics, removing
 from prunezero.models.units import Layer, find_blocks
 from prunezero.scoring.statistics import SUMS, Statistics, contribution
 
@@ -77,18 +77,26 @@ def _collecting(
 ) -> Iterator[None]:
     """Within it, a backward pass fills the statistics and leaves no gradient behind."""
     model = language_model.model
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles: list[Any] = []
-    try:
-        model.requires_grad_(False)
+    with asking_anew(model), removing(handles):
         # The embedding needs no gradient, yet the graph has to start in front of the first block.
         handles.append(find_blocks(model)[0].register_forward_pre_hook(_require_gradient))
         for layer in layers:
             handles += _layer_hooks(layer, collected[layer.name])
         yield
+
+
+@contextmanager
+def asking_anew(model: nn.Module) -> Iterator[None]:
+    """Within it, no parameter asks for a gradient until told to; afterwards those ask that did.
+
+    No gradient is left behind.
+    """
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, required in before.items():
             parameter.requires_grad_(required)
             parameter.grad = None

@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 
 from prunezero.errors import StatisticsError, TextError
+from prunezero.models.gradients import sequence_loss
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer
 from prunezero.models.windows import check_windows
@@ -105,10 +106,14 @@ def _draws(
     named = language_model.model.named_parameters()
     parameters = {name: parameter.detach().float() for name, parameter in named}
     weights = [parameters[f"{layer.name}.weight"].requires_grad_() for layer in layers]
+
+    def model(ids: Tensor, **choices: Any) -> Any:
+        return functional_call(language_model.model, parameters, (ids,), choices)
+
     for place, ids in enumerate(windows):
         # Fused attention cannot be differentiated twice.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss = _sequence_loss(language_model, parameters, ids)
+            loss = sequence_loss(model, ids[None].to(language_model.device))
             _refuse_non_finite(float(loss.detach()), f"the loss on calibration sequence {place}")
             gradients = torch.autograd.grad(loss, weights, create_graph=True)
         for sample in range(samples):
@@ -119,14 +124,6 @@ def _draws(
             with torch.enable_grad():
                 values = curvatures(gradients, weights, signs)
             yield values
-
-
-def _sequence_loss(
-    language_model: LanguageModel, parameters: dict[str, Tensor], ids: Tensor
-) -> Tensor:
-    ids = ids.to(language_model.device)
-    output = functional_call(language_model.model, parameters, (ids[None],), {"use_cache": False})
-    return cross_entropy(output.logits[0, :-1].float(), ids[1:])
 
 
 def _signs(like: Tensor, key: str) -> Tensor:

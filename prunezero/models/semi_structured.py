@@ -113,7 +113,7 @@ def _converted(layer: Layer) -> Tensor:
         warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor is in prototype")
         try:
             return torch.sparse.to_sparse_semi_structured(layer.weight.contiguous())
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             # A build of torch without the library, or a GPU that the library leaves out.
             raise ModelError(
                 f"layer '{layer.name}': torch {torch.__version__} cannot make a 2:4 tensor of it "

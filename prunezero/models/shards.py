@@ -143,4 +143,4 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error})") from error
+        raise OutputError(f"'{path}' cannot be written ({error})") from error

@@ -196,7 +196,7 @@ def _record_calls(
     outputs: list[Any] = []
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state, rest, named = _split_call(args, kwargs)
+        state, rest, named = split_call(args, kwargs)
         if outputs and not _same(state, hidden_of(outputs[0])):
             raise ModelError(
                 f"{type(body).__name__} changes hidden states between its blocks; "
@@ -244,7 +244,7 @@ def _first_block_call(
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_split_call(args, kwargs))
+        calls.append(split_call(args, kwargs))
         raise StopForwardError
 
     handle = block.register_forward_pre_hook(before, with_kwargs=True)
@@ -254,9 +254,14 @@ def _first_block_call(
     return state, (rest, named)
 
 
-def _split_call(
+def split_call(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """A call of a block as its hidden states and the other arguments.
+
+    Raises:
+        ModelError: the first argument is no tensor.
+    """
     if not args or not isinstance(args[0], Tensor):
         raise ModelError(
             "the model does not hand hidden states to its blocks as the first argument; "

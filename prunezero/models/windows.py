@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,12 @@ def check_windows(ids: Tensor, language_model: LanguageModel) -> None:
             f"token id {wrong} is outside the vocabulary of '{language_model.name}' (0 to "
             f"{vocabulary - 1}); the tokenizer belongs to another model"
         )
+
+
+def windows_fingerprint(windows: Tensor) -> str:
+    """Hexadecimal digest of token ids, and their shape: the same text cut otherwise is another."""
+    ids = windows.cpu().contiguous().numpy().tobytes()
+    return f"{hashlib.blake2b(ids, digest_size=16).hexdigest()} {list(windows.shape)}"
 
 
 def check_length(length: int, language_model: LanguageModel) -> None:

@@ -32,7 +32,7 @@ def refit(weight: Tensor, mask: Tensor, gram: Tensor, options: Admm) -> Tensor:
     Raises:
         StatisticsError: `gram` is no Gram matrix, see `checked_gram`.
 
-    Source: Bozsa 2024 (TMLR), arXiv:2401.02938, with the mask fixed.
+    Source: Boža 2024 (TMLR), arXiv:2401.02938, with the mask fixed.
     """
     diagonal = checked_gram(gram).diagonal()
     dead = diagonal == 0

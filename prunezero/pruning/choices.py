@@ -8,7 +8,7 @@ be read and listed without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -211,7 +211,8 @@ def chosen(arrow: str, value: object) -> Choice:
     try:
         return Choice(word, WORDS[arrow][word].options.model_validate(numbers or {}))
     except ValidationError as error:
-        faults = "; ".join(_fault(word, fault) for fault in error.errors())
+        known = WORDS[arrow][word].options.model_fields
+        faults = "; ".join(_fault(word, fault, known) for fault in error.errors())
         raise ValueError(faults) from error
 
 
@@ -247,17 +248,11 @@ def spelled_chain(choices: tuple[Choice, ...]) -> Any:
     return parts[0] if len(parts) == 1 else parts
 
 
-def _fault(word: str, fault: Any) -> str:
+def _fault(word: str, fault: Any, known: Iterable[str]) -> str:
     where = ".".join(str(part) for part in (word, *fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(_options_of(word)) or "none"
-        return f"'{where}' is not a known number; known: {known}"
+        return f"'{where}' is not a known number; known: {', '.join(known) or 'none'}"
     return f"{where}: {fault['msg']}"
-
-
-def _options_of(word: str) -> list[str]:
-    rows = [words[word] for words in WORDS.values() if word in words]
-    return list(rows[0].options.model_fields)
 
 
 def _field(check: Callable[[object], Any], spell: Callable[[Any], Any]) -> Any:

@@ -15,6 +15,7 @@ from prunezero.pruning.dense_weights import DenseWeights
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
 
@@ -168,6 +169,8 @@ def compare(
     for recipe in changed:
         fraction = settled_sparsity(recipe.pattern, sparsity)
         found = check_recipe(bench.language_model, recipe, fraction)
+        # Refuses a permutation that cannot be had.
+        Reordering(bench.language_model, recipe, found)
         layers |= {layer.name: layer for layer in found}
     every = list(layers.values())
     stand = Stand(bench, bench.statistics(every, dense_sums(changed), progress))

@@ -7,22 +7,21 @@ as Wanda and SparseGPT do it. Gradients always come from the dense model.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prunezero.models.biases import open_biases
 from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer, find_layers
+from prunezero.models.windows import windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipe import Recipe
@@ -80,9 +79,10 @@ def prune(
     fraction = settled_sparsity(recipe.pattern, sparsity)
     layers = check_recipe(language_model, recipe, fraction)
     check_text(recipe, windows)
+    reordering = Reordering(language_model, recipe, layers)
     if "bias" in recipe.updates:
         open_biases(language_model, layers)
-    job = _Job(language_model, recipe, layers, dict(statistics or {}), windows)
+    job = _Job(language_model, recipe, layers, reordering, dict(statistics or {}), windows)
     ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
     outcome = Outcome(
         fraction,
@@ -152,8 +152,11 @@ class _Job:
     language_model: LanguageModel
     recipe: Recipe
     layers: list[Layer]
+    reordering: Reordering
     dense: dict[str, Statistics]
     windows: Tensor | None
+    known: dict[str, Statistics] = field(default_factory=dict, init=False)
+    """of the dense model and, block by block, of the model as pruned so far"""
 
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
@@ -180,13 +183,11 @@ class _Job:
 
     def _request(self, sparsity: float) -> dict[str, Any]:
         """Whatever the pruned weights follow from, in words and numbers."""
-        windows = torch.empty(0) if self.windows is None else self.windows.cpu().contiguous()
-        digest = hashlib.blake2b(windows.numpy().tobytes(), digest_size=8).hexdigest()
         return {
             "model": self.language_model.fingerprint,
             "recipe": self.recipe.to_yaml(),
             "sparsity": sparsity,
-            "text": f"{digest} {list(windows.shape)}",
+            "text": None if self.windows is None else windows_fingerprint(self.windows),
             "device": self.language_model.device.type,
             "versions": {name: version(name) for name in ("prunezero", "torch", "transformers")},
         }
@@ -208,14 +209,13 @@ class _Job:
         """One walk over the blocks at one sparsity."""
         self.known = dict(self.dense)
         masks = self._model_wide_masks(sparsity)
-        reordering = Reordering(self.language_model, self.recipe, self.layers)
         walk = self._walk()
         done = 0
         for block, members in groupby(self.layers, key=lambda layer: layer.block):
             inside = list(members)
             self.known |= self._seen_by_pruned(walk, block, inside)
-            reordering.move(block, self._score, self.known)
-            masks |= reordering.simulated(inside, self._score)
+            self.reordering.move(block, self._score, self.known)
+            masks |= self.reordering.simulated(inside, self._score)
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from prunezero.errors import OutputError, RecipeError, differences
 from prunezero.models.calibration import Progress
-from prunezero.models.gradients import sequence_loss
+from prunezero.models.gradients import asking_anew, sequence_loss
 from prunezero.models.language_model import LanguageModel
+from prunezero.models.observing import removing
 from prunezero.models.units import Layer
 from prunezero.models.windows import check_windows
 from prunezero.pruning.choices import Tune
@@ -169,27 +170,20 @@ def _share_of_rate(place: int, steps: int) -> float:
 @contextmanager
 def _training(model: nn.Module, layers: Sequence[Layer], options: Tune) -> Iterator[_Tuning]:
     """Within it, a backward pass adds to the masters' gradients; an error undoes all changes."""
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     trained = [_trained(layer.module.weight) for layer in layers]
     optimizer = OPTIMIZERS[options.optimizer]([one.master for one in trained], 0.0)
     handles: list[Any] = []
-    try:
-        model.requires_grad_(False)
-        for one in trained:
-            one.parameter.requires_grad_(True)
-            register: Any = one.parameter.register_post_accumulate_grad_hook
-            handles.append(register(one.add_gradient))
-        yield _Tuning(trained, optimizer, [])
-    except BaseException:
-        for one in trained:
-            one.parameter.detach().copy_(one.before)
-        raise
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, is_required in required.items():
-            parameter.requires_grad_(is_required)
-            parameter.grad = None
+    with asking_anew(model), removing(handles):
+        try:
+            for one in trained:
+                one.parameter.requires_grad_(True)
+                register: Any = one.parameter.register_post_accumulate_grad_hook
+                handles.append(register(one.add_gradient))
+            yield _Tuning(trained, optimizer, [])
+        except BaseException:
+            for one in trained:
+                one.parameter.detach().copy_(one.before)
+            raise
 
 
 def _trained(parameter: Any) -> _Trained:

@@ -49,14 +49,15 @@ class Reordering:
         for layer in layers:
             by_block[layer.block].append(layer)
         for block, inside in by_block.items():
-            if self._recipe.permute.options.model_dump()["layers"]:
+            self._foldings[block] = find_foldings(language_model, inside)
+            names_layers = bool(self._recipe.permute.options.model_dump()["layers"])
+            if names_layers and len(self._foldings[block]) < len(inside):
                 for name, reason in refusals(language_model, inside).items():
                     raise RecipeError(
                         f"recipe {self._recipe.name}: the input channels of '{name}' cannot be "
                         f"permuted: {reason}; leave it out of permute, or write simulate: true to "
                         "measure what it would bring"
                     )
-            self._foldings[block] = find_foldings(language_model, inside)
         if not any(self._foldings.values()):
             raise RecipeError(
                 f"recipe {self._recipe.name}: no layer's input channels can be permuted in "

@@ -13,7 +13,6 @@ from prunezero.models.units import Layer, find_layers, matching
 from prunezero.models.walk import FORWARD_SUMS
 from prunezero.pruning.allocation import ALLOCATION_SUMS
 from prunezero.pruning.recipe import Recipe
-from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.update import UPDATE_SUMS
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import check_request, pattern_sparsity, removed_count
@@ -106,5 +105,4 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
         matching(pattern, layers)
     if "bias" in recipe.updates:
         refuse_without_bias(language_model, layers)
-    Reordering(language_model, recipe, layers)
     return layers

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from prunezero.errors import OutputError, differences
+from prunezero.models.shards import write_shard
 from prunezero.models.units import Layer
 
 STAGES = ("pruned", "tuned")
@@ -78,20 +79,13 @@ class Stages:
         Raises:
             OutputError: they cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         if self._folder is None:
             self._finished = (step, stage)
             return
         path = self._folder / f"step-{step}-{stage}.safetensors"
-        unfinished = path.with_name(f".{path.name}.tmp")
+        tensors = {key: value.contiguous().cpu().clone() for key, value in self._tensors()}
+        write_shard(path, tensors)
         try:
-            tensors = {key: value.contiguous().cpu().clone() for key, value in self._tensors()}
-            save_file(tensors, unfinished)
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
             request = json.loads((self._folder / "request.json").read_text())
             _write_text(
                 self._folder / "request.json", json.dumps(request | {"finished": [step, stage]})
@@ -103,7 +97,7 @@ class Stages:
                 used_up.append(tuning)
             for old in used_up:
                 old.unlink()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OutputError(f"'{path}' cannot be written ({error})") from error
 
     def checkpoint(self, step: int) -> Path | None:

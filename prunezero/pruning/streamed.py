@@ -6,7 +6,6 @@ run that was stopped goes on behind the last of them, and ends with the same byt
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from prunezero.models.saving import count_sparsity
 from prunezero.models.streaming import StreamedModel
 from prunezero.models.unfinished import UnfinishedCheckpoint
 from prunezero.models.units import Layer
-from prunezero.models.windows import check_windows
+from prunezero.models.windows import check_windows, windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.prune import prune_layers
@@ -261,17 +260,12 @@ def _refuse_too_large(need: MemoryNeed, limit: int | None, name: str) -> None:
 
 def _request(plan: _Plan) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    text = None
-    if plan.windows is not None:
-        ids = plan.windows.cpu().contiguous().numpy().tobytes()
-        digest = hashlib.blake2b(ids, digest_size=16).hexdigest()
-        text = f"{digest} {list(plan.windows.shape)}"
     model = plan.streamed.language_model
     return {
         "recipe": plan.recipe.to_yaml(),
         "sparsity": plan.sparsity,
         "source": model.fingerprint,
-        "windows": text,
+        "windows": None if plan.windows is None else windows_fingerprint(plan.windows),
         "dtype": str(model.dtype),
         "device": model.device.type,
         "versions": {name: version(name) for name in ("prunezero", "torch", "transformers")},

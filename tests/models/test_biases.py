@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunezero.errors import ModelError, StatisticsError
-from prunezero.models.biases import bias_of, compensate, open_biases
+from prunezero.models.biases import compensate, open_biases
 from prunezero.models.loading import load_model, save_model
 from prunezero.models.units import find_layers
 from tests.tiny_models import tiny_batches, tiny_model
@@ -81,7 +81,7 @@ def test_opening_again_changes_nothing() -> None:
     open_biases(model, layers)
     compensate(layers[0], torch.ones(layers[0].weight.shape[0]))
     assert open_biases(model, layers) == []
-    bias = bias_of(layers[0])
+    bias = layers[0].bias
     assert bias is not None and torch.equal(bias, torch.ones_like(bias))
 
 
@@ -107,7 +107,7 @@ def test_bfloat16_biases_are_rounded_once() -> None:
     compensate(layer, torch.full((32,), 1.0))
     # A little more than half a step above one; rounded by itself it would be exactly half of one.
     compensate(layer, torch.full((32,), 2.0**-8 + 1e-5))
-    bias = bias_of(layer)
+    bias = layer.bias
     assert bias is not None and bias.dtype == torch.bfloat16
     assert torch.equal(bias, torch.full((32,), 1 + 2.0**-7, dtype=torch.bfloat16))
 

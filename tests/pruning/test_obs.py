@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.pruning.obs import sweep
-from prunezero.scoring.second_order import inverse_factor
+from prunezero.pruning.obs import Choose, sweep
+from prunezero.scoring.second_order import InverseFactor, inverse_factor
 from prunezero.scoring.selection import select
 
 
@@ -66,6 +66,16 @@ def lowest_two_of_four(weight: np.ndarray, diagonal: np.ndarray) -> np.ndarray:
     return removed
 
 
+def half_by_surgeon(factor: InverseFactor, **request: str) -> Choose:
+    """Keeps the half with the larger w^2 / U^2, by the comparison group or pattern asked for."""
+
+    def choose(now: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        scores = (now[:, start:stop] / factor.upper.diagonal()[start:stop]) ** 2
+        return select(scores, 0.5, **request)
+
+    return choose
+
+
 @pytest.mark.parametrize("group", [1, 3, 7, 16, 24, 32, 50, 128, 200])
 @pytest.mark.parametrize(("rows", "columns"), [(8, 96), (5, 131), (16, 300)])
 def test_blocks_of_any_width_equal_the_published_algorithm(
@@ -73,11 +83,7 @@ def test_blocks_of_any_width_equal_the_published_algorithm(
 ) -> None:
     weight, gram = correlated_layer(rows, columns)
     factor = inverse_factor(gram)
-
-    def choose(now: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        scores = (now[:, start:stop] / factor.upper.diagonal()[start:stop]) ** 2
-        return select(scores, 0.5, compare="layer")
-
+    choose = half_by_surgeon(factor, compare="layer")
     ours, mask = sweep(weight, factor, choose, group=group)
     reference = published_sweep(weight.numpy(), gram.numpy(), lowest_half_of_block, group)
     assert np.array_equal(mask.numpy(), reference != 0)
@@ -88,11 +94,7 @@ def test_blocks_of_any_width_equal_the_published_algorithm(
 def test_2_4_chosen_on_mended_weights_equals_the_published_algorithm(columns: int) -> None:
     weight, gram = correlated_layer(12, columns)
     factor = inverse_factor(gram)
-
-    def choose(now: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        scores = (now[:, start:stop] / factor.upper.diagonal()[start:stop]) ** 2
-        return select(scores, 0.5, pattern="2:4")
-
+    choose = half_by_surgeon(factor, pattern="2:4")
     ours, mask = sweep(weight, factor, choose, group=4)
     reference = published_sweep(weight.numpy(), gram.numpy(), lowest_two_of_four, 4)
     assert np.array_equal(mask.numpy(), reference != 0)
@@ -129,11 +131,7 @@ def test_weights_of_dead_channels_go_and_change_nothing_else() -> None:
     gram[[3, 17]] = 0.0
     gram[:, [3, 17]] = 0.0
     factor = inverse_factor(gram)
-
-    def choose(now: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        scores = (now[:, start:stop] / factor.upper.diagonal()[start:stop]) ** 2
-        return select(scores, 0.5, compare="layer")
-
+    choose = half_by_surgeon(factor, compare="layer")
     ours, _ = sweep(weight, factor, choose, group=40)
     reference = published_sweep(weight.numpy(), gram.numpy(), lowest_half_of_block, 40)
     assert not ours[:, [3, 17]].any()

@@ -64,7 +64,7 @@ def test_resuming_is_refused_whichever_setting_changed(key: str, tmp_path: Path)
     Journal(path, HEADER, resume=False).close()
     Journal(path, HEADER, resume=True).close()
     before = path.read_bytes()
-    with pytest.raises(SearchError, match=f'{key}: .*, now another.*another --name'):
+    with pytest.raises(SearchError, match=f"{key}: .*, now another.*another --name"):
         Journal(path, {**HEADER, key: "another"}, resume=True)
     assert path.read_bytes() == before
 
