@@ -176,7 +176,7 @@ def test_a_journal_that_was_edited_is_refused_by_line(tmp_path: Path) -> None:
 
 def test_resuming_under_other_settings_is_refused_with_the_difference(tmp_path: Path) -> None:
     session_in(tmp_path / "a").journal.close()
-    with pytest.raises(SearchError, match="seed: 0 then, 1 now"):
+    with pytest.raises(SearchError, match="seed: 0, now 1"):
         session_in(tmp_path / "a", resume=True, seed=1)
     with pytest.raises(SearchError, match="space: .* then"):
         session_in(tmp_path / "a", resume=True, generation=7)
