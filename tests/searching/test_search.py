@@ -178,7 +178,7 @@ def test_resuming_under_other_settings_is_refused_with_the_difference(tmp_path: 
     session_in(tmp_path / "a").journal.close()
     with pytest.raises(SearchError, match="seed: 0, now 1"):
         session_in(tmp_path / "a", resume=True, seed=1)
-    with pytest.raises(SearchError, match="space: .* then"):
+    with pytest.raises(SearchError, match="space: .*, now"):
         session_in(tmp_path / "a", resume=True, generation=7)
     with pytest.raises(SearchError, match="model: "):
         task = make_task(tiny_space(), 0.5)
