@@ -73,16 +73,17 @@ def compare(
         waiting,
     )
     from prunezero.pruning import compare as comparison
-    from prunezero.pruning.bench import set_up
+    from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir, tracked_rows
     from prunezero.report.track import Tracker
 
     options.check_statistics(statistics)
     options.check_json(json_file)
-    chosen = options.load_recipes(recipes, pattern)
+    chosen = options.load_recipes(recipes)
     for recipe in chosen:
-        settled_sparsity(pattern or recipe.pattern, sparsity)
+        changed = with_choices(recipe, pattern=pattern, allocate=allocate)
+        settled_sparsity(changed.pattern, sparsity)
     settings = options.make_settings(
         sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
     )

@@ -70,6 +70,7 @@ def _recipes(runs_dir: Path) -> Rows:
             "compare": recipe.compare,
             "around it": _around(recipe),
             "needs": recipe.signal,
+            "statistics": recipe.statistics,
             "source": recipe.source,
         }
         for recipe in recipes
@@ -85,17 +86,19 @@ def _around(recipe: Recipe) -> str:
 
 
 def _choices(runs_dir: Path) -> Rows:
-    from prunezero.pruning.choices import WORDS
+    from prunezero.pruning.choices import PLAIN_WORDS, WORDS
 
-    return [
+    plain = [
+        {"key": key, "word": word, "meaning": meaning, "numbers": ""}
+        for key, words in PLAIN_WORDS.items()
+        for word, meaning in words.items()
+    ]
+    return plain + [
         {
             "key": key,
             "word": word,
             "meaning": row.meaning,
-            "numbers": ", ".join(
-                f"{name} {field.get_default(call_default_factory=True)}"
-                for name, field in row.options.model_fields.items()
-            ),
+            "numbers": "\n".join(row.options.described()),
         }
         for key, words in WORDS.items()
         for word, row in words.items()

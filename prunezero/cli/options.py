@@ -50,7 +50,8 @@ Statistics = Annotated[
 Allocate = Annotated[
     str | None,
     typer.Option(
-        help="How much each layer loses: `uniform`, `owl`, `sensitivity` or `heavy_tail`."
+        help="How much each layer loses: `uniform`, `owl`, `sensitivity` or `heavy_tail`; "
+        "a `table` of ratios stands in a recipe."
     ),
 ]
 Seed = Annotated[
@@ -71,7 +72,8 @@ TestTokens = Annotated[int, typer.Option(help="Tokens of test text.", rich_help_
 Dtype = Annotated[
     str,
     typer.Option(
-        help="`auto`, `float32` or `bfloat16`; auto takes the faster of the two on a CPU."
+        help="`auto`, `float32` or `bfloat16`; auto takes the faster of the two on a CPU, and "
+        "under a memory limit what the files hold."
     ),
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1` ...")]
@@ -110,7 +112,7 @@ def make_settings(
     return Settings(sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed)
 
 
-def load_recipes(names: str, pattern: str | None) -> list[Recipe]:
+def load_recipes(names: str) -> list[Recipe]:
     """The recipes of a comma-separated list.
 
     Raises:

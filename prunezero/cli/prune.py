@@ -76,7 +76,8 @@ def prune(
 
     With a memory limit, weights are read and written block by block; what a stopped run has done
     waits beside the output, and the same command goes on there. So it is with recipes of several
-    steps, without a limit too.
+    steps, without a limit too. The files are then read once more for each text that the dense and
+    the pruned model are measured on; fewer `--evaluation-tokens` and `--test-tokens` shorten that.
 
     Examples:
 

@@ -74,16 +74,20 @@ def prune_files(
     peak = PeakMemory(bench.language_model.device)
     with Bars() as bars:
         report = _Report(streamed, recipe, bench, measured, ids.numel(), bars)
-        done = prune_streamed(
-            streamed,
-            recipe,
-            sparsity,
-            output,
-            windows=ids,
-            memory_limit=limit,
-            progress=bars,
-            report=report,
-        )
+        try:
+            done = prune_streamed(
+                streamed,
+                recipe,
+                sparsity,
+                output,
+                windows=ids,
+                memory_limit=limit,
+                progress=bars,
+                report=report,
+            )
+        except KeyboardInterrupt:
+            say(f"finished blocks are kept beside {output}; the same command goes on there")
+            raise
     name = bench.language_model.name
     console.print(results_table(report.rows, f"{recipe.name} on {name}"))
     say(conditions(report.rows, name, bench.text.name))
@@ -100,10 +104,10 @@ def _checked_estimates(
     measured: Mapping[str, Tensor],
     limit: int,
 ) -> int:
-    """Bytes that measuring takes; what pruning takes is printed, and refused by `prune_streamed`.
+    """Bytes that measuring takes; what pruning takes is printed.
 
     Raises:
-        ModelError: measuring takes more than the limit.
+        ModelError: either takes more than the limit.
     """
     from prunezero.cli.tables import say
     from prunezero.models.memory import mebibytes, memory_need
@@ -115,11 +119,13 @@ def _checked_estimates(
     say(f"pruning takes about {mebibytes(need.total)} of memory: {need}")
     measuring = max(evaluation_bytes(streamed, windows) for windows in measured.values())
     # Found out only after hours of pruning, it would leave the files without a way to the end.
-    if measuring > limit:
+    enough = max(need.total, measuring)
+    if enough > limit:
         raise ModelError(
-            f"measuring '{streamed.language_model.name}' takes about {mebibytes(measuring)} but "
-            f"the limit is {mebibytes(limit)}; raise it, or use shorter windows "
-            "(--sequence-length)"
+            f"pruning '{streamed.language_model.name}' takes about {mebibytes(need.total)} and "
+            f"measuring it {mebibytes(measuring)}, but the limit is {mebibytes(limit)}; "
+            f"{mebibytes(enough)} will do, or use less text (--calibration-tokens) in shorter "
+            "windows (--sequence-length)"
         )
     return measuring
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ def waiting(text: str) -> Status:
     """Within it, the text stands beside a moving sign."""
     return console.status(Text(text))
 
+
+# In a log, a stage that is longer than this tells how far it is.
+SECONDS_OF_SILENCE = 30.0
 
 _COLUMNS = {
     "recipe": "recipe",
@@ -85,7 +89,8 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, text: str) -> str:
 class Bars:
     """Progress bars for work in several stages, fed by (what, done, total).
 
-    Where the output is no terminal, a line tells the end of each stage instead.
+    Where the output is no terminal, a line tells the end of each stage instead, and now and then
+    how far a long one has come.
     """
 
     def __init__(self) -> None:
@@ -99,6 +104,7 @@ class Bars:
             disable=not console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
+        self._told = time.monotonic()
 
     def __enter__(self) -> Bars:
         self._bars.start()
@@ -109,8 +115,10 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show that `done` of `total` parts of a stage are done."""
-        if not console.is_terminal and done == total:
-            say(f"{what}: {total} of {total}")
+        now = time.monotonic()
+        if not console.is_terminal and (done == total or now - self._told > SECONDS_OF_SILENCE):
+            say(f"{what}: {done} of {total}")
+            self._told = now
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)

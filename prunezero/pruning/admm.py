@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import FactorizationError, StatisticsError
-from prunezero.pruning.choices import Admm
+from prunezero.pruning.choice_options import Admm
 
 
 def refit(weight: Tensor, mask: Tensor, gram: Tensor, options: Admm) -> Tensor:

@@ -8,121 +8,28 @@ be read and listed without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import BeforeValidator, PlainSerializer, ValidationError, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from prunezero.errors import did_you_mean
-
-
-class Options(BaseModel):
-    """The numbers of a word that has none."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _list_as_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
-
-
-class Owl(Options):
-    """Outlier-weighed layer-wise sparsity, Yin et al. 2024 (ICML), arXiv:2310.05175."""
-
-    # an outlier's score is this many times the mean of its block
-    outlier: float = Field(default=5.0, gt=1)
-    # kept fractions of blocks span twice this, before the whole is moved to the budget
-    spread: float = Field(default=0.08, ge=0, lt=1)
-
-
-class Sensitivity(Options):
-    """Mixed sparsity by the trace of the loss's Hessian, Shao et al. 2024, arXiv:2310.09499."""
-
-    # kept fractions of matrices span twice this, before the whole is moved to the budget
-    spread: float = Field(default=0.1, ge=0, lt=1)
-    # calibration sequences, and random vectors for each
-    sequences: int = Field(default=4, ge=1)
-    samples: int = Field(default=1, ge=1)
-
-
-class HeavyTail(Options):
-    """AlphaPruning: power-law exponents of weight spectra, Lu et al. 2024, arXiv:2410.10912."""
-
-    # a block's sparsity is scaled by 1 - spread to 1 + spread
-    spread: float = Field(default=0.3, ge=0, lt=1)
-
-
-class Table(Options):
-    """Ratios by layer pattern, scaled so that the model as a whole loses what was asked for."""
-
-    # removed share relative to other layers, by pattern; the last that matches counts, others are 1
-    ratios: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
-
-
-class Admm(Options):
-    """Re-fit of the kept weights, Boža 2024 (TMLR), arXiv:2401.02938."""
-
-    iterations: int = Field(default=20, ge=1)
-    # share of the mean diagonal added to the scaled Gram matrix
-    damping: float = Field(default=0.1, gt=0)
-    # strength of the pull towards the mask
-    rho: float = Field(default=1.0, gt=0)
-
-
-class Swaps(Options):
-    """Exchanges of a kept and a removed weight of a row that lower its output error the most."""
-
-    # exchanges per row at most
-    swaps: int = Field(default=50, ge=1)
-
-
-class Dsnot(Options):
-    """Dynamic sparse no training, Zhang et al. 2024 (ICLR), arXiv:2310.08915."""
-
-    cycles: int = Field(default=50, ge=1)
-    # a row whose expected error is smaller is left alone
-    threshold: float = Field(default=0.1, ge=0)
-    # the growing criterion divides by the variance to this power
-    power: float = Field(default=1.0, ge=0)
-
-
-class Permutation(Options):
-    """Which layers' input channels are put into another order before an N:M mask is chosen."""
-
-    # layers to permute, as in `targets`; if empty, all whose order neighbours can follow
-    layers: tuple[str, ...] = ()
-    # permute the masks alone: measures accuracy, and the saved model is not N:M in memory
-    simulate: bool = False
-
-
-class Iterative(Options):
-    """Several pruning steps of growing sparsity."""
-
-    steps: int = Field(default=4, ge=2)
-    # removed share after step k of n: k/n, or 1 - (1 - k/n)^3 (Zhu & Gupta 2017, arXiv:1710.01878)
-    shape: Literal["linear", "cubic"] = "cubic"
-
-
-class Tune(Options):
-    """Short fine-tuning of the weights that stay, after each pruning step; the mask is held."""
-
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    learning_rate: float = Field(default=1e-4, gt=0)
-    # training sequences after each pruning step
-    sequences: int = Field(default=128, ge=1)
-    # sequences whose gradients are added up for one step of the optimizer
-    batch: int = Field(default=4, ge=1)
+from prunezero.pruning.choice_options import (
+    Admm,
+    Dsnot,
+    HeavyTail,
+    Iterative,
+    Options,
+    Owl,
+    Permutation,
+    Sensitivity,
+    Swaps,
+    Table,
+    Tune,
+)
+from prunezero.pruning.documents import fault_in_words
 
 
 @dataclass(frozen=True)
@@ -168,6 +75,27 @@ WORDS: dict[str, dict[str, Word]] = {
     },
 }
 
+
+# Choices that are a word or a number alone, for those who ask what there is.
+PLAIN_WORDS = {
+    "compare": {
+        "row": "weights of one output compete",
+        "layer": "all weights of a matrix compete",
+        "model": "all weights of the model compete",
+        "N columns": "in each row, N neighbouring weights compete, such as 128 columns",
+    },
+    "pattern": {
+        "free": "zeros may stand anywhere",
+        "N:M": "N of every M neighbouring weights are kept, such as 2:4",
+    },
+    "statistics": {
+        "dense": "layers see the dense model",
+        "sequential": "layers see the model as pruned so far, block by block",
+    },
+    "damping": {
+        "0.01": "share of the mean Gram diagonal added before an inversion; above 0, at most 1"
+    },
+}
 
 # What must stand before what: the mask is settled among dense weights, then weights are mended, and
 # biases take over what is left.
@@ -248,11 +176,15 @@ def spelled_chain(choices: tuple[Choice, ...]) -> Any:
     return parts[0] if len(parts) == 1 else parts
 
 
-def _fault(word: str, fault: Any, known: Iterable[str]) -> str:
+def _fault(word: str, fault: Any, known: Mapping[str, FieldInfo]) -> str:
     where = ".".join(str(part) for part in (word, *fault["loc"]))
     if fault["type"] == "extra_forbidden":
-        return f"'{where}' is not a known number; known: {', '.join(known) or 'none'}"
-    return f"{where}: {fault['msg']}"
+        near = did_you_mean(str(fault["loc"][-1]), known) or "."
+        return f"'{where}' is not a known number{near} Known: {', '.join(known) or 'none'}"
+    if fault["type"] == "missing":
+        number = fault["loc"][-1]
+        return f"{word} needs its {number} ({known[number].description})"
+    return f"{where}: {fault_in_words(fault)}"
 
 
 def _field(check: Callable[[object], Any], spell: Callable[[Any], Any]) -> Any:

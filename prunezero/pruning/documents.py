@@ -17,6 +17,8 @@ from pydantic import BaseModel, ValidationError
 from prunezero.errors import OutputError, RecipeError, did_you_mean
 
 MAX_BYTES = 64 * 1024
+# Keys that people expect in a document, and where they belong.
+ELSEWHERE = {"sparsity": "how much goes is no part of a recipe; say it with --sparsity"}
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -131,7 +133,7 @@ def to_yaml(data: dict[str, Any]) -> str:
 
 
 def validated(kind: type[Model], data: dict[str, Any], source: str) -> Model:
-    """The data as `kind`, or one error that lists every fault by file, key and nearest word.
+    """The data as `kind`, or one error that lists every fault by source, key and nearest word.
 
     Raises:
         RecipeError: a key is unknown, missing, or holds what it may not.
@@ -140,26 +142,38 @@ def validated(kind: type[Model], data: dict[str, Any], source: str) -> Model:
         return kind.model_validate(data)
     except ValidationError as error:
         faults = [_fault(kind, fault) for fault in error.errors()]
-        raise RecipeError("\n".join(f"{source}, {fault}" for fault in faults)) from error
+        raise RecipeError("\n".join(f"{source}{fault}" for fault in faults)) from error
 
 
 def _fault(kind: type[BaseModel], fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"]) or "the whole file"
+    """What is wrong, after the name of the source: the key where one is at fault, and why."""
+    key = ".".join(str(part) for part in fault["loc"])
+    return f"{f', {key}' if key else ''}: {_reason(kind, fault, key)}"
+
+
+def _reason(kind: type[BaseModel], fault: Any, key: str) -> str:
     known = [field.alias or name for name, field in kind.model_fields.items()]
     match fault["type"]:
+        case "extra_forbidden" if key in ELSEWHERE:
+            return ELSEWHERE[key]
         case "extra_forbidden":
             near = did_you_mean(key, known) or "."
-            return f"{key}: not a known key{near} Known: {', '.join(known)}."
+            return f"not a known key{near} Known: {', '.join(known)}."
         case "missing":
-            return f"{key}: missing"
+            return "this key must be there"
         case "literal_error":
             words = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
             near = did_you_mean(str(fault["input"]), words) or "."
             known_words = ", ".join(words) or fault["ctx"]["expected"]
-            return f"{key}: '{fault['input']}' is not a known word{near} Known: {known_words}."
+            return f"'{fault['input']}' is not a known word{near} Known: {known_words}."
         case "value_error":
-            return f"{key}: {fault['ctx']['error']}"
-    return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, but got {fault['input']!r:.60}"
+            return str(fault["ctx"]["error"])
+    return fault_in_words(fault)
+
+
+def fault_in_words(fault: Any) -> str:
+    """What pydantic found wrong with a value, and the value."""
+    return f"{fault['msg'][0].lower()}{fault['msg'][1:]}, but got {fault['input']!r:.60}"
 
 
 def _one_line(text: str) -> str:

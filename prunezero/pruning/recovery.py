@@ -27,7 +27,7 @@ from prunezero.models.language_model import LanguageModel
 from prunezero.models.observing import removing
 from prunezero.models.units import Layer
 from prunezero.models.windows import check_windows
-from prunezero.pruning.choices import Tune
+from prunezero.pruning.choice_options import Tune
 
 # Steps of the optimizer between two checkpoints.
 KEEP_EVERY = 10

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunezero.pruning.admm import checked_gram
-from prunezero.pruning.choices import Swaps
+from prunezero.pruning.choice_options import Swaps
 from prunezero.scoring.request import Pattern
 
 # Numbers in a working array: on a CPU it should stay in the cache, on a GPU fill the processors.

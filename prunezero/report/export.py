@@ -142,20 +142,26 @@ def pruner_page(fields: PrunerFields) -> str:
 
 def refuse_unfit(fields: PrunerFields) -> None:
     """Raise OutputError where a page of one dense pass could not do what the recipe says."""
-    wanted: dict[str, object] = {"allocate": "uniform", "statistics": "dense", "update": "none"}
-    wanted |= {"permute": "none", "schedule": "one-shot", "recover": "none"}
+    wanted: dict[str, object] = {"allocate": "uniform", "update": "none", "permute": "none"}
+    wanted |= {"schedule": "one-shot", "recover": "none"}
     if {"U", "V"} & set(fields.criterion.features):
         wanted["damping"] = 0.01
-    for choice, needed in wanted.items():
-        if getattr(fields, choice) != needed:
-            raise OutputError(
-                f"{fields.name} has {choice}: {getattr(fields, choice)}, which a one-page pruner "
-                f"cannot follow (it has {choice}: {needed}); use `prunezero prune` with the recipe"
-            )
+    found = [
+        f"{choice}: {getattr(fields, choice)}"
+        for choice, needed in wanted.items()
+        if getattr(fields, choice) != needed
+    ]
     if fields.compare == "model" and fields.pattern == "free":
+        found.append("compare: model")
+    if found:
         raise OutputError(
-            f"{fields.name} compares the whole model at once, which a one-page pruner cannot "
-            "follow; use `prunezero prune` with the recipe"
+            f"{fields.name} has {', '.join(found)}, which a one-page pruner cannot follow; use "
+            "`prunezero prune` with the recipe"
+        )
+    if fields.statistics != "dense":
+        raise OutputError(
+            f"{fields.name} has statistics: {fields.statistics}, but a one-page pruner looks at "
+            "the dense model alone; add --statistics dense to export it so"
         )
     unknown = [name for name in fields.criterion.features if name not in FEATURE_LINES]
     if unknown:

@@ -91,7 +91,7 @@ def removed_count(size: int, sparsity: float) -> int:
         SelectionError: `sparsity` is not at least 0 and below 1.
     """
     if not 0 <= sparsity < 1:
-        hint = f"; write {sparsity:g} % as {sparsity / 100:g}" if 1 <= sparsity < 100 else ""
+        hint = f"; write {sparsity:g} % as {sparsity / 100:g}" if 2 <= sparsity < 100 else ""
         raise SelectionError(f"sparsity must be at least 0 and below 1 but got {sparsity}{hint}")
     return math.floor(size * Fraction(str(sparsity)))
 

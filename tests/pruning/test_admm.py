@@ -10,7 +10,7 @@ import torch
 
 from prunezero.errors import StatisticsError
 from prunezero.pruning.admm import refit
-from prunezero.pruning.choices import Admm
+from prunezero.pruning.choice_options import Admm
 
 Array = np.ndarray[Any, Any]
 OUT, IN = 6, 20

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
-from prunezero.pruning.choices import Dsnot
+from prunezero.pruning.choice_options import Dsnot
 from prunezero.pruning.dsnot import dsnot
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import select

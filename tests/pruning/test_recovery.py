@@ -13,7 +13,8 @@ from prunezero.errors import OutputError, RecipeError, TextError
 from prunezero.models.language_model import LanguageModel, wrap_model
 from prunezero.models.units import Layer, find_layers
 from prunezero.pruning import recovery
-from prunezero.pruning.choices import WORDS, Options, Tune
+from prunezero.pruning.choice_options import Options, Tune
+from prunezero.pruning.choices import WORDS
 from prunezero.pruning.recovery import OPTIMIZERS, RECOVERIES, TuneReport, tune
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 

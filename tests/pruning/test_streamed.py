@@ -357,7 +357,7 @@ def test_another_request_does_not_go_on_in_the_same_place(
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        (recipe("abs(W) * G", statistics="dense"), "gradient_square_sum"),
+        (recipe("abs(W) * G", statistics="dense"), "formula takes gradients"),
         (recipe("abs(W)", compare="model", statistics="dense"), "compare 'model' ranks"),
         (recipe(allocate="owl"), "allocate owl looks at all blocks"),
         (recipe(schedule="iterative"), "schedule iterative prunes the model several times"),

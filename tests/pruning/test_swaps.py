@@ -10,7 +10,7 @@ import torch
 
 from prunezero.errors import StatisticsError
 from prunezero.pruning import swaps
-from prunezero.pruning.choices import Swaps
+from prunezero.pruning.choice_options import Swaps
 from prunezero.pruning.swaps import improve_by_swaps
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import select

@@ -15,7 +15,7 @@ from prunezero.models.calibration import calibrate
 from prunezero.models.language_model import LanguageModel, wrap_model
 from prunezero.models.units import Layer, find_layers
 from prunezero.pruning import obs, update
-from prunezero.pruning.choices import Dsnot
+from prunezero.pruning.choice_options import Dsnot
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import prune, prune_layers
 from prunezero.pruning.recipe import Recipe

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,22 @@ def test_every_feature_can_be_exported() -> None:
 
 @pytest.mark.parametrize(
     ("choice", "value"),
-    [("update", "obs"), ("statistics", "sequential"), ("allocate", "owl"), ("compare", "model")],
+    [("update", "obs"), ("allocate", "owl"), ("compare", "model")],
 )
 def test_recipes_that_a_page_cannot_follow_are_refused(choice: str, value: str) -> None:
     fields = PrunerFields("mine", Criterion.parse("abs(W)"), **{choice: value})  # type: ignore[arg-type]
-    with pytest.raises(OutputError, match="cannot follow"):
+    with pytest.raises(OutputError, match=f"{choice}: {value}, which .* cannot follow"):
         pruner_page(fields)
+
+
+def test_all_that_a_page_cannot_follow_is_told_at_once_and_what_an_option_mends_last() -> None:
+    fields = PrunerFields("mine", Criterion.parse("abs(W)"), update="obs", statistics="sequential")
+    with pytest.raises(OutputError, match="update: obs, which"):
+        pruner_page(fields)
+    with pytest.raises(OutputError, match="update: obs, permute: heuristic, which"):
+        pruner_page(replace(fields, permute="heuristic"))
+    with pytest.raises(OutputError, match="add --statistics dense"):
+        pruner_page(replace(fields, update="none"))
 
 
 def test_hostile_words_stay_words(tmp_path: Path) -> None:
