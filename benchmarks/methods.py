@@ -32,6 +32,8 @@ RECIPES = ("magnitude", "wanda", "ria", "pruner_zero", "isc", "sparsegpt", "admm
 ALLOCATIONS = ("uniform", "owl")
 # What is asked for: sparsity and pattern.
 TARGETS = ((0.5, "free"), (0.7, "free"), (0.5, "2:4"))
+EVALUATION_TOKENS = 4096
+TEST_TOKENS = 8192
 KEYS = ("recipe", "allocate", "sparsity", "pattern", "seed", "calibration_tokens", "model")
 
 
@@ -49,8 +51,8 @@ def main() -> None:
         for seed in map(int, arguments.seeds.split(",")):
             settings = Settings(
                 calibration_tokens=arguments.calibration_tokens,
-                evaluation_tokens=4096,
-                test_tokens=8192,
+                evaluation_tokens=EVALUATION_TOKENS,
+                test_tokens=TEST_TOKENS,
                 seed=seed,
             )
             measure(arguments.model, settings, path)
@@ -154,10 +156,10 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         "# Methods under equal conditions",
         "",
         f"{one['model']}, windows of {one['sequence_length']} tokens, sequential statistics from "
-        f"{one['calibration_tokens']} tokens, seeds {seeds}; made by "
-        "`python benchmarks/methods.py`. "
-        "A cell is the mean over seeds and, where there are several, in brackets the largest minus "
-        "the smallest; - was not measured yet.",
+        f"{one['calibration_tokens']} tokens, seeds {seeds}; {EVALUATION_TOKENS} tokens of "
+        f"validation and {TEST_TOKENS} of test text; made by `python benchmarks/methods.py`. "
+        "A cell is the mean over seeds and in brackets the largest minus the smallest; a cell "
+        "without brackets has one seed, or the same result for all; - was not measured yet.",
         "",
     ]
     for split in SPLITS:
