@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -52,6 +53,11 @@ class Sample:
     def weight(self) -> Tensor:
         """The sampled rows, `[rows, in]`."""
         return self.features["W"]
+
+    @cached_property
+    def whole_energy(self) -> Tensor:
+        """The weighted energy of the layer's outputs, what `layer_error` takes a share of."""
+        return _weighted_energy(self.weight, self)
 
 
 def ladder_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[str]:
@@ -146,7 +152,7 @@ def layer_error(samples: Sequence[Sample], masks: Sequence[Tensor]) -> float:
     for sample, mask in zip(samples, masks, strict=True):
         removed = sample.weight.masked_fill(mask, 0.0)
         lost = _weighted_energy(removed, sample)
-        shares.append(lost / _weighted_energy(sample.weight, sample))
+        shares.append(lost / sample.whole_energy)
     return float(torch.stack(shares).mean())
 
 
