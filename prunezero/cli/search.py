@@ -214,6 +214,9 @@ def _judged(
     console.print(results_table(rows, f"search {name}", best="test_perplexity"))
     say(conditions(rows, session.bench.language_model.name, session.bench.text.name))
     say(f"found: {recipe.criterion.text}", style="bold")
+    twin = sessions.published_twin(session.task, recipe.criterion)
+    if twin is not None:
+        say(f"it ranks weights as the published {twin} does")
     say(_verdict(rows))
     say(f"recipe: {folder / 'recipe.yaml'}")
     say(f"pruner: {folder / 'pruner.py'}")

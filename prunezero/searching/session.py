@@ -9,6 +9,7 @@ from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.ranking import Group, ranking_form
 from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
@@ -113,6 +114,25 @@ def rivals(task: Task) -> list[Recipe]:
     return [
         recipe for recipe in recipes if needs_gradients or recipe.criterion.signal != "gradients"
     ]
+
+
+def published_twin(task: Task, criterion: Criterion) -> str | None:
+    """The published recipe whose formula ranks weights as the criterion does; None if it is new.
+
+    Recipes that do more than rank, and those of other comparison groups, are no twins.
+    """
+    # Inside a row, N of M compete, whatever else the space says.
+    compare = "row" if task.pattern != "free" else task.space.compare
+    group: Group = "layer" if compare == "layer" else "model" if compare == "model" else "row"
+    mine = ranking_form(criterion.sympy, group)
+    for name in published_recipes():
+        recipe = Recipe.load(name)
+        words = {choice.word for choice in (recipe.allocate, recipe.permute, recipe.schedule)}
+        ranks_alone = not recipe.updates and words <= {"uniform", "none", "one-shot"}
+        competes_alike = task.pattern != "free" or recipe.compare == compare
+        if ranks_alone and competes_alike and ranking_form(recipe.criterion.sympy, group) == mine:
+            return name
+    return None
 
 
 def measure_rivals(session: Session, splits: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from prunezero.searching.session import (
     make_task,
     measure_rivals,
     open_session,
+    published_twin,
 )
 from tests.searching.bench import tiny_bench, tiny_space
 
@@ -251,3 +253,20 @@ def test_scratch_starts_without_published_formulas_and_the_default_with_them() -
     texts = {criterion.text for criterion in make_task(space, 0.5).seeds}
     assert {"abs(W)*X", "W**2*minmax(G)", "(abs(W)/C1 + abs(W)/R1)*sqrt(X)"} <= texts
     assert make_task(space, 0.5, from_scratch=True).seeds == ()
+
+
+@pytest.mark.parametrize(
+    ("formula", "pattern", "compare", "twin"),
+    [
+        ("log(W**2 * X**2 / R1)", "free", "row", "wanda"),
+        ("W**2 * X**2", "free", "layer", "obd"),
+        ("3 * abs(W)", "free", "layer", "magnitude"),
+        ("3 * W**2 * X**2", "2:4", "layer", "obd"),
+        ("abs(W) * X**0.4", "free", "row", None),
+    ],
+)
+def test_a_published_formula_is_known_in_another_dress(
+    formula: str, pattern: str, compare: str, twin: str | None
+) -> None:
+    task = replace(make_task(tiny_space(compare=compare), 0.5, seed=0), pattern=pattern)
+    assert published_twin(task, Criterion.parse(formula)) == twin

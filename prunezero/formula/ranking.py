@@ -1,0 +1,128 @@
+"""What of a formula can a mask see? Only the order of scores inside a comparison group.
+
+Inside a group, a rising function around the whole formula, an added constant and a factor that is
+not negative change no order. `ranking_form` takes them away, so that of all formulas which rank
+alike for one of these reasons a search builds a single one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import sympy
+
+from prunezero.errors import CriterionError
+from prunezero.formula.canonical import MAX_EXPONENT, canonical, number
+from prunezero.formula.functions import MINMAX, ZSCORE, shape_of
+
+Group = Literal["row", "layer", "model"]
+# Shapes of a value that is the same for all weights of a group. Each layer has scalars of its own,
+# so that among all layers only numbers are.
+CONSTANT_SHAPES: dict[Group, frozenset[str]] = {
+    "row": frozenset({"row", "scalar"}),
+    "layer": frozenset({"scalar"}),
+    "model": frozenset(),
+}
+
+
+def ranking_form(expression: Any, group: Group) -> Any:
+    """The simplest canonical expression that ranks the weights of every group as this one does.
+
+    Equal ranks are meant in exact arithmetic and where no group's factor is zero: what is taken
+    away may have rounded, clamped or divided by zero, and so have tied weights that now differ.
+
+    Args:
+        expression: canonical, over the symbols of `FEATURES`.
+        group: weights that compete; "row" also for groups of columns and for N:M.
+
+    Raises:
+        CriterionError: nothing is left, so the formula ranks nothing in such a group.
+    """
+    if _is_constant(expression, group):
+        raise CriterionError("the formula is the same for all weights that compete; it ranks none")
+    seen: set[Any] = set()
+    while expression not in seen:
+        seen.add(expression)
+        expression = canonical(_simpler(expression, group))
+    return expression
+
+
+def _simpler(node: Any, group: Group) -> Any:
+    """One step towards the ranking form; the node itself where there is none."""
+    if isinstance(node, sympy.exp | sympy.tanh):
+        return node.args[0]
+    if isinstance(node, sympy.log) and _never_negative(node.args[0]):
+        return node.args[0]
+    # Their scale is the layer's own.
+    if isinstance(node, MINMAX | ZSCORE) and group != "model":
+        return node.args[0]
+    if isinstance(node, sympy.Add):
+        return _sum(node, group)
+    if isinstance(node, sympy.Mul):
+        node = _product(node, group)
+    return _scaled_exponents(node)
+
+
+def _sum(node: Any, group: Group) -> Any:
+    terms = [term for term in node.args if not _is_constant(term, group)]
+    if len(terms) < len(node.args):
+        return sympy.Add(*terms)
+    common = sympy.factor_terms(node)
+    if isinstance(common, sympy.Mul):
+        lighter = _product(common, group)
+        if lighter != common:
+            return lighter
+    # One coefficient is 1: a mask sees only ratios of them.
+    first = abs(min(node.args, key=_without_coefficient).as_coeff_Mul()[0])
+    return node if first == 1 else sympy.Add(*(number(1 / first) * term for term in node.args))
+
+
+def _without_coefficient(term: Any) -> str:
+    return str(term.as_coeff_Mul()[1])
+
+
+def _product(node: Any, group: Group) -> Any:
+    """The factors that are not the same for the whole group, and the sign of the number."""
+    kept = []
+    for factor in node.args:
+        if isinstance(factor, sympy.Rational):
+            kept.append(sympy.sign(factor))
+        elif not (_is_constant(factor, group) and _never_negative(factor)):
+            kept.append(factor)
+    return sympy.Mul(*kept)
+
+
+def _scaled_exponents(node: Any) -> Any:
+    """A product of powers that are never negative, raised so that one exponent is 1 or -1."""
+    powers = []
+    for factor in sympy.Mul.make_args(node):
+        base, exponent = factor.as_base_exp() if isinstance(factor, sympy.Pow) else (factor, 1)
+        if isinstance(factor, sympy.exp) or not isinstance(exponent, sympy.Rational | int):
+            return node
+        is_even = sympy.Rational(exponent).is_integer and exponent % 2 == 0
+        if not (_never_negative(base) or is_even):
+            return node
+        powers.append((base if _never_negative(base) else sympy.Abs(base), exponent))
+    # The weight's own exponent where there is one, as papers write it.
+    _, chosen = min(
+        powers, key=lambda power: ("W" not in map(str, power[0].free_symbols), str(power))
+    )
+    scale = 1 / abs(sympy.Rational(chosen))
+    if scale == 1 or any(abs(exponent * scale) > MAX_EXPONENT for _, exponent in powers):
+        return node
+    return sympy.Mul(*(sympy.Pow(base, number(exponent * scale)) for base, exponent in powers))
+
+
+def _is_constant(node: Any, group: Group) -> bool:
+    return not node.free_symbols or shape_of(node) in CONSTANT_SHAPES[group]
+
+
+def _never_negative(node: Any) -> bool:
+    """Whether no value of it is below 0; SymPy alone doubts 1/X, since X might be 0."""
+    if isinstance(node, sympy.Mul):
+        return all(map(_never_negative, node.args))
+    if isinstance(node, sympy.Pow) and not isinstance(node, sympy.exp):
+        exponent = node.args[1]
+        is_even = bool(exponent.is_integer) and exponent % 2 == 0
+        return is_even or _never_negative(node.args[0])
+    return bool(node.is_nonnegative)
