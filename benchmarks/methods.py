@@ -12,6 +12,7 @@ is docs/results/methods.md. Nothing is chosen by test text.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -48,14 +49,16 @@ def main() -> None:
     path = RESULTS / "methods.jsonl"
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not arguments.report:
-        for seed in map(int, arguments.seeds.split(",")):
+        seeds = list(map(int, arguments.seeds.split(",")))
+        # The columns that everybody asks for are complete first.
+        for allocate, seed in itertools.product(ALLOCATIONS, seeds):
             settings = Settings(
                 calibration_tokens=arguments.calibration_tokens,
                 evaluation_tokens=EVALUATION_TOKENS,
                 test_tokens=TEST_TOKENS,
                 seed=seed,
             )
-            measure(arguments.model, settings, path)
+            measure(arguments.model, settings, allocate, path)
     asked = (arguments.model, arguments.calibration_tokens)
     rows = [row for row in read(path) if (row["model"], row["calibration_tokens"]) == asked]
     text = "\n".join(report(rows))
@@ -74,22 +77,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def wanted() -> Iterator[tuple[Recipe, float]]:
-    """Every recipe with every allocation that its pattern allows, and its sparsity."""
-    for allocate in ALLOCATIONS:
-        for sparsity, pattern in TARGETS:
-            if pattern != "free" and allocate != "uniform":
-                continue  # N:M takes the same share of every layer
-            for name in RECIPES:
-                choices = {"allocate": allocate, "statistics": "sequential"}
-                yield with_choices(Recipe.load(name), pattern=pattern, **choices), sparsity
+def wanted(allocate: str) -> Iterator[tuple[Recipe, float]]:
+    """Every recipe with every target that the allocation can be had for, and its sparsity."""
+    for sparsity, pattern in TARGETS:
+        if pattern != "free" and allocate != "uniform":
+            continue  # N:M takes the same share of every layer
+        for name in RECIPES:
+            choices = {"allocate": allocate, "statistics": "sequential"}
+            yield with_choices(Recipe.load(name), pattern=pattern, **choices), sparsity
 
 
-def measure(model: str, settings: Settings, path: Path) -> None:
-    """Append the rows of one seed that the file does not hold yet."""
+def measure(model: str, settings: Settings, allocate: str, path: Path) -> None:
+    """Append the rows of one seed and allocation that the file does not hold yet."""
     done = {key_of(row) for row in read(path)}
-    jobs = [(recipe, sparsity) for recipe, sparsity in wanted()]
-    missing = [job for job in jobs if key_of(head_of(model, settings, *job)) not in done]
+    missing = [
+        job for job in wanted(allocate) if key_of(head_of(model, settings, *job)) not in done
+    ]
     dense_head = head_of(model, settings, Recipe.load("magnitude"), 0.0) | {"recipe": "dense"}
     if not missing and key_of(dense_head) in done:
         return
