@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
 from prunezero.errors import RecipeError, did_you_mean
-
-if TYPE_CHECKING:
-    from prunezero.pruning.recipe import Recipe
 
 Rows = list[dict[str, Any]]
 
@@ -68,21 +65,13 @@ def _recipes(runs_dir: Path) -> Rows:
             "name": recipe.name,
             "formula": recipe.criterion.text,
             "compare": recipe.compare,
-            "around it": _around(recipe),
+            "around it": ", ".join(choice.text for choice in recipe.extras),
             "needs": recipe.signal,
             "statistics": recipe.statistics,
             "source": recipe.source,
         }
         for recipe in recipes
     ]
-
-
-def _around(recipe: Recipe) -> str:
-    """What a recipe chooses beside its formula and group, where it is not the usual."""
-    usual = ("none", "uniform", "one-shot")
-    words = [recipe.allocate.text, *(update.text for update in recipe.update), recipe.permute.text]
-    words += [recipe.schedule.text, recipe.recover.text]
-    return ", ".join(word for word in words if word not in usual)
 
 
 def _choices(runs_dir: Path) -> Rows:

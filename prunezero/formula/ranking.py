@@ -7,7 +7,7 @@ alike for one of these reasons a search builds a single one.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 
@@ -15,17 +15,14 @@ from prunezero.errors import CriterionError
 from prunezero.formula.canonical import MAX_EXPONENT, canonical, number
 from prunezero.formula.functions import MINMAX, ZSCORE, shape_of
 
-Group = Literal["row", "layer", "model"]
-# Shapes of a value that is the same for all weights of a group. Each layer has scalars of its own,
-# so that among all layers only numbers are.
-CONSTANT_SHAPES: dict[Group, frozenset[str]] = {
-    "row": frozenset({"row", "scalar"}),
-    "layer": frozenset({"scalar"}),
-    "model": frozenset(),
-}
+# Shapes of a value that is the same for all weights that compete in a layer or in the model; each
+# layer has scalars of its own, so that among all layers only numbers are.
+_CONSTANT_SHAPES = {"layer": frozenset({"scalar"}), "model": frozenset[str]()}
+# All other groups lie inside a row.
+_CONSTANT_IN_ROW = frozenset({"row", "scalar"})
 
 
-def ranking_form(expression: Any, group: Group) -> Any:
+def ranking_form(expression: Any, compare: str) -> Any:
     """The simplest canonical expression that ranks the weights of every group as this one does.
 
     Equal ranks are meant in exact arithmetic and where no group's factor is zero: what is taken
@@ -33,43 +30,46 @@ def ranking_form(expression: Any, group: Group) -> Any:
 
     Args:
         expression: canonical, over the symbols of `FEATURES`.
-        group: weights that compete; "row" also for groups of columns and for N:M.
+        compare: which weights compete, as recipes say it; "row" for N:M.
 
     Raises:
         CriterionError: nothing is left, so the formula ranks nothing in such a group.
     """
-    if _is_constant(expression, group):
+    if _is_constant(expression, compare):
         raise CriterionError("the formula is the same for all weights that compete; it ranks none")
     seen: set[Any] = set()
     while expression not in seen:
         seen.add(expression)
-        expression = canonical(_simpler(expression, group))
+        try:
+            expression = canonical(_simpler(expression, compare))
+        except CriterionError:
+            break  # the simpler form holds a number that no formula may hold
     return expression
 
 
-def _simpler(node: Any, group: Group) -> Any:
+def _simpler(node: Any, compare: str) -> Any:
     """One step towards the ranking form; the node itself where there is none."""
     if isinstance(node, sympy.exp | sympy.tanh):
         return node.args[0]
     if isinstance(node, sympy.log) and _never_negative(node.args[0]):
         return node.args[0]
     # Their scale is the layer's own.
-    if isinstance(node, MINMAX | ZSCORE) and group != "model":
+    if isinstance(node, MINMAX | ZSCORE) and compare != "model":
         return node.args[0]
     if isinstance(node, sympy.Add):
-        return _sum(node, group)
+        return _sum(node, compare)
     if isinstance(node, sympy.Mul):
-        node = _product(node, group)
+        node = _product(node, compare)
     return _scaled_exponents(node)
 
 
-def _sum(node: Any, group: Group) -> Any:
-    terms = [term for term in node.args if not _is_constant(term, group)]
+def _sum(node: Any, compare: str) -> Any:
+    terms = [term for term in node.args if not _is_constant(term, compare)]
     if len(terms) < len(node.args):
         return sympy.Add(*terms)
     common = sympy.factor_terms(node)
     if isinstance(common, sympy.Mul):
-        lighter = _product(common, group)
+        lighter = _product(common, compare)
         if lighter != common:
             return lighter
     # One coefficient is 1: a mask sees only ratios of them.
@@ -81,13 +81,13 @@ def _without_coefficient(term: Any) -> str:
     return str(term.as_coeff_Mul()[1])
 
 
-def _product(node: Any, group: Group) -> Any:
+def _product(node: Any, compare: str) -> Any:
     """The factors that are not the same for the whole group, and the sign of the number."""
     kept = []
     for factor in node.args:
         if isinstance(factor, sympy.Rational):
             kept.append(sympy.sign(factor))
-        elif not (_is_constant(factor, group) and _never_negative(factor)):
+        elif not (_is_constant(factor, compare) and _never_negative(factor)):
             kept.append(factor)
     return sympy.Mul(*kept)
 
@@ -113,8 +113,9 @@ def _scaled_exponents(node: Any) -> Any:
     return sympy.Mul(*(sympy.Pow(base, number(exponent * scale)) for base, exponent in powers))
 
 
-def _is_constant(node: Any, group: Group) -> bool:
-    return not node.free_symbols or shape_of(node) in CONSTANT_SHAPES[group]
+def _is_constant(node: Any, compare: str) -> bool:
+    shapes = _CONSTANT_SHAPES.get(compare, _CONSTANT_IN_ROW)
+    return not node.free_symbols or shape_of(node) in shapes
 
 
 def _never_negative(node: Any) -> bool:

@@ -29,6 +29,7 @@ from prunezero.formula.features import SIGNALS
 from prunezero.pruning.choices import (
     WORDS,
     Allocate,
+    Choice,
     Permute,
     Recover,
     Schedule,
@@ -177,6 +178,13 @@ class Recipe(BaseModel):
     def updates(self) -> tuple[str, ...]:
         """The words of the updates, in their order; none is no word."""
         return tuple(choice.word for choice in self.update if choice.word != "none")
+
+    @property
+    def extras(self) -> tuple[Choice, ...]:
+        """The choices around the formula and its group that are not the usual ones."""
+        choices = (self.allocate, *self.update, self.permute, self.schedule, self.recover)
+        usual = ("uniform", "none", "one-shot")
+        return tuple(choice for choice in choices if choice.word not in usual)
 
     @property
     def signal(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.ranking import Group, ranking_form
+from prunezero.formula.ranking import ranking_form
 from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
@@ -123,15 +123,13 @@ def published_twin(task: Task, criterion: Criterion) -> str | None:
     """
     # Inside a row, N of M compete, whatever else the space says.
     compare = "row" if task.pattern != "free" else task.space.compare
-    group: Group = "layer" if compare == "layer" else "model" if compare == "model" else "row"
-    mine = ranking_form(criterion.sympy, group)
+    mine = ranking_form(criterion.sympy, compare)
     for name in published_recipes():
         recipe = Recipe.load(name)
-        words = {choice.word for choice in (recipe.allocate, recipe.permute, recipe.schedule)}
-        ranks_alone = not recipe.updates and words <= {"uniform", "none", "one-shot"}
         competes_alike = task.pattern != "free" or recipe.compare == compare
-        if ranks_alone and competes_alike and ranking_form(recipe.criterion.sympy, group) == mine:
-            return name
+        if competes_alike and not recipe.extras:
+            if ranking_form(recipe.criterion.sympy, compare) == mine:
+                return name
     return None
 
 
