@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,11 @@ from prunezero.cli.options import (
     TestTokens,
     TextName,
 )
+
+if TYPE_CHECKING:
+    from prunezero.pruning.bench import Bench
+    from prunezero.pruning.recipe import Recipe
+    from prunezero.report.track import Tracker
 
 
 def compare(
@@ -63,27 +69,20 @@ def compare(
 
         prunezero compare --model demo --recipes wanda,sparsegpt --sparsity 0.7 --allocate owl
     """
-    from prunezero.cli.tables import (
-        Bars,
-        conditions,
-        console,
-        one_line,
-        results_table,
-        say,
-        waiting,
-    )
-    from prunezero.pruning import compare as comparison
+    from prunezero.cli.tables import conditions, console, results_table, say, waiting
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.requirements import settled_sparsity
-    from prunezero.report.run_folder import check_runs_dir, tracked_rows
+    from prunezero.report.run_folder import check_runs_dir
     from prunezero.report.track import Tracker
 
     options.check_statistics(statistics)
     options.check_json(json_file)
-    chosen = options.load_recipes(recipes)
+    chosen = [
+        with_choices(recipe, pattern=pattern, statistics=statistics, allocate=allocate)
+        for recipe in options.load_recipes(recipes)
+    ]
     for recipe in chosen:
-        changed = with_choices(recipe, pattern=pattern, allocate=allocate)
-        settled_sparsity(changed.pattern, sparsity)
+        settled_sparsity(recipe.pattern, sparsity)
     settings = options.make_settings(
         sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
     )
@@ -94,23 +93,8 @@ def compare(
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
-        with Bars() as bars:
-            measured = comparison.compare(
-                bench,
-                chosen,
-                sparsity,
-                pattern=pattern,
-                statistics=statistics,
-                allocate=allocate,
-                progress=bars,
-            )
-            for row in measured:
-                rows.append(row)
-                if not console.is_terminal:
-                    say(one_line(row))
-                bars("recipes", len(rows), len(chosen) + 1)
-                for record in tracked_rows([row], bench):
-                    tracker.record(record)
+        for row in _measured(bench, chosen, sparsity, statistics, tracker):
+            rows.append(row)
     finally:
         untracked = tracker.close()
         if rows:
@@ -120,3 +104,26 @@ def compare(
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")
+
+
+def _measured(
+    bench: Bench,
+    recipes: Sequence[Recipe],
+    sparsity: float | None,
+    statistics: str,
+    tracker: Tracker,
+) -> Iterator[dict[str, Any]]:
+    """The rows as they come, each shown and recorded behind its handing over."""
+    from prunezero.cli.tables import Bars, console, one_line, say
+    from prunezero.pruning.compare import compare as measure
+    from prunezero.report.run_folder import tracked_rows
+
+    with Bars() as bars:
+        rows = measure(bench, recipes, sparsity, statistics=statistics, progress=bars)
+        for done, row in enumerate(rows, start=1):
+            yield row
+            if not console.is_terminal:
+                say(one_line(row))
+            bars("recipes", done, len(recipes) + 1)
+            for record in tracked_rows([row], bench):
+                tracker.record(record)
