@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
 from prunezero.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from prunezero.pruning.recipe import Recipe
 
 Rows = list[dict[str, Any]]
 
@@ -59,19 +62,23 @@ def list_(
 def _recipes(runs_dir: Path) -> Rows:
     from prunezero.pruning.recipe import Recipe, published_recipes
 
-    recipes = [Recipe.load(name) for name in published_recipes()]
     return [
         {
             "name": recipe.name,
             "formula": recipe.criterion.text,
             "compare": recipe.compare,
-            "around it": ", ".join(choice.text for choice in recipe.extras),
+            "around it": ", ".join(_around(recipe)),
             "needs": recipe.signal,
-            "statistics": recipe.statistics,
             "source": recipe.source,
         }
-        for recipe in recipes
+        for recipe in map(Recipe.load, published_recipes())
     ]
+
+
+def _around(recipe: Recipe) -> list[str]:
+    """What a recipe chooses beside its formula and group, where it is not the usual."""
+    walk = ["sequential"] if recipe.statistics == "sequential" else []
+    return [*(choice.text for choice in recipe.extras), *walk]
 
 
 def _choices(runs_dir: Path) -> Rows:

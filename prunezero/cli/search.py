@@ -199,7 +199,7 @@ def _judged(
             bars("finalists on validation text", done, len(final))
         best = min(judged, key=lambda pair: pair[0]["validation_perplexity"] or float("inf"))[1]
         rows = []
-        total = len(sessions.rivals(session.task)) + 2
+        total = len(sessions.rivals(session.task)) + 1  # the dense model is one of them
         for row in sessions.measure_rivals(session, SPLITS):
             rows.append(row)
             bars("published recipes on test text", len(rows), total)
