@@ -1,8 +1,9 @@
 """How formulas breed: random trees, mutation, crossover, as pure functions of (tree, rng).
 
 A tree is the criterion's own SymPy expression. A child is built in raw form and becomes a
-`Criterion`, so SymPy has simplified it before anyone looks at it; a child that is no formula of the
-space is drawn again, from the same generator, up to a limit.
+`Criterion`, so SymPy has simplified it before anyone looks at it; what no mask can see is taken
+away (`formula/ranking.py`), and a child that is no formula of the space is drawn again, from the
+same generator, up to a limit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from prunezero.errors import CriterionError
 from prunezero.formula.canonical import combine, number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.functions import MatrixFunction
+from prunezero.formula.ranking import ranking_form
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.searching.space import SearchSpace
 
@@ -33,12 +35,22 @@ def draw(build: Callable[[], Any], space: SearchSpace) -> Criterion | None:
     """The first formula of the space among up to MAX_DRAWS that `build` makes; None if none is."""
     for _ in range(MAX_DRAWS):
         try:
-            criterion = Criterion.from_sympy(build())
+            criterion = as_seen(Criterion.from_sympy(build()), space)
         except CriterionError:
             continue
         if space.holds(criterion):
             return criterion
     return None
+
+
+def as_seen(criterion: Criterion, space: SearchSpace) -> Criterion:
+    """The simplest formula that ranks as this one does; itself where the space lacks the words.
+
+    Raises:
+        CriterionError: it ranks nothing in the groups of the space.
+    """
+    form = Criterion.from_sympy(ranking_form(criterion.sympy, space.compare))
+    return form if space.speaks(form) else criterion
 
 
 def random_criterion(space: SearchSpace, rng: random.Random) -> Criterion | None:
