@@ -21,7 +21,7 @@ from prunezero.errors import ScoreError
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Settings, set_up
 from prunezero.pruning.compare import Stand
-from prunezero.report.plots import kendall_tau
+from prunezero.searching.audit import kendall_tau
 from prunezero.searching.fitness import (
     ladder_sums,
     layer_error,

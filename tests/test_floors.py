@@ -28,7 +28,7 @@ HOMES = {
     "rich": {"cli"},
     "yaml": {"pruning", "report"},
     "pydantic": {"pruning", "searching"},
-    "scipy": {"pruning"},
+    "scipy": {"pruning", "searching"},
 }
 # Libraries that are imported inside functions, so that `import prunezero` stays quick.
 LAZY = {"transformers", "datasets", "optuna", "triton", "mlflow", "matplotlib", "pyarrow"}

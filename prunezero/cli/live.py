@@ -1,4 +1,4 @@
-"""A search as a person watches it: the best formula so far beside what it has to beat."""
+"""A search as a person watches it: the best rules so far beside what they have to beat."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from prunezero.cli.tables import cell, console, say
+from prunezero.searching.audit import fidelity
 from prunezero.searching.candidate import Candidate
 
 # How many of the best candidates are shown.
 _SHOWN = 5
+# The rungs on which a lower one is put to the test, as a person calls them.
+_RUNGS = (
+    ("layer error", "KL", "layer_error", "kl"),
+    ("KL", "perplexity", "kl", "search_perplexity"),
+)
+_SPLITS = ("search_perplexity", "validation_perplexity")
 
 
 class SearchView:
@@ -31,8 +38,9 @@ class SearchView:
         self._begin = time.monotonic()
         self._counts: Counter[str] = Counter()
         self._generation = 0
-        self._best: list[Candidate] = []
-        self._perplexities: list[float] = []
+        self._known: set[int] = set()
+        # Candidates that reached a measurement on the model, by slot.
+        self._raced: dict[int, Candidate] = {}
         self._note = ""
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._picture)
 
@@ -41,14 +49,15 @@ class SearchView:
             self._live.start()
         else:
             for row in self._rivals:
-                perplexity = cell("perplexity", row["search_perplexity"])
-                say(f"{row['recipe']:<12} {perplexity}  {row['formula']}")
+                values = "  ".join(cell("perplexity", row.get(split)) for split in _SPLITS)
+                say(f"{row['recipe']:<12} {values}  {row['formula']}")
         return self
 
     def __exit__(self, *error: object) -> None:
         if console.is_terminal:
             self._live.stop()
         say(self._counted())
+        say(self._trusted())
 
     def say(self, note: str) -> None:
         """Show a line of text under the table."""
@@ -59,22 +68,29 @@ class SearchView:
     def show(self, candidate: Candidate) -> None:
         """Take in one candidate, as `search` yields it."""
         self._generation = candidate.generation
-        if candidate.search_perplexity is None:
+        if candidate.slot not in self._known:
+            self._known.add(candidate.slot)
             self._counts[candidate.status] += 1
+        before = self._raced.get(candidate.slot)
+        if candidate.kl is None:
             return
-        self._counts["measured"] += 1
-        self._perplexities.append(candidate.search_perplexity)
-        best = [*self._best, candidate]
-        best.sort(key=lambda one: one.search_perplexity or 0.0)
-        is_new_best = best[0] is candidate
-        self._best = best[:_SHOWN]
-        if not console.is_terminal:
-            mark = "best so far" if is_new_best else ""
-            perplexity = cell("perplexity", candidate.search_perplexity)
+        self._raced[candidate.slot] = candidate
+        if candidate.search_perplexity is not None:
+            is_news = before is None or before.search_perplexity is None
+            self._counts["measured"] += is_news
+            if not console.is_terminal:
+                self._tell(candidate)
+
+    def _tell(self, candidate: Candidate) -> None:
+        if candidate.validation_perplexity is None:
             say(
                 f"generation {candidate.generation:2d}  {self._counted()}  "
-                f"{perplexity}  {candidate.criterion.text}  {mark}".rstrip(),
+                f"search {cell('perplexity', candidate.search_perplexity)}  {candidate.rule.text}"
             )
+        elif self._best()[0] is candidate:
+            gains = ", ".join(f"{self._gain(candidate, split)}" for split in _SPLITS)
+            validation = cell("perplexity", candidate.validation_perplexity)
+            say(f"best so far  validation {validation}, {gains}  {candidate.rule.text}")
 
     @property
     def measured(self) -> int:
@@ -86,34 +102,70 @@ class SearchView:
         counts = self._counts
         proposed = counts["new"] + counts["known"] + counts["invalid"]
         elapsed = time.monotonic() - self._begin
-        return {
-            "best_perplexity": min(self._perplexities),
-            "median_perplexity": median(self._perplexities),
+        perplexities = [
+            one.search_perplexity
+            for one in self._raced.values()
+            if one.search_perplexity is not None
+        ]
+        points = {
+            "best_perplexity": min(perplexities),
+            "median_perplexity": median(perplexities),
             "valid_rate": 1 - counts["invalid"] / max(1, proposed),
             "unique_rate": counts["new"] / max(1, proposed),
             "seconds_per_candidate": elapsed / max(1, counts["new"]),
             "screened": float(counts["new"]),
         }
+        for low, high, lower, upper in _RUNGS:
+            seen = fidelity(self._by_slot(), lower, upper)
+            if seen.count > 2:
+                points[f"tau_{low}_{high}".replace(" ", "_").lower()] = seen.tau
+        return points
+
+    def _by_slot(self) -> list[Candidate]:
+        return [self._raced[slot] for slot in sorted(self._raced)]
+
+    def _best(self) -> list[Candidate]:
+        """Those on validation text first, which decides; then the others on search text."""
+        measured = [one for one in self._raced.values() if one.search_perplexity is not None]
+        last = float("inf")
+        return sorted(
+            measured,
+            key=lambda one: (one.validation_perplexity or last, one.search_perplexity, one.slot),
+        )
+
+    def _gain(self, candidate: Candidate, split: str) -> str:
+        """How far it is below the best published recipe on one text, in words."""
+        values = [row.get(split) for row in self._rivals if row["recipe"] != "dense"]
+        known = [value for value in values if value is not None]
+        mine = getattr(candidate, split)
+        if not known or mine is None:
+            return ""
+        return f"{mine / min(known) - 1:+.1%} on {split.removesuffix('_perplexity')}"
 
     def _picture(self) -> Group:
-        table = Table(title="perplexity on search text", title_justify="left")
-        for column, justify in (("", "left"), ("perplexity", "right"), ("words", "right")):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table = Table(title="perplexity; validation text decides", title_justify="left")
+        columns = ("", "search", "gain", "validation", "gain", "words")
+        for place, column in enumerate(columns):
+            table.add_column(column, justify="right" if place else "left")
         table.add_column("formula", overflow="fold")
         for row in self._rivals:
-            table.add_row(
-                row["recipe"], cell("perplexity", row["search_perplexity"]), "", row["formula"]
-            )
+            search, validation = (cell("perplexity", row.get(split)) for split in _SPLITS)
+            table.add_row(row["recipe"], search, "", validation, "", "", row["formula"])
         table.add_section()
-        for place, candidate in enumerate(self._best):
+        for place, candidate in enumerate(self._best()[:_SHOWN]):
+            numbers = []
+            for split in _SPLITS:
+                numbers.append(cell("perplexity", getattr(candidate, split)))
+                numbers.append(self._gain(candidate, split).split(" ")[0])
             table.add_row(
                 "best so far" if place == 0 else "",
-                cell("perplexity", candidate.search_perplexity),
+                *numbers,
                 str(candidate.criterion.complexity),
-                candidate.criterion.text,
+                candidate.rule.text,
                 style="bold" if place == 0 else "",
             )
         lines = [Text(f"generation {self._generation}: {self._counted()}, {self._left()}")]
+        lines.append(Text(self._trusted()))
         if self._note:
             lines.append(Text(self._note, style="yellow"))
         return Group(table, *lines)
@@ -123,8 +175,17 @@ class SearchView:
         proposed = counts["new"] + counts["known"] + counts["invalid"]
         return (
             f"{proposed} proposed, {counts['known']} already known, {counts['invalid']} invalid, "
-            f"{counts['new']} screened, {counts['measured']} measured"
+            f"{counts['new']} screened, {len(self._raced)} glanced at, "
+            f"{counts['measured']} measured"
         )
+
+    def _trusted(self) -> str:
+        """Whether each cheap rung foretells the next."""
+        told = [
+            f"{low} foretells {high}: {fidelity(self._by_slot(), lower, upper).text}"
+            for low, high, lower, upper in _RUNGS
+        ]
+        return "; ".join(told)
 
     def _left(self) -> str:
         elapsed = time.monotonic() - self._begin

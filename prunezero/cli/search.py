@@ -136,7 +136,7 @@ def _run(
     tracker.record(tracked_search(session, name, finished=False))
     known: list[dict[str, Any]] = []
     with Bars() as bars:
-        for row in measure_rivals(session, ("search",)):
+        for row in measure_rivals(session, ("search", "validation")):
             known.append(row)
             bars("published recipes", len(known), len(rivals(session.task)) + 1)
     for record in tracked_rows(known, session.bench):
@@ -172,7 +172,8 @@ def _candidates(
         view.show(candidate)
         if candidate.search_perplexity is not None:
             tracker.record(tracked_candidate(candidate, session, name))
-            tracker.progress(name, view.measured, view.progress())
+            if candidate.validation_perplexity is None:
+                tracker.progress(name, view.measured, view.progress())
     return [found[slot] for slot in sorted(found)]
 
 
@@ -214,7 +215,7 @@ def _judged(
     console.print(results_table(rows, f"search {name}", best="test_perplexity"))
     say(conditions(rows, session.bench.language_model.name, session.bench.text.name))
     say(f"found: {recipe.criterion.text}", style="bold")
-    twin = sessions.published_twin(session.task, recipe.criterion)
+    twin = sessions.published_twin(session.task, best.rule)
     if twin is not None:
         say(f"it ranks weights as the published {twin} does")
     say(_verdict(rows))

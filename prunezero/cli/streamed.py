@@ -185,6 +185,7 @@ class _Report:
             "seed": settings.seed,
             "calibration_tokens": self.calibration_tokens,
             "sequence_length": settings.sequence_length,
+            "window_losses": {},
         }
         for split, windows in self.windows.items():
 
@@ -193,5 +194,6 @@ class _Report:
 
             result = evaluate_streamed(streamed, windows, progress=tell)
             row[f"{split}_perplexity"] = result.perplexity
+            row["window_losses"][split] = list(result.window_losses)
         # The distance to the dense model would need the hidden states of both at once.
         return row | {"kl": None}

@@ -20,6 +20,9 @@ from prunezero.pruning.requirements import check_recipe, dense_sums, settled_spa
 from prunezero.scoring.statistics import Statistics
 
 SPLITS = ("validation", "test")
+# A first look at a recipe: the first quarter of the search text, with the distance to the dense
+# model, of which few tokens tell more than of perplexity.
+GLANCE = "glance"
 
 
 def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,10 +71,13 @@ class Stand:
         self._statistics = statistics
         self._calibration = bench.windows("calibration")
         self._windows = {split: bench.windows(split) for split in splits}
+        if "search" in self._windows:
+            searched = self._windows["search"]
+            self._windows[GLANCE] = searched[: max(1, len(searched) // 4)]
         self._references = {
             split: dense_reference(bench.language_model, ids)
             for split, ids in self._windows.items()
-            if split == "validation"
+            if split in ("validation", GLANCE)
         }
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
         self._dense = DenseWeights(find_layers(bench.language_model.model))
@@ -90,7 +96,7 @@ class Stand:
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """One flat row of results: perplexity on each split, and KL where validation is one.
+        """One flat row of results: perplexity on each split; KL on validation text or GLANCE.
 
         Args:
             keep: leave the model pruned, unless something failed.
@@ -125,6 +131,7 @@ class Stand:
             "seed": settings.seed,
             "calibration_tokens": self._calibration.numel(),
             "sequence_length": settings.sequence_length,
+            "window_losses": {},
         }
         for split in splits:
             result = evaluate(
@@ -133,6 +140,7 @@ class Stand:
                 reference=self._references.get(split),
             )
             row[f"{split}_perplexity"] = result.perplexity
+            row["window_losses"][split] = list(result.window_losses)
             if result.kl is not None:
                 row["kl"] = result.kl
         return row
@@ -153,7 +161,8 @@ def compare(
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
     sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, its
     comparison group, allocation and updates. Perplexity is exp of the mean nats per token, kl is
-    in nats per token on validation text, seconds are those of pruning alone.
+    in nats per token on validation text, seconds are those of pruning alone; `window_losses` holds
+    the nats per token of each window by split, so that recipes can be compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.
@@ -181,7 +190,12 @@ def compare(
 
 def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with None for numbers that are not finite, which JSON does not know."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
+    return {key: _finite(value) for key, value in row.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return finite_row(value)
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

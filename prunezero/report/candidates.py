@@ -22,12 +22,14 @@ COLUMNS = (
     "parents",
     "status",
     "formula",
+    "choices",
     "complexity",
     "depth",
     "signal",
     "fingerprint",
     "mask",
     "layer_error",
+    "kl",
     "search_perplexity",
     "validation_perplexity",
     "seconds",
@@ -36,9 +38,11 @@ COLUMNS = (
 READABLE = {
     "search_perplexity": 3,
     "validation_perplexity": 3,
+    "kl": 4,
     "layer_error": 5,
     "complexity": None,
     "formula": None,
+    "choices": None,
     "signal": None,
     "origin": None,
     "generation": None,
@@ -103,7 +107,7 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     types = {"parents": pa.list_(whole)}
     types |= dict.fromkeys(("slot", "generation", "complexity", "depth"), whole)
     types |= dict.fromkeys(
-        ("layer_error", "search_perplexity", "validation_perplexity", "seconds"), number
+        ("layer_error", "kl", "search_perplexity", "validation_perplexity", "seconds"), number
     )
     schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
     plain = [{name: _plain(row.get(name)) for name in COLUMNS} for row in rows]

@@ -18,6 +18,7 @@ import numpy as np
 from prunezero.errors import OutputError
 from prunezero.report.axes import bulk, canvas, perplexity_axis, plain_log_ticks
 from prunezero.report.labels import place_labels, short, spread
+from prunezero.searching.audit import kendall_tau
 
 Row = Mapping[str, Any]
 
@@ -143,20 +144,6 @@ def _along(front: Sequence[Row]) -> list[tuple[float, float]]:
         for row, following in pairwise(front)
         for size in np.linspace(row["complexity"], following["complexity"], 60)
     ]
-
-
-def kendall_tau(left: Sequence[float], right: Sequence[float]) -> float:
-    """Kendall's rank correlation with the usual correction for ties (tau-b); NaN when undefined."""
-    x, y = np.asarray(left, dtype=float), np.asarray(right, dtype=float)
-    agreeing = untied_left = untied_right = 0.0
-    for index in range(len(x) - 1):
-        step_left = np.sign(x[index + 1 :] - x[index])
-        step_right = np.sign(y[index + 1 :] - y[index])
-        agreeing += float(step_left @ step_right)
-        untied_left += float(np.abs(step_left).sum())
-        untied_right += float(np.abs(step_right).sum())
-    scale = math.sqrt(untied_left * untied_right)
-    return agreeing / scale if scale else math.nan
 
 
 def _save(figure: Any, path: Path) -> None:

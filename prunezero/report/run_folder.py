@@ -154,10 +154,13 @@ def tracked_rows(
 def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunRecord:
     """The record of a candidate that was measured on the model."""
     task = session.task
+    recipe = task.recipe(candidate.rule, "candidate")
     row = {
         **candidate.row(),
         **described(session.bench),
-        "compare": task.space.compare,
+        "compare": recipe.compare,
+        "allocate": recipe.allocate.text,
+        "update": ", ".join(recipe.updates) or "none",
         "pattern": task.pattern,
         "sparsity": task.sparsity,
         "statistics": "dense",

@@ -1,11 +1,13 @@
-"""What a search remembers of one formula that it tried."""
+"""What a search remembers of one rule that it tried."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
+from prunezero.searching.task import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
 STATUSES = ("new", "known", "invalid")
@@ -13,7 +15,7 @@ STATUSES = ("new", "known", "invalid")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One formula that a search tried, and how far up the ladder it came."""
+    """One rule that a search tried, and how far up the ladder it came."""
 
     slot: int
     """its place in the order of proposals"""
@@ -22,21 +24,34 @@ class Candidate:
     criterion: Criterion
     """the formula"""
     origin: str
-    """seed, random, mutate, cross or tune"""
+    """seed, random, mutate, cross, tune, choose, enumerate or the name of a proposer"""
     parents: tuple[int, ...]
     """slots of the candidates it was made from"""
     status: str
     """one of STATUSES"""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """values of recipe keys that are not those of the task"""
     mask: str = ""
     """digest of its mask on the probe"""
+    behaviour: int = 0
+    """how far its mask is from that of |W| * X, in few steps"""
     layer_error: float | None = None
     """gradient-weighted error of the layers' outputs on sampled rows"""
+    kl: float | None = None
+    """nats per token from the dense model to the pruned one, at a glance of the search text"""
     search_perplexity: float | None = None
     """of the pruned model on search text; None unless it earned that"""
+    validation_perplexity: float | None = None
+    """on text that no other rung looks at; None unless it earned that"""
     seconds: float = 0.0
     """spent on it"""
     is_replayed: bool = False
-    """whether its results were read from the journal of an earlier session"""
+    """whether its last result was read from the journal of an earlier session"""
+
+    @property
+    def rule(self) -> Rule:
+        """The formula and the choices around it."""
+        return Rule(self.criterion, self.choices)
 
     def row(self) -> dict[str, Any]:
         """The candidate as one flat row of a table."""
@@ -47,12 +62,15 @@ class Candidate:
             "parents": list(self.parents),
             "status": self.status,
             "formula": self.criterion.text,
+            "choices": ", ".join(f"{key}: {value}" for key, value in sorted(self.choices.items())),
             "complexity": self.criterion.complexity,
             "depth": self.criterion.depth,
             "signal": self.criterion.signal,
             "fingerprint": self.criterion.fingerprint,
             "mask": self.mask,
             "layer_error": self.layer_error,
+            "kl": self.kl,
             "search_perplexity": self.search_perplexity,
+            "validation_perplexity": self.validation_perplexity,
             "seconds": self.seconds,
         }

@@ -2,7 +2,9 @@
 
     rung 0  the mask on a few rows of a few layers: have we seen it before?
     rung 1  the gradient-weighted error of the layers' outputs, on sampled rows of every layer
-    rung 2  perplexity of the pruned model on search text
+    rung 2  a glance: KL from the dense model to the pruned one, on a quarter of the search text
+    rung 3  perplexity of the pruned model on all search text
+    rung 4  perplexity on validation text, which no other rung looks at: it says what is best
 
 Each rung only decides who may climb to the next; numbers of different rungs are never compared.
 
@@ -12,6 +14,7 @@ the inputs and d_i the root mean square of the loss gradient at that output: the
 K-FAC would give it. It tells good formulas from bad (on the demo model, Kendall's tau with
 perplexity is 0.9 over published and random formulas) and hardly the best from the good (0.45 over
 those that a search measured), so it gates and never decides; `benchmarks/ladder.py` measures it.
+On 4 % of the rows it orders formulas as on all of them (tau 0.996 over 56 formulas).
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def sample_rows(
     statistics: Mapping[str, Statistics],
     features: Sequence[str],
     *,
-    share: float = 0.08,
+    share: float = 0.04,
     seed: int = 0,
 ) -> list[Sample]:
     """Rows of every layer, drawn once and then the same for every formula.

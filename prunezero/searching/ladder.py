@@ -1,127 +1,124 @@
-"""Climb the ladder of `fitness.py`, computing nothing that the journal already holds."""
+"""Climb the ladder of `fitness.py`, computing nothing that is known already.
+
+Answers come from the journal of the search, else from its judges: one in this process, or many in
+others (`workers.py`). Whoever computes them, they are kept and handed over in the order in which
+they were asked for, so a search cannot tell the difference.
+"""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.units import Layer
-from prunezero.pruning.compare import Stand, finite_row
 from prunezero.pruning.recipe import Recipe
-from prunezero.scoring.statistics import Statistics
-from prunezero.searching.fitness import layer_error, mask_digest, masks_on, probe_of, sample_rows
 from prunezero.searching.journal import Journal
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.judge import Judge, ProbeMask, Question
+from prunezero.searching.task import Rule, Task
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a search looks for."""
+class Judges(Protocol):
+    """Whoever answers questions."""
 
-    space: SearchSpace
-    """the formulas it may write"""
-    sparsity: float
-    """fraction of the weights to remove"""
-    pattern: str
-    """free or N:M"""
-    seed: int
-    """of every draw"""
-    seeds: tuple[Criterion, ...]
-    """formulas to start from"""
+    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """One answer to each question, in their order, each as soon as it can be had."""
+        ...
 
-    def recipe(self, criterion: Criterion, name: str) -> Recipe:
-        """The recipe that a formula stands for in this search."""
-        return Recipe(
-            name=name, criterion=criterion, compare=self.space.compare, pattern=self.pattern
-        )
+    def close(self) -> None:
+        """Let go of processes and machines."""
+        ...
 
 
-@dataclass(frozen=True)
-class ProbeMask:
-    """The mask of a formula on the probe."""
+class OneJudge:
+    """The judge of this process; computes an answer when it is asked for the next one."""
 
-    digest: str
-    """equal for equal masks"""
-    bits: Any
-    """numpy bool, all probed weights in a row"""
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
 
-    def differs(self, other: ProbeMask) -> float:
-        """The fraction of probed weights on which two masks disagree."""
-        return float(np.mean(self.bits != other.bits))
+    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """One answer to each question, in their order."""
+        return map(self._judge.answer, questions)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class Ladder:
-    """The rungs of one search, over one model on its stand."""
+    """The rungs of one search."""
 
-    def __init__(
-        self,
-        task: Task,
-        stand: Stand,
-        layers: Sequence[Layer],
-        statistics: Mapping[str, Statistics],
-        journal: Journal,
-    ) -> None:
-        self.task = task
-        self._stand = stand
+    def __init__(self, judge: Judge, journal: Journal, judges: Judges | None = None) -> None:
+        """Set it up.
+
+        Args:
+            judge: of this process; it takes the probes.
+            judges: who answers all else; None leaves it to `judge`.
+        """
+        self._judge = judge
+        self._judges = judges or OneJudge(judge)
         self._journal = journal
-        self._samples = sample_rows(layers, statistics, task.space.features, seed=task.seed)
-        self._probe = probe_of(self._samples)
 
-    def probe(self, criterion: Criterion) -> ProbeMask | None:
-        """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
-        try:
-            masks = self._masks(self._probe, criterion)
-        except ScoreError:
-            return None
-        bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
-        return ProbeMask(mask_digest(masks), bits)
+    @property
+    def task(self) -> Task:
+        """What the search looks for."""
+        return self._judge.task
 
-    def error(self, criterion: Criterion) -> dict[str, Any]:
-        """Rung 1: `layer_error` (None for a formula that fails on some layer) and `seconds`."""
-        known = self._journal.known("layer error", criterion.text)
-        if known is not None:
-            return known | {"is_replayed": True}
-        begin = time.perf_counter()
-        try:
-            error = layer_error(self._samples, self._masks(self._samples, criterion))
-        except ScoreError:
-            error = math.nan
-        found = {
-            "layer_error": error if math.isfinite(error) else None,
-            "seconds": time.perf_counter() - begin,
-        }
-        return self._journal.write("layer error", criterion.text, found)
+    def probe(self, rule: Rule | Criterion) -> ProbeMask | None:
+        """Rung 0: the mask on the probe; None for a rule whose scores rank nothing there."""
+        rule = Rule(rule) if isinstance(rule, Criterion) else rule
+        compare = rule.choices.get("compare", self.task.space.compare)
+        return self._judge.probe(rule.criterion, compare)
 
-    def measure(self, recipe: Recipe, splits: Sequence[str]) -> dict[str, Any]:
-        """Rung 2 and beyond: one row of results on the pruned model, and whether it was known.
+    def errors(self, rules: Sequence[Rule]) -> Iterator[dict[str, Any]]:
+        """Rung 1: `layer_error` and `seconds`, or a `fault`."""
+        # Only the mask counts: how the weights that stay are mended is not seen by this rung.
+        recipes = [self.task.recipe(Rule(rule.criterion, _of_mask(rule)), "it") for rule in rules]
+        return self._answers([Question.of(recipe) for recipe in recipes])
+
+    def tunings(self, rules: Sequence[Rule], trials: int) -> Iterator[dict[str, Any]]:
+        """The `formula` of each rule with the numbers that make its layer error least."""
+        recipes = [self.task.recipe(Rule(rule.criterion, _of_mask(rule)), "it") for rule in rules]
+        return self._answers([Question.of(recipe, trials=trials) for recipe in recipes])
+
+    def rows(self, recipes: Sequence[Recipe], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Higher rungs: one row of results on the pruned model for each recipe, or a `fault`.
 
         Perplexity that is not finite becomes None.
+        """
+        answers = self._answers([Question.of(recipe, splits) for recipe in recipes])
+        for recipe, answer in zip(recipes, answers, strict=True):
+            yield answer if "fault" in answer else answer | {"recipe": recipe.name}
+
+    def measure(self, recipe: Recipe, splits: Sequence[str]) -> dict[str, Any]:
+        """The row of one recipe.
 
         Raises:
             ScoreError: the criterion fails on some layer.
         """
-        key = "|".join([recipe.criterion.text, recipe.compare, recipe.pattern, *splits])
-        known = self._journal.known("measurement", key)
-        if known is not None:
-            return known | {"recipe": recipe.name, "is_replayed": True}
-        row = self._stand.row(recipe, self.task.sparsity, splits)
-        return self._journal.write("measurement", key, finite_row(row))
+        row = next(self.rows([recipe], splits))
+        if "fault" in row:
+            raise ScoreError(row["fault"])
+        return row
 
     def measure_dense(self, splits: Sequence[str]) -> dict[str, Any]:
         """The row of the dense model."""
-        key = "|".join(["dense", *splits])
-        known = self._journal.known("measurement", key)
-        return known or self._journal.write(
-            "measurement", key, finite_row(self._stand.dense_row(splits))
-        )
+        return next(self._answers([Question.of(None, splits)]))
 
-    def _masks(self, samples: Any, criterion: Criterion) -> Any:
-        task = self.task
-        return masks_on(samples, criterion, task.sparsity, task.space.compare, task.pattern)
+    def close(self) -> None:
+        """Let go of the judges and of the journal."""
+        self._judges.close()
+        self._journal.close()
+
+    def _answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        known = [self._journal.known(question.kind, question.key) for question in questions]
+        waiting = [one for one, answer in zip(questions, known, strict=True) if answer is None]
+        computed = self._judges.answers(waiting)
+        for question, answer in zip(questions, known, strict=True):
+            if answer is not None:
+                yield answer | {"is_replayed": True}
+            else:
+                yield self._journal.write(question.kind, question.key, next(computed))
+
+
+def _of_mask(rule: Rule) -> dict[str, Any]:
+    return {key: value for key, value in rule.choices.items() if key == "compare"}

@@ -1,209 +1,271 @@
-"""The search itself: propose, screen, measure, remember, and yield every candidate.
+"""The search itself: propose, screen, tune, race, remember, and yield every candidate.
 
-A generation proposes formulas until enough of them have a mask that was never seen; a formula whose
-mask is known costs a few milliseconds and nothing of the budget. Then the few that earned it are
-measured on the model, and the next generation breeds from what is known by then.
+A generation proposes rules until enough of them have a mask that was never seen; a rule whose mask
+is known costs a few milliseconds and nothing of the budget. The new ones get a layer error, the
+best skeletons better numbers, and then they race: many are glanced at, few measured on all search
+text, and the best of those once more on validation text, which alone says what is best. Each rung
+orders candidates by its own number.
 """
 
 from __future__ import annotations
 
 import itertools
-from bisect import insort
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
-from prunezero.errors import ScoreError
+from prunezero.formula.criterion import Criterion
+from prunezero.pruning.compare import GLANCE
+from prunezero.searching.audit import fidelity, width
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.ladder import Ladder, ProbeMask
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.strategies import Proposal, Tuning, breed, generator
+from prunezero.searching.ladder import Ladder
+from prunezero.searching.memory import Memory, skeleton
+from prunezero.searching.strategies import STRATEGIES, Proposal, Strategy, generator
+from prunezero.searching.task import Rule
 
 # Proposals for one new mask before a space counts as exhausted.
 _MAX_PROPOSALS = 40
 # Masks that differ on fewer of the probed weights are not both worth a measurement.
 _MIN_DIFFERENCE = 0.02
-# How many times the best layer error a candidate may have to be measured by luck.
+# How many times the best value of a rung a candidate may have to be promoted by luck.
 _NEAR = 1.3
+# Candidates of each search that stand on validation text, the best on search text.
+FINALISTS = 3
+# Steps of a mask's distance from that of |W| * X.
+_DISTANCES = (0.01, 0.05, 0.15)
 
-
-@dataclass
-class _Memory:
-    """What was found so far, best first on each rung."""
-
-    space: SearchSpace
-    slot: int = 0
-    new: int = 0
-    formulas: dict[str, Candidate] = field(default_factory=dict)
-    masks: dict[str, Candidate] = field(default_factory=dict)
-    probes: dict[int, ProbeMask] = field(default_factory=dict)
-    screened: list[Candidate] = field(default_factory=list)
-    measured: list[Candidate] = field(default_factory=list)
-
-    @property
-    def population(self) -> list[Candidate]:
-        return self.screened[: self.space.population]
-
-    def keep(self, candidate: Candidate, probe: ProbeMask | None) -> None:
-        self.formulas[candidate.criterion.text] = candidate
-        if probe is None or candidate.layer_error is None:
-            return
-        self.masks[probe.digest] = candidate
-        self.probes[candidate.slot] = probe
-        insort(self.screened, candidate, key=lambda one: (one.layer_error, one.slot))
-
-    def keep_measured(self, candidate: Candidate) -> None:
-        insort(self.measured, candidate, key=lambda one: (one.search_perplexity, one.slot))
-
-    def is_worth_measuring(self, candidate: Candidate) -> bool:
-        """Whether no measured candidate has nearly the same mask."""
-        probe = self.probes[candidate.slot]
-        return all(
-            probe.differs(self.probes[other.slot]) >= _MIN_DIFFERENCE for other in self.measured
-        )
+Stop = Callable[[], bool]
 
 
 def search(
-    ladder: Ladder, *, budget: int | None = None, stop: Callable[[], bool] = lambda: False
+    ladder: Ladder,
+    *,
+    strategy: str = "evolution",
+    budget: int | None = None,
+    stop: Stop = lambda: False,
 ) -> Iterator[Candidate]:
-    """Look for formulas; yields each candidate when screened, and again when it is measured.
+    """Look for rules; yields each candidate when proposed, and again on every rung it reaches.
 
     The same task yields the same candidates in the same order, however often it is interrupted and
-    resumed from its journal.
+    resumed from its journal, and whoever judges.
 
     Args:
+        strategy: a word of `STRATEGIES`.
         budget: candidates with a new mask to screen; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.
     """
-    memory = _Memory(ladder.task.space)
+    chosen = STRATEGIES[strategy]
+    run = _Run(ladder, Memory(forgets_masks=chosen.forgets_masks), chosen, stop)
     for generation in itertools.count():
-        before = memory.new
-        yield from _screened(ladder, memory, generation, budget, stop)
-        if memory.new == before or stop():
+        before = run.memory.new
+        yield from run.generation(generation, budget)
+        exhausted = run.memory.new == before
+        if exhausted or stop() or (budget is not None and run.memory.new >= budget):
             return
-        for candidate in _promoted(ladder, memory, generation):
-            if stop():
+
+
+class _Run:
+    """One search under way."""
+
+    def __init__(self, ladder: Ladder, memory: Memory, strategy: Strategy, stop: Stop) -> None:
+        self.memory = memory
+        self._ladder = ladder
+        self._strategy = strategy
+        self._stop = stop
+        self._tuned: set[str] = set()
+        self._wanda = ladder.probe(_usual(ladder.task.space.features))
+
+    def generation(self, number: int, budget: int | None) -> Iterator[Candidate]:
+        """Propose, screen, tune and race the candidates of one generation."""
+        fresh: list[Candidate] = []
+        for candidate in self._proposed(number, self._wanted(budget)):
+            if candidate.status == "new":
+                fresh.append(candidate)
+            else:
+                yield candidate
+        yield from self._screened(fresh)
+        yield from self._with_better_numbers(number, budget)
+        yield from self._glanced(number)
+        yield from self._measured(number)
+        yield from self._judged()
+
+    def _wanted(self, budget: int | None) -> int:
+        size = self._ladder.task.space.generation
+        return size if budget is None else min(size, budget - self.memory.new)
+
+    def _proposed(self, generation: int, wanted: int) -> Iterator[Candidate]:
+        """Candidates until enough of them have a mask of their own."""
+        task, memory = self._ladder.task, self.memory
+        proposals = self._strategy.propose(task, memory, generation)
+        for proposal in itertools.islice(proposals, _MAX_PROPOSALS * max(1, wanted)):
+            if wanted <= 0 or self._stop():
                 return
-            measured = _measured(ladder, candidate)
-            if measured is not None:
-                memory.keep_measured(measured)
-                yield measured
-        if budget is not None and memory.new >= budget:
-            return
+            slot = memory.slot
+            memory.slot += 1
+            if proposal is not None:
+                candidate = self._probed(proposal, slot, generation)
+                wanted -= candidate.status == "new"
+                yield candidate
 
+    def _probed(self, proposal: Proposal, slot: int, generation: int) -> Candidate:
+        """The candidate that a proposal becomes: invalid, known, or new."""
+        rule = proposal.rule
+        candidate = Candidate(
+            slot,
+            generation,
+            rule.criterion,
+            proposal.origin,
+            proposal.parents,
+            "known",
+            rule.choices,
+        )
+        twin = self.memory.twin(rule)
+        if twin is not None:
+            return self.memory.keep_known(candidate, twin)
+        probe = self._ladder.probe(rule)
+        if probe is None:
+            return self.memory.keep(replace(candidate, status="invalid"))
+        twin = self.memory.twin(rule, probe.digest)
+        if twin is not None:
+            return self.memory.keep_known(candidate, twin)
+        distance = 1.0 if self._wanda is None else probe.differs(self._wanda)
+        behaviour = sum(distance > limit for limit in _DISTANCES)
+        return self.memory.keep(
+            replace(candidate, status="new", mask=probe.digest, behaviour=behaviour)
+        )
 
-def _screened(
-    ladder: Ladder,
-    memory: _Memory,
-    generation: int,
-    budget: int | None,
-    stop: Callable[[], bool],
-) -> Iterator[Candidate]:
-    """Candidates of one generation, until enough of them are new."""
-    space = ladder.task.space
-    wanted = memory.new + space.generation
-    if budget is not None:
-        wanted = min(wanted, budget)
-    tuning = _tuning(ladder, memory, generation)
-    tuned = round(space.tuned * space.generation) if tuning is not None else 0
-    seeds = iter(ladder.task.seeds if generation == 0 else ())
-    for attempt in range(_MAX_PROPOSALS * space.generation):
-        if memory.new >= wanted or stop():
-            return
-        slot = memory.slot
-        memory.slot += 1
-        seed = next(seeds, None)
-        if seed is not None:
-            proposal: Proposal | None = Proposal(seed, "seed", ())
-        elif tuning is not None and attempt < tuned:
-            proposal = tuning.ask()
-        else:
-            rng = generator(ladder.task.seed, slot, "breed")
-            pool = memory.population if generation else []
-            proposal = breed(space, pool, memory.measured, rng)
-        candidate = _judged(ladder, memory, proposal, slot, generation) if proposal else None
-        if tuning is not None and attempt < tuned:
-            tuning.tell(candidate.layer_error if candidate else None)
-        if candidate is not None:
-            yield candidate
+    def _screened(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        answers = self._ladder.errors([candidate.rule for candidate in candidates])
+        yield from self._taken(candidates, answers, "layer_error")
 
-
-def _tuning(ladder: Ladder, memory: _Memory, generation: int) -> Tuning | None:
-    space = ladder.task.space
-    if not memory.measured or not space.tuned:
-        return None
-    seed = generator(ladder.task.seed, generation, "tune").randrange(2**31)
-    return Tuning(memory.measured[0], space, seed)
-
-
-def _judged(
-    ladder: Ladder, memory: _Memory, proposal: Proposal, slot: int, generation: int
-) -> Candidate:
-    """The candidate that a proposal becomes: invalid, known, or new with its layer error."""
-    candidate = Candidate(
-        slot, generation, proposal.criterion, proposal.origin, proposal.parents, "known"
-    )
-    twin = memory.formulas.get(proposal.criterion.text)
-    if twin is not None:
-        return replace(candidate, mask=twin.mask, layer_error=twin.layer_error)
-    probe = ladder.probe(proposal.criterion)
-    if probe is None:
-        candidate = replace(candidate, status="invalid")
-        memory.keep(candidate, None)
-        return candidate
-    twin = memory.masks.get(probe.digest)
-    if twin is not None:
-        candidate = replace(candidate, mask=probe.digest, layer_error=twin.layer_error)
-        memory.formulas[proposal.criterion.text] = candidate
-        return candidate
-    found = ladder.error(proposal.criterion)
-    candidate = replace(
-        candidate,
-        status="invalid" if found["layer_error"] is None else "new",
-        mask=probe.digest,
-        layer_error=found["layer_error"],
-        seconds=found["seconds"],
-        is_replayed=found.get("is_replayed", False),
-    )
-    memory.new += candidate.status == "new"
-    memory.keep(candidate, probe)
-    return candidate
-
-
-def _promoted(ladder: Ladder, memory: _Memory, generation: int) -> Iterator[Candidate]:
-    """The candidates that earned a measurement: the best by error, and one by luck.
-
-    The lucky one is drawn from those whose error comes near the best, so that a formula that the
-    layer error underrates has a chance, and the error itself is put to the test.
-    """
-    count = ladder.task.space.measured
-    for place in range(count):
-        measured = {candidate.slot for candidate in memory.measured}
+    def _with_better_numbers(self, generation: int, budget: int | None) -> Iterator[Candidate]:
+        """Candidates made of the best skeletons that were not yet tuned."""
+        space = self._ladder.task.space
         waiting = [
             candidate
-            for candidate in memory.population
-            if candidate.slot not in measured and memory.is_worth_measuring(candidate)
-        ]
-        if not waiting:
-            return
-        is_last = place == count - 1 and count > 1
-        limit = _NEAR * (memory.screened[0].layer_error or 0.0)
-        near = [one for one in waiting if (one.layer_error or 0.0) <= limit] or waiting[:1]
-        rng = generator(ladder.task.seed, generation, "promote")
-        yield rng.choice(near) if is_last else waiting[0]
+            for candidate in self.memory.population(space.population)
+            if skeleton(candidate.criterion) not in self._tuned
+        ][: min(space.tuned, self._wanted(budget))]
+        self._tuned.update(skeleton(candidate.criterion) for candidate in waiting)
+        answers = self._ladder.tunings([candidate.rule for candidate in waiting], space.trials)
+        found = []
+        for candidate in waiting:
+            if self._stop():
+                return
+            answer = next(answers)
+            rule = Rule(Criterion.parse(answer["formula"]), candidate.choices)
+            if space.holds(rule.criterion):
+                slot = self.memory.slot
+                self.memory.slot += 1
+                proposal = Proposal(rule, "tune", (candidate.slot,))
+                found.append(self._probed(proposal, slot, generation))
+        yield from (one for one in found if one.status != "new")
+        yield from self._screened([one for one in found if one.status == "new"])
+
+    def _glanced(self, generation: int) -> Iterator[Candidate]:
+        """The best by layer error, and one by luck, get their distance to the dense model."""
+        seen = fidelity(self.memory.candidates, "layer_error", "kl")
+        count = width(self._ladder.task.space.glanced, seen)
+        chosen = self._promoted("layer_error", "kl", count, generation)
+        # What is done beside masking is not seen by the layer error.
+        chosen += [one for one in self._unseen(generation) if one not in chosen]
+        yield from self._measured_on(GLANCE, chosen, "kl")
+
+    def _unseen(self, generation: int) -> list[Candidate]:
+        return [
+            one
+            for one in self.memory.candidates
+            if one.generation == generation
+            and one.status == "new"
+            and one.origin == "choose"
+            and one.kl is None
+        ][: self._ladder.task.space.glanced]
+
+    def _measured(self, generation: int) -> Iterator[Candidate]:
+        """The best at a glance, and one by luck, get their perplexity on all search text."""
+        seen = fidelity(self.memory.candidates, "kl", "search_perplexity")
+        count = width(self._ladder.task.space.measured, seen)
+        chosen = self._promoted("kl", "search_perplexity", count, generation)
+        yield from self._measured_on("search", chosen, "search_perplexity")
+
+    def _judged(self) -> Iterator[Candidate]:
+        """Those that are now among the best on search text stand on validation text as well."""
+        best = self.memory.ranked("search_perplexity")[:FINALISTS]
+        waiting = [one for one in best if one.validation_perplexity is None]
+        waiting = [one for one in waiting if one.status == "new"]
+        yield from self._measured_on("validation", waiting, "validation_perplexity")
+
+    def _promoted(self, lower: str, upper: str, count: int, generation: int) -> list[Candidate]:
+        """The best by the lower rung that wait for the upper one, the last of them by luck.
+
+        The lucky one is drawn from those that come near the best, so that a candidate which the
+        lower rung underrates has a chance, and the rung itself is put to the test.
+        """
+        task = self._ladder.task
+        ranked = self.memory.ranked(lower)
+        if not ranked:
+            return []
+        there = [one for one in ranked if getattr(one, upper) is not None]
+        chosen: list[Candidate] = []
+        waiting = [one for one in ranked if getattr(one, upper) is None and one.status == "new"]
+        limit = _NEAR * getattr(ranked[0], lower)
+        near = [one for one in waiting if getattr(one, lower) <= limit]
+        for candidate in waiting[: 4 * task.space.population]:
+            if len(chosen) + (count > 1) >= count:
+                break
+            if self._differs(candidate, [*there, *chosen]):
+                chosen.append(candidate)
+        lucky = [one for one in near if one not in chosen and self._differs(one, there[:100])]
+        if lucky and count > 1:
+            chosen.append(generator(task.seed, generation, f"promote to {upper}").choice(lucky))
+        return chosen
+
+    def _differs(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+        """Whether none of the others does nearly the same."""
+        probe = self._ladder.probe(candidate.rule)
+        for other in others:
+            if _beside_mask(other) == _beside_mask(candidate):
+                theirs = self._ladder.probe(other.rule)
+                if probe and theirs and probe.differs(theirs) < _MIN_DIFFERENCE:
+                    return False
+        return True
+
+    def _measured_on(
+        self, split: str, candidates: Sequence[Candidate], field: str
+    ) -> Iterator[Candidate]:
+        task = self._ladder.task
+        recipes = [task.recipe(one.rule, f"candidate-{one.slot}") for one in candidates]
+        yield from self._taken(candidates, self._ladder.rows(recipes, (split,)), field)
+
+    def _taken(
+        self,
+        candidates: Sequence[Candidate],
+        answers: Iterator[dict[str, Any]],
+        field: str,
+    ) -> Iterator[Candidate]:
+        """The candidates with their answers; one that fails on some layer is invalid."""
+        for candidate in candidates:
+            if self._stop():
+                return
+            answer = next(answers)
+            value = answer.get(field)
+            seconds = answer.get("elapsed", answer.get("seconds", 0.0))
+            candidate = replace(
+                candidate,
+                seconds=candidate.seconds + seconds,
+                is_replayed=answer.get("is_replayed", False),
+            )
+            if value is None:
+                self.memory.new -= field == "layer_error"
+                yield self.memory.keep(replace(candidate, status="invalid"))
+            else:
+                yield self.memory.keep(replace(candidate, **{field: value}))
 
 
-def _measured(ladder: Ladder, candidate: Candidate) -> Candidate | None:
-    """The candidate with its perplexity on search text; None when that is not finite."""
-    recipe = ladder.task.recipe(candidate.criterion, f"candidate-{candidate.slot}")
-    try:
-        row = ladder.measure(recipe, ("search",))
-    except ScoreError:
-        return None
-    if row["search_perplexity"] is None:
-        return None
-    return replace(
-        candidate,
-        search_perplexity=row["search_perplexity"],
-        seconds=candidate.seconds + row["seconds"],
-        is_replayed=row.get("is_replayed", False),
-    )
+def _beside_mask(candidate: Candidate) -> list[tuple[str, str]]:
+    return sorted((key, str(value)) for key, value in candidate.choices.items())
+
+
+def _usual(features: Sequence[str]) -> Criterion:
+    """The formula that behaviour is measured from: Wanda's, or what the space has of it."""
+    return Criterion.parse("abs(W)*X" if "X" in features else "abs(W)")

@@ -11,22 +11,21 @@ from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.models.calibration import Progress
-from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
-from prunezero.pruning.compare import Stand
 from prunezero.pruning.recipe import Recipe, published_recipes
-from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
+from prunezero.pruning.requirements import check_recipe, settled_sparsity
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.fitness import ladder_sums
 from prunezero.searching.journal import Journal
-from prunezero.searching.ladder import Ladder, Task
-from prunezero.searching.search import search
+from prunezero.searching.judge import Judge
+from prunezero.searching.ladder import Ladder
+from prunezero.searching.search import FINALISTS, search
 from prunezero.searching.space import SearchSpace
+from prunezero.searching.task import Rule, Task
 
+# Counts changes to what a search draws, asks or writes; an older journal is then refused.
+FORMAT = 2
 # What every search is compared with, in this order.
 RIVALS = ("magnitude", "wanda", "ria", "pruner_zero")
-# Measured candidates that go on to validation text.
-FINALISTS = 3
 
 
 @dataclass(frozen=True)
@@ -85,21 +84,12 @@ def open_session(
     # Opened before the long work, so that a wrong name or setting is known at once.
     journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=resume)
     try:
-        return Session(bench, task, _ladder(bench, task, journal, progress), journal)
+        judge = Judge(task, bench, rivals(task), progress)
+        return Session(bench, task, Ladder(judge, journal), journal)
     except BaseException:
         # A search that could not begin must not stand in the way of its next attempt.
         journal.give_up()
         raise
-
-
-def _ladder(bench: Bench, task: Task, journal: Journal, progress: Progress | None) -> Ladder:
-    layers = find_layers(bench.language_model.model)
-    space = task.space
-    sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
-    sums |= dense_sums(rivals(task))
-    statistics = bench.statistics(layers, sums, progress)
-    stand = Stand(bench, statistics, splits=("search", "validation", "test"))
-    return Ladder(task, stand, layers, statistics, journal)
 
 
 def rivals(task: Task) -> list[Recipe]:
@@ -116,14 +106,17 @@ def rivals(task: Task) -> list[Recipe]:
     ]
 
 
-def published_twin(task: Task, criterion: Criterion) -> str | None:
-    """The published recipe whose formula ranks weights as the criterion does; None if it is new.
+def published_twin(task: Task, rule: Rule | Criterion) -> str | None:
+    """The published recipe that does what the rule does; None if it is new.
 
     Recipes that do more than rank, and those of other comparison groups, are no twins.
     """
-    # Inside a row, N of M compete, whatever else the space says.
-    compare = "row" if task.pattern != "free" else task.space.compare
-    mine = ranking_form(criterion.sympy, compare)
+    own = task.recipe(rule, "own")
+    if own.extras:
+        return None
+    # Inside a row, N of M compete, whatever else the recipe says.
+    compare = "row" if task.pattern != "free" else own.compare
+    mine = ranking_form(own.criterion.sympy, compare)
     for name in published_recipes():
         recipe = Recipe.load(name)
         competes_alike = task.pattern != "free" or recipe.compare == compare
@@ -141,30 +134,34 @@ def measure_rivals(session: Session, splits: Sequence[str]) -> Iterator[dict[str
 
 
 def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The measured candidates that go on to validation text, best on search text first.
+    """The candidates that stand on validation text or should, best on search text first.
 
     Raises:
         SearchError: no candidate was measured.
     """
-    measured = [one for one in candidates if one.search_perplexity is not None]
+    measured = [
+        one for one in candidates if one.search_perplexity is not None and one.status == "new"
+    ]
     if not measured:
         raise SearchError(
             "no candidate was measured on the model; give the search more --budget or --time, and "
             "go on with --resume"
         )
-    return sorted(measured, key=lambda one: (one.search_perplexity or 0.0, one.slot))[:FINALISTS]
+    measured.sort(key=lambda one: (one.search_perplexity or 0.0, one.slot))
+    late = measured[FINALISTS:]
+    return measured[:FINALISTS] + [one for one in late if one.validation_perplexity is not None]
 
 
 def judge(session: Session, candidate: Candidate) -> dict[str, Any]:
     """The row of a finalist on validation text, which no search has seen."""
-    recipe = session.task.recipe(candidate.criterion, f"candidate-{candidate.slot}")
+    recipe = session.task.recipe(candidate.rule, f"candidate-{candidate.slot}")
     return session.ladder.measure(recipe, ("validation",))
 
 
 def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
     """The recipe of the winner, with where it comes from."""
     task, bench = session.task, session.bench
-    return task.recipe(winner.criterion, name).model_copy(
+    return task.recipe(winner.rule, name).model_copy(
         update={
             "source": f"found by prunezero in search space '{task.space.name}'",
             "provenance": {
@@ -200,6 +197,7 @@ def _header(bench: Bench, task: Task) -> dict[str, Any]:
         "device": bench.language_model.device.type,
         "text": bench.text.fingerprint,
         "settings": vars(bench.settings),
+        "format": FORMAT,
         "space": task.space.model_dump(mode="json"),
         "sparsity": task.sparsity,
         "pattern": task.pattern,

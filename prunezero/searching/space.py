@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
-from prunezero.errors import PruneZeroError, did_you_mean
+from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 from prunezero.formula.canonical import MAX_EXPONENT, number
 from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.pruning.documents import find_document, read_document, validated
-from prunezero.pruning.recipe import Formula, folder
+from prunezero.pruning.recipe import Formula, Recipe, folder
 from prunezero.scoring.request import group_columns
 
+# Keys of a recipe that a space may offer values for.
+CHOOSABLE = ("compare", "allocate", "update", "permute", "damping")
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -42,19 +52,27 @@ class SearchSpace(BaseModel):
     fresh_depth: PositiveInt = 4
     # whether screening weighs the error of an output by its loss gradient: one backward pass
     weighted_by_gradient: bool = True
-    # which weights compete in every recipe that the search writes
+    # which weights compete, where the search does not choose it
     compare: str = "row"
+    # values that the search may give to other keys of its recipes; none: it finds formulas alone
+    choices: dict[str, tuple[Any, ...]] = {}
     # candidates with a new mask in one generation
     generation: PositiveInt = 32
     # candidates that breed, the best by screening
     population: PositiveInt = 50
     # how many are drawn to find one parent
     tournament: PositiveInt = 5
-    # share of children by crossover, by tuning of constants, and fresh; the rest are mutants
+    # populations that breed apart, with now and then a father from elsewhere
+    islands: PositiveInt = 2
+    # share of children by crossover, by other choices, and fresh; the rest are mutants
     crossover: Share = 0.3
-    tuned: Share = 0.2
+    chosen: Share = 0.2
     fresh: Share = 0.1
-    # candidates of each generation that are measured on the model
+    # skeletons of each generation whose numbers are tuned, and how many numbers are tried for each
+    tuned: NonNegativeInt = 2
+    trials: PositiveInt = 30
+    # candidates of each generation that are glanced at, and that are measured on all search text
+    glanced: PositiveInt = 6
     measured: PositiveInt = 2
 
     @field_validator("operators")
@@ -98,6 +116,24 @@ class SearchSpace(BaseModel):
             raise ValueError(str(error)) from error
         return value
 
+    @field_validator("choices")
+    @classmethod
+    def _known_choices(cls, value: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        for key, values in value.items():
+            if key not in CHOOSABLE:
+                near = did_you_mean(key, CHOOSABLE) or "."
+                raise ValueError(
+                    f"'{key}' is no key that a search may choose{near} Known: "
+                    f"{', '.join(CHOOSABLE)}"
+                )
+            for one in values:
+                pattern = "2:4" if key == "permute" else "free"
+                try:
+                    _example(key, one, pattern)
+                except RecipeError as error:
+                    raise ValueError(str(error)) from error
+        return value
+
     @model_validator(mode="after")
     def _can_rank_weights(self) -> SearchSpace:
         if not any(terminal.shape == "element" for terminal in self.terminals):
@@ -122,6 +158,21 @@ class SearchSpace(BaseModel):
         used = {name for terminal in self.terminals for name in terminal.features}
         return tuple(name for name in FEATURES if name in used)
 
+    def choices_for(self, pattern: str) -> dict[str, tuple[Any, ...]]:
+        """The values of each key that make a recipe of this pattern; keys with two or more."""
+        # Inside an N:M pattern, only its own groups compete.
+        usable = {
+            key: tuple(value for value in values if _is_usable(key, value, pattern))
+            for key, values in self.choices.items()
+            if key != "compare" or pattern == "free"
+        }
+        return {key: values for key, values in usable.items() if len(values) > 1}
+
+    def examples(self, pattern: str) -> list[Recipe]:
+        """A recipe for every choice, whose needs are those of the whole space."""
+        chosen = self.choices_for(pattern)
+        return [_example(key, value, pattern) for key in chosen for value in chosen[key]]
+
     def holds(self, criterion: Criterion) -> bool:
         """Whether a formula ranks weights and is small enough."""
         return (
@@ -134,6 +185,24 @@ class SearchSpace(BaseModel):
         """Whether a formula from elsewhere uses the words of this space alone."""
         words = {step.operator.name for step in steps(criterion)}
         return set(criterion.features) <= set(self.features) and words <= set(self.operators)
+
+
+def _example(key: str, value: Any, pattern: str) -> Recipe:
+    """A recipe with this one choice.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    fields = {"name": "example", "criterion": "abs(W)", "pattern": pattern, key: value}
+    return validated(Recipe, fields, f"choices: {key}: {value}")
+
+
+def _is_usable(key: str, value: Any, pattern: str) -> bool:
+    try:
+        _example(key, value, pattern)
+    except RecipeError:
+        return False
+    return True
 
 
 def search_spaces() -> dict[str, Path]:

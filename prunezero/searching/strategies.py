@@ -1,33 +1,56 @@
-"""Who proposes the next formula: breeding from what was seen, or tuning of what is best.
+"""Who proposes the next rules: evolution by default, and honest controls to compare it with.
 
-Every draw has its own generator, seeded by (search seed, slot, purpose). No state is carried from
-one proposal to the next, so a search that is resumed proposes exactly what it would have proposed.
+Every draw has its own generator, seeded by (search seed, slot, purpose), and everything else
+follows from the memory, so a search that is resumed proposes exactly what it would have proposed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from prunezero.errors import CriterionError
+from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.genetics import cross, mutate, random_criterion, tunable
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.genetics import cross, mutate, random_criterion
+from prunezero.searching.memory import Memory
+from prunezero.searching.population import Breeders
+from prunezero.searching.task import Rule, Task
+
+# Share of fathers from the whole archipelago.
+_MIGRATION = 0.1
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A formula that nobody has judged yet."""
+    """A rule that nobody has judged yet."""
 
-    criterion: Criterion
+    rule: Rule
     origin: str
-    """random, mutate, cross or tune"""
-    parents: tuple[int, ...]
+    """what made it, see `Candidate.origin`"""
+    parents: tuple[int, ...] = ()
     """slots of the candidates it was made from"""
+
+
+# Endless proposals for one generation; None where a draw came to nothing. The memory grows
+# between them, and its `slot` is that of the next proposal.
+Propose = Callable[[Task, Memory, int], Iterator[Proposal | None]]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Who proposes, and what proposals go through."""
+
+    propose: Propose
+    """draws the proposals of one generation"""
+    note: str
+    """what it is, in one line"""
+    is_screened: bool = True
+    """whether candidates climb the ladder; else all are measured at once, repeated masks too"""
+    forgets_masks: bool = False
+    """whether a mask that was seen before costs as much as a new one"""
 
 
 def generator(seed: int, slot: int, purpose: str) -> random.Random:
@@ -36,96 +59,67 @@ def generator(seed: int, slot: int, purpose: str) -> random.Random:
     return random.Random(int.from_bytes(digest.digest(), "big"))
 
 
-def breed(
-    space: SearchSpace,
-    screened: Sequence[Candidate],
-    measured: Sequence[Candidate],
-    rng: random.Random,
-) -> Proposal | None:
-    """A child of candidates that did well, or a fresh formula; None when no formula came out.
+def evolve(task: Task, memory: Memory, generation: int) -> Iterator[Proposal | None]:
+    """Seeds first; then children of the best on their islands, other choices, fresh formulas."""
+    if generation == 0:
+        yield from (Proposal(Rule(seed), "seed") for seed in task.seeds)
+        yield from fresh(task, memory, generation)
+    breeders = Breeders.among(memory, task.space)
+    while True:
+        yield _bred(task, memory.slot, breeders)
 
-    Args:
-        screened: candidates with a layer error, best first.
-        measured: candidates with a perplexity, best first. The two are never ranked together:
-            each parent is drawn from one of them.
-    """
-    kind = rng.random()
-    if not screened or kind < space.fresh:
-        return _proposal(random_criterion(space, rng), "random")
-    mother = _parent(space, screened, measured, rng)
-    if kind < space.fresh + space.crossover:
-        father = _parent(space, screened, measured, rng)
+
+def fresh(task: Task, memory: Memory, generation: int) -> Iterator[Proposal | None]:
+    """Fresh formulas only, drawn alike in every generation."""
+    while True:
+        yield _fresh(task, generator(task.seed, memory.slot, "breed"))
+
+
+def _fresh(task: Task, rng: random.Random) -> Proposal | None:
+    criterion = random_criterion(task.space, rng)
+    return None if criterion is None else Proposal(Rule(criterion), "random")
+
+
+def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
+    space = task.space
+    rng = generator(task.seed, slot, "breed")
+    kind = rng.random() - space.fresh
+    if kind < 0 or not breeders.everyone:
+        return _fresh(task, rng)
+    if kind < space.chosen and space.choices_for(task.pattern):
+        return _chosen(task, breeders.parent(slot, rng, measured=1.0), rng)
+    mother = breeders.parent(slot, rng)
+    if kind > 1 - space.fresh - space.crossover:
+        father = breeders.parent(None if rng.random() < _MIGRATION else slot, rng)
         child = cross(mother.criterion, father.criterion, space, rng)
-        return _proposal(child, "cross", mother.slot, father.slot)
-    return _proposal(mutate(mother.criterion, space, rng), "mutate", mother.slot)
+        return _child(child, "cross", mother, father)
+    return _child(mutate(mother.criterion, space, rng), "mutate", mother)
 
 
-def _parent(
-    space: SearchSpace,
-    screened: Sequence[Candidate],
-    measured: Sequence[Candidate],
-    rng: random.Random,
-) -> Candidate:
-    """The winner of a tournament among candidates of one rung."""
-    pool = measured if len(measured) > 1 and rng.random() < 0.5 else screened
-    return pool[min(rng.randrange(len(pool)) for _ in range(space.tournament))]
+def _child(criterion: Criterion | None, origin: str, *parents: Candidate) -> Proposal | None:
+    if criterion is None:
+        return None
+    rule = Rule(criterion, parents[0].choices)
+    return Proposal(rule, origin, tuple(parent.slot for parent in parents))
 
 
-def _proposal(criterion: Criterion | None, origin: str, *parents: int) -> Proposal | None:
-    return None if criterion is None else Proposal(criterion, origin, parents)
+def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None:
+    """The parent with another value at one of the keys that the space leaves open."""
+    options = task.space.choices_for(task.pattern)
+    key = rng.choice(sorted(options))
+    usual = getattr(task.recipe(parent.rule, "parent"), key)
+    now = parent.choices.get(key, usual)
+    value = rng.choice([one for one in options[key] if one != now])
+    rule = Rule(parent.criterion, {**parent.choices, key: value})
+    try:
+        task.recipe(rule, "candidate")
+    except RecipeError:
+        return None
+    return Proposal(rule, "choose", (parent.slot,))
 
 
-class Tuning:
-    """Optuna's TPE over the numbers of one formula, judged by the layer error.
-
-    Ask and tell alternate, so the sampler, which is seeded, repeats itself when told the same.
-    """
-
-    def __init__(self, parent: Candidate, space: SearchSpace, seed: int) -> None:
-        self.parent = parent
-        self._space = space
-        self._filled, self._values = tunable(parent.criterion)
-        self._seed = seed
-        self._study: Any = None
-        self._trial: Any = None
-
-    def ask(self) -> Proposal | None:
-        """The formula with other numbers; None when it has none, or they make no formula."""
-        if not self._values:
-            return None
-        if self._study is None:
-            self._study = _study(self._seed)
-        self._trial = self._study.ask()
-        numbers = [
-            value * self._trial.suggest_float(f"factor{index}", 0.3, 2.0)
-            for index, value in enumerate(self._values)
-        ]
-        try:
-            criterion = Criterion.from_sympy(self._filled(numbers))
-        except CriterionError:
-            return None
-        if not self._space.holds(criterion):
-            return None
-        return Proposal(criterion, "tune", (self.parent.slot,))
-
-    def tell(self, error: float | None) -> None:
-        """Report the layer error of the last formula asked for; None when it has none."""
-        import optuna
-
-        if self._trial is not None:
-            state = optuna.trial.TrialState
-            if error is None:
-                self._study.tell(self._trial, state=state.FAIL)
-            else:
-                self._study.tell(self._trial, error)
-            self._trial = None
-
-
-def _study(seed: int) -> Any:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = optuna.samplers.TPESampler(
-        seed=seed, multivariate=True, constant_liar=False, n_startup_trials=4
-    )
-    return optuna.create_study(direction="minimize", sampler=sampler)
+STRATEGIES: dict[str, Strategy] = {
+    "evolution": Strategy(evolve, "breeds the best of every skeleton and kind, on islands"),
+    "random": Strategy(fresh, "fresh formulas only, through the same rungs"),
+    "no-memory": Strategy(evolve, "evolution that pays for masks it has seen", forgets_masks=True),
+}

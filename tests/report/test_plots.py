@@ -13,7 +13,6 @@ from prunezero.errors import OutputError
 from prunezero.report.axes import bulk
 from prunezero.report.labels import LONGEST_LABEL, short
 from prunezero.report.plots import (
-    kendall_tau,
     pareto,
     pareto_front,
     progress,
@@ -68,16 +67,6 @@ def test_the_front_keeps_rows_that_no_smaller_formula_beats() -> None:
     ]
     front = [(row["complexity"], row["search_perplexity"]) for row in pareto_front(found)]
     assert front == [(2, 30.0), (4, 21.0), (9, 20.0)]
-
-
-def test_kendall_tau_counts_pairs_in_the_same_order() -> None:
-    assert kendall_tau([1, 2, 3], [10, 20, 30]) == 1
-    assert kendall_tau([1, 2, 3], [3, 2, 1]) == -1
-    # 5 of 6 pairs agree, one does not
-    assert kendall_tau([1, 2, 3, 4], [1, 2, 4, 3]) == pytest.approx(4 / 6)
-    # one pair tied on the left: 2 agreeing of sqrt(2 * 3)
-    assert kendall_tau([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / math.sqrt(6))
-    assert math.isnan(kendall_tau([], [])) and math.isnan(kendall_tau([1, 1], [1, 2]))
 
 
 def test_failures_far_off_do_not_set_the_range() -> None:

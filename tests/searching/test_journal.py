@@ -13,6 +13,7 @@ from prunezero.errors import SearchError, TextError
 from prunezero.pruning.bench import Bench, Settings
 from prunezero.searching.journal import Journal
 from prunezero.searching.session import _header, make_task, open_session
+from prunezero.searching.task import Rule
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 
 
@@ -80,11 +81,11 @@ def test_a_search_that_could_not_begin_does_not_stand_in_its_own_way(tmp_path: P
 def test_a_failed_start_keeps_results_that_were_there(tmp_path: Path) -> None:
     bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
     session = open_session(bench, task, tmp_path / "run")
-    session.ladder.error(task.space.terminals[0])
+    list(session.ladder.errors([Rule(task.space.terminals[0])]))
     session.journal.close()
     before = session.journal.path.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunezero.searching.session.Stand", _interrupted)
+        patch.setattr("prunezero.searching.session.Judge", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             open_session(bench, task, tmp_path / "run", resume=True)
     assert session.journal.path.read_bytes() == before

@@ -1,0 +1,85 @@
+"""Who may have children? The best of every skeleton, and the best of every kind.
+
+Evolution that keeps only the best soon breeds one family. Here candidates retire with age, and the
+archive of kinds, after MAP-Elites (Mouret & Clune 2015, arXiv:1504.04909), keeps for every size,
+signal and behaviour the best that was found, so that a short formula without gradients stays in.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.memory import Memory
+from prunezero.searching.space import SearchSpace
+
+# Sizes of formulas that are told apart.
+_SIZES = (4, 8, 12)
+# Generations after which a candidate has children only as the best of its kind.
+_RETIRES = 20
+
+Kind = tuple[int, str, int]
+
+
+@dataclass(frozen=True)
+class Breeders:
+    """The candidates that may have children in one generation, the best first in each list."""
+
+    islands: tuple[list[Candidate], ...]
+    """by layer error; slot s breeds on island s modulo their number"""
+    everyone: list[Candidate]
+    """by layer error, of all islands"""
+    measured: list[Candidate]
+    """by perplexity on search text, of all islands"""
+    tournament: int
+    """how many are drawn to find one parent"""
+
+    @classmethod
+    def among(cls, memory: Memory, space: SearchSpace) -> Breeders:
+        """The breeders of the next generation."""
+        best = list(elites(memory).values())
+        count = space.islands
+        islands = tuple(
+            _united(_young(memory.population(space.population, island=(which, count))), best)
+            for which in range(count)
+        )
+        everyone = _united(*islands)
+        return cls(islands, everyone, memory.ranked("search_perplexity"), space.tournament)
+
+    def parent(self, slot: int | None, rng: random.Random, *, measured: float = 0.5) -> Candidate:
+        """The winner of a tournament among candidates that are ordered by the same rung.
+
+        Args:
+            slot: of the child, which says the island; None looks on all of them.
+            measured: chance that the tournament is among those whose perplexity is known.
+        """
+        pool = self.everyone if slot is None else self.islands[slot % len(self.islands)]
+        if len(self.measured) > 1 and rng.random() < measured:
+            pool = self.measured
+        pool = pool or self.everyone
+        return pool[min(rng.randrange(len(pool)) for _ in range(self.tournament))]
+
+
+def elites(memory: Memory) -> dict[Kind, Candidate]:
+    """The best by layer error of every kind."""
+    found: dict[Kind, Candidate] = {}
+    for candidate in memory.ranked("layer_error"):
+        found.setdefault(kind(candidate), candidate)
+    return found
+
+
+def kind(candidate: Candidate) -> Kind:
+    """Size, dearest signal, and behaviour of a candidate."""
+    size = sum(candidate.criterion.complexity > limit for limit in _SIZES)
+    return size, candidate.criterion.signal, candidate.behaviour
+
+
+def _young(candidates: list[Candidate]) -> list[Candidate]:
+    newest = max((candidate.generation for candidate in candidates), default=0)
+    return [one for one in candidates if one.generation > newest - _RETIRES]
+
+
+def _united(*lists: list[Candidate]) -> list[Candidate]:
+    found = {candidate.slot: candidate for candidates in lists for candidate in candidates}
+    return sorted(found.values(), key=lambda one: (one.layer_error or 0.0, one.slot))

@@ -1,0 +1,56 @@
+"""What does a search look for? The space, the sparsity and the pattern, and where it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prunezero.formula.criterion import Criterion
+from prunezero.pruning.documents import validated
+from prunezero.pruning.recipe import Recipe
+from prunezero.searching.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A formula, and the recipe choices around it that are not those of the task."""
+
+    criterion: Criterion
+    """the formula"""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """values of recipe keys, as their YAML spells them"""
+
+    @property
+    def text(self) -> str:
+        """The rule on one line, equal for equal rules."""
+        around = [f"{key}: {value}" for key, value in sorted(self.choices.items())]
+        return "; ".join([self.criterion.text, *around])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a search looks for."""
+
+    space: SearchSpace
+    """the rules it may write"""
+    sparsity: float
+    """fraction of the weights to remove"""
+    pattern: str
+    """free or N:M"""
+    seed: int
+    """of every draw"""
+    seeds: tuple[Criterion, ...]
+    """formulas to start from"""
+
+    def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
+        """The recipe that a rule stands for in this search.
+
+        Raises:
+            RecipeError: its choices exclude each other.
+        """
+        if isinstance(rule, Criterion):
+            rule = Rule(rule)
+        fields = {"compare": self.space.compare, "pattern": self.pattern, **rule.choices}
+        fields |= {"name": name, "criterion": rule.criterion}
+        return validated(Recipe, fields, f"candidate {rule.text}")
