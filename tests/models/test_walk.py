@@ -259,6 +259,26 @@ def test_a_model_that_changes_states_between_blocks_is_refused() -> None:
         BlockWalk(model, tiny_batches())
 
 
+@pytest.mark.parametrize(("change", "is_refused"), [(1e-6, False), (0.1, True)])
+def test_arguments_that_depend_on_the_text_are_refused_and_their_last_bits_are_not(
+    change: float, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = tiny_model("llama"), tiny_batches(3, 24)
+    rotary = model.model.model.rotary_emb
+    usual, calls = rotary.forward, []
+
+    def drifting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return tuple(part + change * len(calls) for part in usual(*args, **kwargs))
+
+    monkeypatch.setattr(rotary, "forward", drifting)
+    if is_refused:
+        with pytest.raises(ModelError, match="depend on the text"):
+            BlockWalk(model, ids)
+    else:
+        assert len(BlockWalk(model, ids).states) == 3
+
+
 def test_a_tuple_and_a_tensor_are_read_and_anything_else_is_refused() -> None:
     state = torch.zeros(1, 2, 3)
     assert hidden_of(state) is state
