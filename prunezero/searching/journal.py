@@ -92,10 +92,8 @@ class Journal:
         self.close()
 
     def _append(self, record: dict[str, Any]) -> None:
-        text = json.dumps(record, allow_nan=False, sort_keys=True).encode()
-        line = b"%08x %d %s\n" % (zlib.crc32(text), len(text), text)
         try:
-            self._file.write(line)
+            self._file.write(line_of(record))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -106,7 +104,7 @@ class Journal:
         lines = self._file.read().split(b"\n")
         records, length = [], 0
         for place, line in enumerate(lines[:-1]):
-            record = _record(line)
+            record = record_of(line)
             if record is None:
                 if place < len(lines) - 2:
                     raise SearchError(
@@ -120,7 +118,29 @@ class Journal:
         return records
 
 
-def _record(line: bytes) -> dict[str, Any] | None:
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Every whole record of a journal, the header first; a search may be writing on meanwhile.
+
+    Raises:
+        SearchError: the file cannot be read, or holds no header.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise SearchError(f"{path} cannot be read: {error.strerror}") from error
+    records = [record for record in map(_record, lines) if record is not None]
+    if not records or "header" not in records[0]:
+        raise SearchError(f"{path} holds no search; its first line is missing or damaged")
+    return records
+
+
+def line_of(record: dict[str, Any]) -> bytes:
+    """A record as a line of a file, from which `record_of` reads it back."""
+    text = json.dumps(record, allow_nan=False, sort_keys=True).encode()
+    return b"%08x %d %s\n" % (zlib.crc32(text), len(text), text)
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
     """What a line holds; None if it is not as it was written."""
     checksum, _, rest = line.partition(b" ")
     size, _, text = rest.partition(b" ")

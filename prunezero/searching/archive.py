@@ -1,0 +1,80 @@
+"""Answers that outlive a search: what was measured once is never computed again.
+
+All searches of a runs folder share one file. An answer stands under the question and under
+everything else that it depends on (model, text, sizes, sparsity, versions), so what is found there
+is what would have been computed, and a search goes the same way with the archive or without it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from prunezero.errors import OutputError
+from prunezero.searching.journal import line_of, record_of
+
+# Keys of a journal's header that say where a search goes, but change no answer.
+_NOT_ASKED = {"space", "strategy", "seed", "seeds", "rivals", "pattern"}
+
+
+class Archive:
+    """A file of answers that several searches read and append to, also at the same time."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        """Read what is known under the conditions of a search.
+
+        Args:
+            header: of the search's journal.
+
+        Raises:
+            OutputError: the file cannot be read or written.
+        """
+        self._path = path
+        asked = {key: value for key, value in header.items() if key not in _NOT_ASKED}
+        text = json.dumps(asked, sort_keys=True).encode()
+        self._context = hashlib.blake2b(text, digest_size=16).hexdigest()
+        self._answers: dict[tuple[str, str], dict[str, Any]] = {}
+        with self._open() as file:
+            for line in file.read().split(b"\n"):
+                record = record_of(line)
+                # A torn line was never an answer; other conditions are other searches' business.
+                if record and record.get("context") == self._context:
+                    self._answers[record["kind"], record["key"]] = record["answer"]
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def known(self, kind: str, key: str) -> dict[str, Any] | None:
+        """The answer that was written under this kind and key, or None."""
+        return self._answers.get((kind, key))
+
+    def write(self, kind: str, key: str, answer: dict[str, Any]) -> None:
+        """Add an answer, unless there is one.
+
+        Raises:
+            OutputError: the disk is full or gone.
+        """
+        if (kind, key) in self._answers:
+            return
+        record = {"context": self._context, "kind": kind, "key": key, "answer": answer}
+        with self._open() as file:
+            # Begins with a line's end: what a crash may have left there stays a line of its own.
+            file.write(b"\n" + line_of(record))
+        self._answers[kind, key] = answer
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        """The file, from its start, while no other search writes."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.seek(0)
+                yield file
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error.strerror}") from error
