@@ -117,6 +117,22 @@ def write_pruner(fields: PrunerFields, path: Path) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
 
+# The body of `masks` where all layers compete.
+_MODEL_WIDE = [
+    "# Ties lose the earlier layer first, then the lower index.",
+    "flat = torch.cat([part.flatten().cpu() for part in scores.values()])",
+    "if not torch.isfinite(flat).all():",
+    '    raise ValueError("a score is NaN or infinite; the criterion does not suit this model")',
+    "count = int(len(flat) * Fraction(str(sparsity)))",
+    "threshold = flat.kthvalue(max(1, count)).values",
+    "gone, equal = flat < threshold, flat == threshold",
+    "gone |= equal & (equal.cumsum(0) <= count - gone.sum())",
+    "parts = torch.split(~gone, [part.numel() for part in scores.values()])",
+    "found = zip(scores.items(), parts, strict=True)",
+    "return {name: kept.view(part.shape).to(part.device) for (name, part), kept in found}",
+]
+
+
 def pruner_page(fields: PrunerFields) -> str:
     """The page's text: it compiles, and it imports nothing of prunezero.
 
@@ -135,6 +151,8 @@ def pruner_page(fields: PrunerFields) -> str:
         "TARGETS": _name_expression(fields.targets, nothing=""),
         "IGNORE": _name_expression(fields.ignore, nothing="^$"),
     }
+    if fields.compare == "model" and fields.pattern == "free":
+        new["masks"] = _MODEL_WIDE
     page = _exchange(source, new, _docstring(fields))
     _check_page(page)
     return page
@@ -151,8 +169,6 @@ def refuse_unfit(fields: PrunerFields) -> None:
         for choice, needed in wanted.items()
         if getattr(fields, choice) != needed
     ]
-    if fields.compare == "model" and fields.pattern == "free":
-        found.append("compare: model")
     if found:
         raise OutputError(
             f"{fields.name} has {', '.join(found)}, which a one-page pruner cannot follow; use "

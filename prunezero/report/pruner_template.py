@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COMPARE = "row"  # which weights compete: "row", "layer" or "N columns"
+COMPARE = "row"  # which weights compete: "row", "layer", "model" or "N columns"
 PATTERN = "free"  # "free", or "N:M" to keep N of every M consecutive weights
 TARGETS = ""  # a regular expression for the names of the layers to prune
 IGNORE = "^$"  # and one for those to leave alone
@@ -53,13 +53,21 @@ def prune_(model: Any, batches: Any, sparsity: float = 0.5, pattern: str = PATTE
     stats = measure(model.eval(), layers, list(batches))
     layer_sparsity, removed, total = {}, 0, 0
     with torch.no_grad():
-        for name, module in layers.items():
-            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
-            gone = ~mask(score(weight.detach(), stats[name]), sparsity, pattern)
-            weight.masked_fill_(gone, 0.0)
+        weights = {
+            n: m.weight if isinstance(m, nn.Linear) else m.weight.T for n, m in layers.items()
+        }
+        scores = {name: score(weight.detach(), stats[name]) for name, weight in weights.items()}
+        for name, kept in masks(scores, sparsity, pattern).items():
+            gone = ~kept
+            weights[name].masked_fill_(gone, 0.0)
             layer_sparsity[name] = float(gone.double().mean())
             removed, total = removed + int(gone.sum()), total + gone.numel()
     return {"sparsity": removed / total, "removed": removed, "layers": layer_sparsity}
+
+
+def masks(scores: dict[str, Tensor], sparsity: float, pattern: str) -> dict[str, Tensor]:
+    """The mask of every layer."""
+    return {name: mask(scores.pop(name), sparsity, pattern) for name in list(scores)}
 
 
 def mask(scores: Tensor, sparsity: float, pattern: str = PATTERN) -> Tensor:

@@ -21,7 +21,8 @@ from prunezero.models.units import find_layers
 from prunezero.report import pruner_template
 from prunezero.report.export import FEATURE_LINES, PrunerFields, pruner_page, write_pruner
 from prunezero.scoring.feature_values import needed_sums
-from prunezero.scoring.score import keep_mask
+from prunezero.scoring.score import keep_mask, score
+from prunezero.scoring.selection import select_model
 from tests.tiny_models import FAMILIES, save_tiny_model, tiny_batches, tiny_model
 
 FORMULAS = {
@@ -51,6 +52,10 @@ def engine_masks(family: str, fields: PrunerFields, sparsity: float) -> dict[str
     )
     sums = needed_sums([fields.criterion])
     statistics = calibrate(language_model, tiny_batches(), layers, sums)
+    if fields.compare == "model" and fields.pattern == "free":
+        scores = [score(fields.criterion, one.weight, statistics.get(one.name)) for one in layers]
+        chosen = select_model(scores, sparsity)
+        return {layer.name: mask for layer, mask in zip(layers, chosen, strict=True)}
     return {
         layer.name: keep_mask(
             fields.criterion,
@@ -116,6 +121,9 @@ def test_every_feature_has_the_same_value_in_a_page(feature: str, tmp_path: Path
     [
         ("layer", "free", 0.7),
         ("24 columns", "free", 0.3),
+        ("model", "free", 0.5),
+        ("model", "free", 0.0),
+        ("model", "2:4", 0.5),
         ("row", "2:4", 0.5),
         ("row", "1:4", 0.75),
     ],
@@ -144,6 +152,14 @@ def test_ties_and_signed_zeros_lose_the_lower_index() -> None:
     assert keep.tolist() == [[False, False, True, True, True]] * 2
 
 
+def test_ties_across_layers_lose_the_earlier_layer(tmp_path: Path) -> None:
+    page = page_module(PrunerFields("w", Criterion.parse("W"), compare="model"), tmp_path)
+    scores = {"a": torch.tensor([[1.0, 3.0]]), "b": torch.tensor([[1.0, -0.0], [0.0, 1.0]])}
+    kept = page.masks(scores, 0.5, "free")
+    assert kept["a"].tolist() == [[False, True]]
+    assert kept["b"].tolist() == [[True, False], [False, True]]
+
+
 def test_page_refuses_scores_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match="NaN or infinite"):
         pruner_template.mask(torch.tensor([[1.0, float("nan")]]), 0.5)
@@ -169,9 +185,9 @@ def test_template_is_the_exported_wanda_but_for_its_words() -> None:
             assert ast.dump(mine) == ast.dump(theirs)
 
 
-def test_template_is_at_most_150_lines() -> None:
+def test_template_is_at_most_160_lines() -> None:
     text = Path(pruner_template.__file__).read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 160
 
 
 def test_every_feature_can_be_exported() -> None:
@@ -180,7 +196,7 @@ def test_every_feature_can_be_exported() -> None:
 
 @pytest.mark.parametrize(
     ("choice", "value"),
-    [("update", "obs"), ("allocate", "owl"), ("compare", "model")],
+    [("update", "obs"), ("allocate", "owl"), ("recover", "finetune")],
 )
 def test_recipes_that_a_page_cannot_follow_are_refused(choice: str, value: str) -> None:
     fields = PrunerFields("mine", Criterion.parse("abs(W)"), **{choice: value})  # type: ignore[arg-type]

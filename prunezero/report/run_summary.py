@@ -1,0 +1,244 @@
+"""What did a search find? Read from its folder alone, while it runs, stopped or finished."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import RecipeError, SearchError, did_you_mean
+from prunezero.formula.criterion import Criterion
+from prunezero.pruning.documents import validated
+from prunezero.pruning.recipe import Recipe
+from prunezero.report.plots import pareto_front
+from prunezero.report.search_file import Asked, read_asked
+from prunezero.searching.journal import read_journal
+from prunezero.searching.judge import Question
+from prunezero.searching.session import make_task, rivals
+from prunezero.searching.space import CHOOSABLE, SearchSpace
+from prunezero.searching.task import Rule, Task
+
+Row = dict[str, Any]
+# What a search measures its rivals on before it begins.
+RIVAL_SPLITS = ("search", "validation")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the folder of a search holds."""
+
+    folder: Path
+    """where it is"""
+    header: Mapping[str, Any]
+    """what its results depend on, see `Journal`"""
+    asked: Asked | None
+    """its options; None for a folder without `search.json`"""
+    rivals: Sequence[Row]
+    """the dense model and the published recipes, as far as they were measured"""
+    answers: Mapping[str, int]
+    """how many results the journal holds, by kind"""
+    candidates: Sequence[Row] | None
+    """rows of `candidates.parquet`; None before a search ended or was stopped"""
+    recipe: Recipe | None
+    """the winner, with its measured rows in the provenance; None of an unfinished search"""
+
+    @cached_property
+    def task(self) -> Task:
+        """What was searched for."""
+        return task_of(self.header, str(self.folder))
+
+    @property
+    def measured(self) -> list[Row]:
+        """The rows of the winner and its rivals as a finished search reports them, else none."""
+        return [] if self.recipe is None else list(self.recipe.provenance.get("measured", []))
+
+
+def find_run(run: str, runs_dir: Path) -> Path:
+    """The folder of a search, by its name inside the runs folder or by its path.
+
+    Raises:
+        SearchError: there is none; the message gives the nearest.
+    """
+    for folder in (runs_dir / run, Path(run)):
+        if os.path.isfile(folder / "journal.jsonl"):
+            return folder
+    known = [journal.parent.name for journal in sorted(runs_dir.glob("*/journal.jsonl"))]
+    near = did_you_mean(Path(run).name, known) or "; see `prunezero list runs`"
+    raise SearchError(f"there is no search '{run[:80]}' in {runs_dir}{near}")
+
+
+def read_run(folder: Path) -> Run:
+    """Everything that the folder of a search tells.
+
+    Raises:
+        PruneZeroError: a file of it is damaged.
+    """
+    records = read_journal(folder / "journal.jsonl")
+    header = records[0]["header"]
+    known = {(one["kind"], one["key"]): one["result"] for one in records[1:]}
+    recipe = folder / "recipe.yaml"
+    return Run(
+        folder=folder,
+        header=header,
+        asked=read_asked(folder),
+        rivals=_rivals(task_of(header, str(folder)), known),
+        answers=Counter(kind for kind, _ in known),
+        candidates=read_candidates(folder),
+        recipe=Recipe.load(recipe) if recipe.is_file() else None,
+    )
+
+
+def task_of(header: Mapping[str, Any], source: str) -> Task:
+    """The task of the search that wrote a journal under this header.
+
+    Raises:
+        SearchError: the header is not one of a search, or of another version.
+    """
+    try:
+        space = validated(SearchSpace, header["space"], source)
+        strategy = header.get("strategy", "evolution")
+        return make_task(
+            space,
+            header["sparsity"],
+            pattern=header["pattern"],
+            seed=header["seed"],
+            strategy=strategy,
+        )
+    except (KeyError, TypeError) as error:
+        raise SearchError(f"{source} was searched by another version of prunezero") from error
+
+
+def _rivals(task: Task, known: Mapping[tuple[str, str], Row]) -> list[Row]:
+    found = []
+    for recipe in (None, *rivals(task)):
+        question = Question.of(recipe, RIVAL_SPLITS)
+        row = known.get((question.kind, question.key))
+        if row is not None and "fault" not in row:
+            found.append({**row, "recipe": recipe.name if recipe else "dense"})
+    return found
+
+
+def read_candidates(folder: Path) -> list[Row] | None:
+    """The rows of `candidates.parquet`; None where there is no such file.
+
+    Raises:
+        SearchError: it cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    path = folder / "candidates.parquet"
+    if not path.is_file():
+        return None
+    try:
+        return list(parquet.read_table(path).to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SearchError(f"{path} cannot be read: {reason}") from error
+
+
+def counted(candidates: Sequence[Row]) -> dict[str, int]:
+    """How many candidates came how far up the ladder."""
+    statuses = Counter(row["status"] for row in candidates)
+    own = [row for row in candidates if row["status"] != "known"]
+    return {
+        "proposed": len(candidates),
+        "known": statuses["known"],
+        "invalid": statuses["invalid"],
+        "screened": statuses["new"],
+        "glanced at": sum(row["kl"] is not None for row in own),
+        "measured": sum(row["search_perplexity"] is not None for row in own),
+    }
+
+
+def front(candidates: Sequence[Row], top: int | None = None) -> list[Row]:
+    """The candidates that none of equal or smaller size beats on search text, small to large.
+
+    Args:
+        top: keeps that many, the best on search text; None keeps all.
+    """
+    measured = [
+        row for row in candidates if row["status"] == "new" and row["search_perplexity"] is not None
+    ]
+    best = pareto_front(measured)
+    # Along the front, larger is better.
+    return [dict(row) for row in best[max(0, len(best) - top) if top is not None else 0 :]]
+
+
+def rule_of(row: Mapping[str, Any]) -> Rule:
+    """The rule that a row of `candidates.parquet` stands for.
+
+    Raises:
+        PruneZeroError: its formula cannot be read.
+    """
+    begins = rf"(?:^|, )({'|'.join(CHOOSABLE)}): "
+    _, *parts = re.split(begins, row["choices"] or "")
+    choices = {key: _value(text) for key, text in zip(parts[::2], parts[1::2], strict=True)}
+    return Rule(Criterion.parse(row["formula"]), choices)
+
+
+def _value(text: str) -> Any:
+    """What Python prints as `text`; words without quotes are text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def best_row(run: Run) -> Row | None:
+    """The row of `candidates.parquet` that the winner was; None where it is not known."""
+    slot = run.recipe.provenance.get("slot") if run.recipe else None
+    return next((row for row in run.candidates or () if row["slot"] == slot), None)
+
+
+def results(run: Run) -> list[Row]:
+    """The dense model, the rivals and the winner with every perplexity that is known of them.
+
+    Raises:
+        RecipeError: the recipe of the winner holds rows that are none.
+    """
+    searched = {row["recipe"]: row["search_perplexity"] for row in run.rivals}
+    winner = best_row(run)
+    if not run.measured:
+        return [dict(row) for row in run.rivals]
+    try:
+        searched[run.measured[-1]["recipe"]] = winner["search_perplexity"] if winner else None
+        return [{**row, "search_perplexity": searched.get(row["recipe"])} for row in run.measured]
+    except (KeyError, TypeError) as error:
+        raise RecipeError(f"{run.folder / 'recipe.yaml'} holds rows that are no results") from error
+
+
+def latex_of_front(rows: Sequence[Row]) -> str:
+    """The front as a LaTeX table; it needs the packages booktabs and amsmath."""
+    lines = [
+        r"% \usepackage{amsmath,booktabs}",
+        r"\begin{tabular}{rrrl}",
+        r"\toprule",
+        r"Complexity & Search & Validation & Formula \\",
+        r"\midrule",
+    ]
+    for row in rows:
+        formula = f"${Criterion.parse(row['formula']).latex}$"
+        if row["choices"]:
+            formula += f" ({_escaped(row['choices'])})"
+        numbers = [_number(row[key]) for key in ("search_perplexity", "validation_perplexity")]
+        lines.append(rf"{' & '.join([str(row['complexity']), *numbers, formula])} \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _number(perplexity: float | None) -> str:
+    return "--" if perplexity is None else f"{perplexity:.2f}"
+
+
+_ESCAPES = {character: rf"\{character}" for character in "&%$#_{}"}
+_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+def _escaped(text: str) -> str:
+    return "".join(_ESCAPES.get(character, character) for character in text)

@@ -1,0 +1,183 @@
+"""What was a search asked to do? `search.json`, from which it goes on and is checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import OutputError, SearchError, differences
+from prunezero.pruning.bench import Bench
+from prunezero.pruning.documents import validated
+from prunezero.searching.session import make_task
+from prunezero.searching.space import SearchSpace
+from prunezero.searching.task import Task
+
+FILE = "search.json"
+# A value that leaves the choice to the machine, and so contradicts none; and who takes it.
+OPEN = "auto"
+_LEFT_OPEN = ("dtype", "device")
+# Options that may name a file.
+_PLACES = ("model", "text")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of a search that its results depend on, called as its command calls them."""
+
+    model: str
+    """as `load_model` takes it"""
+    text: str
+    """as `load_text` takes it"""
+    space: str
+    """name or path of the search space"""
+    sparsity: float | None
+    """fraction of the weights to remove; None where the pattern says it"""
+    pattern: str
+    """free or N:M"""
+    seed: int
+    """of every draw"""
+    from_scratch: bool
+    """whether it starts without published formulas"""
+    strategy: str
+    """who proposes rules"""
+    sequence_length: int
+    """tokens in a window"""
+    calibration_tokens: int
+    """tokens that statistics are made from"""
+    evaluation_tokens: int
+    """tokens of search and of validation text"""
+    test_tokens: int
+    """tokens of test text"""
+    dtype: str
+    """of the weights"""
+    device: str
+    """where the model is"""
+    space_content: Mapping[str, Any]
+    """of the search space, as JSON"""
+
+    def task(self) -> Task:
+        """What the search looks for.
+
+        Raises:
+            PruneZeroError: options that contradict each other, or unknown words.
+        """
+        space = validated(SearchSpace, dict(self.space_content), f"search space {self.space}")
+        return make_task(
+            space,
+            self.sparsity,
+            pattern=self.pattern,
+            seed=self.seed,
+            from_scratch=self.from_scratch,
+            strategy=self.strategy,
+        )
+
+    def settled(self, bench: Bench, task: Task) -> Asked:
+        """The same without what was left to the machine and to the pattern."""
+        loaded = bench.language_model
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        device = loaded.device.type if self.device == OPEN else self.device
+        return replace(self, dtype=dtype, device=device, sparsity=task.sparsity)
+
+
+OPTIONS = tuple(field.name for field in fields(Asked) if field.name != "space_content")
+
+
+def asked_for(options: Mapping[str, Any]) -> Asked:
+    """What a new search is asked to do.
+
+    Args:
+        options: a value for each of OPTIONS; others are left out.
+
+    Raises:
+        RecipeError: no such search space, or faults in its file.
+    """
+    content = SearchSpace.load(options["space"]).model_dump(mode="json")
+    return Asked(**{key: options[key] for key in OPTIONS}, space_content=content)
+
+
+def goes_on(before: Asked, typed: Mapping[str, Any], folder: Path) -> Asked:
+    """What a search is asked to do that goes on: the same, in the place of what was not typed.
+
+    Args:
+        typed: options that were typed this time; keys outside OPTIONS are left out.
+
+    Raises:
+        SearchError: an option that was typed says otherwise; the message gives both values.
+    """
+    now = {key: value for key, value in typed.items() if key in OPTIONS}
+    told = [_contradiction(before, key, value) for key, value in now.items()]
+    if any(told):
+        raise SearchError(
+            f"{folder} was searched under other options ({'; '.join(filter(None, told))}); leave "
+            "those out to go on, or start anew under another --name"
+        )
+    moved = [key for key in _PLACES if key in now and not os.path.exists(getattr(before, key))]
+    if now.get("device", OPEN) != OPEN:
+        moved.append("device")
+    return replace(before, **{key: now[key] for key in moved})
+
+
+def _contradiction(before: Asked, key: str, value: Any) -> str:
+    """Both values of an option that was typed and asks for something else; else nothing."""
+    was = getattr(before, key)
+    told = f"--{key.replace('_', '-')} {was}, now {value}"
+    if key in _PLACES:
+        return "" if value == was or _is_same_file(was, value) else told
+    if key == "space":
+        content = SearchSpace.load(value).model_dump(mode="json")
+        if content["name"] == before.space_content["name"]:
+            told = differences(before.space_content, content)
+        return "" if content == before.space_content else told
+    if key == "device":
+        # Which of several GPUs it is changes no result.
+        was, value = was.partition(":")[0], value.partition(":")[0]
+    return "" if value == was or (key in _LEFT_OPEN and value == OPEN) else told
+
+
+def _is_same_file(was: str, now: str) -> bool:
+    """Whether it is the same; of one that was moved the journal knows the fingerprint."""
+    if not os.path.exists(was):
+        return os.path.exists(now) and Path(was).name == Path(now).name
+    return os.path.exists(now) and os.path.samefile(was, now)
+
+
+def write_asked(asked: Asked, folder: Path) -> None:
+    """Write `search.json`, whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path = folder / FILE
+    temporary = path.with_name(f".{FILE}.{os.getpid()}")
+    data = {"prunezero": version("prunezero"), **asdict(asked)}
+    try:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_asked(folder: Path) -> Asked | None:
+    """What the search in a folder was asked to do; None where no `search.json` tells.
+
+    Raises:
+        SearchError: the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text())
+        return Asked(**{field.name: data[field.name] for field in fields(Asked)})
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SearchError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); take it away, and type the "
+            "options of the search"
+        ) from error
