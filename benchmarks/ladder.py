@@ -3,7 +3,8 @@
     python benchmarks/ladder.py --formulas 16 --sparsity 0.5
 
 Screens published and random formulas by the plain and by the gradient-weighted layer error,
-measures all of them on search text, and prints seconds per candidate and Kendall's tau.
+glances at all of them, measures them on search text, and prints seconds per candidate and
+Kendall's tau of each cheap rung with perplexity.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from prunezero.errors import ScoreError
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Settings, set_up
-from prunezero.pruning.compare import Stand
+from prunezero.pruning.compare import GLANCE, Stand
 from prunezero.searching.audit import kendall_tau
 from prunezero.searching.fitness import (
     ladder_sums,
@@ -76,24 +77,29 @@ def main() -> None:
         if digest in seen or weighted > 0.5:
             continue
         seen.add(digest)
-        row = stand.row(task.recipe(criterion, "formula"), task.sparsity, ("search",))
+        recipe = task.recipe(criterion, "formula")
+        glance = stand.row(recipe, task.sparsity, (GLANCE,))
+        glanced = time.perf_counter()
+        row = stand.row(recipe, task.sparsity, ("search",))
         rows.append(
             {
                 "formula": criterion.text,
                 "perplexity": row["search_perplexity"],
+                "kl": glance["kl"],
                 "weighted_error": weighted,
                 "plain_error": layer_error(plain, masks),
                 "probe_seconds": probed - begin,
                 "screen_seconds": screened - probed,
-                "measure_seconds": time.perf_counter() - screened,
+                "glance_seconds": glanced - screened,
+                "measure_seconds": time.perf_counter() - glanced,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
     perplexities = [float(row["perplexity"]) for row in rows]
-    for key in ("weighted_error", "plain_error"):
+    for key in ("weighted_error", "plain_error", "kl"):
         tau = kendall_tau([float(row[key]) for row in rows], perplexities)
         print(f"Kendall's tau of {key} with perplexity over {len(rows)} formulas: {tau:.2f}")
-    for key in ("probe_seconds", "screen_seconds", "measure_seconds"):
+    for key in ("probe_seconds", "screen_seconds", "glance_seconds", "measure_seconds"):
         print(f"median {key}: {sorted(float(row[key]) for row in rows)[len(rows) // 2]:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

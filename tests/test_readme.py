@@ -30,7 +30,9 @@ def commands() -> list[str]:
 
 def test_the_readme_shows_every_command() -> None:
     shown = {command.split()[1] for command in commands()}
-    assert shown == {"search", "compare", "prune", "export", "list", "ui", "doctor"}
+    assert shown == (
+        {"search", "show", "verify", "compare", "prune", "export", "list", "ui", "doctor"}
+    )
     assert "make search" in README and "make test" in README
 
 

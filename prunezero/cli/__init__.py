@@ -1,4 +1,4 @@
-"""The commands: search, compare, prune, export, list, ui, doctor.
+"""The commands: search, show, verify, compare, prune, export, list, ui, doctor.
 
 Each command is one module beside this one; here they are gathered, and every error of ours becomes
 one sentence instead of a traceback.
@@ -17,7 +17,9 @@ from prunezero.cli.export import export
 from prunezero.cli.listing import list_
 from prunezero.cli.prune import prune
 from prunezero.cli.search import search
+from prunezero.cli.show import show
 from prunezero.cli.ui import ui
+from prunezero.cli.verify import verify
 from prunezero.errors import PruneZeroError
 
 app = typer.Typer(
@@ -29,6 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(search)
+app.command()(show)
+app.command()(verify)
 app.command()(compare)
 app.command()(prune)
 app.command()(export)

@@ -72,7 +72,8 @@ class SearchView:
             self._known.add(candidate.slot)
             self._counts[candidate.status] += 1
         before = self._raced.get(candidate.slot)
-        if candidate.kl is None:
+        is_measured = candidate.kl is not None or candidate.search_perplexity is not None
+        if candidate.status == "known" or not is_measured:
             return
         self._raced[candidate.slot] = candidate
         if candidate.search_perplexity is not None:
@@ -173,9 +174,10 @@ class SearchView:
     def _counted(self) -> str:
         counts = self._counts
         proposed = counts["new"] + counts["known"] + counts["invalid"]
+        glanced = sum(one.kl is not None for one in self._raced.values())
         return (
             f"{proposed} proposed, {counts['known']} already known, {counts['invalid']} invalid, "
-            f"{counts['new']} screened, {len(self._raced)} glanced at, "
+            f"{counts['new']} screened, {glanced} glanced at, "
             f"{counts['measured']} measured"
         )
 

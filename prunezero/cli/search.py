@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunezero.cli import options
+from prunezero.cli import asking, options
 from prunezero.cli.options import (
     CalibrationTokens,
     Device,
@@ -23,6 +24,7 @@ from prunezero.cli.options import (
     TestTokens,
     TextName,
 )
+from prunezero.errors import RecipeError
 
 if TYPE_CHECKING:
     from prunezero.report.track import Tracker
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 
 def search(
+    ctx: typer.Context,
     model: Model = "demo",
     text: TextName = "demo",
     sparsity: Sparsity = None,
@@ -55,6 +58,9 @@ def search(
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Do not start from published formulas.")
     ] = False,
+    strategy: Annotated[
+        str, typer.Option(help="Who proposes; the others are controls to compare `evolution` with.")
+    ] = "evolution",
     json_file: JsonFile = None,
     sequence_length: SequenceLength = 256,
     calibration_tokens: CalibrationTokens = 8192,
@@ -67,7 +73,7 @@ def search(
 
     Candidates are screened by their layer error and the best are measured on search text; the best
     of those are judged on validation text, and the winner is reported on test text, which nothing
-    was chosen by. Ctrl-C keeps everything; `--resume` goes on.
+    was chosen by. Ctrl-C keeps everything; `--resume` goes on, under the options of before.
 
     Examples:
 
@@ -77,39 +83,36 @@ def search(
 
         prunezero search --model demo --sparsity 0.5 --space tiny --budget 20 --name quick
 
-        prunezero search --model demo --sparsity 0.5 --time 10m --name first --resume
+        prunezero search --time 10m --name first --resume
     """
     from prunezero.cli.tables import Bars, say, waiting
-    from prunezero.errors import RecipeError
     from prunezero.pruning.bench import set_up
     from prunezero.report.run_folder import run_folder
+    from prunezero.report.search_file import write_asked
     from prunezero.report.track import Tracker
-    from prunezero.searching.session import make_task, open_session
-    from prunezero.searching.space import SearchSpace
+    from prunezero.searching.session import open_session
 
     seconds = options.seconds_of(time_limit)
     options.check_json(json_file)
-    if budget is None and seconds is None:
-        raise RecipeError("say how long to search: --budget N candidates, or --time such as 10m")
-    if resume and name is None:
-        raise RecipeError("--resume needs the --name of the search to go on with")
-    settings = options.make_settings(
-        sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
-    )
-    chosen = SearchSpace.load(space)
-    task = make_task(chosen, sparsity, pattern=pattern, seed=seed, from_scratch=from_scratch)
-    name = name or time.strftime(f"{chosen.name}-%Y%m%d-%H%M%S")
-    folder = run_folder(runs_dir, name)
-    if resume and not (folder / "journal.jsonl").is_file():
+    asking.check_limits(budget, seconds, resume, name)
+    folder = run_folder(runs_dir, name) if name else None
+    if resume and folder and not (folder / "journal.jsonl").is_file():
         raise RecipeError(f"{folder} holds no search to go on with; leave --resume out")
+    asked, settings = asking.asked(ctx, folder if resume else None)
+    task = asked.task()
+    name = name or time.strftime(f"{task.space.name}-%Y%m%d-%H%M%S")
+    folder = folder or run_folder(runs_dir, name)
     # Started first: MLflow needs seconds to open its database, and the model takes longer.
     tracker = Tracker(runs_dir)
     try:
-        with waiting(f"loading {model} and {text} text"):
-            bench = set_up(model, text, settings, dtype=dtype, device=device)
+        with waiting(f"loading {asked.model} and {asked.text} text"):
+            bench = set_up(
+                asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device
+            )
         say(options.about_model(bench))
+        kept = partial(write_asked, asked.settled(bench, task), folder)
         with Bars() as bars:
-            session = open_session(bench, task, folder, resume=resume, progress=bars)
+            session = open_session(bench, task, folder, resume=resume, progress=bars, opened=kept)
         try:
             rows = _run(session, tracker, folder, budget, seconds)
         finally:
@@ -118,7 +121,9 @@ def search(
         untracked = tracker.close()
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")
-    options.write_json({"model": model, "text": text, "name": name, "rows": rows}, json_file)
+    found = {"model": asked.model, "text": asked.text, "name": name, "rows": rows}
+    options.write_json(found, json_file)
+    say(f"see it here: prunezero show {asking.typed_name(folder)}")
     say(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
 
 
@@ -146,9 +151,8 @@ def _run(
         candidates = _candidates(session, tracker, name, view, budget, stopping)
     write_run(session, folder, candidates, known)
     if stopping.was_interrupted:
-        say(f"stopped; everything is in {folder}, and the same command with")
-        say(f"  --name {name} --resume")
-        say("goes on from here")
+        say(f"stopped; everything is in {folder}, and goes on from here by")
+        say(f"  {asking.way_on(folder)} {asking.limits(budget, seconds)}")
         tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
         return []
     return _judged(session, tracker, folder, candidates)

@@ -15,11 +15,11 @@ from prunezero.errors import CriterionError
 from prunezero.formula.canonical import MAX_EXPONENT, canonical, number
 from prunezero.formula.functions import MINMAX, ZSCORE, shape_of
 
-# Shapes of a value that is the same for all weights that compete in a layer or in the model; each
+# Shapes of a value that is the same for all weights that compete in a row or in the model; each
 # layer has scalars of its own, so that among all layers only numbers are.
-_CONSTANT_SHAPES = {"layer": frozenset({"scalar"}), "model": frozenset[str]()}
-# All other groups lie inside a row.
-_CONSTANT_IN_ROW = frozenset({"row", "scalar"})
+_CONSTANT_SHAPES = {"row": frozenset({"row", "scalar"}), "model": frozenset[str]()}
+# All other groups hold several rows of one layer.
+_CONSTANT_IN_LAYER = frozenset({"scalar"})
 
 
 def ranking_form(expression: Any, compare: str) -> Any:
@@ -114,7 +114,7 @@ def _scaled_exponents(node: Any) -> Any:
 
 
 def _is_constant(node: Any, compare: str) -> bool:
-    shapes = _CONSTANT_SHAPES.get(compare, _CONSTANT_IN_ROW)
+    shapes = _CONSTANT_SHAPES.get(compare, _CONSTANT_IN_LAYER)
     return not node.free_symbols or shape_of(node) in shapes
 
 

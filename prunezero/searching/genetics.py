@@ -31,11 +31,19 @@ _NUDGE = 1.5
 Path = tuple[int, ...]
 
 
-def draw(build: Callable[[], Any], space: SearchSpace) -> Criterion | None:
-    """The first formula of the space among up to MAX_DRAWS that `build` makes; None if none is."""
+def draw(
+    build: Callable[[], Any], space: SearchSpace, *, as_ranked: bool = True
+) -> Criterion | None:
+    """The first formula of the space among up to MAX_DRAWS that `build` makes; None if none is.
+
+    Args:
+        as_ranked: take away what no mask can see; else the formula stays as it was built.
+    """
     for _ in range(MAX_DRAWS):
         try:
-            criterion = as_seen(Criterion.from_sympy(build()), space)
+            criterion = Criterion.from_sympy(build())
+            if as_ranked:
+                criterion = as_seen(criterion, space)
         except CriterionError:
             continue
         if space.holds(criterion):
@@ -49,22 +57,35 @@ def as_seen(criterion: Criterion, space: SearchSpace) -> Criterion:
     Raises:
         CriterionError: it ranks nothing in the groups of the space.
     """
-    form = Criterion.from_sympy(ranking_form(criterion.sympy, space.compare))
+    form = Criterion.from_sympy(ranking_form(criterion.sympy, space.widest_group))
     return form if space.speaks(form) else criterion
 
 
-def random_criterion(space: SearchSpace, rng: random.Random) -> Criterion | None:
+def random_criterion(
+    space: SearchSpace, rng: random.Random, *, as_ranked: bool = True
+) -> Criterion | None:
     """A fresh formula of the space, grown to at most `space.fresh_depth`."""
-    return draw(lambda: random_tree(space, rng, space.fresh_depth), space)
+    return draw(lambda: random_tree(space, rng, space.fresh_depth), space, as_ranked=as_ranked)
 
 
-def mutate(parent: Criterion, space: SearchSpace, rng: random.Random) -> Criterion | None:
+def mutate(
+    parent: Criterion, space: SearchSpace, rng: random.Random, *, as_ranked: bool = True
+) -> Criterion | None:
     """A formula that differs from its parent in one place."""
-    return draw(lambda: rng.choice(MUTATIONS)(parent.sympy, space, rng), space)
+
+    def child() -> Any:
+        return rng.choice(MUTATIONS)(parent.sympy, space, rng)
+
+    return draw(child, space, as_ranked=as_ranked)
 
 
 def cross(
-    mother: Criterion, father: Criterion, space: SearchSpace, rng: random.Random
+    mother: Criterion,
+    father: Criterion,
+    space: SearchSpace,
+    rng: random.Random,
+    *,
+    as_ranked: bool = True,
 ) -> Criterion | None:
     """The mother with one of her sub-formulas exchanged for one of the father's."""
 
@@ -72,7 +93,7 @@ def cross(
         scion = _at(father.sympy, _place(father.sympy, space, rng))
         return _replaced(mother.sympy, _place(mother.sympy, space, rng), scion)
 
-    return draw(child, space)
+    return draw(child, space, as_ranked=as_ranked)
 
 
 def random_tree(space: SearchSpace, rng: random.Random, depth: int) -> Any:

@@ -128,7 +128,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise SearchError(f"{path} cannot be read: {error.strerror}") from error
-    records = [record for record in map(_record, lines) if record is not None]
+    records = [record for record in map(record_of, lines) if record is not None]
     if not records or "header" not in records[0]:
         raise SearchError(f"{path} holds no search; its first line is missing or damaged")
     return records

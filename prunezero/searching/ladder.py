@@ -1,8 +1,9 @@
 """Climb the ladder of `fitness.py`, computing nothing that is known already.
 
-Answers come from the journal of the search, else from its judges: one in this process, or many in
-others (`workers.py`). Whoever computes them, they are kept and handed over in the order in which
-they were asked for, so a search cannot tell the difference.
+Answers come from the journal of the search, else from the archive of all searches, else from
+judges: one in this process, or many in others (`workers.py`). Wherever they come from, they are
+kept and handed over in the order in which they were asked for, so a search cannot tell the
+difference.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.recipe import Recipe
+from prunezero.searching.archive import Archive
 from prunezero.searching.journal import Journal
 from prunezero.searching.judge import Judge, ProbeMask, Question
 from prunezero.searching.task import Rule, Task
@@ -47,16 +49,25 @@ class OneJudge:
 class Ladder:
     """The rungs of one search."""
 
-    def __init__(self, judge: Judge, journal: Journal, judges: Judges | None = None) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        journal: Journal,
+        judges: Judges | None = None,
+        archive: Archive | None = None,
+    ) -> None:
         """Set it up.
 
         Args:
             judge: of this process; it takes the probes.
+            journal: of the search; keeps every answer that the search was given.
             judges: who answers all else; None leaves it to `judge`.
+            archive: of all searches; asked before the judges.
         """
         self._judge = judge
         self._judges = judges or OneJudge(judge)
         self._journal = journal
+        self._archive = archive
 
     @property
     def task(self) -> Task:
@@ -111,13 +122,29 @@ class Ladder:
 
     def _answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         known = [self._journal.known(question.kind, question.key) for question in questions]
-        waiting = [one for one, answer in zip(questions, known, strict=True) if answer is None]
+        found = [self._found(question) for question in questions]
+        waiting = [
+            question
+            for question, *answers in zip(questions, known, found, strict=True)
+            if answers == [None, None]
+        ]
         computed = self._judges.answers(waiting)
-        for question, answer in zip(questions, known, strict=True):
-            if answer is not None:
-                yield answer | {"is_replayed": True}
-            else:
-                yield self._journal.write(question.kind, question.key, next(computed))
+        for question, replayed, answer in zip(questions, known, found, strict=True):
+            if replayed is not None:
+                yield replayed | {"is_replayed": True}
+                continue
+            if answer is None:
+                answer = next(computed)
+                self._keep(question, answer)
+            yield self._journal.write(question.kind, question.key, answer)
+
+    def _found(self, question: Question) -> dict[str, Any] | None:
+        return None if self._archive is None else self._archive.known(question.kind, question.key)
+
+    def _keep(self, question: Question, answer: dict[str, Any]) -> None:
+        # What failed here, perhaps for lack of memory, may go well elsewhere.
+        if self._archive is not None and "fault" not in answer:
+            self._archive.write(question.kind, question.key, answer)
 
 
 def _of_mask(rule: Rule) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from prunezero.formula.criterion import Criterion
 from prunezero.pruning.compare import GLANCE
 from prunezero.searching.audit import fidelity, width
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.catalogue import STRATEGIES
 from prunezero.searching.ladder import Ladder
 from prunezero.searching.memory import Memory, skeleton
-from prunezero.searching.strategies import STRATEGIES, Proposal, Strategy, generator
+from prunezero.searching.strategies import Proposal, Strategy, generator
 from prunezero.searching.task import Rule
 
 # Proposals for one new mask before a space counts as exhausted.
@@ -40,7 +41,7 @@ Stop = Callable[[], bool]
 def search(
     ladder: Ladder,
     *,
-    strategy: str = "evolution",
+    strategy: str | None = None,
     budget: int | None = None,
     stop: Stop = lambda: False,
 ) -> Iterator[Candidate]:
@@ -50,17 +51,17 @@ def search(
     resumed from its journal, and whoever judges.
 
     Args:
-        strategy: a word of `STRATEGIES`.
-        budget: candidates with a new mask to screen; None goes on until `stop` or exhaustion.
+        strategy: a word of `STRATEGIES`; None takes that of the task.
+        budget: candidates with a new mask to screen, or all candidates of a strategy that screens
+            none; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.
     """
-    chosen = STRATEGIES[strategy]
+    chosen = STRATEGIES[strategy or ladder.task.strategy]
     run = _Run(ladder, Memory(forgets_masks=chosen.forgets_masks), chosen, stop)
     for generation in itertools.count():
-        before = run.memory.new
+        before = run.charged
         yield from run.generation(generation, budget)
-        exhausted = run.memory.new == before
-        if exhausted or stop() or (budget is not None and run.memory.new >= budget):
+        if run.charged == before or stop() or (budget is not None and run.charged >= budget):
             return
 
 
@@ -71,12 +72,22 @@ class _Run:
         self.memory = memory
         self._ladder = ladder
         self._strategy = strategy
+        self._propose = strategy.start(ladder.task)
         self._stop = stop
         self._tuned: set[str] = set()
+        self._value_of_mask: dict[str, float | None] = {}
         self._wanda = ladder.probe(_usual(ladder.task.space.features))
+
+    @property
+    def charged(self) -> int:
+        """What the budget has paid for."""
+        return self.memory.new if self._strategy.is_screened else len(self.memory.candidates)
 
     def generation(self, number: int, budget: int | None) -> Iterator[Candidate]:
         """Propose, screen, tune and race the candidates of one generation."""
+        if not self._strategy.is_screened:
+            yield from self._unscreened(number, budget)
+            return
         fresh: list[Candidate] = []
         for candidate in self._proposed(number, self._wanted(budget)):
             if candidate.status == "new":
@@ -89,22 +100,39 @@ class _Run:
         yield from self._measured(number)
         yield from self._judged()
 
+    def _unscreened(self, generation: int, budget: int | None) -> Iterator[Candidate]:
+        """All candidates of one generation, measured at once; a known mask has its twin's value."""
+        found = list(self._proposed(generation, self._wanted(budget)))
+        new = [one for one in found if one.status == "new"]
+        measured = self._measured_on("search", new, "search_perplexity")
+        for one in found:
+            if one.status == "new":
+                now = next(measured, None)
+                if now is None:
+                    return
+                self._value_of_mask[now.mask] = now.search_perplexity
+                yield now
+            else:
+                value = self._value_of_mask.get(one.mask)
+                yield self.memory.keep(replace(one, search_perplexity=value))
+
     def _wanted(self, budget: int | None) -> int:
-        size = self._ladder.task.space.generation
-        return size if budget is None else min(size, budget - self.memory.new)
+        size = self._strategy.generation or self._ladder.task.space.generation
+        return size if budget is None else min(size, budget - self.charged)
 
     def _proposed(self, generation: int, wanted: int) -> Iterator[Candidate]:
-        """Candidates until enough of them have a mask of their own."""
-        task, memory = self._ladder.task, self.memory
-        proposals = self._strategy.propose(task, memory, generation)
-        for proposal in itertools.islice(proposals, _MAX_PROPOSALS * max(1, wanted)):
-            if wanted <= 0 or self._stop():
-                return
+        """Candidates until enough of them have a mask of their own, or count without one."""
+        memory, strategy = self.memory, self._strategy
+        limit = None if strategy.is_exhaustive else _MAX_PROPOSALS * max(1, wanted)
+        proposals = itertools.islice(self._propose(memory, generation), limit)
+        # Asked before each draw: a strategy may not make the same proposal twice.
+        going_on = iter(lambda: wanted > 0 and not self._stop(), False)
+        for _, proposal in zip(going_on, proposals, strict=False):
             slot = memory.slot
             memory.slot += 1
             if proposal is not None:
                 candidate = self._probed(proposal, slot, generation)
-                wanted -= candidate.status == "new"
+                wanted -= candidate.status == "new" or not strategy.is_screened
                 yield candidate
 
     def _probed(self, proposal: Proposal, slot: int, generation: int) -> Candidate:

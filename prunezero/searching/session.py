@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import SearchError
+from prunezero.errors import SearchError, did_you_mean
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import check_recipe, settled_sparsity
+from prunezero.searching.archive import Archive
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.catalogue import STRATEGIES
 from prunezero.searching.journal import Journal
 from prunezero.searching.judge import Judge
 from prunezero.searching.ladder import Ladder
@@ -49,12 +51,22 @@ def make_task(
     pattern: str = "free",
     seed: int = 0,
     from_scratch: bool = False,
+    strategy: str = "evolution",
 ) -> Task:
     """A search task, seeded with the published formulas that the space can write.
 
+    Args:
+        strategy: who proposes rules, a word of `STRATEGIES`.
+
     Raises:
         SelectionError: sparsity and pattern do not go together.
+        SearchError: nobody is called like the strategy; the message gives the nearest.
     """
+    if strategy not in STRATEGIES:
+        near = did_you_mean(strategy, STRATEGIES) or "."
+        raise SearchError(
+            f"'{strategy}' is not a known strategy{near} Known: {', '.join(STRATEGIES)}."
+        )
     published = [Recipe.load(name).criterion for name in published_recipes()]
     # Simplest first: of formulas with equal masks the first one stands for all.
     published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
@@ -62,7 +74,8 @@ def make_task(
     for criterion in [] if from_scratch else published:
         if criterion not in seeds and space.holds(criterion) and space.speaks(criterion):
             seeds.append(criterion)
-    return Task(space, settled_sparsity(pattern, sparsity), pattern, seed, tuple(seeds))
+    settled = settled_sparsity(pattern, sparsity)
+    return Task(space, settled, pattern, seed, tuple(seeds), strategy)
 
 
 def open_session(
@@ -71,9 +84,15 @@ def open_session(
     folder: Path,
     *,
     resume: bool = False,
+    archive: Path | None = None,
     progress: Progress | None = None,
+    opened: Callable[[], None] = lambda: None,
 ) -> Session:
     """Calibrate the model and open the journal `folder/journal.jsonl`.
+
+    Args:
+        archive: file of answers that searches share; None asks nobody else.
+        opened: called once the journal is this search's, before the long work.
 
     Raises:
         SearchError: the journal is in use, or belongs to a search under other settings.
@@ -84,8 +103,10 @@ def open_session(
     # Opened before the long work, so that a wrong name or setting is known at once.
     journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=resume)
     try:
+        opened()
+        answers = None if archive is None else Archive(archive, _header(bench, task))
         judge = Judge(task, bench, rivals(task), progress)
-        return Session(bench, task, Ladder(judge, journal), journal)
+        return Session(bench, task, Ladder(judge, journal, archive=answers), journal)
     except BaseException:
         # A search that could not begin must not stand in the way of its next attempt.
         journal.give_up()
@@ -203,6 +224,7 @@ def _header(bench: Bench, task: Task) -> dict[str, Any]:
         "pattern": task.pattern,
         "seed": task.seed,
         "seeds": [criterion.text for criterion in task.seeds],
+        "strategy": task.strategy,
         "rivals": [recipe.criterion.text for recipe in rivals(task)],
     }
 
@@ -217,6 +239,7 @@ def find(
     seed: int = 0,
     budget: int | None = None,
     from_scratch: bool = False,
+    strategy: str = "evolution",
     resume: bool = False,
 ) -> Iterator[Candidate]:
     """Search from Python: yields each candidate when screened, and again when it is measured.
@@ -227,12 +250,15 @@ def find(
         space: name, path of a .yaml file, or a SearchSpace.
         folder: where the journal is kept.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
+        strategy: who proposes rules, a word of `STRATEGIES`.
 
     Raises:
         PruneZeroError: model, text and task do not go together, or the journal belongs to others.
     """
     chosen = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
-    task = make_task(chosen, sparsity, pattern=pattern, seed=seed, from_scratch=from_scratch)
+    task = make_task(
+        chosen, sparsity, pattern=pattern, seed=seed, from_scratch=from_scratch, strategy=strategy
+    )
     session = open_session(bench, task, Path(folder), resume=resume)
     try:
         yield from search(session.ladder, budget=budget)

@@ -158,6 +158,14 @@ class SearchSpace(BaseModel):
         used = {name for terminal in self.terminals for name in terminal.features}
         return tuple(name for name in FEATURES if name in used)
 
+    @property
+    def widest_group(self) -> str:
+        """The widest group of its recipes: what no mask can see there, none sees anywhere."""
+        groups = [self.compare, *self.choices.get("compare", ())]
+        widest = [group for group in ("model", "layer") if group in groups]
+        inside = [group for group in groups if group != "row"]
+        return [*widest, *inside, "row"][0]
+
     def choices_for(self, pattern: str) -> dict[str, tuple[Any, ...]]:
         """The values of each key that make a recipe of this pattern; keys with two or more."""
         # Inside an N:M pattern, only its own groups compete.

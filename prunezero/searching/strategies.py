@@ -1,4 +1,4 @@
-"""Who proposes the next rules: evolution by default, and honest controls to compare it with.
+"""Who proposes the next rules: evolution by default; `catalogue.py` lists everybody else.
 
 Every draw has its own generator, seeded by (search seed, slot, purpose), and everything else
 follows from the memory, so a search that is resumed proposes exactly what it would have proposed.
@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
@@ -34,21 +35,26 @@ class Proposal:
     """slots of the candidates it was made from"""
 
 
-# Endless proposals for one generation; None where a draw came to nothing. The memory grows
-# between them, and its `slot` is that of the next proposal.
-Propose = Callable[[Task, Memory, int], Iterator[Proposal | None]]
+Proposals = Iterator[Proposal | None]
+# The proposals of one generation, endless unless a strategy says otherwise; None where a draw came
+# to nothing. The memory grows between them, and its `slot` is that of the next proposal.
+Propose = Callable[[Memory, int], Proposals]
 
 
 @dataclass(frozen=True)
 class Strategy:
     """Who proposes, and what proposals go through."""
 
-    propose: Propose
-    """draws the proposals of one generation"""
+    start: Callable[[Task], Propose]
+    """begins a search and gives who draws the proposals of each of its generations"""
     note: str
     """what it is, in one line"""
     is_screened: bool = True
     """whether candidates climb the ladder; else all are measured at once, repeated masks too"""
+    is_exhaustive: bool = False
+    """whether it ends by itself when nothing is left, however many known masks come in a row"""
+    generation: int | None = None
+    """candidates of one generation; None leaves it to the space"""
     forgets_masks: bool = False
     """whether a mask that was seen before costs as much as a new one"""
 
@@ -59,7 +65,12 @@ def generator(seed: int, slot: int, purpose: str) -> random.Random:
     return random.Random(int.from_bytes(digest.digest(), "big"))
 
 
-def evolve(task: Task, memory: Memory, generation: int) -> Iterator[Proposal | None]:
+def without_state(propose: Callable[[Task, Memory, int], Proposals]) -> Callable[[Task], Propose]:
+    """The start of a strategy that remembers nothing beside the memory of the search."""
+    return lambda task: partial(propose, task)
+
+
+def evolve(task: Task, memory: Memory, generation: int) -> Proposals:
     """Seeds first; then children of the best on their islands, other choices, fresh formulas."""
     if generation == 0:
         yield from (Proposal(Rule(seed), "seed") for seed in task.seeds)
@@ -69,7 +80,7 @@ def evolve(task: Task, memory: Memory, generation: int) -> Iterator[Proposal | N
         yield _bred(task, memory.slot, breeders)
 
 
-def fresh(task: Task, memory: Memory, generation: int) -> Iterator[Proposal | None]:
+def fresh(task: Task, memory: Memory, generation: int) -> Proposals:
     """Fresh formulas only, drawn alike in every generation."""
     while True:
         yield _fresh(task, generator(task.seed, memory.slot, "breed"))
@@ -116,10 +127,3 @@ def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | Non
     except RecipeError:
         return None
     return Proposal(rule, "choose", (parent.slot,))
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "evolution": Strategy(evolve, "breeds the best of every skeleton and kind, on islands"),
-    "random": Strategy(fresh, "fresh formulas only, through the same rungs"),
-    "no-memory": Strategy(evolve, "evolution that pays for masks it has seen", forgets_masks=True),
-}

@@ -42,6 +42,8 @@ class Task:
     """of every draw"""
     seeds: tuple[Criterion, ...]
     """formulas to start from"""
+    strategy: str = "evolution"
+    """who proposes rules, a word of `catalogue.STRATEGIES`"""
 
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from prunezero.cli import app
+from prunezero.pruning.documents import write_document
+from prunezero.searching.space import SearchSpace
 from tests.tiny_models import save_tiny_model
 
 # What makes any command quick on a tiny model.
@@ -34,6 +37,11 @@ def run(tiny_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monke
     """Run a command as a user would type it; `MODEL` stands for the tiny model and its sizes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return typing(tiny_files)
+
+
+def typing(tiny_files: tuple[Path, Path]) -> Run:
+    """What `run` does, in the folder at hand."""
     model, text = tiny_files
 
     def typed(command: str) -> Result:
@@ -41,3 +49,33 @@ def run(tiny_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monke
         return CliRunner().invoke(app, words)
 
     return typed
+
+
+def small_space(path: Path, **changes: object) -> None:
+    """A search space in generations of four, of which three are measured."""
+    fields = SearchSpace.load("formulas").model_dump(mode="json")
+    small = {"name": "small", "generation": 4, "measured": 3, "tuned": 0, "max_complexity": 9}
+    write_document({**fields, **small, **changes}, path)
+
+
+@pytest.fixture(scope="session")
+def finished_search(
+    tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a search that ended; to look at, not to change."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        # The file of the space is not where the copies are: a search has to remember it.
+        small_space(Path("small.yaml"))
+        command = "search MODEL --sparsity 0.5 --space small.yaml --budget 12 --name mine --seed 3"
+        result = typing(tiny_files)(command)
+    assert result.exit_code == 0, result.output
+    return folder / "runs" / "mine"
+
+
+@pytest.fixture
+def mine(finished_search: Path, run: Run) -> Path:
+    """A copy of it, as `runs/mine` of the folder at hand."""
+    return Path(shutil.copytree(finished_search, Path("runs/mine")))

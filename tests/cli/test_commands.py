@@ -12,9 +12,9 @@ import pytest
 
 from prunezero.errors import PruneZeroError
 from prunezero.pruning.recipe import Recipe
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, small_space
 
-COMMANDS = ["search", "compare", "prune", "export", "list", "ui", "doctor"]
+COMMANDS = ["search", "show", "verify", "compare", "prune", "export", "list", "ui", "doctor"]
 ROW = [
     "recipe",
     "sparsity",
@@ -105,6 +105,17 @@ def test_search_leaves_a_recipe_a_pruner_tables_and_pictures_then_resumes(run: R
     )
 
 
+def test_a_strategy_that_screens_nothing_is_watched_and_judged_like_others(run: Run) -> None:
+    small_space(Path("small.yaml"))
+    options = "--sparsity 0.5 --space small.yaml --strategy plain-gp --budget 12 --name plain"
+    result = run(f"search MODEL {options} --json o.json")
+    assert result.exit_code == 0, result.exception
+    assert "0 glanced at" in result.output
+    assert json.loads(Path("o.json").read_text())["rows"][-1]["recipe"] == "plain"
+    shown = run("show plain")
+    assert "strategy plain-gp" in shown.output and "12 proposed" in shown.output
+
+
 def test_list_names_everything(run: Run) -> None:
     result = run("list --json all.json")
     assert result.exit_code == 0
@@ -142,10 +153,13 @@ MISTAKES = [
     ("search MODEL --sparsity 0.5", "--budget"),
     ("search MODEL --sparsity 0.5 --time soon", "10m"),
     ("search MODEL --sparsity 0.5 --budget 5 --space formula", "did you mean 'formulas'"),
+    ("search MODEL --sparsity 0.5 --budget 5 --strategy evolutoin", "did you mean 'evolution'"),
     ("search MODEL --sparsity 0.5 --budget 5 --name ../x", "--name"),
     ("search MODEL --sparsity 0.5 --budget 5 --name new --resume", "no search to go on with"),
     ("search MODEL --sparsity 0.5 --budget 5 --resume", "needs the --name"),
     ("search MODEL --sparsity 0.5 --budget 5 --runs-dir full/file", "is a file"),
+    ("show nothing", "there is no search 'nothing' in runs"),
+    ("verify full", "there is no search 'full' in runs"),
     ("export --recipe wanda", "sequential"),
     ("export --recipe nobody", "not a known recipe"),
     ("list recipe", "did you mean 'recipes'"),

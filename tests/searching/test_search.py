@@ -242,7 +242,7 @@ def test_stop_ends_the_search_between_two_pieces_of_work(tmp_path: Path) -> None
 def test_a_space_that_is_exhausted_ends_the_search(tmp_path: Path) -> None:
     task = make_task(
         tiny_space(
-            terminals=["abs(W)", "X"], operators=["neg"], constants=[], tuned=0.0, max_complexity=6
+            terminals=["abs(W)", "X"], operators=["neg"], constants=[], choices={}, max_complexity=6
         ),
         0.5,
     )

@@ -1,0 +1,80 @@
+"""What is a search asked to do? Its options as typed, or those it was begun under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from prunezero.cli.options import make_settings
+from prunezero.errors import RecipeError
+
+if TYPE_CHECKING:
+    from prunezero.pruning.bench import Settings
+    from prunezero.report.search_file import Asked
+
+# Where searches are when --runs-dir is not typed.
+_USUAL = Path("runs")
+
+
+def check_limits(budget: int | None, seconds: float | None, resume: bool, name: str | None) -> None:
+    """Refuse a search that would never end, or that nobody could find again.
+
+    Raises:
+        RecipeError: it is one.
+    """
+    if budget is None and seconds is None:
+        raise RecipeError("say how long to search: --budget N candidates, or --time such as 10m")
+    if resume and name is None:
+        raise RecipeError("--resume needs the --name of the search to go on with")
+
+
+def asked(ctx: typer.Context, folder: Path | None) -> tuple[Asked, Settings]:
+    """What a search is asked to do, and its sizes.
+
+    Args:
+        ctx: of the command, with the options as typed.
+        folder: of the search to go on with, whose options stand in for those that were not typed.
+
+    Raises:
+        PruneZeroError: options that are faulty, or other than those the search was begun under.
+    """
+    from prunezero.report.search_file import asked_for, goes_on, read_asked
+
+    before = None if folder is None else read_asked(folder)
+    if folder is None or before is None:
+        found = asked_for(ctx.params)
+    else:
+        typed = {key: value for key, value in ctx.params.items() if _is_typed(ctx, key)}
+        found = goes_on(before, typed, folder)
+    settings = make_settings(
+        found.sequence_length,
+        found.calibration_tokens,
+        found.evaluation_tokens,
+        found.test_tokens,
+        found.seed,
+    )
+    return found, settings
+
+
+def _is_typed(ctx: typer.Context, key: str) -> bool:
+    source = ctx.get_parameter_source(key)
+    return source is not None and not source.name.startswith("DEFAULT")
+
+
+def typed_name(folder: Path) -> str:
+    """The search in a folder as `show` and `verify` take it: by its name where that is enough."""
+    return folder.name if folder.parent == _USUAL else str(folder)
+
+
+def way_on(folder: Path) -> str:
+    """The command that goes on with the search in a folder, but for how long."""
+    where = "" if folder.parent == _USUAL else f" --runs-dir {folder.parent}"
+    return f"prunezero search --name {folder.name} --resume{where}"
+
+
+def limits(budget: int | None, seconds: float | None) -> str:
+    """How long a search was to last, as typed."""
+    typed = {"--budget": budget, "--time": None if seconds is None else f"{seconds:g}s"}
+    return " ".join(f"{option} {value}" for option, value in typed.items() if value is not None)

@@ -1,0 +1,161 @@
+"""`prunezero show`: what a search found, from its folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunezero.cli.asking import way_on
+from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from prunezero.report.run_summary import Run
+
+# Columns of the front, by the key of a candidate's row.
+_FRONT = {
+    "complexity": "words",
+    "search_perplexity": "search",
+    "validation_perplexity": "validation",
+    "kl": "KL at a glance",
+    "signal": "needs",
+    "formula": "formula",
+    "choices": "choices",
+}
+
+
+def show(
+    run: Annotated[str, typer.Argument(help="Name of a search in the runs folder, or its path.")],
+    latex: Annotated[
+        bool, typer.Option("--latex", help="Print the front as a LaTeX table, and nothing else.")
+    ] = False,
+    top: Annotated[int, typer.Option(help="Rows of the front, the best ones.", min=1)] = 10,
+    runs_dir: RunsDir = Path("runs"),
+    json_file: JsonFile = None,
+) -> None:
+    """Show what a search looked for and found: its counts, rivals, front and winner.
+
+    The front holds the best candidate of each size, by perplexity on search text. No model is
+    loaded, and a search that runs or was stopped is shown as far as it is.
+
+    Examples:
+
+        prunezero show first
+
+        prunezero show runs/first --top 5 --json first.json
+
+        prunezero show first --latex > front.tex
+    """
+    from prunezero.report.run_summary import find_run, front, latex_of_front, read_run
+
+    check_json(json_file)
+    found = read_run(find_run(run, runs_dir))
+    best = front(found.candidates or (), top)
+    write_json(_data(found, best), json_file)
+    if latex:
+        typer.echo(latex_of_front(best))
+    else:
+        _print(found, best)
+
+
+def _print(run: Run, front: Sequence[dict[str, Any]]) -> None:
+    from prunezero.cli.tables import console, results_table, say
+    from prunezero.report.run_summary import results
+
+    for name, value in _about(run).items():
+        say(f"{name:<9} {value}")
+    say(_counts(run))
+    rows = results(run)
+    if rows:
+        shown = "test_perplexity" if run.measured else "validation_perplexity"
+        console.print(results_table(rows, "measured", best=shown))
+    if front:
+        console.print(_front_table(front))
+    if run.recipe is None:
+        say(f"not finished; go on with: {way_on(run.folder)} and a --budget or --time")
+        return
+    say("winner", style="bold")
+    say(_recipe_text(run).rstrip())
+
+
+def _about(run: Run) -> dict[str, str]:
+    """What was searched, a line each."""
+    header, asked, task = run.header, run.asked, run.task
+    words = ("model", "text")
+    # Without the options, fingerprints are all that is known.
+    names = {key: getattr(asked, key) if asked else f"{header[key]}" for key in words}
+    settings = header["settings"]
+    start = ", from scratch" if asked and asked.from_scratch else ""
+    return {
+        "search": str(run.folder),
+        **names,
+        "sparsity": f"{task.sparsity:g}, pattern {task.pattern}",
+        "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
+        "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
+        f"tokens calibrate in {str(header['dtype']).removeprefix('torch.')}",
+    }
+
+
+def _counts(run: Run) -> str:
+    """How many candidates came how far; of a search without a table, what its journal holds."""
+    from prunezero.report.run_summary import counted
+
+    if run.candidates is not None:
+        return ", ".join(f"{count} {what}" for what, count in counted(run.candidates).items())
+    results = ", ".join(f"{count} of {kind}" for kind, count in sorted(run.answers.items()))
+    return (
+        f"its candidates are listed when it ends or is stopped; its journal holds "
+        f"{results or 'no results'} so far"
+    )
+
+
+def _front_table(front: Sequence[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    from prunezero.cli.tables import cell
+
+    table = Table(title="front: the best of each size on search text", title_justify="left")
+    shown = [key for key in _FRONT if any(row[key] not in (None, "") for row in front)]
+    for key in shown:
+        is_word = key in ("signal", "formula", "choices")
+        table.add_column(
+            _FRONT[key],
+            justify="left" if is_word else "right",
+            overflow="fold",
+            no_wrap=not is_word,
+        )
+    for row in front:
+        table.add_row(*(cell(key, row[key]) for key in shown))
+    return table
+
+
+def _recipe_text(run: Run) -> str:
+    """The winner's recipe as its file spells it, without where it comes from."""
+    from prunezero.pruning.documents import read_document, to_yaml
+
+    fields = read_document(run.folder / "recipe.yaml")
+    return to_yaml({key: value for key, value in fields.items() if key != "provenance"})
+
+
+def _data(run: Run, front: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that is shown, for machines."""
+    from dataclasses import asdict
+
+    from prunezero.report.run_summary import counted, results
+
+    recipe = run.recipe.model_dump(mode="json", by_alias=True) if run.recipe else None
+    return {
+        "folder": str(run.folder),
+        "finished": run.recipe is not None,
+        "header": dict(run.header),
+        "asked": asdict(run.asked) if run.asked else None,
+        "counts": None if run.candidates is None else counted(run.candidates),
+        "answers": dict(run.answers),
+        "rows": results(run),
+        "front": list(front),
+        "recipe": recipe,
+    }

@@ -1,0 +1,189 @@
+"""Which formulas are there at all? Every one of a space, shortest first.
+
+Long formulas are made of short ones. Of sub-formulas that have the same values on random numbers a
+single one is kept to build with (observational equivalence, Udupa et al. 2013, TRANSIT), and of
+whole formulas that rank alike a single one is proposed. A search that ends because nothing is left
+has seen every mask of the space, so its best by layer error is the best there is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import sympy
+import torch
+from torch import Tensor
+
+from prunezero.errors import CriterionError
+from prunezero.formula.canonical import combine, number
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import FEATURES
+from prunezero.formula.functions import AXES
+from prunezero.formula.vocabulary import OPERATORS, Operator
+from prunezero.scoring.feature_values import feature
+from prunezero.scoring.score import evaluate
+from prunezero.searching.genetics import as_seen
+from prunezero.searching.space import SearchSpace
+from prunezero.searching.strategies import Proposal, Propose
+from prunezero.searching.task import Rule, Task
+
+# Sub-formulas of one size to build with; what would need more is left out.
+MOST_BLOCKS = 20_000
+# Size of the weight on whose random values formulas are told apart.
+_SHAPE = (6, 8)
+# Two values are equal when they agree to about this many parts of one: five digits.
+_PARTS = 1e5
+# Operators whose arguments may change places.
+_COMMUTATIVE = {"add", "mul"}
+
+
+def enumerate_formulas(task: Task, *, most: int = MOST_BLOCKS) -> Propose:
+    """Every formula of the space in order of size; the seed changes nothing.
+
+    Args:
+        most: sub-formulas of one size; the proposals end before there are more.
+    """
+    proposals = _proposals(task.space, Blocks(task.space, most))
+    return lambda memory, generation: proposals
+
+
+def _proposals(space: SearchSpace, blocks: Blocks) -> Iterator[Proposal]:
+    """One proposal for all formulas that rank alike."""
+    seen: set[str] = set()
+    for block in blocks:
+        try:
+            criterion = as_seen(block, space)
+        except CriterionError:
+            continue
+        if criterion.text not in seen and space.holds(criterion):
+            seen.add(criterion.text)
+            yield Proposal(Rule(criterion), "enumerate")
+
+
+class Blocks:
+    """The formulas of a space that differ in their values, shortest first, whatever they rank.
+
+    A terminal, a number and an operator are one word each, and no formula has more words than
+    `space.max_complexity`.
+    """
+
+    def __init__(self, space: SearchSpace, most: int = MOST_BLOCKS) -> None:
+        """Begin with none.
+
+        Args:
+            most: of one size; iteration ends before there are more.
+        """
+        self.tried = 0
+        """expressions that were built, those with known values among them"""
+        self.kept = 0
+        """expressions that are built upon"""
+        self._space = space
+        self._most = most
+        self._features = _random_features(space)
+        self._values: set[bytes] = set()
+        # Expressions by number of words.
+        self._by_size: list[list[Any]] = [[]]
+
+    def __iter__(self) -> Iterator[Criterion]:
+        """Those that are no mere number, each as soon as it is found."""
+        for size in range(1, self._space.max_complexity + 1):
+            self._by_size.append([])
+            for expression in self._built(size):
+                self.tried += 1
+                found = self._new(expression)
+                if found is None:
+                    continue
+                if len(self._by_size[size]) == self._most:
+                    return
+                self.kept += 1
+                if isinstance(found, Criterion):
+                    self._by_size[size].append(found.sympy)
+                    yield found
+                else:
+                    self._by_size[size].append(found)
+
+    def _new(self, expression: Any) -> Criterion | sympy.Rational | None:
+        """The expression as a formula or a number; None if its values are known."""
+        if isinstance(expression, sympy.Rational):
+            found, key = expression, f"{float(expression):.5g}".encode()
+        else:
+            try:
+                found = Criterion.from_sympy(expression)
+            except CriterionError:
+                return None
+            features = {name: self._features[name] for name in found.features}
+            key = _key(found, evaluate(found, features, _SHAPE))
+        if key in self._values:
+            return None
+        self._values.add(key)
+        return found
+
+    def _built(self, size: int) -> Iterator[Any]:
+        """Every expression of this many words that is made of shorter blocks; not canonical."""
+        if size == 1:
+            yield from (terminal.sympy for terminal in self._space.terminals)
+            yield from map(number, self._space.constants)
+        for name in self._space.operators:
+            for arguments in self._arguments(OPERATORS[name], size):
+                try:
+                    yield combine(OPERATORS[name], *arguments)
+                except CriterionError:
+                    continue
+
+    def _arguments(self, operator: Operator, size: int) -> Iterator[tuple[Any, ...]]:
+        """What the operator can be applied to so that the whole has this many words."""
+        blocks = self._by_size
+        if operator.name == "power":
+            exponents = list(map(number, self._space.exponents))
+            yield from itertools.product(blocks[max(0, size - 2)], exponents)
+        elif operator.arity == 1:
+            yield from zip(blocks[size - 1], strict=True)
+        elif operator.name in _COMMUTATIVE:
+            for left in range(1, (size - 1) // 2 + 1):
+                right = size - 1 - left
+                if left == right:
+                    yield from itertools.combinations_with_replacement(blocks[left], 2)
+                else:
+                    yield from itertools.product(blocks[left], blocks[right])
+        else:
+            for left in range(1, size - 1):
+                yield from itertools.product(blocks[left], blocks[size - 1 - left])
+
+
+def _random_features(space: SearchSpace) -> dict[str, Tensor]:
+    """Values of the features of a small layer: random, but for those that follow from the weight.
+
+    They are about 1, where no operator saturates.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_SHAPE, generator=generator)
+    values: dict[str, Tensor] = {}
+    for name in space.features:
+        row = FEATURES[name]
+        if row.signal == "none":
+            values[name] = feature(name, weight)
+            continue
+        shape = [
+            size if varies else 1 for size, varies in zip(_SHAPE, AXES[row.shape], strict=True)
+        ]
+        drawn = torch.rand(shape, generator=generator) + 0.5
+        signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        values[name] = drawn if row.nonnegative else drawn * signs
+    return values
+
+
+def _key(criterion: Criterion, values: Tensor) -> bytes:
+    """Equal for formulas of the same shape whose values agree to five digits.
+
+    The shape matters: the sum over a row of what does not vary in it is that value itself.
+    """
+    fractions, exponents = np.frexp(np.nan_to_num(values.double().numpy()))
+    digits = np.rint(fractions * _PARTS).astype(np.int32)
+    digest = hashlib.blake2b(criterion.shape.encode(), digest_size=16)
+    digest.update(digits.tobytes())
+    digest.update(np.where(digits == 0, 0, exponents).astype(np.int32).tobytes())
+    return digest.digest()
