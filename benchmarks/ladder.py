@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--evaluation-tokens", type=int, default=2048)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    bench = set_up("demo", "demo", Settings(evaluation_tokens=arguments.evaluation_tokens))
+    bench = set_up(
+        "demo", "demo", Settings(evaluation_tokens=arguments.evaluation_tokens), dtype="float32"
+    )
     space = SearchSpace.load("formulas")
     task = make_task(space, arguments.sparsity, pattern=arguments.pattern)
     layers = find_layers(bench.language_model.model)

@@ -96,7 +96,7 @@ def measure(model: str, settings: Settings, allocate: str, path: Path) -> None:
     dense_head = head_of(model, settings, Recipe.load("magnitude"), 0.0) | {"recipe": "dense"}
     if not missing and key_of(dense_head) in done:
         return
-    bench = set_up(model, "demo", settings)
+    bench = set_up(model, "demo", settings, dtype="float32")
     layers = find_layers(bench.language_model.model)
     sums = bench.statistics(layers, dense_sums([recipe for recipe, _ in missing]), told)
     stand = Stand(bench, sums)

@@ -29,10 +29,11 @@ HOMES = {
     "yaml": {"pruning", "report"},
     "pydantic": {"pruning", "searching"},
     "scipy": {"pruning", "searching"},
+    "ray": {"searching"},
 }
 # Libraries that are imported inside functions, so that `import prunezero` stays quick.
 LAZY = {"transformers", "datasets", "optuna", "triton", "mlflow", "matplotlib", "pyarrow"}
-LAZY |= {"scipy"}
+LAZY |= {"scipy", "ray"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

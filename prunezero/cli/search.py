@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +30,8 @@ from prunezero.errors import RecipeError
 if TYPE_CHECKING:
     from prunezero.report.track import Tracker
     from prunezero.searching.candidate import Candidate
+    from prunezero.searching.ladder import Judges
+    from prunezero.searching.plan import Plan
     from prunezero.searching.session import Session
 
 
@@ -61,6 +64,13 @@ def search(
     strategy: Annotated[
         str, typer.Option(help="Who proposes; the others are controls to compare `evolution` with.")
     ] = "evolution",
+    workers: Annotated[
+        int, typer.Option(help="Processes or actors that judge candidates.", min=1)
+    ] = 1,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Judge on Ray: address of a cluster, or `local`; see docs/scaling.md."),
+    ] = None,
     json_file: JsonFile = None,
     sequence_length: SequenceLength = 256,
     calibration_tokens: CalibrationTokens = 8192,
@@ -112,11 +122,20 @@ def search(
         say(options.about_model(bench))
         kept = partial(write_asked, asked.settled(bench, task), folder)
         with Bars() as bars:
-            session = open_session(bench, task, folder, resume=resume, progress=bars, opened=kept)
+            session = open_session(
+                bench,
+                task,
+                folder,
+                resume=resume,
+                archive=runs_dir / "archive.jsonl",
+                staff=_staff(workers, cluster),
+                progress=bars,
+                opened=kept,
+            )
         try:
             rows = _run(session, tracker, folder, budget, seconds)
         finally:
-            session.journal.close()
+            session.ladder.close()
     finally:
         untracked = tracker.close()
         if untracked:
@@ -125,6 +144,22 @@ def search(
     options.write_json(found, json_file)
     say(f"see it here: prunezero show {asking.typed_name(folder)}")
     say(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
+
+
+def _staff(workers: int, cluster: str | None) -> Callable[[Plan], Judges] | None:
+    """Who hires judges beside this process; None where it judges alone."""
+    from prunezero.cli.tables import say
+    from prunezero.searching.workers import Processes, usable_cores
+
+    if cluster is not None:
+        from prunezero.searching.cluster import RayCluster
+
+        return lambda plan: RayCluster(plan, cluster, workers)
+    if workers == 1:
+        return None
+    threads = max(1, usable_cores() // workers)
+    say(f"{workers} workers with {threads} {'thread' if threads == 1 else 'threads'} each")
+    return lambda plan: Processes(plan, workers)
 
 
 def _run(

@@ -13,6 +13,7 @@ from typing import Any
 from prunezero.errors import CriterionError
 from prunezero.formula.canonical import combine, number
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.functions import REDUCTIONS
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.genetics import as_seen, cross, mutate, random_criterion
@@ -26,6 +27,8 @@ from prunezero.searching.task import Rule, Task
 POPULATION = 50
 _TOURNAMENT = 10
 _CROSSOVER = 0.5
+# A word of Optuna's that stands for a constant, whose value is a choice of its own.
+_NUMBER = "number"
 
 
 def breed_plainly(task: Task, memory: Memory, generation: int) -> Proposals:
@@ -135,16 +138,22 @@ def _written(trial: Any, space: SearchSpace) -> Criterion | None:
 
 
 def _spelled(trial: Any, space: SearchSpace, place: str, depth: int) -> Any:
-    """The sub-formula at a place such as `n0.1`, of at most `depth` levels."""
+    """The sub-formula at a place such as `n0.1`, of at most `depth` levels.
+
+    A number is offered where an operator has a first operand already, and at the root nothing that
+    is the same for all weights: else four formulas of five would rank nothing.
+    """
     is_whole = place == "n0"
-    # What does not vary by weight ranks nothing alone.
-    terminals = [one for one in space.terminals if one.shape == "element" or not is_whole]
-    leaves = {terminal.text: terminal.sympy for terminal in terminals}
-    leaves |= {} if is_whole else {repr(value): number(value) for value in space.constants}
-    operators = space.operators if depth > 1 else ()
-    word = trial.suggest_categorical(place, [*leaves, *operators])
+    leaves = {
+        one.text: one.sympy for one in space.terminals if one.shape == "element" or not is_whole
+    }
+    operators = [name for name in space.operators if not (is_whole and name in REDUCTIONS)]
+    numbers = [_NUMBER] if space.constants and place.endswith(".1") else []
+    word = trial.suggest_categorical(place, [*leaves, *numbers, *(operators if depth > 1 else [])])
     if word in leaves:
         return leaves[word]
+    if word == _NUMBER:
+        return number(trial.suggest_categorical(f"{place}.{_NUMBER}", list(space.constants)))
     first = _spelled(trial, space, f"{place}.0", depth - 1)
     if word == "power":
         exponent = trial.suggest_categorical(f"{place}.exponent", list(space.exponents))

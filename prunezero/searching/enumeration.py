@@ -2,8 +2,9 @@
 
 Long formulas are made of short ones. Of sub-formulas that have the same values on random numbers a
 single one is kept to build with (observational equivalence, Udupa et al. 2013, TRANSIT), and of
-whole formulas that rank alike a single one is proposed. A search that ends because nothing is left
-has seen every mask of the space, so its best by layer error is the best there is.
+whole formulas that rank alike a single one is proposed. A search that ends because nothing is left,
+and not because there were too many to build with, has seen every mask that a formula of so many
+words can make, so its best by layer error is the best of them.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class Blocks:
         """expressions that were built, those with known values among them"""
         self.kept = 0
         """expressions that are built upon"""
+        self.is_complete = False
+        """whether iteration ended since no formula is left, not since there were too many"""
         self._space = space
         self._most = most
         self._features = _random_features(space)
@@ -105,6 +108,7 @@ class Blocks:
                     yield found
                 else:
                     self._by_size[size].append(found)
+        self.is_complete = True
 
     def _new(self, expression: Any) -> Criterion | sympy.Rational | None:
         """The expression as a formula or a number; None if its values are known."""

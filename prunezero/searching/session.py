@@ -19,7 +19,8 @@ from prunezero.searching.candidate import Candidate
 from prunezero.searching.catalogue import STRATEGIES
 from prunezero.searching.journal import Journal
 from prunezero.searching.judge import Judge
-from prunezero.searching.ladder import Ladder
+from prunezero.searching.ladder import Judges, Ladder
+from prunezero.searching.plan import Plan
 from prunezero.searching.search import FINALISTS, search
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
@@ -85,6 +86,7 @@ def open_session(
     *,
     resume: bool = False,
     archive: Path | None = None,
+    staff: Callable[[Plan], Judges] | None = None,
     progress: Progress | None = None,
     opened: Callable[[], None] = lambda: None,
 ) -> Session:
@@ -92,6 +94,7 @@ def open_session(
 
     Args:
         archive: file of answers that searches share; None asks nobody else.
+        staff: hires judges, see `workers.py` and `cluster.py`; None leaves all to this process.
         opened: called once the journal is this search's, before the long work.
 
     Raises:
@@ -106,7 +109,8 @@ def open_session(
         opened()
         answers = None if archive is None else Archive(archive, _header(bench, task))
         judge = Judge(task, bench, rivals(task), progress)
-        return Session(bench, task, Ladder(judge, journal, archive=answers), journal)
+        judges = None if staff is None else staff(Plan.of(bench, task, rivals(task)))
+        return Session(bench, task, Ladder(judge, journal, judges, answers), journal)
     except BaseException:
         # A search that could not begin must not stand in the way of its next attempt.
         journal.give_up()

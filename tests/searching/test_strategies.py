@@ -18,21 +18,22 @@ from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.catalogue import STRATEGIES
-from prunezero.searching.controls import POPULATION
+from prunezero.searching.controls import POPULATION, suggest
 from prunezero.searching.enumeration import Blocks, enumerate_formulas
 from prunezero.searching.fitness import Sample, mask_digest, masks_on
 from prunezero.searching.genetics import random_criterion
 from prunezero.searching.judge import ProbeMask
 from prunezero.searching.memory import Memory
 from prunezero.searching.search import search
+from prunezero.searching.space import SearchSpace
 from prunezero.searching.strategies import generator
 from prunezero.searching.task import Rule, Task
 from tests.searching.bench import tiny_space
 
-PLANTED = Criterion.parse("abs(W)*sqrt(X)/C1")
+PLANTED = Criterion.parse("abs(W)*sqrt(X)")
 SPACE = tiny_space(
     terminals=["abs(W)", "X", "R1", "C1"],
-    operators=["add", "mul", "div", "sqrt"],
+    operators=["add", "mul", "div", "abs", "sqrt"],
     constants=[],
     exponents=[],
     max_complexity=9,
@@ -40,14 +41,20 @@ SPACE = tiny_space(
     population=16,
     tuned=0,
 )
-# Enough for each of three seeds; a strategy that looks at nothing needs the most.
-BUDGETS = {"plain-gp": 1500, "no-memory": 600, "optuna": 150}
+# New masks, and for plain-gp evaluations, in which each finds the planted ranking.
+BUDGETS = {"plain-gp": 100, "enumeration": 40, "optuna": 40}
+# A space of which every formula can be looked at.
+SMALL = {
+    "terminals": ["abs(W)", "X"],
+    "operators": ["add", "mul", "abs", "sqrt"],
+    "max_complexity": 7,
+}
 
 
 class PlantedLadder:
     """Rungs without a model: all say how far a ranking is from that of the planted formula."""
 
-    def __init__(self, seed: int = 0, space: Any = SPACE) -> None:
+    def __init__(self, seed: int = 0, space: SearchSpace = SPACE) -> None:
         self.task = Task(space, 0.5, "free", seed, ())
         self.asked: Counter[str] = Counter()
         numbers = torch.Generator().manual_seed(5)
@@ -82,7 +89,9 @@ class PlantedLadder:
     def distance(self, criterion: Criterion) -> float:
         """1 minus the mean rank correlation over rows; a little more than 0 at the least."""
         mine, planted = (self._ranks(one) for one in (criterion, PLANTED))
-        return 1.01 - float(np.mean([np.corrcoef(*rows)[0, 1] for rows in zip(mine, planted)]))
+        return 1.01 - float(
+            np.mean([np.corrcoef(*rows)[0, 1] for rows in zip(mine, planted, strict=True)])
+        )
 
     def _ranks(self, criterion: Criterion) -> Any:
         features = {name: self._layer.features[name] for name in criterion.features}
@@ -90,20 +99,153 @@ class PlantedLadder:
         return scores.argsort(1).argsort(1).double().numpy()
 
 
-def run(strategy: str, budget: int | None, *, seed: int = 0) -> tuple[list[Candidate], Any]:
-    ladder: Any = PlantedLadder(seed)
+def run(
+    strategy: str, budget: int | None, *, seed: int = 0, space: SearchSpace = SPACE
+) -> tuple[list[Candidate], PlantedLadder]:
+    ladder: Any = PlantedLadder(seed, space)
     found = search(ladder, strategy=strategy, budget=budget)
     return list({one.slot: one for one in found}.values()), ladder
 
 
-def told(candidates: list[Candidate]) -> list[tuple[object, ...]]:
+def outcome(candidates: list[Candidate]) -> list[tuple[object, ...]]:
     return [
         (one.slot, one.criterion.text, one.origin, one.parents, one.status, one.search_perplexity)
         for one in candidates
     ]
 
 
-def test_there_are_strategies() -> None:
-    assert {"evolution", "random", "no-memory", "enumeration", "optuna", "plain-gp"} <= set(
-        STRATEGIES
-    )
+def small_space() -> SearchSpace:
+    return SearchSpace.model_validate({**SPACE.model_dump(mode="json"), **SMALL})
+
+
+def test_the_catalogue_holds_evolution_and_five_controls() -> None:
+    words = {"evolution", "random", "no-memory", "enumeration", "optuna", "plain-gp"}
+    assert words == set(STRATEGIES)
+    assert all(strategy.note for strategy in STRATEGIES.values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_planted_formula_is_found_and_measured(strategy: str) -> None:
+    found, ladder = run(strategy, BUDGETS.get(strategy, 60))
+    planted = ladder.probe(PLANTED)
+    measured = [one for one in found if one.search_perplexity is not None]
+    best = min(measured, key=lambda one: one.search_perplexity or 0.0)
+    assert planted is not None and best.mask == planted.digest
+    assert best.search_perplexity == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_is_a_function_of_its_seed(strategy: str) -> None:
+    first, _ = run(strategy, 30)
+    again, _ = run(strategy, 30)
+    other, _ = run(strategy, 30, seed=1)
+    assert outcome(first) == outcome(again)
+    assert (outcome(first) != outcome(other)) == (strategy != "enumeration")
+
+
+def test_enumeration_ends_by_itself_and_sees_every_mask_that_chance_finds_once() -> None:
+    space = small_space()
+    found, ladder = run("enumeration", None, space=space)
+    new = [one.mask for one in found if one.status == "new"]
+    assert len(set(new)) == len(new) > 20
+    assert {one.origin for one in found} == {"enumerate"}
+    drawn = [random_criterion(space, generator(0, slot, "draw")) for slot in range(400)]
+    probes = [ladder.probe(criterion) for criterion in drawn if criterion is not None]
+    masks = {probe.digest for probe in probes if probe is not None}
+    assert len(masks) > 10 and masks <= set(new)
+
+
+def test_enumeration_is_not_over_when_many_known_masks_come_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, _ = run("enumeration", None, space=small_space())
+    monkeypatch.setattr("prunezero.searching.search._MAX_PROPOSALS", 1)
+    one_by_one = small_space().model_copy(update={"generation": 1})
+    patient, _ = run("enumeration", None, space=one_by_one)
+    assert {one.mask for one in patient} == {one.mask for one in whole}
+
+
+def test_enumeration_goes_from_short_to_long_and_proposes_no_ranking_twice() -> None:
+    propose = enumerate_formulas(PlantedLadder(space=small_space()).task)
+    criteria = [one.rule.criterion for one in propose(Memory(), 0) if one is not None]
+    texts = [criterion.text for criterion in criteria]
+    assert texts[0] == "abs(W)" and "abs(W)*X" in texts[:3]
+    assert texts.index("abs(W)*X") < texts.index("abs(W)*sqrt(X)") < texts.index("abs(W)*X**0.75")
+    assert len(set(texts)) == len(texts)
+    # sqrt(X*W), (X*W)*(X*W) and the like rank as X*W does
+    assert "W**2*X**2" not in texts and "sqrt(abs(W))*sqrt(X)" not in texts
+
+
+def test_enumeration_goes_on_in_the_next_generation_where_it_stopped() -> None:
+    task = PlantedLadder(space=small_space()).task
+    whole = list(enumerate_formulas(task)(Memory(), 0))
+    propose, memory = enumerate_formulas(task), Memory()
+    parts = [
+        proposal
+        for generation in range(len(whole))
+        for proposal in itertools.islice(propose(memory, generation), 3)
+    ]
+    assert len(whole) > 20 and parts == whole
+
+
+def test_enumeration_builds_on_far_fewer_formulas_than_there_are() -> None:
+    space = small_space()
+    blocks = Blocks(space)
+    criteria = list(blocks)
+    written = [0, len(space.terminals)]
+    for size in range(2, space.max_complexity + 1):
+        pairs = sum(written[left] * written[size - 1 - left] for left in range(1, size - 1))
+        written.append(2 * written[size - 1] + 2 * pairs)
+    assert blocks.is_complete and blocks.kept == len(criteria)
+    assert 10 * blocks.kept < sum(written)
+
+
+def test_enumeration_ends_before_it_builds_on_more_than_it_may() -> None:
+    few = Blocks(small_space(), 8)
+    texts = [criterion.text for criterion in few]
+    whole = [criterion.text for criterion in Blocks(small_space())]
+    assert 8 < len(texts) < len(whole) and texts == whole[: len(texts)]
+    assert not few.is_complete
+
+
+def test_plain_genetic_programming_pays_for_repeats_but_measures_none() -> None:
+    found, ladder = run("plain-gp", 3 * POPULATION)
+    status = Counter(one.status for one in found)
+    assert len(found) == 3 * POPULATION == sum(status.values())
+    assert status["known"] > POPULATION
+    assert ladder.asked == {"search": status["new"]}
+    value_of = {one.mask: one.search_perplexity for one in found if one.status == "new"}
+    known = [one for one in found if one.status == "known" and one.mask]
+    assert all(one.search_perplexity == value_of[one.mask] for one in known)
+    assert all(one.search_perplexity is None for one in found if one.status == "invalid")
+
+
+def test_plain_genetic_programming_breeds_the_last_generation_and_the_best_so_far() -> None:
+    found, _ = run("plain-gp", 4 * POPULATION)
+    generations = {one.slot: one.generation for one in found}
+    assert {one.origin for one in found if one.generation == 0} == {"random"}
+    assert {one.origin for one in found if one.generation > 0} == {"cross", "mutate"}
+    for one in found:
+        if one.generation:
+            before = [
+                other
+                for other in found
+                if other.generation < one.generation and other.search_perplexity is not None
+            ]
+            best = min(before, key=lambda other: (other.search_perplexity or 0.0, other.slot))
+            old = {slot for slot in one.parents if generations[slot] < one.generation - 1}
+            assert old <= {best.slot}
+
+
+def test_optuna_proposes_more_of_the_words_that_had_small_errors() -> None:
+    propose, memory = suggest(PlantedLadder().task), Memory()
+    shares = []
+    for generation in range(2):
+        endless = (one for one in propose(memory, generation) if one is not None)
+        rules = [one.rule for one in itertools.islice(endless, 60)]
+        shares.append(np.mean(["X" in rule.criterion.features for rule in rules]))
+        for slot, rule in enumerate(rules, start=60 * generation):
+            error = 0.1 if "X" in rule.criterion.features else 1.0
+            fields: Any = {"mask": str(slot), "status": "new", "layer_error": error}
+            memory.keep(Candidate(slot, generation, rule.criterion, "optuna", (), **fields))
+    assert shares[1] > shares[0] + 0.2

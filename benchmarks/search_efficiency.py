@@ -1,0 +1,269 @@
+"""How many measurements does a search need to find what plain genetic programming finds?
+
+    python benchmarks/search_efficiency.py             # all of it: many hours on 2 cores
+    python benchmarks/search_efficiency.py --report    # only write the table and the picture anew
+
+`plain-gp` is Pruner-Zero's search as published, in its own space; its budget counts evaluations,
+one for every formula. The others search the space `formulas`, start from published formulas where
+they know how to (`evolution-from-scratch` does not), and end after some perplexities on all search
+text. All of a pattern share one journal of answers, so that no recipe is measured twice, and a
+second start goes on where the first was stopped. Every finished run is a line of
+docs/results/search_efficiency.jsonl; docs/results/search_efficiency.md is the table, and
+docs/results/search_efficiency.png the picture, of all lines under these settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from efficiency_report import REFERENCE, STRATEGIES, draw, report
+
+from prunezero.pruning.bench import Bench, Settings, set_up
+from prunezero.searching.journal import Journal
+from prunezero.searching.judge import Judge
+from prunezero.searching.ladder import Ladder
+from prunezero.searching.search import search
+from prunezero.searching.session import make_task
+from prunezero.searching.space import SearchSpace
+from prunezero.searching.task import Task
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+SCRATCH = "-from-scratch"
+KEYS = ("model", "text", "pattern", "sparsity", "strategy", "seed", "limit", "evaluation_tokens")
+
+
+def main() -> None:
+    """Run what is missing, then write the table and the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--patterns", nargs="+", default=["free:0.5", "2:4"])
+    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--evaluations", type=int, default=300, help="of plain-gp")
+    parser.add_argument("--ours", type=int, default=40, help="perplexities of each other strategy")
+    parser.add_argument("--evaluation-tokens", type=int, default=2048)
+    parser.add_argument("--folder", type=Path, default=Path("runs/search_efficiency"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--model", default="demo", help=argparse.SUPPRESS)
+    parser.add_argument("--text", default="demo", help=argparse.SUPPRESS)
+    parser.add_argument("--sequence-length", type=int, default=256, help=argparse.SUPPRESS)
+    parser.add_argument("--calibration-tokens", type=int, default=8192, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / "search_efficiency.jsonl"
+    heads = list(wanted(arguments))
+    if not arguments.report:
+        for pattern, group in itertools.groupby(heads, lambda head: head["pattern"]):
+            run_pattern(arguments, pattern, list(group), path)
+    asked = {key_of(head) for head in heads}
+    rows = [row for row in read(path) if key_of(row) in asked]
+    if not any(row["strategy"] == REFERENCE for row in rows):
+        raise SystemExit(f"{path} holds no finished run of {REFERENCE} to compare with")
+    text = "\n".join(report(rows))
+    (arguments.results / "search_efficiency.md").write_text(text + "\n")
+    draw(rows, arguments.results / "search_efficiency.png")
+    print(text)
+
+
+def wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What tells every run that is asked for from the others, the first seed of all first."""
+    for word in arguments.patterns:
+        pattern, sparsity = ("free", float(word[5:])) if word.startswith("free:") else (word, None)
+        for seed, strategy in itertools.product(range(arguments.seeds), arguments.strategies):
+            is_reference = strategy == REFERENCE
+            yield {
+                "model": arguments.model,
+                "text": arguments.text,
+                "pattern": pattern,
+                "sparsity": sparsity,
+                "strategy": strategy,
+                "seed": seed,
+                "limit": arguments.evaluations if is_reference else arguments.ours,
+                "evaluation_tokens": arguments.evaluation_tokens,
+            }
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The values of `KEYS`."""
+    return tuple(row[key] for key in KEYS)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of the file; one that a kill cut off is taken away."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def run_pattern(
+    arguments: argparse.Namespace, pattern: str, heads: list[dict[str, Any]], path: Path
+) -> None:
+    """Append the lines of one pattern that the file does not hold yet."""
+    done = {key_of(row) for row in read(path)}
+    missing = [head for head in heads if key_of(head) not in done]
+    if not missing:
+        return
+    settings = Settings(
+        sequence_length=arguments.sequence_length,
+        calibration_tokens=arguments.calibration_tokens,
+        evaluation_tokens=arguments.evaluation_tokens,
+        test_tokens=arguments.sequence_length,
+    )
+    bench = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
+    # Holds every feature of the reference's space as well, and answers alike for both.
+    task = make_task(SearchSpace.load("formulas"), missing[0]["sparsity"], pattern=pattern)
+    name = f"{pattern}-{task.sparsity:g}".replace(":", "_")
+    folder = arguments.folder / name
+    journal = Journal(folder / "journal.jsonl", header_of(bench, task), resume=True)
+    try:
+        judge = Judge(task, bench)
+        for head in missing:
+            ladder = Counted(Ladder(for_task(judge, task_of(head)), journal))
+            print(f"{pattern} {head['strategy']} seed {head['seed']}", flush=True)
+            write(path, {**head, "points": list(points(ladder, head))})
+    finally:
+        journal.close()
+
+
+def header_of(bench: Bench, task: Task) -> dict[str, Any]:
+    """Everything that an answer of the judge depends on."""
+    return {
+        "prunezero": version("prunezero"),
+        "torch": version("torch").split("+")[0],
+        "optuna": version("optuna"),
+        "model": bench.language_model.fingerprint,
+        "dtype": str(bench.language_model.dtype),
+        "device": bench.language_model.device.type,
+        "text": bench.text.fingerprint,
+        "settings": vars(bench.settings),
+        "sparsity": task.sparsity,
+        "pattern": task.pattern,
+        "features": list(task.space.features),
+    }
+
+
+def task_of(head: dict[str, Any]) -> Task:
+    """What one run looks for, and where it starts."""
+    is_reference = head["strategy"] == REFERENCE
+    return make_task(
+        SearchSpace.load("pruner_zero" if is_reference else "formulas"),
+        head["sparsity"],
+        pattern=head["pattern"],
+        seed=head["seed"],
+        from_scratch=is_reference or head["strategy"].endswith(SCRATCH),
+    )
+
+
+def for_task(judge: Judge, task: Task) -> Judge:
+    """The same model on the same stand, asked by another search."""
+    other = copy.copy(judge)
+    other.task = task
+    return other
+
+
+class Counted:
+    """A ladder that counts the answers it gives and the seconds they took when computed.
+
+    It asks one question at a time, since a strategy that forgets may ask the same twice at once.
+    """
+
+    def __init__(self, ladder: Ladder) -> None:
+        self.uncounted = ladder
+        self.task, self.probe = ladder.task, ladder.probe
+        self.counts: Counter[str] = Counter()
+        self.seconds = 0.0
+
+    def errors(self, rules: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """As the ladder's."""
+        for rule in rules:
+            yield from self._counted("screened", self.uncounted.errors([rule]))
+
+    def tunings(self, rules: Sequence[Any], trials: int) -> Iterator[dict[str, Any]]:
+        """As the ladder's."""
+        for rule in rules:
+            yield from self._counted("tuned", self.uncounted.tunings([rule], trials))
+
+    def rows(self, recipes: Sequence[Any], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """As the ladder's."""
+        for recipe in recipes:
+            yield from self._counted(splits[0], self.uncounted.rows([recipe], splits))
+
+    def _counted(self, what: str, answers: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for answer in answers:
+            self.counts[what] += 1
+            self.seconds += answer.get("elapsed", answer.get("seconds", 0.0))
+            yield answer
+
+
+def points(ladder: Counted, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Where the run stood each time that it found a better formula, and where it ended."""
+    is_reference, limit = head["strategy"] == REFERENCE, head["limit"]
+    seen: dict[int, float | None] = {}
+    best: float = math.inf
+    state: dict[str, Any] = {"search": None, "validation": None, "formula": ""}
+
+    def charged() -> int:
+        return len(seen) if is_reference else ladder.counts["search"]
+
+    def point() -> dict[str, Any]:
+        counts = ladder.counts
+        return {
+            "evaluations": charged(),
+            "distinct": counts["search"],
+            "glances": counts["glance"],
+            "validations": counts["validation"],
+            "screened": counts["screened"],
+            "seconds": round(ladder.seconds, 1),
+            **state,
+        }
+
+    for candidate in search(
+        ladder,
+        strategy=head["strategy"].removesuffix(SCRATCH),
+        budget=limit if is_reference else None,
+        stop=lambda: not is_reference and charged() >= limit,
+    ):
+        value = candidate.search_perplexity
+        seen[candidate.slot] = value
+        if value is not None and value < best:
+            best = value
+            # No search is charged for this, nor chooses by it unless it asks itself.
+            recipe = ladder.task.recipe(candidate.rule, "incumbent")
+            row = next(ladder.uncounted.rows([recipe], ("validation",)))
+            state = {
+                "search": value,
+                "validation": row.get("validation_perplexity"),
+                "formula": candidate.rule.text,
+            }
+            yield point()
+            print(f"  {charged()}: {value:.2f}  {candidate.rule.text}", flush=True)
+    yield point()
+
+
+def write(path: Path, row: dict[str, Any]) -> None:
+    """One line, on the disk before the next run begins."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

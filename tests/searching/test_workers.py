@@ -1,0 +1,487 @@
+"""Judges in other processes: the same search, whoever dies, hangs or answers first."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunezero.errors import ModelError, ScoreError, SearchError
+from prunezero.pruning.bench import Bench, set_up
+from prunezero.searching import cluster, crew
+from prunezero.searching.cluster import RayCluster
+from prunezero.searching.crew import Crew
+from prunezero.searching.journal import Journal
+from prunezero.searching.judge import Judge, Question
+from prunezero.searching.ladder import Judges, Ladder
+from prunezero.searching.plan import Message
+from prunezero.searching.search import search
+from prunezero.searching.session import _header, make_task, rivals
+from prunezero.searching.task import Task
+from prunezero.searching.workers import Plan, Processes
+from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
+from tests.tiny_models import save_tiny_model
+
+
+class Obedient:
+    """A judge that does as the first split of a question says."""
+
+    def answer(self, question: Question) -> dict[str, Any]:
+        word, *others = question.splits
+        return ORDERS[word](*others) or {"said": others, "pid": os.getpid()}
+
+
+def _die_once(marker: str) -> None:
+    if not Path(marker).exists():
+        Path(marker).touch()
+        _die()
+
+
+def _die(number: str = "SIGKILL") -> None:
+    os.kill(os.getpid(), signal.Signals[number])
+    time.sleep(60)
+
+
+def _fail(error: str) -> None:
+    raise {"ours": ScoreError, "other": ZeroDivisionError}[error]("it ranks nothing")
+
+
+ORDERS: dict[str, Callable[..., Any]] = {
+    "say": lambda *words: None,
+    "wait": lambda seconds: time.sleep(float(seconds)),
+    "die": _die,
+    "die once": _die_once,
+    "fail": _fail,
+}
+
+
+@dataclass(frozen=True)
+class Stub:
+    """The plan of a judge that needs no model."""
+
+    kind: str = "obedient"
+    device: str = "cpu"
+
+    def judge(self, threads: int) -> Any:
+        return {"obedient": Obedient, "drawing": Drawing, "missing": _missing}[self.kind]()
+
+
+class Drawing:
+    """A judge whose numbers are drawn from the question, in the time that a small one takes."""
+
+    def answer(self, question: Question) -> dict[str, Any]:
+        time.sleep(0.02)
+        if question.kind == "tuning":
+            assert question.recipe is not None
+            return {"formula": question.recipe["criterion"]}
+        digest = hashlib.blake2b(question.key.encode(), digest_size=4).digest()
+        number = int.from_bytes(digest, "big") / 2**32
+        names = ("layer_error", "kl", "search_perplexity", "validation_perplexity")
+        return {name: number + place for place, name in enumerate(names)}
+
+
+def _missing() -> None:
+    raise ModelError("model 'gone' cannot be loaded")
+
+
+class Drawn:
+    """The drawing judge in this process."""
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        return map(Drawing().answer, questions)
+
+    def close(self) -> None:
+        pass
+
+
+def asked(*words: str) -> Question:
+    return Question(words, None)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process computes still; one that waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
+    stop = time.monotonic() + seconds
+    while not holds() and time.monotonic() < stop:
+        time.sleep(0.01)
+    return holds()
+
+
+def fill(judges: Processes | RayCluster, count: int, question: Question) -> None:
+    """Ask until so many workers are ready."""
+    while len(judges.at_work) < count:
+        # One more than can be at work, so that somebody is hired for it.
+        list(judges.answers([question] * (count + 1)))
+        time.sleep(0.5)
+
+
+def kill(pid: int) -> None:
+    """End a process, and come back when its pipes are closed as well."""
+    os.kill(pid, signal.SIGKILL)
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        assert until(lambda: not is_running(pid))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A saved tiny model and a text file."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = random.Random(0)
+    paragraphs = ["".join(rng.choices("abcdefgh ,.", k=200)) for _ in range(60)]
+    (folder / "letters.txt").write_text("\n\n".join(paragraphs))
+    return save_tiny_model("llama", folder / "model"), folder / "letters.txt"
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Processes]:
+    """Two obedient processes."""
+    processes = Processes(Stub(), 2, threads=1)
+    yield processes
+    processes.close()
+
+
+def bench_of(files: tuple[Path, Path]) -> Bench:
+    return set_up(str(files[0]), files[1], SETTINGS, dtype="float32", device="cpu")
+
+
+def searched(
+    folder: Path,
+    task: Task,
+    bench: Bench,
+    judges: Judges | None,
+    *,
+    budget: int = 12,
+    disturb: Callable[[], None] = lambda: None,
+) -> tuple[list[tuple[object, ...]], bytes, list[tuple[str, str]]]:
+    """What must not depend on who judges: candidates, the journal's header, and its order."""
+    judge = Judge(task, bench, rivals(task))
+    journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=False)
+    ladder = Ladder(judge, journal, judges)
+    found: list[tuple[object, ...]] = []
+    for one in search(ladder, budget=budget):
+        found.append(
+            (one.slot, one.criterion.text, one.origin, one.parents, one.status, one.mask)
+            + (one.layer_error, one.kl, one.search_perplexity, one.validation_perplexity)
+        )
+        disturb()
+    ladder.close()
+    first, *lines = journal.path.read_bytes().splitlines()
+    records = [json.loads(line.split(b" ", 2)[2]) for line in lines]
+    return found, first, [(record["kind"], record["key"]) for record in records]
+
+
+def test_one_two_and_four_workers_search_as_this_process_does(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
+    plan = Plan.of(bench, task, rivals(task))
+    alone = searched(tmp_path / "alone", task, bench, None)
+    assert {"layer error", "tuning", "measurement"} == {kind for kind, _ in alone[2]}
+    for count in (1, 2, 4):
+        processes = Processes(plan, count, threads=1)
+        fill(processes, count, Question(("search",), None))
+        assert searched(tmp_path / str(count), task, bench, processes) == alone
+        assert not processes.at_work
+
+
+def test_a_plan_builds_the_judge_again_without_calibrating(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
+    judge = Judge(task, bench, rivals(task))
+    for collect in ("_forward_statistics", "_gradient_statistics"):
+        monkeypatch.setattr(f"prunezero.models.calibration.{collect}", None)
+    again = Plan.of(bench, task, rivals(task)).judge(1)
+    assert again.task == task
+    for recipe in rivals(task):
+        for question in (Question.of(recipe), Question.of(recipe, ("search", "test"))):
+            mine, other = judge.answer(question), again.answer(question)
+            for spent in ("seconds", "elapsed"):
+                mine.pop(spent, None), other.pop(spent, None)
+            assert mine == other and "fault" not in mine
+
+
+def test_a_worker_that_finds_another_model_refuses_to_judge(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
+    other = save_tiny_model("llama", tmp_path / "model", seed=1)
+    with pytest.raises(SearchError, match="another one for the worker"):
+        replace(Plan.of(bench, task), model=str(other)).judge(1)
+
+
+def test_a_plan_names_files_so_that_they_are_found_from_every_folder(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files[0].parent)
+    bench = set_up("model", "letters.txt", SETTINGS, dtype="float32", device="cpu")
+    plan = Plan.of(bench, make_task(tiny_space(), 0.5))
+    assert (plan.model, plan.text) == tuple(map(str, files))
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
+    rng = random.Random(3)
+    died_over: list[Question] = []
+    processes = Processes(Stub("drawing"), 2, threads=1)
+
+    def kill_one() -> None:
+        busy = {pid: one for pid, one in processes.at_work.items() if one is not None}
+        # Two deaths over one question are a fault, which the next test is about.
+        chosen = [pid for pid, one in busy.items() if one not in died_over]
+        if chosen and len(died_over) < 20:
+            pid = rng.choice(chosen)
+            time.sleep(rng.uniform(0, 0.03))
+            died_over.append(busy[pid])
+            kill(pid)
+
+    alone = searched(tmp_path / "alone", task, bench, Drawn(), budget=36)
+    killed = searched(tmp_path / "killed", task, bench, processes, budget=36, disturb=kill_one)
+    assert killed == alone
+    assert len(died_over) == 20
+
+
+def test_answers_come_in_order_from_workers_that_are_all_busy(pair: Processes) -> None:
+    questions = [asked("wait", f"{0.05 * (place % 3)}") for place in range(9)]
+    answers = list(pair.answers(questions))
+    assert [one["said"] for one in answers] == [list(one.splits[1:]) for one in questions]
+    fill(pair, 2, asked("say"))
+    answers = list(pair.answers([asked("wait", "0.1")] * 6))
+    assert {one["pid"] for one in answers} == set(pair.at_work)
+    assert list(pair.answers([])) == []
+
+
+def test_a_batch_that_nobody_reads_to_its_end_leaves_nothing_behind(pair: Processes) -> None:
+    for stopped in range(3):
+        answers = pair.answers([asked("wait", "0.1"), *[asked("say", "stale")] * 6])
+        for _ in range(stopped):
+            next(answers)
+        del answers
+        expected = [[f"{stopped} {place}"] for place in range(5)]
+        found = pair.answers([asked("say", *words) for words in expected])
+        assert [one["said"] for one in found] == expected
+
+
+def test_an_error_of_the_judge_is_raised_in_its_turn_and_the_worker_goes_on(
+    pair: Processes,
+) -> None:
+    answers = pair.answers([asked("wait", "0.1"), asked("fail", "ours")])
+    assert next(answers)["said"] == ["0.1"]
+    with pytest.raises(ScoreError, match="it ranks nothing"):
+        next(answers)
+    pids = set(pair.at_work)
+    with pytest.raises(SearchError, match="ZeroDivisionError: it ranks nothing") as caught:
+        list(pair.answers([asked("fail", "other")]))
+    assert "in _fail" in caught.value.__notes__[0]
+    assert next(pair.answers([asked("say")]))["pid"] in pids
+
+
+def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(
+    pair: Processes, tmp_path: Path
+) -> None:
+    questions = [asked("die once", str(tmp_path / "a")), *[asked("say", str(n)) for n in range(4)]]
+    answers = list(pair.answers(questions))
+    assert [one["said"] for one in answers] == [list(one.splits[1:]) for one in questions]
+    assert (tmp_path / "a").exists()
+
+
+def test_a_worker_that_died_while_idle_costs_no_question_its_chance(
+    pair: Processes, tmp_path: Path
+) -> None:
+    list(pair.answers([asked("say")]))
+    for pid in pair.at_work:
+        kill(pid)
+    answer = next(pair.answers([asked("die once", str(tmp_path / "a"))]))
+    assert answer["said"] == [str(tmp_path / "a")]
+
+
+def test_a_question_that_two_workers_die_over_is_a_fault_and_others_go_on(
+    pair: Processes,
+) -> None:
+    answers = list(pair.answers([asked("die", "SIGSEGV"), asked("say", "a"), asked("say", "b")]))
+    assert answers[0] == {"fault": "2 workers died over it (the last: SIGSEGV)"}
+    assert [one["said"] for one in answers[1:]] == [["a"], ["b"]]
+
+
+def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> None:
+    processes = Processes(Stub(), 1, threads=1, deadline=0.5)
+    answers = list(processes.answers([asked("wait", "3600"), asked("say", "a")]))
+    assert answers[0] == {"fault": "no answer after 0.5 seconds"}
+    assert answers[1]["said"] == ["a"]
+    # Late for the question, but before anybody looked.
+    late = processes.answers([asked("say"), asked("wait", "0.1")])
+    next(late)
+    time.sleep(0.7)
+    assert next(late)["said"] == ["0.1"]
+    processes.close()
+
+
+def test_a_worker_that_cannot_build_its_judge_ends_the_search_in_one_sentence() -> None:
+    processes = Processes(Stub("missing"), 2, threads=1)
+    with pytest.raises(SearchError, match="cannot start: model 'gone' cannot be loaded"):
+        list(processes.answers([asked("say")] * 4))
+    processes.close()
+
+
+@dataclass
+class Actor:
+    """A worker that says what it is told to."""
+
+    says: list[Message]
+    handle: int
+    was_killed: bool = False
+
+    def ask(self, question: Question) -> bool:
+        return True
+
+    def hear(self) -> Message:
+        return self.says.pop(0)
+
+    def kill(self) -> None:
+        self.was_killed = True
+
+
+class Stage:
+    """An office of actors; one with nothing to say stays silent."""
+
+    loading = 2
+
+    def __init__(self, *scripts: list[Message]) -> None:
+        self.scripts = list(scripts)
+        self.actors: list[Actor] = []
+
+    def hire(self, place: int) -> Actor:
+        self.actors.append(Actor(self.scripts.pop(0), len(self.actors)))
+        return self.actors[-1]
+
+    def wait(self, handles: Sequence[int], seconds: float) -> Collection[int]:
+        return [handle for handle in handles if self.actors[handle].says]
+
+
+def test_workers_that_die_while_they_load_end_the_search_and_not_the_question() -> None:
+    died: Message = ("died", "SIGKILL")
+    ready: Message = ("ready", 7)
+    recovers = Stage([died], [died], [ready, died], [died], [ready, ("answer", {"it": 1})])
+    assert list(Crew(recovers, 1).answers([asked("say")])) == [{"it": 1}]
+    with pytest.raises(SearchError, match="3 workers in a row .* SIGKILL.* fewer --workers"):
+        list(Crew(Stage([died], [died], [died]), 1).answers([asked("say")]))
+
+
+def test_a_worker_that_is_never_ready_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crew, "_PATIENCE", 0.05)
+    stage = Stage([])
+    with pytest.raises(SearchError, match=r"not ready after 0\.05 seconds"):
+        list(Crew(stage, 1).answers([asked("say")]))
+    assert stage.actors[0].was_killed
+
+
+def test_workers_end_with_a_coordinator_that_is_killed_and_by_no_signal_of_a_terminal() -> None:
+    program = textwrap.dedent(
+        """
+        from tests.searching.test_workers import Processes, Stub, asked, fill
+        processes = Processes(Stub(), 2, threads=1)
+        fill(processes, 2, asked("say"))
+        answers = processes.answers([asked("say"), asked("wait", "3600")])
+        next(answers)
+        print(*processes.at_work, flush=True)
+        next(answers)
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        assert process.stdout is not None
+        pids = [int(word) for word in process.stdout.readline().split()]
+        for pid, number in itertools.product(pids, (signal.SIGINT, signal.SIGTERM)):
+            os.kill(pid, number)
+        time.sleep(0.5)
+        assert len(pids) == 2 and all(map(is_running, pids))
+        process.stdout.close()
+    finally:
+        process.kill()
+        process.wait()
+    assert until(lambda: not any(map(is_running, pids)))
+
+
+def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
+    alone = searched(tmp_path / "alone", task, bench, None)
+    actors = RayCluster(Plan.of(bench, task, rivals(task)), "local", 2, threads=1)
+    died: list[int] = []
+
+    def kill_one() -> None:
+        busy = [pid for pid, one in actors.at_work.items() if one is not None]
+        if busy and not died:
+            died.append(busy[0])
+            kill(busy[0])
+
+    fill(actors, 2, Question(("search",), None))
+    assert searched(tmp_path / "ray", task, bench, actors, disturb=kill_one) == alone
+    assert died and not actors.at_work
+
+
+def test_a_cluster_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SearchError, match=r'pip install "prunezero\[cluster\]"'):
+        RayCluster(Stub(), "local", 2)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_cluster_that_does_not_answer_is_one_sentence(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(SearchError, match=f"'{address}' cannot be joined .*ray start --head"):
+        RayCluster(Stub(), address, 2)
+
+
+@pytest.mark.parametrize(
+    ("machines", "device", "count", "threads"),
+    [
+        ([8, 8], "cpu", 2, 8),
+        # 16 cores for 3 are 5 each, but then only two find a place
+        ([8, 8], "cpu", 3, 4),
+        ([16, 2], "cpu", 4, 4),
+        ([64], "cuda", 4, 16),
+        ([64, 64], "cuda", 8, 16),
+    ],
+)
+def test_cores_are_shared_so_that_every_actor_finds_a_place(
+    machines: list[int], device: str, count: int, threads: int
+) -> None:
+    resources = [{"CPU": float(cores), "GPU": 4.0} for cores in machines]
+    assert cluster._share(resources, device, count, None) == threads
+
+
+def test_a_cluster_that_is_too_small_is_refused_with_its_size() -> None:
+    machines = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}]
+    with pytest.raises(SearchError, match="16 cores on 2 machines.* 17 workers"):
+        cluster._share(machines, "cpu", 17, None)
+    with pytest.raises(SearchError, match="2 GPUs on 2 machines.* 3 workers"):
+        cluster._share(machines, "cuda", 3, None)
+    with pytest.raises(SearchError, match="2 workers of 9 threads"):
+        cluster._share(machines, "cpu", 2, 9)
