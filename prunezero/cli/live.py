@@ -48,6 +48,7 @@ class SearchView:
         if console.is_terminal:
             self._live.start()
         else:
+            say(f"{'recipe':<12} search  validation  formula")
             for row in self._rivals:
                 values = "  ".join(cell("perplexity", row.get(split)) for split in _SPLITS)
                 say(f"{row['recipe']:<12} {values}  {row['formula']}")
@@ -67,7 +68,7 @@ class SearchView:
 
     def show(self, candidate: Candidate) -> None:
         """Take in one candidate, as `search` yields it."""
-        self._generation = candidate.generation
+        self._generation = max(self._generation, candidate.generation)
         if candidate.slot not in self._known:
             self._known.add(candidate.slot)
             self._counts[candidate.status] += 1
@@ -85,7 +86,7 @@ class SearchView:
     def _tell(self, candidate: Candidate) -> None:
         if candidate.validation_perplexity is None:
             say(
-                f"generation {candidate.generation:2d}  {self._counted()}  "
+                f"generation {self._generation:2d}  {self._counted()}  "
                 f"search {cell('perplexity', candidate.search_perplexity)}  {candidate.rule.text}"
             )
         elif self._best()[0] is candidate:

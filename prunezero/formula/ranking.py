@@ -18,6 +18,8 @@ from prunezero.formula.functions import MINMAX, ZSCORE, shape_of
 # Shapes of a value that is the same for all weights that compete in a row or in the model; each
 # layer has scalars of its own, so that among all layers only numbers are.
 _CONSTANT_SHAPES = {"row": frozenset({"row", "scalar"}), "model": frozenset[str]()}
+# Denominators up to this one are written as they are, as in 2/3.
+_LARGEST = 12
 # All other groups hold several rows of one layer.
 _CONSTANT_IN_LAYER = frozenset({"scalar"})
 
@@ -74,7 +76,10 @@ def _sum(node: Any, compare: str) -> Any:
             return lighter
     # One coefficient is 1: a mask sees only ratios of them.
     first = abs(min(node.args, key=_without_coefficient).as_coeff_Mul()[0])
-    return node if first == 1 else sympy.Add(*(number(1 / first) * term for term in node.args))
+    if first == 1:
+        return node
+    parts = [term.as_coeff_Mul() for term in node.args]
+    return sympy.Add(*(_short(number / first) * rest for number, rest in parts))
 
 
 def _without_coefficient(term: Any) -> str:
@@ -110,7 +115,13 @@ def _scaled_exponents(node: Any) -> Any:
     scale = 1 / abs(sympy.Rational(chosen))
     if scale == 1 or any(abs(exponent * scale) > MAX_EXPONENT for _, exponent in powers):
         return node
-    return sympy.Mul(*(sympy.Pow(base, number(exponent * scale)) for base, exponent in powers))
+    return sympy.Mul(*(sympy.Pow(base, _short(exponent * scale)) for base, exponent in powers))
+
+
+def _short(value: Any) -> Any:
+    """The number, to six digits where it has more: fractions of tuned numbers would be endless."""
+    exact = number(value)
+    return exact if exact.q <= _LARGEST else number(float(f"{float(value):.6g}"))
 
 
 def _is_constant(node: Any, compare: str) -> bool:
