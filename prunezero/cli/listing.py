@@ -21,13 +21,13 @@ def list_(
     what: Annotated[
         str,
         typer.Argument(
-            help="recipes, choices, spaces, features, operators or runs; all without it."
+            help="recipes, choices, spaces, strategies, features, operators or runs; or all."
         ),
     ] = "",
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
 ) -> None:
-    """List recipes, search spaces, features, operators and runs.
+    """List recipes, search spaces, strategies, features, operators and runs.
 
     Examples:
 
@@ -117,6 +117,12 @@ def _spaces(runs_dir: Path) -> Rows:
     ]
 
 
+def _strategies(runs_dir: Path) -> Rows:
+    from prunezero.searching.catalogue import find_strategy, strategy_words
+
+    return [{"name": word, "meaning": find_strategy(word).note} for word in strategy_words()]
+
+
 def _features(runs_dir: Path) -> Rows:
     from prunezero.formula import FEATURES
 
@@ -151,6 +157,7 @@ LISTS: dict[str, Callable[[Path], Rows]] = {
     "recipes": _recipes,
     "choices": _choices,
     "spaces": _spaces,
+    "strategies": _strategies,
     "features": _features,
     "operators": _operators,
     "runs": _runs,

@@ -67,6 +67,10 @@ def search(
     workers: Annotated[
         int, typer.Option(help="Processes or actors that judge candidates.", min=1)
     ] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Of each who judges; the cores divided by --workers if left out.", min=1),
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option(help="Judge on Ray: address of a cluster, or `local`; see docs/scaling.md."),
@@ -128,7 +132,7 @@ def search(
                 folder,
                 resume=resume,
                 archive=runs_dir / "archive.jsonl",
-                staff=_staff(workers, cluster),
+                staff=_staff(workers, threads, cluster),
                 progress=bars,
                 opened=kept,
             )
@@ -146,20 +150,25 @@ def search(
     say(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
 
 
-def _staff(workers: int, cluster: str | None) -> Callable[[Plan], Judges] | None:
+def _staff(
+    workers: int, threads: int | None, cluster: str | None
+) -> Callable[[Plan], Judges] | None:
     """Who hires judges beside this process; None where it judges alone."""
+    import torch
+
     from prunezero.cli.tables import say
     from prunezero.searching.workers import Processes, usable_cores
 
     if cluster is not None:
         from prunezero.searching.cluster import RayCluster
 
-        return lambda plan: RayCluster(plan, cluster, workers)
+        return lambda plan: RayCluster(plan, cluster, workers, threads=threads)
     if workers == 1:
+        torch.set_num_threads(threads or torch.get_num_threads())
         return None
-    threads = max(1, usable_cores() // workers)
-    say(f"{workers} workers with {threads} {'thread' if threads == 1 else 'threads'} each")
-    return lambda plan: Processes(plan, workers)
+    each = threads or max(1, usable_cores() // workers)
+    say(f"{workers} workers with {each} {'thread' if each == 1 else 'threads'} each")
+    return lambda plan: Processes(plan, workers, threads=each)
 
 
 def _run(
@@ -253,7 +262,7 @@ def _judged(
     tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
     console.print(results_table(rows, f"search {name}", best="test_perplexity"))
     say(conditions(rows, session.bench.language_model.name, session.bench.text.name))
-    say(f"found: {recipe.criterion.text}", style="bold")
+    say(f"found: {best.rule.text}", style="bold")
     twin = sessions.published_twin(session.task, best.rule)
     if twin is not None:
         say(f"it ranks weights as the published {twin} does")
@@ -265,6 +274,8 @@ def _judged(
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
     """One sentence: is the winner, the last row, better than the best published recipe?"""
+    from prunezero.searching.audit import chance_of_no_gain
+
     winner, rivals = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
     measured = [row for row in rivals if row["validation_perplexity"] is not None]
     best = min(measured, key=lambda row: row["validation_perplexity"], default=None)
@@ -272,9 +283,11 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
         return "no published recipe to compare with was measurable"
     change = winner["test_perplexity"] / best["test_perplexity"] - 1
     verdict = "better than" if change < 0 else "no better than"
+    losses = [row["window_losses"]["test"] for row in (winner, best)]
     return (
         f"{verdict} {best['recipe']}, the best published one on validation text: test perplexity "
-        f"{winner['test_perplexity']:.2f} against {best['test_perplexity']:.2f} ({change:+.1%})"
+        f"{winner['test_perplexity']:.2f} against {best['test_perplexity']:.2f} ({change:+.1%}; "
+        f"chance of no gain {chance_of_no_gain(*losses):.2g} over {len(losses[0])} windows)"
     )
 
 

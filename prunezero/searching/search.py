@@ -18,7 +18,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.pruning.compare import GLANCE
 from prunezero.searching.audit import fidelity, width
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.catalogue import STRATEGIES
+from prunezero.searching.catalogue import find_strategy
 from prunezero.searching.ladder import Ladder
 from prunezero.searching.memory import Memory, skeleton
 from prunezero.searching.strategies import Proposal, Strategy, generator
@@ -51,12 +51,12 @@ def search(
     resumed from its journal, and whoever judges.
 
     Args:
-        strategy: a word of `STRATEGIES`; None takes that of the task.
+        strategy: see `catalogue.py`; None takes that of the task.
         budget: candidates with a new mask to screen, or all candidates of a strategy that screens
             none; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.
     """
-    chosen = STRATEGIES[strategy or ladder.task.strategy]
+    chosen = find_strategy(strategy or ladder.task.strategy)
     run = _Run(ladder, Memory(forgets_masks=chosen.forgets_masks), chosen, stop)
     for generation in itertools.count():
         before = run.charged

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import SearchError, did_you_mean
+from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.models.calibration import Progress
@@ -16,7 +16,7 @@ from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import check_recipe, settled_sparsity
 from prunezero.searching.archive import Archive
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.catalogue import STRATEGIES
+from prunezero.searching.catalogue import find_strategy
 from prunezero.searching.journal import Journal
 from prunezero.searching.judge import Judge
 from prunezero.searching.ladder import Judges, Ladder
@@ -57,17 +57,13 @@ def make_task(
     """A search task, seeded with the published formulas that the space can write.
 
     Args:
-        strategy: who proposes rules, a word of `STRATEGIES`.
+        strategy: who proposes rules, see `catalogue.py`.
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
         SearchError: nobody is called like the strategy; the message gives the nearest.
     """
-    if strategy not in STRATEGIES:
-        near = did_you_mean(strategy, STRATEGIES) or "."
-        raise SearchError(
-            f"'{strategy}' is not a known strategy{near} Known: {', '.join(STRATEGIES)}."
-        )
+    find_strategy(strategy)
     published = [Recipe.load(name).criterion for name in published_recipes()]
     # Simplest first: of formulas with equal masks the first one stands for all.
     published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
@@ -254,7 +250,7 @@ def find(
         space: name, path of a .yaml file, or a SearchSpace.
         folder: where the journal is kept.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
-        strategy: who proposes rules, a word of `STRATEGIES`.
+        strategy: who proposes rules, see `catalogue.py`.
 
     Raises:
         PruneZeroError: model, text and task do not go together, or the journal belongs to others.

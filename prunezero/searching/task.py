@@ -43,7 +43,7 @@ class Task:
     seeds: tuple[Criterion, ...]
     """formulas to start from"""
     strategy: str = "evolution"
-    """who proposes rules, a word of `catalogue.STRATEGIES`"""
+    """who proposes rules, see `catalogue.py`"""
 
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.
