@@ -100,7 +100,7 @@ def compare(
         if rows:
             title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
-            say(conditions(rows, bench.language_model.name, bench.text.name))
+            say(conditions(rows, bench.language_model.name, bench))
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")

@@ -157,7 +157,7 @@ def _prune_in_memory(
     if steps is not None:
         shutil.rmtree(steps)
     console.print(results_table(rows, f"{recipe.name} on {name}"))
-    say(conditions(rows, name, bench.text.name))
+    say(conditions(rows, name, bench))
     if output is not None:
         say(
             f"saved to {output}: {saved.zeros} of {saved.total} weights of {len(layers)} layers "

@@ -261,7 +261,7 @@ def _judged(
     tracker.record(tracked_champion(recipe, champion, session, name, folder))
     tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
     console.print(results_table(rows, f"search {name}", best="test_perplexity"))
-    say(conditions(rows, session.bench.language_model.name, session.bench.text.name))
+    say(conditions(rows, session.bench.language_model.name, session.bench))
     say(f"found: {best.rule.text}", style="bold")
     twin = sessions.published_twin(session.task, best.rule)
     if twin is not None:

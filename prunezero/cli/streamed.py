@@ -90,7 +90,7 @@ def prune_files(
             raise
     name = bench.language_model.name
     console.print(results_table(report.rows, f"{recipe.name} on {name}"))
-    say(conditions(report.rows, name, bench.text.name))
+    say(conditions(report.rows, name, bench))
     _tell(done, len(streamed.blocks), len(layers), limit, [peak.growth, measuring])
     memory = {"peak_bytes": done.peak_bytes, "estimated_bytes": done.need.total}
     return {**report.rows[-1], **memory, "blocks_before": done.blocks_before}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from prunezero.pruning.bench import Bench
 
 # Names of models, files and recipes may hold brackets, which are no markup.
 console = Console(markup=False)
@@ -76,11 +79,12 @@ def one_line(row: dict[str, Any]) -> str:
     return f"{row['recipe']}: {shown}"
 
 
-def conditions(rows: Sequence[dict[str, Any]], model: str, text: str) -> str:
+def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     """The line under a table that says how its numbers were measured."""
     row = rows[-1]
+    dtype = str(bench.language_model.dtype).removeprefix("torch.")
     return (
-        f"perplexity of {model} on {text} text, windows of {row['sequence_length']} tokens; "
+        f"perplexity of {model} in {dtype} on {bench.text.name} text, windows of {row['sequence_length']} tokens; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
         f"pattern {row['pattern']}, seed {row['seed']}"
     )
