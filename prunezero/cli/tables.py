@@ -84,7 +84,8 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     row = rows[-1]
     dtype = str(bench.language_model.dtype).removeprefix("torch.")
     return (
-        f"perplexity of {model} in {dtype} on {bench.text.name} text, windows of {row['sequence_length']} tokens; "
+        f"perplexity of {model} in {dtype} on {bench.text.name} text, "
+        f"windows of {row['sequence_length']} tokens; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
         f"pattern {row['pattern']}, seed {row['seed']}"
     )

@@ -120,9 +120,11 @@ def test_list_names_everything(run: Run) -> None:
     result = run("list --json all.json")
     assert result.exit_code == 0
     lists = json.loads(Path("all.json").read_text())
-    assert set(lists) == {"recipes", "choices", "spaces", "features", "operators", "runs"}
+    kinds = {"recipes", "choices", "spaces", "strategies", "features", "operators", "runs"}
+    assert set(lists) == kinds
     assert {"wanda", "pruner_zero"} <= {row["name"] for row in lists["recipes"]}
     assert {"formulas", "pruner_zero", "tiny"} <= {row["name"] for row in lists["spaces"]}
+    assert {"evolution", "plain-gp"} <= {row["name"] for row in lists["strategies"]}
 
 
 def test_doctor_shows_the_trial_of_dtypes(run: Run) -> None:
