@@ -131,7 +131,8 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 def write(file: Any, row: dict[str, Any]) -> None:
     """One line, on the disk before the next measurement begins."""
     # Hours of background work are paused and share the machine: their seconds say nothing.
-    kept = {key: value for key, value in finite_row(row).items() if key != "seconds"}
+    left_out = ("seconds", "window_losses")
+    kept = {key: value for key, value in finite_row(row).items() if key not in left_out}
     file.write(json.dumps(kept) + "\n")
     file.flush()
     os.fsync(file.fileno())

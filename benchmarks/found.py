@@ -1,0 +1,195 @@
+"""Do criteria that a search found hold against every published formula, on other draws of text?
+
+    prunezero search --model demo --sparsity 0.5 --time 1h --name half     # and so on; then
+    python benchmarks/found.py runs/half runs/seventy runs/semi --track formulas
+    python benchmarks/found.py --report --track formulas
+
+Each recipe is measured beside the published formulas at its own sparsity and pattern, on three draws
+of calibration text, of which the search saw the first. A paired test compares the windows of test
+text. Rows are kept in docs/results/found-TRACK.jsonl, the table in docs/results/found-TRACK.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from prunezero.models.units import find_layers
+from prunezero.pruning.bench import Settings, set_up, with_choices
+from prunezero.pruning.compare import SPLITS, Stand, finite_row
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
+from prunezero.searching.audit import chance_of_no_gain
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+RIVALS = {
+    "formulas": ("magnitude", "wanda", "ria", "gblm", "pruner_zero", "obd", "fisher"),
+    "pipelines": ("wanda", "sparsegpt", "isc", "admm"),
+}
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    """Measure what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished searches")
+    parser.add_argument("--track", choices=RIVALS, default="formulas")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--test-tokens", type=int, default=16384)
+    parser.add_argument("--report", action="store_true")
+    arguments = parser.parse_args()
+    path = RESULTS / f"found-{arguments.track}.jsonl"
+    found = [Recipe.load(run / "recipe.yaml") for run in arguments.runs]
+    for seed in () if arguments.report else SEEDS:
+        settings = Settings(
+            calibration_tokens=arguments.calibration_tokens,
+            test_tokens=arguments.test_tokens,
+            seed=seed,
+        )
+        measure(arguments, settings, found, path)
+    text = "\n".join(report(read(path), arguments.track))
+    (RESULTS / f"found-{arguments.track}.md").write_text(text + "\n")
+    print(text)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows that were written whole."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def measure(
+    arguments: argparse.Namespace, settings: Settings, found: list[Recipe], path: Path
+) -> None:
+    """Append the rows of one draw of calibration text that the file does not hold yet."""
+    jobs = []
+    for recipe in found:
+        sparsity = recipe.provenance["sparsity"]
+        rivals = [
+            with_choices(Recipe.load(name), pattern=recipe.pattern, statistics="dense")
+            for name in RIVALS[arguments.track]
+        ]
+        jobs += [(one, sparsity) for one in (*rivals, recipe)]
+    conditions = {"model": arguments.model, "dtype": arguments.dtype}
+    known = {place_of(row) for row in read(path)}
+    missing = [
+        (recipe, sparsity)
+        for recipe, sparsity in jobs
+        if place_of(head_of(recipe, sparsity, settings) | conditions) not in known
+    ]
+    if not missing:
+        return
+    bench = set_up(arguments.model, "demo", settings, dtype=arguments.dtype)
+    layers = find_layers(bench.language_model.model)
+    stand = Stand(bench, bench.statistics(layers, dense_sums([one for one, _ in missing])))
+    for recipe, sparsity in missing:
+        row = finite_row(stand.row(recipe, sparsity, SPLITS)) | conditions
+        row |= head_of(recipe, sparsity, settings)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            recipe.name, sparsity, recipe.pattern, settings.seed, row["test_perplexity"], flush=True
+        )
+
+
+def head_of(recipe: Recipe, sparsity: float, settings: Settings) -> dict[str, Any]:
+    """What tells a row from every other of the same model."""
+    return {
+        "recipe": recipe.name,
+        "formula": recipe.criterion.text,
+        "sparsity": sparsity,
+        "pattern": recipe.pattern,
+        "seed": settings.seed,
+    }
+
+
+def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The place of a row in the file."""
+    keys = ("recipe", "formula", "sparsity", "pattern", "seed", "model", "dtype")
+    return tuple(row[key] for key in keys)
+
+
+def report(rows: list[dict[str, Any]], track: str) -> list[str]:
+    """One table for each sparsity and pattern: mean over draws, spread, gain and its test."""
+    lines = [f"# What searches found, track {track}", ""]
+    targets: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        targets[row["model"], row["dtype"], row["sparsity"], row["pattern"]].append(row)
+    for (model, dtype, sparsity, pattern), inside in sorted(targets.items()):
+        one = inside[0]
+        seeds = sorted({row["seed"] for row in inside})
+        lines += [
+            f"## {model}, {sparsity:.0%}, pattern {pattern}",
+            "",
+            f"{dtype}, dense statistics from {one['calibration_tokens']} tokens, draws {seeds}; "
+            f"windows of {one['sequence_length']} tokens, {len(one['window_losses']['test'])} of "
+            "test text. Mean perplexity over draws and in brackets the largest minus the smallest. "
+            "The chance of no gain is that of a one-sided Wilcoxon test over the test windows, their "
+            "losses averaged over draws, against the best published formula on validation text.",
+            "",
+            "| recipe | formula | compares | validation | test | against | gain on test "
+            "| chance of no gain |",
+            "|---|---|---|---|---|---|---|---|",
+            *table(inside),
+            "",
+        ]
+    return lines
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of one table, best on test text last."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["recipe"], row["formula"]].append(row)
+    rivals = {name for names in RIVALS.values() for name in names}
+    means = {
+        key: statistics.fmean(row["validation_perplexity"] or float("inf") for row in found)
+        for key, found in groups.items()
+    }
+    published = [key for key in groups if key[0] in rivals]
+    best = min(published, key=lambda key: means[key])
+    lines = []
+    for key, found in groups.items():
+        gain, chance = "", ""
+        if key[0] not in rivals:
+            mine, theirs = (losses(groups[one]) for one in (key, best))
+            gain = f"{test_mean(found) / test_mean(groups[best]) - 1:+.1%}"
+            chance = f"{chance_of_no_gain(mine, theirs):.1g}"
+        cells = [shown(found, split) for split in SPLITS]
+        against = best[0] if gain else ""
+        lines.append(
+            f"| {key[0]} | `{key[1]}` | {found[0]['compare']} | {cells[0]} | {cells[1]} "
+            f"| {against} | {gain} | {chance} |"
+        )
+    return lines
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    """Nats per token of every test window, the mean over draws."""
+    draws = [row["window_losses"]["test"] for row in rows]
+    return [statistics.fmean(window) for window in zip(*draws, strict=True)]
+
+
+def test_mean(rows: list[dict[str, Any]]) -> float:
+    """Mean test perplexity over draws."""
+    return statistics.fmean(row["test_perplexity"] for row in rows)
+
+
+def shown(rows: list[dict[str, Any]], split: str) -> str:
+    """Mean over draws, and the spread."""
+    values = [row[f"{split}_perplexity"] or float("nan") for row in rows]
+    mean = statistics.fmean(values)
+    digits = 0 if mean >= 1000 else 1
+    return f"{mean:.{digits}f} ({max(values) - min(values):.{digits}f})"
+
+
+if __name__ == "__main__":
+    main()
