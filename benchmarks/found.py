@@ -4,9 +4,9 @@
     python benchmarks/found.py runs/half runs/seventy runs/semi --track formulas
     python benchmarks/found.py --report --track formulas
 
-Each recipe is measured beside the published formulas at its own sparsity and pattern, on three draws
-of calibration text, of which the search saw the first. A paired test compares the windows of test
-text. Rows are kept in docs/results/found-TRACK.jsonl, the table in docs/results/found-TRACK.md.
+Each recipe is measured beside the published formulas at its own sparsity and pattern, on three
+draws of calibration text, of which the search saw the first. A paired test compares the windows of
+test text. Rows are kept in docs/results/found-TRACK.jsonl, the table in docs/results/found-TRACK.md.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def report(rows: list[dict[str, Any]], track: str) -> list[str]:
             f"{dtype}, dense statistics from {one['calibration_tokens']} tokens, draws {seeds}; "
             f"windows of {one['sequence_length']} tokens, {len(one['window_losses']['test'])} of "
             "test text. Mean perplexity over draws and in brackets the largest minus the smallest. "
-            "The chance of no gain is that of a one-sided Wilcoxon test over the test windows, their "
+            "The chance of no gain is that of a one-sided Wilcoxon test over test windows, their "
             "losses averaged over draws, against the best published formula on validation text.",
             "",
             "| recipe | formula | compares | validation | test | against | gain on test "

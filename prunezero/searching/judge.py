@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunezero.errors import FactorizationError, PruneZeroError, ScoreError
+from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
@@ -43,6 +43,8 @@ from prunezero.searching.tuning import tune
 _WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}
 # Masks that are compared again and again are those of the best few hundred.
 _PROBES = 1024
+# How torch says on the CPU, and cuBLAS on a GPU, that memory is short: not by an error of its own.
+_SHORT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # Numbers of a formula are tried on every third layer; a Llama block has seven kinds.
 _TUNED_ON = 3
 
@@ -144,9 +146,12 @@ class Judge:
         """The answer, with a `fault` in words where the recipe fails on some layer."""
         try:
             return self._rungs[question.kind](question)
-        except (ScoreError, FactorizationError, torch.OutOfMemoryError, MemoryError) as error:
-            reason = str(error) if isinstance(error, PruneZeroError) else "it needs too much memory"
-            return {"fault": reason}
+        except (ScoreError, FactorizationError) as error:
+            return {"fault": str(error)}
+        except (RuntimeError, MemoryError) as error:
+            if not _is_short_of_memory(error):
+                raise
+            return {"fault": "it needs too much memory"}
 
     def _layer_error(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
@@ -183,6 +188,11 @@ class Judge:
         begin = time.perf_counter()
         row = self._stand.row(_recipe(question), self.task.sparsity, question.splits)
         return finite_row(row) | {"elapsed": time.perf_counter() - begin}
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in _SHORT_OF_MEMORY)
 
 
 def _recipe(question: Question) -> Recipe:
