@@ -44,7 +44,7 @@ class Journal:
         try:
             self._begin(json.loads(json.dumps(header)), resume)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def _begin(self, header: dict[str, Any], resume: bool) -> None:
@@ -93,6 +93,8 @@ class Journal:
 
     def _append(self, record: dict[str, Any]) -> None:
         try:
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise OutputError(f"{self.path} was removed while the search ran; start it anew")
             self._file.write(line_of(record))
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -104,24 +104,37 @@ class Ladder:
         """The row of one recipe.
 
         Raises:
-            ScoreError: the criterion fails on some layer.
+            ScoreError: the criterion fails on some layer, or memory or time are short.
         """
-        row = next(self.rows([recipe], splits))
-        if "fault" in row:
-            raise ScoreError(row["fault"])
-        return row
+        row = self._without_fault(Question.of(recipe, splits), f"recipe {recipe.name}")
+        return row | {"recipe": recipe.name}
 
     def measure_dense(self, splits: Sequence[str]) -> dict[str, Any]:
-        """The row of the dense model."""
-        return next(self._answers([Question.of(None, splits)]))
+        """The row of the dense model.
+
+        Raises:
+            ScoreError: memory or time are short.
+        """
+        return self._without_fault(Question.of(None, splits), "the dense model")
 
     def close(self) -> None:
         """Let go of the judges and of the journal."""
         self._judges.close()
         self._journal.close()
 
-    def _answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+    def _without_fault(self, question: Question, whose: str) -> dict[str, Any]:
+        # No search goes by it, and without it no search ends: a known fault is tried once more.
+        answer = next(self._answers([question], trust_faults=False))
+        if "fault" in answer:
+            raise ScoreError(f"{whose} cannot be measured: {answer['fault']}")
+        return answer
+
+    def _answers(
+        self, questions: Sequence[Question], *, trust_faults: bool = True
+    ) -> Iterator[dict[str, Any]]:
         known = [self._journal.known(question.kind, question.key) for question in questions]
+        if not trust_faults:
+            known = [None if one is None or "fault" in one else one for one in known]
         found = [self._found(question) for question in questions]
         waiting = [
             question

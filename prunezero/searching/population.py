@@ -30,8 +30,8 @@ class Breeders:
     """by layer error; slot s breeds on island s modulo their number"""
     everyone: list[Candidate]
     """by layer error, of all islands"""
-    measured: list[Candidate]
-    """by perplexity on search text, of all islands"""
+    glanced: list[Candidate]
+    """by KL to the dense model, of all islands"""
     tournament: int
     """how many are drawn to find one parent"""
 
@@ -45,18 +45,18 @@ class Breeders:
             for which in range(count)
         )
         everyone = _united(*islands)
-        return cls(islands, everyone, memory.ranked("search_perplexity"), space.tournament)
+        return cls(islands, everyone, memory.ranked("kl"), space.tournament)
 
-    def parent(self, slot: int | None, rng: random.Random, *, measured: float = 0.5) -> Candidate:
+    def parent(self, slot: int | None, rng: random.Random, *, glanced: float = 0.5) -> Candidate:
         """The winner of a tournament among candidates that are ordered by the same rung.
 
         Args:
             slot: of the child, which says the island; None looks on all of them.
-            measured: chance that the tournament is among those whose perplexity is known.
+            glanced: chance that the tournament is among those that were run on the model.
         """
         pool = self.everyone if slot is None else self.islands[slot % len(self.islands)]
-        if len(self.measured) > 1 and rng.random() < measured:
-            pool = self.measured
+        if len(self.glanced) > 1 and rng.random() < glanced:
+            pool = self.glanced
         pool = pool or self.everyone
         return pool[min(rng.randrange(len(pool)) for _ in range(self.tournament))]
 

@@ -180,8 +180,9 @@ class _Run:
         for candidate in waiting:
             if self._stop():
                 return
-            answer = next(answers)
-            rule = Rule(Criterion.parse(answer["formula"]), candidate.choices)
+            # One that could not be tuned stays as it is, and so is known.
+            formula = next(answers).get("formula", candidate.criterion.text)
+            rule = Rule(Criterion.parse(formula), candidate.choices)
             if space.holds(rule.criterion):
                 slot = self.memory.slot
                 self.memory.slot += 1
@@ -224,29 +225,28 @@ class _Run:
         yield from self._measured_on("validation", waiting, "validation_perplexity")
 
     def _promoted(self, lower: str, upper: str, count: int, generation: int) -> list[Candidate]:
-        """The best by the lower rung that wait for the upper one, the last of them by luck.
+        """The best by the lower rung that wait for the upper one, a third of them by luck.
 
-        The lucky one is drawn from those that come near the best, so that a candidate which the
-        lower rung underrates has a chance, and the rung itself is put to the test.
+        The lucky ones are drawn from those that come near the best, this generation's first, so
+        that a candidate which the lower rung underrates has a chance, and the rung itself is put
+        to the test.
         """
-        task = self._ladder.task
         ranked = self.memory.ranked(lower)
-        if not ranked:
-            return []
         there = [one for one in ranked if getattr(one, upper) is not None]
-        chosen: list[Candidate] = []
         waiting = [one for one in ranked if getattr(one, upper) is None and one.status == "new"]
-        limit = _NEAR * getattr(ranked[0], lower)
-        near = [one for one in waiting if getattr(one, lower) <= limit]
-        for candidate in waiting[: 4 * task.space.population]:
-            if len(chosen) + (count > 1) >= count:
+        lucky = max(1, count // 3) if count > 1 else 0
+        chosen: list[Candidate] = []
+        for candidate in waiting[: 4 * self._ladder.task.space.population]:
+            if len(chosen) + lucky >= count:
                 break
             if self._differs(candidate, [*there, *chosen]):
                 chosen.append(candidate)
-        lucky = [one for one in near if one not in chosen and self._differs(one, there[:100])]
-        if lucky and count > 1:
-            chosen.append(generator(task.seed, generation, f"promote to {upper}").choice(lucky))
-        return chosen
+        near = [one for one in waiting if getattr(one, lower) <= _NEAR * getattr(ranked[0], lower)]
+        near = [one for one in near if one not in chosen and self._differs(one, there[:100])]
+        rng = generator(self._ladder.task.seed, generation, f"promote to {upper}")
+        rng.shuffle(near)
+        near.sort(key=lambda one: one.generation != generation)
+        return chosen + near[:lucky]
 
     def _differs(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
         """Whether none of the others does nearly the same."""

@@ -98,7 +98,7 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     if kind < 0 or not breeders.everyone:
         return _fresh(task, rng)
     if kind < space.chosen and space.choices_for(task.pattern):
-        return _chosen(task, breeders.parent(slot, rng, measured=1.0), rng)
+        return _chosen(task, breeders.parent(slot, rng, glanced=1.0), rng)
     mother = breeders.parent(slot, rng)
     if kind > 1 - space.fresh - space.crossover:
         father = breeders.parent(None if rng.random() < _MIGRATION else slot, rng)

@@ -35,7 +35,7 @@ def tune(
         return criterion
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8)
     study = optuna.create_study(direction="minimize", sampler=sampler)
     study.enqueue_trial({f"factor{place}": 1.0 for place in range(len(values))})
