@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError
+from prunezero.report.whole_files import replace_whole
 
 COLUMNS = (
     "slot",
@@ -64,8 +64,8 @@ def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "candidates.parquet", lambda path: _write_parquet(rows, path))
-        _replace(folder / "candidates.csv", lambda path: _write_csv(best_first(rows), path))
+        replace_whole(folder / "candidates.parquet", lambda path: _write_parquet(rows, path))
+        replace_whole(folder / "candidates.csv", lambda path: _write_csv(best_first(rows), path))
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
@@ -87,16 +87,6 @@ def best_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _or_last(value: Any) -> float:
     return math.inf if value is None or math.isnan(value) else float(value)
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the file and move it there in one step."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -17,6 +16,7 @@ from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth
 from prunezero.report.records import RunRecord, candidate_name, run_record
+from prunezero.report.whole_files import write_json
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.session import Session
 
@@ -95,7 +95,7 @@ def write_winner(recipe: Recipe, rows: Sequence[dict[str, Any]], folder: Path) -
     recipe = recipe.model_copy(update={"provenance": {**recipe.provenance, "measured": measured}})
     recipe.save(folder / "recipe.yaml")
     write_pruner(pruner_fields(recipe), folder / "pruner.py")
-    (folder / "results.json").write_text(json.dumps({"rows": list(rows)}, indent=2) + "\n")
+    write_json({"rows": list(rows)}, folder / "results.json")
     return recipe
 
 

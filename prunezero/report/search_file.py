@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, SearchError, differences
+from prunezero.errors import SearchError, differences
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.documents import validated
+from prunezero.report.whole_files import write_json
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Task
@@ -152,16 +153,7 @@ def write_asked(asked: Asked, folder: Path) -> None:
     Raises:
         OutputError: the folder cannot be written.
     """
-    path = folder / FILE
-    temporary = path.with_name(f".{FILE}.{os.getpid()}")
-    data = {"prunezero": version("prunezero"), **asdict(asked)}
-    try:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json({"prunezero": version("prunezero"), **asdict(asked)}, folder / FILE)
 
 
 def read_asked(folder: Path) -> Asked | None:

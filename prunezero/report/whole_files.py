@@ -1,0 +1,42 @@
+"""Files that are replaced whole, so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import OutputError
+
+
+def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` write beside the file, and move that there in one step.
+
+    Raises:
+        OSError: the folder cannot be written; the file is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write data as JSON, whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    text = json.dumps(data, indent=2) + "\n"
+
+    def write(beside: Path) -> None:
+        beside.write_text(text)
+
+    try:
+        replace_whole(path, write)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
