@@ -6,17 +6,18 @@
 
 Each recipe is measured beside the published formulas at its own sparsity and pattern, on three
 draws of calibration text, of which the search saw the first. A paired test compares the windows of
-test text. Rows are kept in docs/results/found-TRACK.jsonl, the table in docs/results/found-TRACK.md.
+test text. Rows are kept in docs/results/found-TRACK.jsonl, the table in found-TRACK.md beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from rows import append, read
 
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Settings, set_up, with_choices
@@ -58,14 +59,6 @@ def main() -> None:
     print(text)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows that were written whole."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def measure(
     arguments: argparse.Namespace, settings: Settings, found: list[Recipe], path: Path
 ) -> None:
@@ -93,8 +86,7 @@ def measure(
     for recipe, sparsity in missing:
         row = finite_row(stand.row(recipe, sparsity, SPLITS)) | conditions
         row |= head_of(recipe, sparsity, settings)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(path, row)
         print(
             recipe.name, sparsity, recipe.pattern, settings.seed, row["test_perplexity"], flush=True
         )

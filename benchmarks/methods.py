@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from rows import append, read
 
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Settings, set_up, with_choices
@@ -66,17 +66,6 @@ def main() -> None:
     print(text)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of the file; a line that a kill cut off is taken away."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def wanted(allocate: str) -> Iterator[tuple[Recipe, float]]:
     """Every recipe with every target that the allocation can be had for, and its sparsity."""
     for sparsity, pattern in TARGETS:
@@ -100,14 +89,13 @@ def measure(model: str, settings: Settings, allocate: str, path: Path) -> None:
     layers = find_layers(bench.language_model.model)
     sums = bench.statistics(layers, dense_sums([recipe for recipe, _ in missing]), told)
     stand = Stand(bench, sums)
-    with path.open("a") as file:
-        if key_of(dense_head) not in done:
-            write(file, stand.dense_row(SPLITS) | dense_head)
-        for recipe, sparsity in missing:
-            begin = time.perf_counter()
-            row = stand.row(recipe, sparsity, SPLITS)
-            write(file, row | head_of(model, settings, recipe, sparsity))
-            print(f"  {time.perf_counter() - begin:.0f} s with evaluation", flush=True)
+    if key_of(dense_head) not in done:
+        write(path, stand.dense_row(SPLITS) | dense_head)
+    for recipe, sparsity in missing:
+        begin = time.perf_counter()
+        row = stand.row(recipe, sparsity, SPLITS)
+        write(path, row | head_of(model, settings, recipe, sparsity))
+        print(f"  {time.perf_counter() - begin:.0f} s with evaluation", flush=True)
 
 
 def head_of(model: str, settings: Settings, recipe: Recipe, sparsity: float) -> dict[str, Any]:
@@ -128,14 +116,12 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in KEYS)
 
 
-def write(file: Any, row: dict[str, Any]) -> None:
-    """One line, on the disk before the next measurement begins."""
+def write(path: Path, row: dict[str, Any]) -> None:
+    """Append and tell one row."""
     # Hours of background work are paused and share the machine: their seconds say nothing.
     left_out = ("seconds", "window_losses")
     kept = {key: value for key, value in finite_row(row).items() if key not in left_out}
-    file.write(json.dumps(kept) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
+    append(path, kept)
     print(
         f"{row['recipe']} {row['allocate']} {row['sparsity']} {row['pattern']} seed {row['seed']}: "
         f"validation {row['validation_perplexity']:.2f}, test {row['test_perplexity']:.2f}",

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from efficiency_report import REFERENCE, STRATEGIES, draw, report
+from rows import append, read
 
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.searching.journal import Journal
@@ -101,17 +100,6 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in KEYS)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file; one that a kill cut off is taken away."""
-    if not path.is_file():
-        return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines()]
-
-
 def run_pattern(
     arguments: argparse.Namespace, pattern: str, heads: list[dict[str, Any]], path: Path
 ) -> None:
@@ -137,7 +125,7 @@ def run_pattern(
         for head in missing:
             ladder = Counted(Ladder(for_task(judge, task_of(head)), journal))
             print(f"{pattern} {head['strategy']} seed {head['seed']}", flush=True)
-            write(path, {**head, "points": list(points(ladder, head))})
+            append(path, {**head, "points": list(points(ladder, head))})
     finally:
         journal.close()
 
@@ -255,14 +243,6 @@ def points(ladder: Counted, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield point()
             print(f"  {charged()}: {value:.2f}  {candidate.rule.text}", flush=True)
     yield point()
-
-
-def write(path: Path, row: dict[str, Any]) -> None:
-    """One line, on the disk before the next run begins."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 if __name__ == "__main__":

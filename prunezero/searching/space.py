@@ -192,7 +192,9 @@ class SearchSpace(BaseModel):
     def speaks(self, criterion: Criterion) -> bool:
         """Whether a formula from elsewhere uses the words of this space alone."""
         words = {step.operator.name for step in steps(criterion)}
-        return set(criterion.features) <= set(self.features) and words <= set(self.operators)
+        inside = {step.operator.name for terminal in self.terminals for step in steps(terminal)}
+        known = {*self.operators, *inside}
+        return set(criterion.features) <= set(self.features) and words <= known
 
 
 def _example(key: str, value: Any, pattern: str) -> Recipe:
