@@ -16,22 +16,16 @@ from typing import Any
 
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.compare import GLANCE
-from prunezero.searching.audit import fidelity, width
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.catalogue import find_strategy
 from prunezero.searching.ladder import Ladder
 from prunezero.searching.memory import Memory, skeleton
-from prunezero.searching.strategies import Proposal, Strategy, generator
+from prunezero.searching.race import to_glance, to_judge, to_measure
+from prunezero.searching.strategies import Proposal, Strategy
 from prunezero.searching.task import Rule
 
 # Proposals for one new mask before a space counts as exhausted.
 _MAX_PROPOSALS = 40
-# Masks that differ on fewer of the probed weights are not both worth a measurement.
-_MIN_DIFFERENCE = 0.02
-# How many times the best value of a rung a candidate may have to be promoted by luck.
-_NEAR = 1.3
-# Candidates of each search that stand on validation text, the best on search text.
-FINALISTS = 3
 # Steps of a mask's distance from that of |W| * X.
 _DISTANCES = (0.01, 0.05, 0.15)
 
@@ -96,9 +90,11 @@ class _Run:
                 yield candidate
         yield from self._screened(fresh)
         yield from self._with_better_numbers(number, budget)
-        yield from self._glanced(number)
-        yield from self._measured(number)
-        yield from self._judged()
+        ladder, memory = self._ladder, self.memory
+        yield from self._measured_on(GLANCE, to_glance(ladder, memory, number), "kl")
+        chosen = to_measure(ladder, memory, number)
+        yield from self._measured_on("search", chosen, "search_perplexity")
+        yield from self._measured_on("validation", to_judge(memory), "validation_perplexity")
 
     def _unscreened(self, generation: int, budget: int | None) -> Iterator[Candidate]:
         """All candidates of one generation, measured at once; a known mask has its twin's value."""
@@ -191,73 +187,6 @@ class _Run:
         yield from (one for one in found if one.status != "new")
         yield from self._screened([one for one in found if one.status == "new"])
 
-    def _glanced(self, generation: int) -> Iterator[Candidate]:
-        """The best by layer error, and one by luck, get their distance to the dense model."""
-        seen = fidelity(self.memory.candidates, "layer_error", "kl")
-        count = width(self._ladder.task.space.glanced, seen)
-        chosen = self._promoted("layer_error", "kl", count, generation)
-        # What is done beside masking is not seen by the layer error.
-        chosen += [one for one in self._unseen(generation) if one not in chosen]
-        yield from self._measured_on(GLANCE, chosen, "kl")
-
-    def _unseen(self, generation: int) -> list[Candidate]:
-        return [
-            one
-            for one in self.memory.candidates
-            if one.generation == generation
-            and one.status == "new"
-            and one.origin == "choose"
-            and one.kl is None
-        ][: self._ladder.task.space.glanced]
-
-    def _measured(self, generation: int) -> Iterator[Candidate]:
-        """The best at a glance, and one by luck, get their perplexity on all search text."""
-        seen = fidelity(self.memory.candidates, "kl", "search_perplexity")
-        count = width(self._ladder.task.space.measured, seen)
-        chosen = self._promoted("kl", "search_perplexity", count, generation)
-        yield from self._measured_on("search", chosen, "search_perplexity")
-
-    def _judged(self) -> Iterator[Candidate]:
-        """Those that are now among the best on search text stand on validation text as well."""
-        best = self.memory.ranked("search_perplexity")[:FINALISTS]
-        waiting = [one for one in best if one.validation_perplexity is None]
-        waiting = [one for one in waiting if one.status == "new"]
-        yield from self._measured_on("validation", waiting, "validation_perplexity")
-
-    def _promoted(self, lower: str, upper: str, count: int, generation: int) -> list[Candidate]:
-        """The best by the lower rung that wait for the upper one, a third of them by luck.
-
-        The lucky ones are drawn from those that come near the best, this generation's first, so
-        that a candidate which the lower rung underrates has a chance, and the rung itself is put
-        to the test.
-        """
-        ranked = self.memory.ranked(lower)
-        there = [one for one in ranked if getattr(one, upper) is not None]
-        waiting = [one for one in ranked if getattr(one, upper) is None and one.status == "new"]
-        lucky = max(1, count // 3) if count > 1 else 0
-        chosen: list[Candidate] = []
-        for candidate in waiting[: 4 * self._ladder.task.space.population]:
-            if len(chosen) + lucky >= count:
-                break
-            if self._differs(candidate, [*there, *chosen]):
-                chosen.append(candidate)
-        near = [one for one in waiting if getattr(one, lower) <= _NEAR * getattr(ranked[0], lower)]
-        near = [one for one in near if one not in chosen and self._differs(one, there[:100])]
-        rng = generator(self._ladder.task.seed, generation, f"promote to {upper}")
-        rng.shuffle(near)
-        near.sort(key=lambda one: one.generation != generation)
-        return chosen + near[:lucky]
-
-    def _differs(self, candidate: Candidate, others: Sequence[Candidate]) -> bool:
-        """Whether none of the others does nearly the same."""
-        probe = self._ladder.probe(candidate.rule)
-        for other in others:
-            if _beside_mask(other) == _beside_mask(candidate):
-                theirs = self._ladder.probe(other.rule)
-                if probe and theirs and probe.differs(theirs) < _MIN_DIFFERENCE:
-                    return False
-        return True
-
     def _measured_on(
         self, split: str, candidates: Sequence[Candidate], field: str
     ) -> Iterator[Candidate]:
@@ -288,10 +217,6 @@ class _Run:
                 yield self.memory.keep(replace(candidate, status="invalid"))
             else:
                 yield self.memory.keep(replace(candidate, **{field: value}))
-
-
-def _beside_mask(candidate: Candidate) -> list[tuple[str, str]]:
-    return sorted((key, str(value)) for key, value in candidate.choices.items())
 
 
 def _usual(features: Sequence[str]) -> Criterion:

@@ -21,7 +21,8 @@ from prunezero.searching.journal import Journal
 from prunezero.searching.judge import Judge
 from prunezero.searching.ladder import Judges, Ladder
 from prunezero.searching.plan import Plan
-from prunezero.searching.search import FINALISTS, search
+from prunezero.searching.race import FINALISTS
+from prunezero.searching.search import search
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
 

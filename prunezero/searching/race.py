@@ -1,0 +1,96 @@
+"""Who climbs to the next rung? The best of the one below, and a third by luck.
+
+How many climb follows from how well the lower rung foretells the upper one (`audit.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prunezero.searching.audit import fidelity, width
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.ladder import Ladder
+from prunezero.searching.memory import Memory
+from prunezero.searching.strategies import generator
+
+# Candidates of each search that stand on validation text, the best on search text.
+FINALISTS = 3
+# Masks that differ on fewer of the probed weights are not both worth a measurement.
+_MIN_DIFFERENCE = 0.02
+# How many times the best value of a rung a candidate may have to be promoted by luck.
+_NEAR = 1.3
+
+
+def to_glance(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate]:
+    """Those whose distance to the dense model is looked at next, on a little text."""
+    space = ladder.task.space
+    count = width(space.glanced, fidelity(memory.candidates, "layer_error", "kl"))
+    chosen = _promoted(ladder, memory, ("layer_error", "kl"), count, generation)
+    # What is done beside masking is not seen by the layer error.
+    unseen = [
+        one
+        for one in memory.candidates
+        if one.generation == generation
+        and one.status == "new"
+        and one.origin == "choose"
+        and one.kl is None
+    ]
+    return chosen + [one for one in unseen[: space.glanced] if one not in chosen]
+
+
+def to_measure(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate]:
+    """Those whose perplexity is measured next, on all search text."""
+    rungs = ("kl", "search_perplexity")
+    count = width(ladder.task.space.measured, fidelity(memory.candidates, *rungs))
+    return _promoted(ladder, memory, rungs, count, generation)
+
+
+def to_judge(memory: Memory) -> list[Candidate]:
+    """Those that are among the best on search text, and not yet on validation text."""
+    return [
+        one
+        for one in memory.ranked("search_perplexity")[:FINALISTS]
+        if one.validation_perplexity is None and one.status == "new"
+    ]
+
+
+def _promoted(
+    ladder: Ladder, memory: Memory, rungs: tuple[str, str], count: int, generation: int
+) -> list[Candidate]:
+    """The best by the lower rung that wait for the upper one, a third of them by luck.
+
+    The lucky ones are drawn from those that come near the best, this generation's first, so that a
+    candidate which the lower rung underrates has a chance, and the rung itself is put to the test.
+    """
+    lower, upper = rungs
+    ranked = memory.ranked(lower)
+    there = [one for one in ranked if getattr(one, upper) is not None]
+    waiting = [one for one in ranked if getattr(one, upper) is None and one.status == "new"]
+    lucky = max(1, count // 3) if count > 1 else 0
+    chosen: list[Candidate] = []
+    for candidate in waiting[: 4 * ladder.task.space.population]:
+        if len(chosen) + lucky >= count:
+            break
+        if _differs(ladder, candidate, [*there, *chosen]):
+            chosen.append(candidate)
+    near = [one for one in waiting if getattr(one, lower) <= _NEAR * getattr(ranked[0], lower)]
+    near = [one for one in near if one not in chosen and _differs(ladder, one, there[:100])]
+    generator(ladder.task.seed, generation, f"promote to {upper}").shuffle(near)
+    near.sort(key=lambda one: one.generation != generation)
+    return chosen + near[:lucky]
+
+
+def _differs(ladder: Ladder, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+    """Whether none of the others does nearly the same."""
+    probe = ladder.probe(candidate.rule)
+    for other in others:
+        if _beside_mask(other) == _beside_mask(candidate):
+            theirs = ladder.probe(other.rule)
+            if probe and theirs and probe.differs(theirs) < _MIN_DIFFERENCE:
+                return False
+    return True
+
+
+def _beside_mask(candidate: Candidate) -> list[tuple[str, str]]:
+    chosen = candidate.choices.items()
+    return sorted((key, str(value)) for key, value in chosen if key != "compare")
