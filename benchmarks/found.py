@@ -1,8 +1,8 @@
 """Do criteria that a search found hold against every published formula, on other draws of text?
 
-    prunezero search --model demo --sparsity 0.5 --time 1h --name half     # and so on; then
-    python benchmarks/found.py runs/half runs/seventy runs/semi --track formulas
-    python benchmarks/found.py --report --track formulas
+    python benchmarks/found.py docs/results/found/*.yaml --dtype bfloat16   # what was found here
+    python benchmarks/found.py runs/night                                   # what you found
+    python benchmarks/found.py --report
 
 Each recipe is measured beside the published formulas at its own sparsity and pattern, on three
 draws of calibration text, of which the search saw the first. A paired test compares the windows of
@@ -40,7 +40,7 @@ SEEDS = (0, 1, 2)
 def main() -> None:
     """Measure what is missing, then write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished searches")
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of searches, or recipes")
     parser.add_argument("--track", choices=RIVALS, default="formulas")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     path = RESULTS / f"found-{arguments.track}.jsonl"
-    found = [Recipe.load(run / "recipe.yaml") for run in arguments.runs]
+    files = [run / "recipe.yaml" if run.is_dir() else run for run in arguments.runs]
+    found = [Recipe.load(file) for file in files]
     for seed in () if arguments.report else SEEDS:
         settings = Settings(
             calibration_tokens=arguments.calibration_tokens,

@@ -60,7 +60,7 @@ def test_a_search_of_the_demo_model_ends_in_a_table_with_test_perplexities(searc
 
 
 def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path) -> None:
-    bench = set_up("demo", "demo", Settings(calibration_tokens=512))
+    bench = set_up("demo", "demo", Settings(calibration_tokens=512), dtype="float32")
     recipe = Recipe.load(searched / "runs" / "small" / "recipe.yaml")
     batches = bench.windows("calibration")
     torch.save(batches, searched / "batches.pt")
