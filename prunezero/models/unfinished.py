@@ -146,7 +146,8 @@ class UnfinishedCheckpoint:
             OutputError: the folder cannot be renamed.
         """
         with _explained(self.output):
-            for leftover in self.model_folder.glob(".*.unfinished"):
+            # Of shards whose writing was killed: ours, and those of the library that writes them.
+            for leftover in self.model_folder.glob(".*"):
                 leftover.unlink()
             if self.output.exists():
                 self.output.rmdir()

@@ -292,7 +292,9 @@ def written():
     return len(list(work.glob("out.partial/model/model-*.safetensors")))
 
 def check_same(output):
-    assert digests(output) == whole
+    found = digests(output)
+    differing = {name for name in {*found, *whole} if found.get(name) != whole.get(name)}
+    assert not differing, differing
     shutil.rmtree(output)
     shutil.rmtree(f"{output}.partial", ignore_errors=True)
 
@@ -333,6 +335,17 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_files(tmp_path: P
     shards = list(map(int, result.stdout.split()))
     # Killed early, killed in between: the moments are worth something.
     assert len(shards) == 6 and len(set(shards)) > 2 and max(shards) > 1
+
+
+def test_half_written_files_of_a_killed_process_are_not_published(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UnfinishedCheckpoint, "write", interrupted_before(2))
+        run(source, tmp_path / "out")
+    (tmp_path / "out.partial" / "model" / ".tmpOqjVuZ").write_bytes(b"half a shard")
+    run(source, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_another_request_does_not_go_on_in_the_same_place(
