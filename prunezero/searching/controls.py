@@ -19,7 +19,7 @@ from prunezero.searching.candidate import Candidate
 from prunezero.searching.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.memory import Memory
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.strategies import Proposal, Proposals, Propose, generator
+from prunezero.searching.strategies import Proposal, Proposals, Propose, child_of, generator
 from prunezero.searching.task import Rule, Task
 
 # Individuals of a generation, draws of a tournament, and the share of children by crossover.
@@ -60,23 +60,17 @@ def _plain_child(
     space: SearchSpace, rng: random.Random, parents: list[Candidate]
 ) -> Proposal | None:
     if not parents:
-        return _plainly(random_criterion(space, rng, as_ranked=False), "random")
+        return child_of(random_criterion(space, rng, as_ranked=False), "random")
     mother = _winner(parents, rng)
     if rng.random() < _CROSSOVER:
         father = _winner(parents, rng)
         child = cross(mother.criterion, father.criterion, space, rng, as_ranked=False)
-        return _plainly(child, "cross", mother, father)
-    return _plainly(mutate(mother.criterion, space, rng, as_ranked=False), "mutate", mother)
+        return child_of(child, "cross", mother, father)
+    return child_of(mutate(mother.criterion, space, rng, as_ranked=False), "mutate", mother)
 
 
 def _winner(parents: list[Candidate], rng: random.Random) -> Candidate:
     return min((rng.choice(parents) for _ in range(_TOURNAMENT)), key=_fitness)
-
-
-def _plainly(criterion: Criterion | None, origin: str, *parents: Candidate) -> Proposal | None:
-    if criterion is None:
-        return None
-    return Proposal(Rule(criterion), origin, tuple(parent.slot for parent in parents))
 
 
 def suggest(task: Task) -> Propose:

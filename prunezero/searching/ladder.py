@@ -82,14 +82,16 @@ class Ladder:
 
     def errors(self, rules: Sequence[Rule]) -> Iterator[dict[str, Any]]:
         """Rung 1: `layer_error` and `seconds`, or a `fault`."""
-        # Only the mask counts: how the weights that stay are mended is not seen by this rung.
-        recipes = [self.task.recipe(Rule(rule.criterion, _of_mask(rule)), "it") for rule in rules]
-        return self._answers([Question.of(recipe) for recipe in recipes])
+        return self._answers([Question.of(recipe) for recipe in self._masking(rules)])
 
     def tunings(self, rules: Sequence[Rule], trials: int) -> Iterator[dict[str, Any]]:
         """The `formula` of each rule with the numbers that make its layer error least."""
-        recipes = [self.task.recipe(Rule(rule.criterion, _of_mask(rule)), "it") for rule in rules]
+        recipes = self._masking(rules)
         return self._answers([Question.of(recipe, trials=trials) for recipe in recipes])
+
+    def _masking(self, rules: Sequence[Rule]) -> list[Recipe]:
+        """Of each rule what makes the mask; how the weights that stay are mended is not seen."""
+        return [self.task.recipe(Rule(rule.criterion, _of_mask(rule)), "it") for rule in rules]
 
     def rows(self, recipes: Sequence[Recipe], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Higher rungs: one row of results on the pruned model for each recipe, or a `fault`.

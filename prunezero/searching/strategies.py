@@ -86,9 +86,16 @@ def fresh(task: Task, memory: Memory, generation: int) -> Proposals:
         yield _fresh(task, generator(task.seed, memory.slot, "breed"))
 
 
+def child_of(criterion: Criterion | None, origin: str, *parents: Candidate) -> Proposal | None:
+    """A formula made from these candidates, the first of which gives the choices around it."""
+    if criterion is None:
+        return None
+    choices = parents[0].choices if parents else {}
+    return Proposal(Rule(criterion, choices), origin, tuple(parent.slot for parent in parents))
+
+
 def _fresh(task: Task, rng: random.Random) -> Proposal | None:
-    criterion = random_criterion(task.space, rng)
-    return None if criterion is None else Proposal(Rule(criterion), "random")
+    return child_of(random_criterion(task.space, rng), "random")
 
 
 def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
@@ -97,26 +104,19 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     kind = rng.random() - space.fresh
     if kind < 0 or not breeders.everyone:
         return _fresh(task, rng)
-    if kind < space.chosen and space.choices_for(task.pattern):
+    if kind < space.chosen and task.options:
         return _chosen(task, breeders.parent(slot, rng, glanced=1.0), rng)
     mother = breeders.parent(slot, rng)
     if kind > 1 - space.fresh - space.crossover:
         father = breeders.parent(None if rng.random() < _MIGRATION else slot, rng)
         child = cross(mother.criterion, father.criterion, space, rng)
-        return _child(child, "cross", mother, father)
-    return _child(mutate(mother.criterion, space, rng), "mutate", mother)
-
-
-def _child(criterion: Criterion | None, origin: str, *parents: Candidate) -> Proposal | None:
-    if criterion is None:
-        return None
-    rule = Rule(criterion, parents[0].choices)
-    return Proposal(rule, origin, tuple(parent.slot for parent in parents))
+        return child_of(child, "cross", mother, father)
+    return child_of(mutate(mother.criterion, space, rng), "mutate", mother)
 
 
 def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None:
     """The parent with another value at one of the keys that the space leaves open."""
-    options = task.space.choices_for(task.pattern)
+    options = task.options
     key = rng.choice(sorted(options))
     usual = getattr(task.recipe(parent.rule, "parent"), key)
     now = parent.choices.get(key, usual)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
@@ -44,6 +45,11 @@ class Task:
     """formulas to start from"""
     strategy: str = "evolution"
     """who proposes rules, see `catalogue.py`"""
+
+    @cached_property
+    def options(self) -> dict[str, tuple[Any, ...]]:
+        """Recipe keys that the space leaves open at this pattern, and their values."""
+        return self.space.choices_for(self.pattern)
 
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.
