@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -116,14 +117,13 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
 
 def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None:
     """The parent with another value at one of the keys that the space leaves open."""
-    options = task.options
-    key = rng.choice(sorted(options))
-    usual = getattr(task.recipe(parent.rule, "parent"), key)
-    now = parent.choices.get(key, usual)
-    value = rng.choice([one for one in options[key] if one != now])
-    rule = Rule(parent.criterion, {**parent.choices, key: value})
-    try:
-        task.recipe(rule, "candidate")
-    except RecipeError:
-        return None
-    return Proposal(rule, "choose", (parent.slot,))
+    key = rng.choice(sorted(task.options))
+    before = task.recipe(parent.rule, "candidate")
+    rules = []
+    for value in task.options[key]:
+        rule = Rule(parent.criterion, {**parent.choices, key: value})
+        # Compared as recipes: a value has several spellings, and one of them is to leave it out.
+        with suppress(RecipeError):
+            if task.recipe(rule, "candidate") != before:
+                rules.append(rule)
+    return Proposal(rng.choice(rules), "choose", (parent.slot,)) if rules else None

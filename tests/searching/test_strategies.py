@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,8 +26,9 @@ from prunezero.searching.genetics import random_criterion
 from prunezero.searching.judge import ProbeMask
 from prunezero.searching.memory import Memory
 from prunezero.searching.search import search
+from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.strategies import generator
+from prunezero.searching.strategies import _chosen, generator
 from prunezero.searching.task import Rule, Task
 from tests.searching.bench import tiny_space
 
@@ -249,3 +251,15 @@ def test_optuna_proposes_more_of_the_words_that_had_small_errors() -> None:
             fields: Any = {"mask": str(slot), "status": "new", "layer_error": error}
             memory.keep(Candidate(slot, generation, rule.criterion, "optuna", (), **fields))
     assert shares[1] > shares[0] + 0.2
+
+
+def test_another_choice_is_another_recipe_and_never_the_parents_own_in_other_words() -> None:
+    space = tiny_space(choices={"update": [["none"], ["admm"]], "allocate": ["uniform", "owl"]})
+    task = make_task(space, 0.5)
+    parent = Candidate(0, 0, PLANTED, "seed", (), "new")
+    found = [_chosen(task, parent, random.Random(seed)) for seed in range(40)]
+    choices = [dict(one.rule.choices) for one in found if one is not None]
+    assert len(choices) == 40
+    assert {"update": ["admm"]} in choices and {"allocate": "owl"} in choices
+    own = task.recipe(parent.rule, "it")
+    assert all(task.recipe(Rule(PLANTED, one), "it") != own for one in choices)
