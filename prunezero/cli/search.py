@@ -65,7 +65,7 @@ def search(
         str, typer.Option(help="Who proposes; the others are controls to compare `evolution` with.")
     ] = "evolution",
     workers: Annotated[
-        int, typer.Option(help="Processes or actors that judge candidates.", min=1)
+        int, typer.Option(help="local_crew or actors that judge candidates.", min=1)
     ] = 1,
     threads: Annotated[
         int | None,
@@ -157,18 +157,18 @@ def _staff(
     import torch
 
     from prunezero.cli.tables import say
-    from prunezero.searching.workers import Processes, usable_cores
+    from prunezero.searching.workers import local_crew, usable_cores
 
     if cluster is not None:
-        from prunezero.searching.cluster import RayCluster
+        from prunezero.searching.cluster import ray_crew
 
-        return lambda plan: RayCluster(plan, cluster, workers, threads=threads)
+        return lambda plan: ray_crew(plan, cluster, workers, threads=threads)
     if workers == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
         return None
     each = threads or max(1, usable_cores() // workers)
     say(f"{workers} workers with {each} {'thread' if each == 1 else 'threads'} each")
-    return lambda plan: Processes(plan, workers, threads=each)
+    return lambda plan: local_crew(plan, workers, threads=each)
 
 
 def _run(

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from prunezero.errors import SearchError
@@ -28,60 +28,39 @@ _SHARED = ("HF_HUB_OFFLINE", "HF_HOME", "PRUNEZERO_CACHE_GIB")
 _SECONDS_TO_ANSWER = 10.0
 
 
-class RayCluster:
-    """Judges in actors of a Ray cluster; a `Judges`."""
+def ray_crew(
+    plan: JudgePlan,
+    address: str,
+    count: int,
+    *,
+    threads: int | None = None,
+    deadline: float = DEADLINE,
+) -> Crew:
+    """Judges in actors of a Ray cluster, which is joined; the first question starts the actors.
 
-    def __init__(
-        self,
-        plan: JudgePlan,
-        address: str,
-        count: int,
-        *,
-        threads: int | None = None,
-        deadline: float = DEADLINE,
-    ) -> None:
-        """Join the cluster; the first question starts the actors.
+    Args:
+        address: of a running cluster, "auto" for the one of this machine, or "local" for a new
+            one that ends with the search.
+        count: actors at most, each with a GPU of its own where the model is on one.
+        threads: of each actor; None divides the cores. Sums differ in their last bits between
+            numbers of threads.
+        deadline: seconds for one question.
 
-        Args:
-            address: of a running cluster, "auto" for the one of this machine, or "local" for a new
-                one that ends with the search.
-            count: actors at most, each with a GPU of its own where the model is on one.
-            threads: of each actor; None divides the cores. Sums differ in their last bits between
-                numbers of threads.
-            deadline: seconds for one question.
-
-        Raises:
-            SearchError: Ray is not installed, the cluster does not answer or is too small.
-        """
-        self._ray = _imported()
-        self._is_ours = not self._ray.is_initialized()
-        if self._is_ours:
-            _join(self._ray, address, (threads or max(1, usable_cores() // count)) * count)
-        try:
-            machines = [one["Resources"] for one in self._ray.nodes() if one["Alive"]]
-            office = _Cluster(self._ray, plan, count, _share(machines, plan.device, count, threads))
-        except BaseException:
-            self._leave()
-            raise
-        self._crew = Crew(office, count, deadline)
-
-    @property
-    def at_work(self) -> dict[int, Question | None]:
-        """By process id on its machine, the question that each actor which is ready is at."""
-        return self._crew.at_work
-
-    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        """As `Crew.answers`."""
-        return self._crew.answers(questions)
-
-    def close(self) -> None:
-        """End the actors, and leave the cluster if it was joined here."""
-        self._crew.close()
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._is_ours:
-            self._ray.shutdown()
+    Raises:
+        SearchError: Ray is not installed, the cluster does not answer or is too small.
+    """
+    ray = _imported()
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _join(ray, address, (threads or max(1, usable_cores() // count)) * count)
+    try:
+        machines = [one["Resources"] for one in ray.nodes() if one["Alive"]]
+        each = _share(machines, plan.device, count, threads)
+        return Crew(_Cluster(ray, plan, count, each, is_ours=is_ours), count, deadline)
+    except BaseException:
+        if is_ours:
+            ray.shutdown()
+        raise
 
 
 def _imported() -> Any:
@@ -156,8 +135,11 @@ def _share(
 class _Cluster:
     """A Ray cluster, as an office of a crew."""
 
-    def __init__(self, ray: Any, plan: JudgePlan, count: int, threads: int) -> None:
+    def __init__(
+        self, ray: Any, plan: JudgePlan, count: int, threads: int, *, is_ours: bool
+    ) -> None:
         self._ray = ray
+        self._is_ours = is_ours
         self._plan = ray.put(plan)
         self._threads = threads
         self.loading = count
@@ -173,6 +155,11 @@ class _Cluster:
         self._ray.wait(waiting, timeout=seconds)
         # The one that was waited for, and all others that are ready as well.
         return self._ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
+
+    def close(self) -> None:
+        # A cluster that somebody else had joined stays theirs.
+        if self._is_ours:
+            self._ray.shutdown()
 
 
 class _Actor:

@@ -68,6 +68,10 @@ class Office(Protocol):
         """The handles that are ready, as soon as there is one; none when time is up."""
         ...
 
+    def close(self) -> None:
+        """Let go of what workers came from; they have ended."""
+        ...
+
 
 class _Batch:
     """Questions that are answered together, and how far they are."""
@@ -138,9 +142,10 @@ class Crew:
             yield answer
 
     def close(self) -> None:
-        """End all workers."""
+        """End all workers, and let go of where they came from."""
         for place in list(self._seats):
             self._dismiss(place)
+        self._office.close()
 
     def _hand_out(self, batch: _Batch) -> None:
         """Give questions to whoever is free, and hire for those that are left."""

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from multiprocessing import connection, resource_tracker
 from typing import Any
 
@@ -23,7 +23,7 @@ from prunezero.searching.crew import DEADLINE, Crew, Worker
 from prunezero.searching.judge import Question
 from prunezero.searching.plan import Desk, JudgePlan, Message, Plan
 
-__all__ = ["DEADLINE", "Plan", "Processes", "usable_cores"]
+__all__ = ["DEADLINE", "Plan", "local_crew", "usable_cores"]
 
 # What a terminal or a batch system sends to every process of a search.
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -31,43 +31,23 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _SECONDS_TO_END = 10.0
 
 
-class Processes:
-    """Judges in processes of this machine; a `Judges`."""
+def local_crew(
+    plan: JudgePlan, count: int, *, threads: int | None = None, deadline: float = DEADLINE
+) -> Crew:
+    """Judges in processes of this machine; the first question starts them.
 
-    def __init__(
-        self,
-        plan: JudgePlan,
-        count: int,
-        *,
-        threads: int | None = None,
-        deadline: float = DEADLINE,
-    ) -> None:
-        """Prepare them; the first question starts them.
-
-        Args:
-            count: processes at most; where there are GPUs, they take these in turn.
-            threads: of each process; None divides the cores. Sums differ in their last bits
-                between numbers of threads.
-            deadline: seconds for one question.
-        """
-        office = _Here(plan, count, threads or max(1, usable_cores() // count))
-        self._crew = Crew(office, count, deadline)
-        # Before multiprocessing waits at exit for processes that wait for questions.
-        atexit.register(self.close)
-
-    @property
-    def at_work(self) -> dict[int, Question | None]:
-        """By process id, the question that each process which is ready is at."""
-        return self._crew.at_work
-
-    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        """As `Crew.answers`."""
-        return self._crew.answers(questions)
-
-    def close(self) -> None:
-        """End the processes."""
-        self._crew.close()
-        atexit.unregister(self.close)
+    Args:
+        count: processes at most; where there are GPUs, they take these in turn.
+        threads: of each process; None divides the cores. Sums differ in their last bits between
+            numbers of threads.
+        deadline: seconds for one question.
+    """
+    office = _Here(plan, count, threads or max(1, usable_cores() // count))
+    crew = Crew(office, count, deadline)
+    # Before multiprocessing waits at exit for processes that wait for questions.
+    office.at_exit = crew.close
+    atexit.register(crew.close)
+    return crew
 
 
 def usable_cores() -> int:
@@ -86,6 +66,7 @@ class _Here:
         self._gpus = _visible_gpus() if plan.device == "cuda" else []
         # In main memory, a model that loads may need twice its size for a moment.
         self.loading = count if self._gpus else 1
+        self.at_exit: Callable[[], None] | None = None
 
     def hire(self, place: int) -> Worker:
         gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
@@ -93,6 +74,10 @@ class _Here:
 
     def wait(self, handles: Sequence[Any], seconds: float) -> Collection[Any]:
         return connection.wait(handles, seconds)
+
+    def close(self) -> None:
+        if self.at_exit is not None:
+            atexit.unregister(self.at_exit)
 
 
 def _visible_gpus() -> list[str]:

@@ -24,7 +24,7 @@ from prunezero.searching.memory import RUNGS, Memory
 from prunezero.searching.plan import Desk, Plan
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, finalists, make_task, open_session
-from prunezero.searching.workers import Processes
+from prunezero.searching.workers import local_crew
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_search import outcome
 from tests.searching.test_workers import Stage, Stub, asked
@@ -194,6 +194,9 @@ class Pensive:
         self.silences -= 1
         return [] if self.silences >= 0 else self.stage.wait(handles, seconds)
 
+    def close(self) -> None:
+        self.stage.close()
+
 
 def test_a_clock_that_jumps_by_days_ends_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
     jumps = iter(range(0, 10**12, 86400))
@@ -223,7 +226,7 @@ def test_workers_divide_the_cores_among_them(
     monkeypatch.setattr(workers, "usable_cores", lambda: cores)
     monkeypatch.setattr(workers, "_Process", started)
     monkeypatch.setattr("multiprocessing.connection.wait", lambda handles, seconds: handles)
-    processes = Processes(Stub(), count, threads=threads)
+    processes = local_crew(Stub(), count, threads=threads)
     list(processes.answers([asked("say")]))
     processes.close()
     assert given == [each]

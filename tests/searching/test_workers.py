@@ -22,7 +22,7 @@ import pytest
 from prunezero.errors import ModelError, ScoreError, SearchError
 from prunezero.pruning.bench import Bench, set_up
 from prunezero.searching import cluster, crew
-from prunezero.searching.cluster import RayCluster
+from prunezero.searching.cluster import ray_crew
 from prunezero.searching.crew import Crew
 from prunezero.searching.journal import Journal
 from prunezero.searching.judge import Judge, Question
@@ -31,7 +31,7 @@ from prunezero.searching.plan import Message
 from prunezero.searching.search import search
 from prunezero.searching.session import _header, make_task, rivals
 from prunezero.searching.task import Task
-from prunezero.searching.workers import Plan, Processes
+from prunezero.searching.workers import Plan, local_crew
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 from tests.tiny_models import save_tiny_model
 
@@ -126,7 +126,7 @@ def until(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
     return holds()
 
 
-def fill(judges: Processes | RayCluster, count: int, question: Question) -> None:
+def fill(judges: Crew, count: int, question: Question) -> None:
     """Ask until so many workers are ready."""
     while len(judges.at_work) < count:
         # One more than can be at work, so that somebody is hired for it.
@@ -154,9 +154,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Processes]:
+def pair() -> Iterator[Crew]:
     """Two obedient processes."""
-    processes = Processes(Stub(), 2, threads=1)
+    processes = local_crew(Stub(), 2, threads=1)
     yield processes
     processes.close()
 
@@ -199,7 +199,7 @@ def test_one_two_and_four_workers_search_as_this_process_does(
     alone = searched(tmp_path / "alone", task, bench, None)
     assert {"layer error", "tuning", "measurement"} == {kind for kind, _ in alone[2]}
     for count in (1, 2, 4):
-        processes = Processes(plan, count, threads=1)
+        processes = local_crew(plan, count, threads=1)
         fill(processes, count, Question(("search",), None))
         assert searched(tmp_path / str(count), task, bench, processes) == alone
         assert not processes.at_work
@@ -244,7 +244,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
     rng = random.Random(3)
     died_over: list[Question] = []
-    processes = Processes(Stub("drawing"), 2, threads=1)
+    processes = local_crew(Stub("drawing"), 2, threads=1)
 
     def kill_one() -> None:
         busy = {pid: one for pid, one in processes.at_work.items() if one is not None}
@@ -262,7 +262,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     assert len(died_over) == 20
 
 
-def test_answers_come_in_order_from_workers_that_are_all_busy(pair: Processes) -> None:
+def test_answers_come_in_order_from_workers_that_are_all_busy(pair: Crew) -> None:
     questions = [asked("wait", f"{0.05 * (place % 3)}") for place in range(9)]
     answers = list(pair.answers(questions))
     assert [one["said"] for one in answers] == [list(one.splits[1:]) for one in questions]
@@ -272,7 +272,7 @@ def test_answers_come_in_order_from_workers_that_are_all_busy(pair: Processes) -
     assert list(pair.answers([])) == []
 
 
-def test_a_batch_that_nobody_reads_to_its_end_leaves_nothing_behind(pair: Processes) -> None:
+def test_a_batch_that_nobody_reads_to_its_end_leaves_nothing_behind(pair: Crew) -> None:
     for stopped in range(3):
         answers = pair.answers([asked("wait", "0.1"), *[asked("say", "stale")] * 6])
         for _ in range(stopped):
@@ -284,7 +284,7 @@ def test_a_batch_that_nobody_reads_to_its_end_leaves_nothing_behind(pair: Proces
 
 
 def test_an_error_of_the_judge_is_raised_in_its_turn_and_the_worker_goes_on(
-    pair: Processes,
+    pair: Crew,
 ) -> None:
     answers = pair.answers([asked("wait", "0.1"), asked("fail", "ours")])
     assert next(answers)["said"] == ["0.1"]
@@ -297,9 +297,7 @@ def test_an_error_of_the_judge_is_raised_in_its_turn_and_the_worker_goes_on(
     assert next(pair.answers([asked("say")]))["pid"] in pids
 
 
-def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(
-    pair: Processes, tmp_path: Path
-) -> None:
+def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(pair: Crew, tmp_path: Path) -> None:
     questions = [asked("die once", str(tmp_path / "a")), *[asked("say", str(n)) for n in range(4)]]
     answers = list(pair.answers(questions))
     assert [one["said"] for one in answers] == [list(one.splits[1:]) for one in questions]
@@ -307,7 +305,7 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(
 
 
 def test_a_worker_that_died_while_idle_costs_no_question_its_chance(
-    pair: Processes, tmp_path: Path
+    pair: Crew, tmp_path: Path
 ) -> None:
     list(pair.answers([asked("say")]))
     for pid in pair.at_work:
@@ -317,7 +315,7 @@ def test_a_worker_that_died_while_idle_costs_no_question_its_chance(
 
 
 def test_a_question_that_two_workers_die_over_is_a_fault_and_others_go_on(
-    pair: Processes,
+    pair: Crew,
 ) -> None:
     answers = list(pair.answers([asked("die", "SIGSEGV"), asked("say", "a"), asked("say", "b")]))
     assert answers[0] == {"fault": "2 workers died over it (the last: SIGSEGV)"}
@@ -325,7 +323,7 @@ def test_a_question_that_two_workers_die_over_is_a_fault_and_others_go_on(
 
 
 def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> None:
-    processes = Processes(Stub(), 1, threads=1, deadline=0.5)
+    processes = local_crew(Stub(), 1, threads=1, deadline=0.5)
     answers = list(processes.answers([asked("wait", "3600"), asked("say", "a")]))
     assert answers[0] == {"fault": "no answer after 0.5 seconds"}
     assert answers[1]["said"] == ["a"]
@@ -338,7 +336,7 @@ def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> 
 
 
 def test_a_worker_that_cannot_build_its_judge_ends_the_search_in_one_sentence() -> None:
-    processes = Processes(Stub("missing"), 2, threads=1)
+    processes = local_crew(Stub("missing"), 2, threads=1)
     with pytest.raises(SearchError, match="cannot start: model 'gone' cannot be loaded"):
         list(processes.answers([asked("say")] * 4))
     processes.close()
@@ -378,6 +376,9 @@ class Stage:
     def wait(self, handles: Sequence[int], seconds: float) -> Collection[int]:
         return [handle for handle in handles if self.actors[handle].says]
 
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 def test_workers_that_die_while_they_load_end_the_search_and_not_the_question() -> None:
     died: Message = ("died", "SIGKILL")
@@ -399,8 +400,8 @@ def test_a_worker_that_is_never_ready_ends_the_search(monkeypatch: pytest.Monkey
 def test_workers_end_with_a_coordinator_that_is_killed_and_by_no_signal_of_a_terminal() -> None:
     program = textwrap.dedent(
         """
-        from tests.searching.test_workers import Processes, Stub, asked, fill
-        processes = Processes(Stub(), 2, threads=1)
+        from tests.searching.test_workers import local_crew, Stub, asked, fill
+        processes = local_crew(Stub(), 2, threads=1)
         fill(processes, 2, asked("say"))
         answers = processes.answers([asked("say"), asked("wait", "3600")])
         next(answers)
@@ -432,7 +433,7 @@ def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
     pytest.importorskip("ray")
     bench, task = bench_of(files), make_task(tiny_space(), 0.5)
     alone = searched(tmp_path / "alone", task, bench, None)
-    actors = RayCluster(Plan.of(bench, task, rivals(task)), "local", 2, threads=1)
+    actors = ray_crew(Plan.of(bench, task, rivals(task)), "local", 2, threads=1)
     died: list[int] = []
 
     def kill_one() -> None:
@@ -449,14 +450,14 @@ def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
 def test_a_cluster_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SearchError, match=r'pip install "prunezero\[cluster\]"'):
-        RayCluster(Stub(), "local", 2)
+        ray_crew(Stub(), "local", 2)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
 def test_a_cluster_that_does_not_answer_is_one_sentence(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(SearchError, match=f"'{address}' cannot be joined .*ray start --head"):
-        RayCluster(Stub(), address, 2)
+        ray_crew(Stub(), address, 2)
 
 
 @pytest.mark.parametrize(
