@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from prunezero.cli import app
 from prunezero.pruning.documents import write_document
+from prunezero.searching import search as searching
 from prunezero.searching.space import SearchSpace
 from tests.tiny_models import save_tiny_model
 
@@ -79,3 +84,19 @@ def finished_search(
 def mine(finished_search: Path, run: Run) -> Path:
     """A copy of it, as `runs/mine` of the folder at hand."""
     return Path(shutil.copytree(finished_search, Path("runs/mine")))
+
+
+@contextmanager
+def interrupted_at(place: int) -> Iterator[None]:
+    """Within it, a search is told to end when it hands over its candidate of this number."""
+    whole = searching.search
+
+    def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for number, candidate in enumerate(whole(*args, **kwargs)):
+            if number == place:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield candidate
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(searching, "search", interrupted)
+        yield

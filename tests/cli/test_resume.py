@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
-from prunezero.searching import search as searching
-from tests.cli.conftest import Run, small_space
+from tests.cli.conftest import Run, interrupted_at, small_space
 
 
-def test_an_interrupted_search_goes_on_by_its_name_alone(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = searching.search
-
-    def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for place, candidate in enumerate(whole(*args, **kwargs)):
-            if place == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield candidate
-
+def test_an_interrupted_search_goes_on_by_its_name_alone(run: Run) -> None:
     begun = "search MODEL --pattern 2:4 --space tiny --budget 6 --seed 5 --strategy random"
-    with monkeypatch.context() as patch:
-        patch.setattr(searching, "search", interrupted)
+    with interrupted_at(3):
         result = run(f"{begun} --name parts")
     assert "prunezero search --name parts --resume --budget 6\n" in result.output
     assert not Path("runs/parts/recipe.yaml").exists()

@@ -8,15 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prunezero.cli.stopping import Stopping
 from prunezero.searching import search as searching
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, interrupted_at
 from tests.searching.test_search import outcome, session_in
 
 PROGRAM = textwrap.dedent(
@@ -101,20 +99,9 @@ def test_time_that_is_up_ends_the_search_but_is_no_interruption() -> None:
     assert stopping() and not stopping.was_interrupted
 
 
-def test_an_interrupted_command_names_the_way_on_and_resume_finishes_it(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = searching.search
-
-    def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        for place, candidate in enumerate(whole(*args, **kwargs)):
-            if place == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            yield candidate
-
+def test_an_interrupted_command_names_the_way_on_and_resume_finishes_it(run: Run) -> None:
     command = "search MODEL --sparsity 0.5 --space tiny --budget 6 --name one"
-    with monkeypatch.context() as patch:
-        patch.setattr(searching, "search", interrupted)
+    with interrupted_at(3):
         result = run(command)
     assert result.exit_code == 0, result.output
     assert "--name one --resume" in result.output

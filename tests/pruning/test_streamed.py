@@ -337,23 +337,26 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_files(tmp_path: P
     assert len(shards) == 6 and len(set(shards)) > 2 and max(shards) > 1
 
 
-def test_half_written_files_of_a_killed_process_are_not_published(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+@pytest.fixture
+def begun(source: Path, tmp_path: Path) -> Path:
+    """The output of a run that was stopped behind its first block, and is not there yet."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(UnfinishedCheckpoint, "write", interrupted_before(2))
         run(source, tmp_path / "out")
-    (tmp_path / "out.partial" / "model" / ".tmpOqjVuZ").write_bytes(b"half a shard")
-    run(source, tmp_path / "out")
-    assert not list((tmp_path / "out").glob(".*"))
+    return tmp_path / "out"
+
+
+def test_half_written_files_of_a_killed_process_are_not_published(
+    source: Path, begun: Path
+) -> None:
+    (Path(f"{begun}.partial") / "model" / ".tmpOqjVuZ").write_bytes(b"half a shard")
+    run(source, begun)
+    assert not list(begun.glob(".*"))
 
 
 def test_another_request_does_not_go_on_in_the_same_place(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, begun: Path, tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(UnfinishedCheckpoint, "write", interrupted_before(2))
-        run(source, tmp_path / "out")
     changed = save_tiny_model("llama", tmp_path / "changed", seed=1, num_hidden_layers=3)
     for message, other, fraction, text in (
         ("sparsity: 0.5, now 0.6", source, 0.6, WINDOWS),
@@ -361,10 +364,8 @@ def test_another_request_does_not_go_on_in_the_same_place(
         ("source: .*, now .*", changed, 0.5, WINDOWS),
     ):
         with pytest.raises(OutputError, match=rf"another request \({message}\)"):
-            prune_streamed(
-                other, RECIPES["inputs"], fraction, tmp_path / "out", windows=text, device="cpu"
-            )
-    assert run(source, tmp_path / "out").blocks_before == 1
+            prune_streamed(other, RECIPES["inputs"], fraction, begun, windows=text, device="cpu")
+    assert run(source, begun).blocks_before == 1
 
 
 @pytest.mark.parametrize(
