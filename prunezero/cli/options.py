@@ -196,10 +196,9 @@ def about_model(bench: Bench) -> str:
     loaded = bench.language_model
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     layers = len(find_layers(loaded.model))
-    dtype = str(loaded.dtype).removeprefix("torch.")
     return (
         f"{loaded.name}: {type(loaded.model).__name__}, {count / 1e6:.1f} M parameters, "
-        f"{layers} prunable layers, {dtype} on {loaded.device}"
+        f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}"
     )
 
 

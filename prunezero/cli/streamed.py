@@ -170,8 +170,7 @@ class _Report:
         from prunezero.report.saved_model import companions
 
         model = self.bench.language_model
-        dtype = str(model.dtype).removeprefix("torch.")
-        pruned = StreamedModel(done.folder, dtype=dtype, device=str(model.device))
+        pruned = StreamedModel(done.folder, dtype=model.dtype_word, device=str(model.device))
         self.rows.append(dense_row(self._measured(self.streamed, "dense")))
         measured = self._measured(pruned, "pruned")
         self.rows.append(pruned_row(self.recipe, done.outcome, measured))

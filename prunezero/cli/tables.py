@@ -82,9 +82,8 @@ def one_line(row: dict[str, Any]) -> str:
 def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     """The line under a table that says how its numbers were measured."""
     row = rows[-1]
-    dtype = str(bench.language_model.dtype).removeprefix("torch.")
     return (
-        f"perplexity of {model} in {dtype} on {bench.text.name} text, "
+        f"perplexity of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
         f"windows of {row['sequence_length']} tokens; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
         f"pattern {row['pattern']}, seed {row['seed']}"

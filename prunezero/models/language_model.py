@@ -37,6 +37,11 @@ class LanguageModel:
     device: torch.device
     """where the weights are"""
 
+    @property
+    def dtype_word(self) -> str:
+        """The dtype as options and tables call it, such as float32."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def wrap_model(model: nn.Module, tokenizer: Any, *, name: str) -> LanguageModel:
     """A `LanguageModel` around a transformers model that is already in memory.

@@ -209,7 +209,7 @@ def described(bench: Bench) -> dict[str, str]:
     return {
         "model": bench.language_model.name,
         "text": bench.text.name,
-        "dtype": str(bench.language_model.dtype).removeprefix("torch."),
+        "dtype": bench.language_model.dtype_word,
     }
 
 

@@ -80,9 +80,8 @@ class Asked:
     def settled(self, bench: Bench, task: Task) -> Asked:
         """The same without what was left to the machine and to the pattern."""
         loaded = bench.language_model
-        dtype = str(loaded.dtype).removeprefix("torch.")
         device = loaded.device.type if self.device == OPEN else self.device
-        return replace(self, dtype=dtype, device=device, sparsity=task.sparsity)
+        return replace(self, dtype=loaded.dtype_word, device=device, sparsity=task.sparsity)
 
 
 OPTIONS = tuple(field.name for field in fields(Asked) if field.name != "space_content")

@@ -87,7 +87,7 @@ class Plan:
             model=_from_anywhere(model.name),
             text=_from_anywhere(bench.text.name),
             settings=bench.settings,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=model.dtype_word,
             device=model.device.type,
             fingerprints=(model.fingerprint, bench.text.fingerprint),
             space=task.space.model_dump(mode="json"),

@@ -199,7 +199,7 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
                 "text_fingerprint": bench.text.fingerprint,
                 "calibration_tokens": bench.settings.calibration_tokens,
                 "sequence_length": bench.settings.sequence_length,
-                "dtype": str(bench.language_model.dtype).removeprefix("torch."),
+                "dtype": bench.language_model.dtype_word,
             },
         }
     )
