@@ -1,7 +1,8 @@
-"""What is a search asked to do? Its options as typed, or those it was begun under."""
+"""What is a search asked to do, and by whom? Its options as typed, or those of its beginning."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from prunezero.errors import RecipeError
 if TYPE_CHECKING:
     from prunezero.pruning.bench import Settings
     from prunezero.report.search_file import Asked
+    from prunezero.searching.ladder import Judges
+    from prunezero.searching.plan import Plan
 
 # Where searches are when --runs-dir is not typed.
 _USUAL = Path("runs")
@@ -78,3 +81,24 @@ def limits(budget: int | None, seconds: float | None) -> str:
     """How long a search was to last, as typed."""
     typed = {"--budget": budget, "--time": None if seconds is None else f"{seconds:g}s"}
     return " ".join(f"{option} {value}" for option, value in typed.items() if value is not None)
+
+
+def staff(
+    workers: int, threads: int | None, cluster: str | None
+) -> Callable[[Plan], Judges] | None:
+    """Who hires judges beside this process; None where it judges alone."""
+    import torch
+
+    from prunezero.cli.tables import say
+    from prunezero.searching.workers import local_crew, usable_cores
+
+    if cluster is not None:
+        from prunezero.searching.cluster import ray_crew
+
+        return lambda plan: ray_crew(plan, cluster, workers, threads=threads)
+    if workers == 1:
+        torch.set_num_threads(threads or torch.get_num_threads())
+        return None
+    each = threads or max(1, usable_cores() // workers)
+    say(f"{workers} workers with {each} {'thread' if each == 1 else 'threads'} each")
+    return lambda plan: local_crew(plan, workers, threads=each)

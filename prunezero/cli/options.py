@@ -81,6 +81,34 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write the result for machines to this file.")
 ]
 RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the MLflow database.")]
+# Of a search alone.
+Space = Annotated[str, typer.Option(help="Name or .yaml file; see `prunezero list spaces`.")]
+Budget = Annotated[int | None, typer.Option(help="Candidates with a new mask to screen.", min=1)]
+TimeLimit = Annotated[
+    str | None, typer.Option("--time", help="Such as 90s, 10m or 2h, of the search alone.")
+]
+SearchName = Annotated[
+    str | None, typer.Option("--name", help="Folder of this search inside the runs folder.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where --name stopped.")]
+FromScratch = Annotated[
+    bool, typer.Option("--from-scratch", help="Do not start from published formulas.")
+]
+StrategyWord = Annotated[
+    str,
+    typer.Option(
+        "--strategy", help="Who proposes; the others are controls to compare `evolution` with."
+    ),
+]
+Workers = Annotated[int, typer.Option(help="Processes or actors that judge candidates.", min=1)]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Of each who judges; the cores divided by --workers if left out.", min=1),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(help="Judge on Ray: address of a cluster, or `local`; see docs/scaling.md."),
+]
 
 
 def make_settings(

@@ -6,33 +6,47 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from prunezero.cli import asking, options
 from prunezero.cli.options import (
+    Budget,
     CalibrationTokens,
+    Cluster,
     Device,
     Dtype,
     EvaluationTokens,
+    FromScratch,
     JsonFile,
     Model,
+    Pattern,
+    Resume,
     RunsDir,
+    SearchName,
     Seed,
     SequenceLength,
+    Space,
     Sparsity,
+    StrategyWord,
     TestTokens,
     TextName,
+    Threads,
+    TimeLimit,
+    Workers,
 )
 from prunezero.errors import RecipeError
 
 if TYPE_CHECKING:
+    from prunezero.pruning.bench import Settings
+    from prunezero.report.search_file import Asked
     from prunezero.report.track import Tracker
     from prunezero.searching.candidate import Candidate
     from prunezero.searching.ladder import Judges
     from prunezero.searching.plan import Plan
     from prunezero.searching.session import Session
+    from prunezero.searching.task import Task
 
 
 def search(
@@ -40,41 +54,19 @@ def search(
     model: Model = "demo",
     text: TextName = "demo",
     sparsity: Sparsity = None,
-    pattern: Annotated[
-        str, typer.Option(help="`free`, or N:M such as 2:4, which keeps 2 of every 4 weights.")
-    ] = "free",
-    space: Annotated[
-        str, typer.Option(help="Name or .yaml file; see `prunezero list spaces`.")
-    ] = "formulas",
-    budget: Annotated[
-        int | None, typer.Option(help="Candidates with a new mask to screen.", min=1)
-    ] = None,
-    time_limit: Annotated[
-        str | None, typer.Option("--time", help="Such as 90s, 10m or 2h, of the search alone.")
-    ] = None,
+    pattern: Pattern = "free",
+    space: Space = "formulas",
+    budget: Budget = None,
+    time_limit: TimeLimit = None,
     seed: Seed = 0,
-    name: Annotated[
-        str | None, typer.Option(help="Folder of this search inside the runs folder.")
-    ] = None,
+    name: SearchName = None,
     runs_dir: RunsDir = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where --name stopped.")] = False,
-    from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Do not start from published formulas.")
-    ] = False,
-    strategy: Annotated[
-        str, typer.Option(help="Who proposes; the others are controls to compare `evolution` with.")
-    ] = "evolution",
-    workers: Annotated[
-        int, typer.Option(help="local_crew or actors that judge candidates.", min=1)
-    ] = 1,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Of each who judges; the cores divided by --workers if left out.", min=1),
-    ] = None,
-    cluster: Annotated[
-        str | None,
-        typer.Option(help="Judge on Ray: address of a cluster, or `local`; see docs/scaling.md."),
-    ] = None,
+    resume: Resume = False,
+    from_scratch: FromScratch = False,
+    strategy: StrategyWord = "evolution",
+    workers: Workers = 1,
+    threads: Threads = None,
+    cluster: Cluster = None,
     json_file: JsonFile = None,
     sequence_length: SequenceLength = 256,
     calibration_tokens: CalibrationTokens = 8192,
@@ -99,12 +91,9 @@ def search(
 
         prunezero search --time 10m --name first --resume
     """
-    from prunezero.cli.tables import Bars, say, waiting
-    from prunezero.pruning.bench import set_up
+    from prunezero.cli.tables import say
     from prunezero.report.run_folder import run_folder
-    from prunezero.report.search_file import write_asked
     from prunezero.report.track import Tracker
-    from prunezero.searching.session import open_session
 
     seconds = options.seconds_of(time_limit)
     options.check_json(json_file)
@@ -119,23 +108,8 @@ def search(
     # Started first: MLflow needs seconds to open its database, and the model takes longer.
     tracker = Tracker(runs_dir)
     try:
-        with waiting(f"loading {asked.model} and {asked.text} text"):
-            bench = set_up(
-                asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device
-            )
-        say(options.about_model(bench))
-        kept = partial(write_asked, asked.settled(bench, task), folder)
-        with Bars() as bars:
-            session = open_session(
-                bench,
-                task,
-                folder,
-                resume=resume,
-                archive=runs_dir / "archive.jsonl",
-                staff=_staff(workers, threads, cluster),
-                progress=bars,
-                opened=kept,
-            )
+        staff = asking.staff(workers, threads, cluster)
+        session = _opened(asked, settings, task, folder, resume=resume, staff=staff)
         try:
             rows = _run(session, tracker, folder, budget, seconds)
         finally:
@@ -150,25 +124,35 @@ def search(
     say(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
 
 
-def _staff(
-    workers: int, threads: int | None, cluster: str | None
-) -> Callable[[Plan], Judges] | None:
-    """Who hires judges beside this process; None where it judges alone."""
-    import torch
+def _opened(
+    asked: Asked,
+    settings: Settings,
+    task: Task,
+    folder: Path,
+    *,
+    resume: bool,
+    staff: Callable[[Plan], Judges] | None,
+) -> Session:
+    """The search that was asked for, on its model and text, ready to run."""
+    from prunezero.cli.tables import Bars, say, waiting
+    from prunezero.pruning.bench import set_up
+    from prunezero.report.search_file import write_asked
+    from prunezero.searching.session import open_session
 
-    from prunezero.cli.tables import say
-    from prunezero.searching.workers import local_crew, usable_cores
-
-    if cluster is not None:
-        from prunezero.searching.cluster import ray_crew
-
-        return lambda plan: ray_crew(plan, cluster, workers, threads=threads)
-    if workers == 1:
-        torch.set_num_threads(threads or torch.get_num_threads())
-        return None
-    each = threads or max(1, usable_cores() // workers)
-    say(f"{workers} workers with {each} {'thread' if each == 1 else 'threads'} each")
-    return lambda plan: local_crew(plan, workers, threads=each)
+    with waiting(f"loading {asked.model} and {asked.text} text"):
+        bench = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
+    say(options.about_model(bench))
+    with Bars() as bars:
+        return open_session(
+            bench,
+            task,
+            folder,
+            resume=resume,
+            archive=folder.parent / "archive.jsonl",
+            staff=staff,
+            progress=bars,
+            opened=partial(write_asked, asked.settled(bench, task), folder),
+        )
 
 
 def _run(
