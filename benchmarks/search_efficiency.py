@@ -20,19 +20,18 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
 
-from prunezero.pruning.bench import Bench, Settings, set_up
+from prunezero.pruning.bench import Settings, set_up
 from prunezero.searching.journal import Journal
 from prunezero.searching.judge import Judge
 from prunezero.searching.ladder import Ladder
 from prunezero.searching.search import search
-from prunezero.searching.session import make_task
+from prunezero.searching.session import conditions, make_task
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Task
 
@@ -119,7 +118,8 @@ def run_pattern(
     task = make_task(SearchSpace.load("formulas"), missing[0]["sparsity"], pattern=pattern)
     name = f"{pattern}-{task.sparsity:g}".replace(":", "_")
     folder = arguments.folder / name
-    journal = Journal(folder / "journal.jsonl", header_of(bench, task), resume=True)
+    header = conditions(bench, task.sparsity) | {"features": list(task.space.features)}
+    journal = Journal(folder / "journal.jsonl", header, resume=True)
     try:
         judge = Judge(task, bench)
         for head in missing:
@@ -128,23 +128,6 @@ def run_pattern(
             append(path, {**head, "points": list(points(ladder, head))})
     finally:
         journal.close()
-
-
-def header_of(bench: Bench, task: Task) -> dict[str, Any]:
-    """Everything that an answer of the judge depends on."""
-    return {
-        "prunezero": version("prunezero"),
-        "torch": version("torch").split("+")[0],
-        "optuna": version("optuna"),
-        "model": bench.language_model.fingerprint,
-        "dtype": str(bench.language_model.dtype),
-        "device": bench.language_model.device.type,
-        "text": bench.text.fingerprint,
-        "settings": vars(bench.settings),
-        "sparsity": task.sparsity,
-        "pattern": task.pattern,
-        "features": list(task.space.features),
-    }
 
 
 def task_of(head: dict[str, Any]) -> Task:

@@ -18,25 +18,21 @@ from typing import Any, BinaryIO
 from prunezero.errors import OutputError
 from prunezero.searching.journal import line_of, record_of
 
-# Keys of a journal's header that say where a search goes, but change no answer.
-_NOT_ASKED = {"space", "strategy", "seed", "seeds", "rivals", "pattern"}
-
 
 class Archive:
     """A file of answers that several searches read and append to, also at the same time."""
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, conditions: Mapping[str, Any]) -> None:
         """Read what is known under the conditions of a search.
 
         Args:
-            header: of the search's journal.
+            conditions: whatever answers depend on beside their questions; JSON data.
 
         Raises:
             OutputError: the file cannot be read or written.
         """
         self._path = path
-        asked = {key: value for key, value in header.items() if key not in _NOT_ASKED}
-        text = json.dumps(asked, sort_keys=True).encode()
+        text = json.dumps(conditions, sort_keys=True).encode()
         self._context = hashlib.blake2b(text, digest_size=16).hexdigest()
         self._answers: dict[tuple[str, str], dict[str, Any]] = {}
         with self._open() as file:

@@ -104,7 +104,7 @@ def open_session(
     journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=resume)
     try:
         opened()
-        answers = None if archive is None else Archive(archive, _header(bench, task))
+        answers = None if archive is None else Archive(archive, conditions(bench, task.sparsity))
         judge = Judge(task, bench, rivals(task), progress)
         judges = None if staff is None else staff(Plan.of(bench, task, rivals(task)))
         return Session(bench, task, Ladder(judge, journal, judges, answers), journal)
@@ -205,8 +205,8 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
     )
 
 
-def _header(bench: Bench, task: Task) -> dict[str, Any]:
-    """Everything that the results of a search depend on."""
+def conditions(bench: Bench, sparsity: float) -> dict[str, Any]:
+    """Everything beside a question that its answer depends on, as JSON."""
     from importlib.metadata import version
 
     return {
@@ -220,8 +220,14 @@ def _header(bench: Bench, task: Task) -> dict[str, Any]:
         "text": bench.text.fingerprint,
         "settings": vars(bench.settings),
         "format": FORMAT,
+        "sparsity": sparsity,
+    }
+
+
+def _header(bench: Bench, task: Task) -> dict[str, Any]:
+    """Everything that the results of a search depend on."""
+    return conditions(bench, task.sparsity) | {
         "space": task.space.model_dump(mode="json"),
-        "sparsity": task.sparsity,
         "pattern": task.pattern,
         "seed": task.seed,
         "seeds": [criterion.text for criterion in task.seeds],

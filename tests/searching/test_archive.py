@@ -10,18 +10,35 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.searching.archive import Archive
+from prunezero.searching.session import conditions, make_task, open_session
+from prunezero.searching.space import SearchSpace
+from tests.searching.bench import tiny_bench, tiny_space
 
-HEADER: dict[str, Any] = {"model": "a", "sparsity": 0.5, "seed": 0, "space": {"name": "tiny"}}
+CONDITIONS: dict[str, Any] = {"model": "a", "sparsity": 0.5}
 
 
-def test_an_answer_is_found_by_a_search_that_differs_in_seed_and_space_alone(
+def test_an_answer_is_found_by_a_search_that_differs_in_seed_space_and_strategy_alone(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / "archive.jsonl"
-    Archive(path, HEADER).write("layer error", "W", {"layer_error": 0.1})
-    other = Archive(path, {**HEADER, "seed": 1, "space": {"name": "formulas"}})
-    assert other.known("layer error", "W") == {"layer_error": 0.1}
-    assert other.known("measurement", "W") is None
+    bench, path = tiny_bench(), tmp_path / "archive.jsonl"
+    first = make_task(tiny_space(), 0.5)
+    other = make_task(SearchSpace.load("tiny"), 0.5, seed=1, strategy="random")
+    Archive(path, conditions(bench, first.sparsity)).write("layer error", "W", {"layer_error": 0.1})
+    archive = Archive(path, conditions(bench, other.sparsity))
+    assert archive.known("layer error", "W") == {"layer_error": 0.1}
+    assert archive.known("measurement", "W") is None
+
+
+def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
+    archive = tmp_path / "archive.jsonl"
+    rows = []
+    for seed in (0, 1):
+        task = make_task(tiny_space(), 0.5, seed=seed)
+        session = open_session(tiny_bench(), task, tmp_path / str(seed), archive=archive)
+        rows.append(session.ladder.measure_dense(("search",)))
+        session.ladder.close()
+    assert rows[0] == rows[1]
+    assert len(Archive(archive, conditions(tiny_bench(), 0.5))) == 1
 
 
 @pytest.mark.parametrize(("key", "value"), [("model", "b"), ("sparsity", 0.7), ("torch", "9")])
@@ -29,22 +46,22 @@ def test_an_answer_under_other_conditions_is_not_found(
     key: str, value: object, tmp_path: Path
 ) -> None:
     path = tmp_path / "archive.jsonl"
-    Archive(path, HEADER).write("layer error", "W", {"layer_error": 0.1})
-    assert len(Archive(path, {**HEADER, key: value})) == 0
-    assert len(Archive(path, HEADER)) == 1
+    Archive(path, CONDITIONS).write("layer error", "W", {"layer_error": 0.1})
+    assert len(Archive(path, {**CONDITIONS, key: value})) == 0
+    assert len(Archive(path, CONDITIONS)) == 1
 
 
 def test_a_torn_line_costs_that_answer_alone(tmp_path: Path) -> None:
     path = tmp_path / "archive.jsonl"
-    archive = Archive(path, HEADER)
+    archive = Archive(path, CONDITIONS)
     archive.write("layer error", "W", {"layer_error": 0.1})
     archive.write("layer error", "X", {"layer_error": 0.2})
     whole = path.read_bytes()
     for cut in range(1, len(whole) // 2):
         path.write_bytes(whole[:-cut])
-        again = Archive(path, HEADER)
+        again = Archive(path, CONDITIONS)
         again.write("layer error", "Y", {"layer_error": 0.3})
-        found = Archive(path, HEADER)
+        found = Archive(path, CONDITIONS)
         assert found.known("layer error", "W") == {"layer_error": 0.1}
         assert found.known("layer error", "Y") == {"layer_error": 0.3}
 
@@ -53,7 +70,7 @@ def test_searches_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> No
     path = tmp_path / "archive.jsonl"
 
     def write(name: str) -> None:
-        archive = Archive(path, HEADER)
+        archive = Archive(path, CONDITIONS)
         for place in range(40):
             archive.write("layer error", f"{name}{place}", {"layer_error": 0.5})
 
@@ -62,9 +79,9 @@ def test_searches_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> No
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(Archive(path, HEADER)) == 160
+    assert len(Archive(path, CONDITIONS)) == 160
 
 
 def test_an_archive_that_cannot_be_written_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
-        Archive(tmp_path, HEADER)
+        Archive(tmp_path, CONDITIONS)
