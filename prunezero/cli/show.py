@@ -117,6 +117,7 @@ def _front_table(front: Sequence[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     from prunezero.cli.tables import cell
+    from prunezero.report.run_summary import rule_of
 
     table = Table(title="front: the best of each size on search text", title_justify="left")
     shown = [key for key in _FRONT if any(row[key] not in (None, "") for row in front)]
@@ -129,7 +130,8 @@ def _front_table(front: Sequence[dict[str, Any]]) -> Table:
             no_wrap=not is_word,
         )
     for row in front:
-        table.add_row(*(cell(key, row[key]) for key in shown))
+        told = {**row, "choices": ", ".join(rule_of(row).around)}
+        table.add_row(*(cell(key, told[key]) for key in shown))
     return table
 
 

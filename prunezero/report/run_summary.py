@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
+import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from prunezero.report.search_file import Asked, read_asked
 from prunezero.searching.journal import read_journal
 from prunezero.searching.judge import Question
 from prunezero.searching.session import make_task, rivals
-from prunezero.searching.space import CHOOSABLE, SearchSpace
+from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
 
 Row = dict[str, Any]
@@ -175,20 +174,16 @@ def rule_of(row: Mapping[str, Any]) -> Rule:
     """The rule that a row of `candidates.parquet` stands for.
 
     Raises:
-        PruneZeroError: its formula cannot be read.
+        PruneZeroError: its formula or its choices cannot be read.
     """
-    begins = rf"(?:^|, )({'|'.join(CHOOSABLE)}): "
-    _, *parts = re.split(begins, row["choices"] or "")
-    choices = {key: _value(text) for key, text in zip(parts[::2], parts[1::2], strict=True)}
-    return Rule(Criterion.parse(row["formula"]), choices)
-
-
-def _value(text: str) -> Any:
-    """What Python prints as `text`; words without quotes are text."""
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+        choices = json.loads(row["choices"] or "{}")
+    except ValueError as error:
+        raise SearchError(
+            f"candidate {row.get('slot')}: its choices '{row['choices']}' are no JSON; they were "
+            "written by another version of prunezero"
+        ) from error
+    return Rule(Criterion.parse(row["formula"]), choices)
 
 
 def best_row(run: Run) -> Row | None:
@@ -225,8 +220,9 @@ def latex_of_front(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         formula = f"${Criterion.parse(row['formula']).latex}$"
-        if row["choices"]:
-            formula += f" ({_escaped(row['choices'])})"
+        around = ", ".join(rule_of(row).around)
+        if around:
+            formula += f" ({_escaped(around)})"
         numbers = [_number(row[key]) for key in ("search_perplexity", "validation_perplexity")]
         lines.append(rf"{' & '.join([str(row['complexity']), *numbers, formula])} \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,7 +63,7 @@ class Candidate:
             "parents": list(self.parents),
             "status": self.status,
             "formula": self.criterion.text,
-            "choices": ", ".join(f"{key}: {value}" for key, value in sorted(self.choices.items())),
+            "choices": json.dumps(self.choices, sort_keys=True) if self.choices else "",
             "complexity": self.criterion.complexity,
             "depth": self.criterion.depth,
             "signal": self.criterion.signal,

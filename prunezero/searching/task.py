@@ -25,8 +25,12 @@ class Rule:
     @property
     def text(self) -> str:
         """The rule on one line, equal for equal rules."""
-        around = [f"{key}: {value}" for key, value in sorted(self.choices.items())]
-        return "; ".join([self.criterion.text, *around])
+        return "; ".join([self.criterion.text, *self.around])
+
+    @property
+    def around(self) -> list[str]:
+        """Each choice in words, in the order of their keys."""
+        return [f"{key}: {value}" for key, value in sorted(self.choices.items())]
 
 
 @dataclass(frozen=True)
