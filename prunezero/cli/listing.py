@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
-from prunezero.errors import RecipeError, did_you_mean
+from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
+    from prunezero.formula.operators import Operator
     from prunezero.pruning.recipe import Recipe
 
 Rows = list[dict[str, Any]]
@@ -141,10 +142,18 @@ def _features(runs_dir: Path) -> Rows:
 def _operators(runs_dir: Path) -> Rows:
     from prunezero.formula import OPERATORS
 
-    return [
-        {"name": row.name, "usage": row.usage, "meaning": row.meaning, "sign": row.sign}
-        for row in OPERATORS.values()
-    ]
+    rows = [_operator(row, row.meaning) for row in OPERATORS.own.values()]
+    for point, found in OPERATORS.others().items():
+        if isinstance(found, PruneZeroError):
+            unusable = f"cannot be used: {found}"
+            rows.append({"name": point.name, "usage": "", "meaning": unusable, "sign": ""})
+        else:
+            rows.append(_operator(found, f"{found.meaning}; from {point.value}"))
+    return rows
+
+
+def _operator(row: Operator, meaning: str) -> dict[str, Any]:
+    return {"name": row.name, "usage": row.usage, "meaning": meaning, "sign": row.sign}
 
 
 def _runs(runs_dir: Path) -> Rows:

@@ -16,7 +16,7 @@ import sympy
 
 from prunezero.errors import CriterionError, did_you_mean
 from prunezero.formula.features import FEATURES
-from prunezero.formula.functions import MatrixFunction
+from prunezero.formula.functions import NAMED
 from prunezero.formula.vocabulary import OPERATORS, Operator
 
 MAX_CONSTANT = 1e6
@@ -140,7 +140,7 @@ def _operator_of(node: sympy.Basic) -> Operator:
         if isinstance(node, kind):
             return OPERATORS[name]
     name = type(node).__name__
-    if isinstance(node, MatrixFunction | sympy.log | sympy.tanh) and name in OPERATORS:
+    if isinstance(node, NAMED) and name in OPERATORS:
         return OPERATORS[name]
     raise CriterionError(f"a formula may not hold '{name}'; see `prunezero list operators`")
 

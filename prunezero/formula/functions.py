@@ -1,4 +1,4 @@
-"""The SymPy functions that SymPy itself lacks: reductions and scalings of a whole matrix.
+"""The SymPy functions that SymPy itself lacks: of a whole matrix, and those that others add.
 
 They carry what SymPy needs to simplify around them (they are real, some never negative) and one
 identity of their own: reducing a value along an axis on which it does not vary changes nothing.
@@ -30,13 +30,34 @@ LEAVES = {"row": AXES["row"], "col": AXES["column"], "layer": AXES["scalar"]}
 KINDS = ("sum", "mean", "max", "norm")
 
 
-class MatrixFunction(sympy.Function):  # type: ignore[misc, unused-ignore]
-    """A function of a whole matrix; a reduction `leaves` a shape, a scaling keeps the shape."""
+class _RealFunction(sympy.Function):  # type: ignore[misc, unused-ignore]
+    """A function of one expression that bears the name of its operator, and has a real value."""
 
     nargs = 1
     is_real = True
-    leaves: tuple[bool, bool] | None = None
     never_negative = False
+    # whether it is never negative where its argument is not
+    keeps_sign = False
+
+    def _eval_is_nonnegative(self) -> bool | None:
+        if self.never_negative or (self.keeps_sign and self.args[0].is_nonnegative):
+            return True
+        return None
+
+    def _sympystr(self, printer: Any) -> str:
+        # SymPy would take a function called `set` or `int` for such a thing.
+        return f"{type(self).__name__}({printer._print(self.args[0])})"
+
+    def _latex(self, printer: Any, exp: str | None = None) -> str:
+        name = type(self).__name__.replace("_", r"\_")
+        power = f"^{{{exp}}}" if exp is not None else ""
+        return rf"\operatorname{{{name}}}{power}\left({printer._print(self.args[0])}\right)"
+
+
+class MatrixFunction(_RealFunction):
+    """A function of a whole matrix; a reduction `leaves` a shape, a scaling keeps the shape."""
+
+    leaves: tuple[bool, bool] | None = None
 
     @classmethod
     def eval(cls, argument: sympy.Expr) -> sympy.Expr | None:
@@ -47,32 +68,44 @@ class MatrixFunction(sympy.Function):  # type: ignore[misc, unused-ignore]
             return sympy.Abs(argument) if cls.never_negative else argument
         return None
 
-    def _eval_is_nonnegative(self) -> bool | None:
-        if self.never_negative:
-            return True
-        return True if self.leaves is not None and self.args[0].is_nonnegative else None
 
-    def _latex(self, printer: Any, exp: str | None = None) -> str:
-        name = type(self).__name__.replace("_", r"\_")
-        power = f"^{{{exp}}}" if exp is not None else ""
-        return rf"\operatorname{{{name}}}{power}\left({printer._print(self.args[0])}\right)"
+class Elementwise(_RealFunction):
+    """A function of each value by itself that another package adds; only its sign is known."""
 
 
-def _matrix_function(name: str, **fields: object) -> type[MatrixFunction]:
-    return type(name, (MatrixFunction,), {"__module__": __name__, **fields})
+# Functions whose nodes bear the name of their operator.
+NAMED = (MatrixFunction, Elementwise, sympy.log, sympy.tanh)
+
+
+def _function(kind: type[Any], name: str, **fields: object) -> type[Any]:
+    return type(name, (kind,), {"__module__": __name__, "nargs": 1, **fields})
+
+
+def elementwise_function(name: str, sign: str) -> type[Elementwise]:
+    """The function of that name; `sign` is what an `Operator` says of it."""
+    return _function(
+        Elementwise,
+        name,
+        never_negative=sign == "nonnegative",
+        keeps_sign=sign == "as argument",
+    )
 
 
 REDUCTIONS: dict[str, type[MatrixFunction]] = {
-    f"{left}_{kind}": _matrix_function(
-        f"{left}_{kind}", leaves=leaves, never_negative=kind == "norm"
+    f"{left}_{kind}": _function(
+        MatrixFunction,
+        f"{left}_{kind}",
+        leaves=leaves,
+        never_negative=kind == "norm",
+        keeps_sign=True,
     )
     for left, leaves in LEAVES.items()
     for kind in KINDS
 }
 # To 0..1 by the smallest and largest entry; 0 everywhere if those are equal.
-MINMAX = _matrix_function("minmax", never_negative=True)
+MINMAX = _function(MatrixFunction, "minmax", never_negative=True)
 # To mean 0 and standard deviation 1; 0 everywhere if the matrix is constant.
-ZSCORE = _matrix_function("zscore")
+ZSCORE = _function(MatrixFunction, "zscore")
 
 
 def shape_of(expression: sympy.Basic) -> str:

@@ -2,7 +2,7 @@
 
 A row says how a word is built in SymPy, how its value is computed in torch and in Triton, and how
 it is typeset. The parser, the evaluator, the exported pruner, the kernels, `prunezero list` and the
-tests all read these rows; nothing else knows an operator.
+tests all read these rows; nothing else knows an operator. Other packages add theirs (`plugins.py`).
 
 Values are real and float32. Where mathematics would refuse, a score must still be finite:
 
@@ -14,37 +14,16 @@ Values are real and float32. Where mathematics would refuse, a score must still 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
 from prunezero.formula.features import FEATURES, SIGNALS, Feature
 from prunezero.formula.functions import MINMAX, REDUCTIONS, ZSCORE
+from prunezero.formula.operators import Operator, elementwise
+from prunezero.formula.plugins import Vocabulary
 
-__all__ = ["FEATURES", "OPERATORS", "SIGNALS", "Feature", "Operator"]
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One word that combines values."""
-
-    name: str
-    arity: int
-    # how it is written in a formula
-    usage: str
-    meaning: str
-    # SymPy expressions in, SymPy expression out; may simplify
-    build: Callable[..., Any]
-    # the value, from values named {0}, {1}; None where `build` writes the word in terms of others
-    torch: str | None = None
-    # the same inside a kernel; None where a value needs more than one element (reductions)
-    triton: str | None = None
-    # the sign of the result: "any", "nonnegative", or "as argument" (nonnegative if that is)
-    sign: str = "any"
-    # the unit of the result: "as argument", "product", "none" (a plain number) ...
-    unit: str = "as argument"
+__all__ = ["FEATURES", "OPERATORS", "SIGNALS", "Feature", "Operator", "elementwise"]
 
 
 def _absolute(x: Any) -> Any:
@@ -251,6 +230,4 @@ _WHOLE_MATRIX = (
     ),
 )
 
-OPERATORS: dict[str, Operator] = {
-    row.name: row for row in (*_ARITHMETIC, *_ELEMENTWISE, *_WHOLE_MATRIX)
-}
+OPERATORS = Vocabulary({row.name: row for row in (*_ARITHMETIC, *_ELEMENTWISE, *_WHOLE_MATRIX)})
