@@ -134,6 +134,15 @@ _ROWS = (
         sums=("gradient_absolute_sum",),
     ),
     Feature(
+        "F",
+        "element",
+        "root of the sum over tokens of (x_j dL/dy_i)^2: the Fisher diagonal, token by token",
+        r"\lVert x_j\,\delta_i\rVert_2",
+        "L/w",
+        signal="gradients",
+        sums=("token_gradient_square_sum",),
+    ),
+    Feature(
         "D",
         "row",
         "root mean square over tokens of the loss gradient at the output",

@@ -19,7 +19,7 @@ from prunezero.errors import StatisticsError
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.observing import empty_statistics, removing
 from prunezero.models.units import Layer, find_blocks
-from prunezero.scoring.statistics import SUMS, Statistics, contribution
+from prunezero.scoring.statistics import SUMS, Statistics
 
 # Above it the sums say little about the weights that got zero.
 HIGHEST_ZERO_SHARE = 0.5
@@ -133,11 +133,14 @@ def _layer_hooks(layer: Layer, statistics: Statistics) -> list[Any]:
 def _output_hook(
     layer: Layer, statistics: Statistics
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def add(gradient: Tensor) -> None:
-        added = contribution("output gradients", gradient, statistics.sums, layer=layer.name)
-        statistics.add(added)
+    needs_inputs = any(SUMS[name].with_inputs for name in statistics.sums)
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs = args[0].detach() if needs_inputs else None
+
+        def add(gradient: Tensor) -> None:
+            statistics.add_output_gradients(gradient, inputs=inputs, layer=layer.name)
+
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
     return hook

@@ -61,6 +61,7 @@ FEATURE_VALUES: dict[str, Callable[[Tensor, Statistics | None], Tensor]] = {
     "Y": lambda weight, statistics: _norm_per_sequence(statistics, "output_square_sum")[:, None],
     "G": lambda weight, statistics: sum_of(statistics, "gradient_square_sum").sqrt(),
     "G1": lambda weight, statistics: sum_of(statistics, "gradient_absolute_sum"),
+    "F": lambda weight, statistics: sum_of(statistics, "token_gradient_square_sum").sqrt(),
     "D": lambda weight, statistics: _per_token(statistics, "output_gradient_square_sum").sqrt()[
         :, None
     ],

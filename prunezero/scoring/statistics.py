@@ -27,13 +27,20 @@ class Sum:
     """its axes, each "in" or "out" """
     dtype: torch.dtype
     """of the running sum"""
-    of: Callable[[Tensor], Tensor]
+    of: Callable[..., Tensor]
     """the contribution of float values: [tokens, channels], for a gradient [out, in]"""
+    with_inputs: bool = False
+    """whether `of` also takes the layer's inputs for the same tokens, [tokens, in]"""
 
 
 def _gram(inputs: Tensor) -> Tensor:
     inputs = inputs.to(torch.float32)
     return inputs.T @ inputs
+
+
+def _token_gradient_squares(output_gradients: Tensor, inputs: Tensor) -> Tensor:
+    """A token's gradient of a weight is a product of two numbers, so their squares need no loop."""
+    return output_gradients.to(torch.float32).square().T @ inputs.to(torch.float32).square()
 
 
 SUMS: dict[str, Sum] = {
@@ -50,6 +57,13 @@ SUMS: dict[str, Sum] = {
     ),
     "gradient_absolute_sum": Sum(
         "gradient", ("out", "in"), torch.float32, lambda g: g.to(torch.float32).abs()
+    ),
+    "token_gradient_square_sum": Sum(
+        "output gradients",
+        ("out", "in"),
+        torch.float32,
+        _token_gradient_squares,
+        with_inputs=True,
     ),
     "output_gradient_square_sum": Sum(
         "output gradients", ("out",), torch.float64, lambda d: d.to(torch.float64).square().sum(0)
@@ -72,7 +86,12 @@ class Contribution:
 
 
 def contribution(
-    source: str, values: Tensor, names: Iterable[str], *, layer: str = "a layer"
+    source: str,
+    values: Tensor,
+    names: Iterable[str],
+    *,
+    inputs: Tensor | None = None,
+    layer: str = "a layer",
 ) -> Contribution:
     """What `values` add to those of the named sums that are made from `source`.
 
@@ -81,14 +100,21 @@ def contribution(
         values: [sequences, tokens, channels], or [tokens, channels] for one sequence; a gradient
             is [out, in].
         names: keys of `SUMS`; sums of other sources are left out.
+        inputs: of the layer for the same tokens, for sums that are also made from them.
         layer: named in the error.
 
     Raises:
-        StatisticsError: a value is NaN or infinite.
+        StatisticsError: a value is NaN or infinite, or inputs are missing.
     """
     sequences = values.shape[0] if values.dim() == 3 else 1
-    rows = values.detach().reshape(-1, values.shape[-1])
-    added = {name: SUMS[name].of(rows) for name in names if SUMS[name].source == source}
+    rows = _rows(values)
+    wanted = [name for name in names if SUMS[name].source == source]
+    if inputs is None and any(SUMS[name].with_inputs for name in wanted):
+        raise StatisticsError(f"sums of the {source} of {layer} also need its inputs")
+    added = {}
+    for name in wanted:
+        also = [_rows(inputs)] if inputs is not None and SUMS[name].with_inputs else []
+        added[name] = SUMS[name].of(rows, *also)
     if not all(bool(torch.isfinite(value).all()) for value in added.values()):
         raise StatisticsError(
             f"the {source} of {layer} hold NaN or infinite numbers; "
@@ -96,6 +122,11 @@ def contribution(
         )
     tokens = 0 if source == "gradient" else rows.shape[0]
     return Contribution(source, tokens, sequences, added)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """All tokens of all sequences, [tokens, channels]."""
+    return values.detach().reshape(-1, values.shape[-1])
 
 
 @dataclass
@@ -163,9 +194,16 @@ class Statistics:
         """Add the gradient [out, in] of ONE sequence; counts a sequence, but no tokens."""
         self.add(contribution("gradient", gradient, self.sums, layer=layer))
 
-    def add_output_gradients(self, gradients: Tensor, *, layer: str = "a layer") -> None:
-        """Add dLoss/dOutput: [sequences, tokens, out], or [tokens, out] for one sequence."""
-        self.add(contribution("output gradients", gradients, self.sums, layer=layer))
+    def add_output_gradients(
+        self, gradients: Tensor, *, inputs: Tensor | None = None, layer: str = "a layer"
+    ) -> None:
+        """Add dLoss/dOutput: [sequences, tokens, out], or [tokens, out] for one sequence.
+
+        Args:
+            inputs: of the same tokens, [..., in]; for sums that are also made from them.
+        """
+        added = contribution("output gradients", gradients, self.sums, inputs=inputs, layer=layer)
+        self.add(added)
 
     def share(self, other: Statistics, name: str) -> None:
         """Hold another layer's equal sum, and what is derived from it, in the same memory."""

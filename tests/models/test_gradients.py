@@ -12,23 +12,29 @@ from prunezero.models.calibration import calibrate
 from prunezero.models.units import Layer, find_layers
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
-GRADIENT_SUMS = ["gradient_square_sum", "gradient_absolute_sum", "output_gradient_square_sum"]
+GRADIENT_SUMS = [
+    "gradient_square_sum",
+    "gradient_absolute_sum",
+    "output_gradient_square_sum",
+    "token_gradient_square_sum",
+]
 
 
 def reference(network: Any, layers: list[Layer], ids: Tensor) -> dict[str, list[Tensor]]:
-    """The three gradient sums of every layer by plain autograd."""
+    """The gradient sums of every layer by plain autograd."""
+    inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            outputs[name] = output
+            inputs[name], outputs[name] = args[0], output
 
         return hook
 
     for layer in layers:
         layer.module.register_forward_hook(keep(layer.name))
     network.requires_grad_(True)
-    sums: dict[str, list[Tensor]] = {layer.name: [torch.zeros(())] * 3 for layer in layers}
+    sums: dict[str, list[Tensor]] = {layer.name: [torch.zeros(())] * 4 for layer in layers}
     for sequence in ids:
         logits = network(sequence[None]).logits[0]
         loss = cross_entropy(logits[:-1], sequence[1:])
@@ -38,9 +44,13 @@ def reference(network: Any, layers: list[Layer], ids: Tensor) -> dict[str, list[
         for place, layer in enumerate(layers):
             weight, output = gradients[place], gradients[place + len(layers)]
             weight = weight if isinstance(layer.module, nn.Linear) else weight.T
-            square, absolute, outer = sums[layer.name]
-            outer = outer + output.reshape(-1, output.shape[-1]).square().sum(0)
-            sums[layer.name] = [square + weight.square(), absolute + weight.abs(), outer]
+            square, absolute, outer, tokens = sums[layer.name]
+            rows = output.reshape(-1, output.shape[-1])
+            seen = inputs[layer.name].reshape(-1, inputs[layer.name].shape[-1])
+            outer = outer + rows.square().sum(0)
+            for row, column in zip(rows, seen, strict=True):
+                tokens = tokens + torch.outer(row, column).square()
+            sums[layer.name] = [square + weight.square(), absolute + weight.abs(), outer, tokens]
     return sums
 
 

@@ -19,7 +19,8 @@ from prunezero.formula.vocabulary import FEATURES
 from prunezero.models.calibration import calibrate
 from prunezero.models.units import find_layers
 from prunezero.report import pruner_template
-from prunezero.report.export import FEATURE_LINES, PrunerFields, pruner_page, write_pruner
+from prunezero.report.export import PrunerFields, pruner_page, write_pruner
+from prunezero.report.page_lines import FEATURE_LINES
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.selection import select_model

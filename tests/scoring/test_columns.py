@@ -45,7 +45,7 @@ def statistics() -> Statistics:
         known.add_inputs(inputs)
         known.add_outputs(random(40, ROWS, seed=seed + 10))
         known.add_gradient(random(ROWS, COLUMNS, seed=seed + 20))
-        known.add_output_gradients(random(40, ROWS, seed=seed + 30))
+        known.add_output_gradients(random(40, ROWS, seed=seed + 30), inputs=inputs)
     return known
 
 

@@ -22,7 +22,7 @@ def filled() -> Statistics:
     for place, gradient in enumerate(GRADIENTS):
         statistics.add_inputs(INPUTS[place])
         statistics.add_outputs(outputs[place])
-        statistics.add_output_gradients(outputs[place] / 8)
+        statistics.add_output_gradients(outputs[place] / 8, inputs=INPUTS[place])
         statistics.add_gradient(gradient)
     return statistics
 
@@ -49,6 +49,7 @@ def expected_features() -> dict[str, np.ndarray]:
         "Y": np.sqrt((y**2).sum(0)[:, None] / 2),
         "G": np.sqrt((g**2).sum(0)),
         "G1": np.abs(g).sum(0),
+        "F": np.sqrt(np.einsum("to,ti->oi", (y / 8) ** 2, x**2)),
         "D": np.sqrt(((y / 8) ** 2).mean(0))[:, None],
         "H": np.diag(gram)[None],
         "V": np.diag(inverse)[None],
@@ -177,3 +178,9 @@ def test_needed_sums_are_those_of_all_features_together() -> None:
     assert needed_sums([Formula(), "G"]) == {"input_square_sum", "gradient_square_sum"}
     with pytest.raises(StatisticsError, match="'Q' is not a known feature"):
         needed_sums(["Q"])
+
+
+def test_a_sum_over_tokens_gradients_needs_the_inputs() -> None:
+    statistics = Statistics.empty(["token_gradient_square_sum"], OUT, IN)
+    with pytest.raises(StatisticsError, match="output gradients of o_proj also need its inputs"):
+        statistics.add_output_gradients(torch.ones(4, OUT), layer="o_proj")
