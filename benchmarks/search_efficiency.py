@@ -118,7 +118,7 @@ def run_pattern(
     task = make_task(SearchSpace.load("formulas"), missing[0]["sparsity"], pattern=pattern)
     name = f"{pattern}-{task.sparsity:g}".replace(":", "_")
     folder = arguments.folder / name
-    header = conditions(bench, task.sparsity) | {"features": list(task.space.features)}
+    header = conditions(bench, task) | {"features": list(task.space.features)}
     journal = Journal(folder / "journal.jsonl", header, resume=True)
     try:
         judge = Judge(task, bench)

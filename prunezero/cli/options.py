@@ -41,6 +41,13 @@ Pattern = Annotated[
     str | None,
     typer.Option(help="`free`, or N:M such as 2:4, which keeps 2 of every 4 weights."),
 ]
+Also = Annotated[
+    str,
+    typer.Option(
+        help="Other sparsities and patterns that the criterion has to serve, such as `0.7,2:4`; "
+        "perplexities are then geometric means over all."
+    ),
+]
 Statistics = Annotated[
     str | None,
     typer.Option(

@@ -12,6 +12,7 @@ import typer
 
 from prunezero.cli import asking, options
 from prunezero.cli.options import (
+    Also,
     Budget,
     CalibrationTokens,
     Cluster,
@@ -55,6 +56,7 @@ def search(
     text: TextName = "demo",
     sparsity: Sparsity = None,
     pattern: Pattern = "free",
+    also: Also = "",
     space: Space = "formulas",
     budget: Budget = None,
     time_limit: TimeLimit = None,
@@ -86,6 +88,8 @@ def search(
         prunezero search --model demo --sparsity 0.5 --time 5m --name first
 
         prunezero search --model demo --pattern 2:4 --space pruner_zero --budget 500
+
+        prunezero search --model demo --sparsity 0.5 --also 0.7,2:4 --time 30m
 
         prunezero search --model demo --sparsity 0.5 --space tiny --budget 20 --name quick
 
@@ -213,7 +217,7 @@ def _judged(
     session: Session, tracker: Tracker, folder: Path, candidates: list[Candidate]
 ) -> list[dict[str, Any]]:
     """Judge the finalists on validation text, report the winner and its rivals on test text."""
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say
+    from prunezero.cli.tables import Bars, conditions, print_results, say
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.run_folder import (
         tracked_champion,
@@ -244,7 +248,7 @@ def _judged(
     champion = {**rows[-1], "search_perplexity": best.search_perplexity}
     tracker.record(tracked_champion(recipe, champion, session, name, folder))
     tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
-    console.print(results_table(rows, f"search {name}", best="test_perplexity"))
+    print_results(rows, f"search {name}", best="test_perplexity")
     say(conditions(rows, session.bench.language_model.name, session.bench))
     say(f"found: {best.rule.text}", style="bold")
     twin = sessions.published_twin(session.task, best.rule)

@@ -63,7 +63,8 @@ def show(
 
 
 def _print(run: Run, front: Sequence[dict[str, Any]]) -> None:
-    from prunezero.cli.tables import console, results_table, say
+    from prunezero.cli.tables import console, print_results, say
+    from prunezero.report.run_folder import STUDY
     from prunezero.report.run_summary import results
 
     for name, value in _about(run).items():
@@ -72,9 +73,14 @@ def _print(run: Run, front: Sequence[dict[str, Any]]) -> None:
     rows = results(run)
     if rows:
         shown = "test_perplexity" if run.measured else "validation_perplexity"
-        console.print(results_table(rows, "measured", best=shown))
+        print_results(rows, "measured", best=shown)
     if front:
         console.print(_front_table(front))
+    if (run.folder / STUDY).is_file():
+        say(
+            f"every measured candidate in a browser: optuna-dashboard {STUDY}, in the folder of "
+            "the search, after pip install optuna-dashboard"
+        )
     if run.recipe is None:
         say(f"not finished; go on with: {way_on(run.folder)} and a --budget or --time")
         return
@@ -84,6 +90,8 @@ def _print(run: Run, front: Sequence[dict[str, Any]]) -> None:
 
 def _about(run: Run) -> dict[str, str]:
     """What was searched, a line each."""
+    from prunezero.searching.regimes import in_words
+
     header, asked, task = run.header, run.asked, run.task
     words = ("model", "text")
     # Without the options, fingerprints are all that is known.
@@ -93,7 +101,7 @@ def _about(run: Run) -> dict[str, str]:
     return {
         "search": str(run.folder),
         **names,
-        "sparsity": f"{task.sparsity:g}, pattern {task.pattern}",
+        "sparsity": f"{task.sparsity:g}, pattern {in_words(task.regimes)}",
         "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
         "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
         f"tokens calibrate in {str(header['dtype']).removeprefix('torch.')}",

@@ -57,6 +57,31 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
     return table
 
 
+def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> None:
+    """The table of results, and under it, where there are several regimes, one of each by itself.
+
+    Args:
+        best: the column that decides, such as `test_perplexity`.
+    """
+    console.print(results_table(rows, title, best=best))
+    told = [row for row in rows if row.get("regimes")]
+    if told:
+        console.print(_regimes_table(told, best))
+
+
+def _regimes_table(told: Sequence[dict[str, Any]], key: str) -> Table:
+    split = key.removesuffix("_perplexity")
+    table = Table(title=f"perplexity on {split} text in each regime", title_justify="left")
+    table.add_column("recipe")
+    for regime in told[0]["regimes"]:
+        is_free = regime["pattern"] == "free"
+        name = f"{100 * regime['sparsity']:g} %" if is_free else regime["pattern"]
+        table.add_column(name, justify="right")
+    for row in told:
+        table.add_row(row["recipe"], *(cell(key, regime.get(key)) for regime in row["regimes"]))
+    return table
+
+
 def cell(key: str, value: Any) -> str:
     """One value as text, rounded as its kind deserves."""
     if value is None:
@@ -82,8 +107,9 @@ def one_line(row: dict[str, Any]) -> str:
 def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     """The line under a table that says how its numbers were measured."""
     row = rows[-1]
+    what = "geometric mean of the perplexities" if row.get("regimes") else "perplexity"
     return (
-        f"perplexity of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
+        f"{what} of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
         f"windows of {row['sequence_length']} tokens; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
         f"pattern {row['pattern']}, seed {row['seed']}"

@@ -106,6 +106,7 @@ def task_of(header: Mapping[str, Any], source: str) -> Task:
             space,
             header["sparsity"],
             pattern=header["pattern"],
+            also=",".join(header.get("also", ())),
             seed=header["seed"],
             strategy=strategy,
         )

@@ -60,6 +60,8 @@ class Asked:
     """where the model is"""
     space_content: Mapping[str, Any]
     """of the search space, as JSON"""
+    also: str = ""
+    """other regimes, with commas between them"""
 
     def task(self) -> Task:
         """What the search looks for.
@@ -72,6 +74,7 @@ class Asked:
             space,
             self.sparsity,
             pattern=self.pattern,
+            also=self.also,
             seed=self.seed,
             from_scratch=self.from_scratch,
             strategy=self.strategy,
@@ -166,7 +169,10 @@ def read_asked(folder: Path) -> Asked | None:
         return None
     try:
         data = json.loads(path.read_text())
-        return Asked(**{field.name: data[field.name] for field in fields(Asked)})
+        # One that was written before there were several regimes lacks `also`.
+        return Asked(
+            **{field.name: data[field.name] for field in fields(Asked) if field.name in data}
+        )
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SearchError(
             f"{path} cannot be read ({type(error).__name__}: {error}); take it away, and type the "

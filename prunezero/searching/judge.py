@@ -22,7 +22,7 @@ from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
-from prunezero.pruning.bench import Bench
+from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.compare import Stand, finite_row
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
@@ -36,6 +36,7 @@ from prunezero.searching.fitness import (
     probe_of,
     sample_rows,
 )
+from prunezero.searching.regimes import geometric_mean, over_regimes
 from prunezero.searching.task import Task
 from prunezero.searching.tuning import tune
 
@@ -119,7 +120,9 @@ class Judge:
         space = task.space
         layers = find_layers(bench.language_model.model)
         sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
-        sums |= dense_sums([*rivals, *space.examples(task.pattern)])
+        for regime in task.regimes:
+            sums |= dense_sums(space.examples(regime.pattern))
+        sums |= dense_sums(rivals)
         statistics = bench.statistics(layers, sums, progress)
         self._stand = Stand(bench, statistics, splits=("search", "validation", "test"))
         self._samples = sample_rows(layers, statistics, space.features)
@@ -134,9 +137,14 @@ class Judge:
 
     def _probed(self, criterion: Criterion, compare: str) -> ProbeMask | None:
         """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
-        task = self.task
         try:
-            masks = masks_on(self._probe, criterion, task.sparsity, compare, task.pattern)
+            masks = [
+                mask
+                for regime in self.task.regimes
+                for mask in masks_on(
+                    self._probe, criterion, regime.sparsity, compare, regime.pattern
+                )
+            ]
         except ScoreError:
             return None
         bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
@@ -156,16 +164,18 @@ class Judge:
     def _layer_error(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
         begin = time.perf_counter()
-        error = layer_error(self._samples, self._masks(self._samples, recipe.criterion, recipe))
+        error = self._lost(self._samples, recipe.criterion, recipe.compare)
         if not math.isfinite(error):
             return {"fault": "its layer error is not finite"}
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
 
-    def _masks(
-        self, samples: Sequence[Sample], criterion: Criterion, recipe: Recipe
-    ) -> list[torch.Tensor]:
-        sparsity = self.task.sparsity
-        return masks_on(samples, criterion, sparsity, recipe.compare, recipe.pattern)
+    def _lost(self, samples: Sequence[Sample], criterion: Criterion, compare: str) -> float:
+        """The layer error, of several regimes the geometric mean."""
+        errors = []
+        for regime in self.task.regimes:
+            masks = masks_on(samples, criterion, regime.sparsity, compare, regime.pattern)
+            errors.append(layer_error(samples, masks))
+        return geometric_mean(errors)
 
     def _tuned(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
@@ -173,10 +183,9 @@ class Judge:
 
         def error(criterion: Criterion) -> float | None:
             try:
-                masks = self._masks(self._tuning_samples, criterion, recipe)
+                found = self._lost(self._tuning_samples, criterion, recipe.compare)
             except ScoreError:
                 return None
-            found = layer_error(self._tuning_samples, masks)
             return found if math.isfinite(found) else None
 
         best = tune(recipe.criterion, error, trials=question.trials, seed=0)
@@ -186,7 +195,12 @@ class Judge:
         if question.recipe is None:
             return finite_row(self._stand.dense_row(question.splits))
         begin = time.perf_counter()
-        row = self._stand.row(_recipe(question), self.task.sparsity, question.splits)
+        recipe = _recipe(question)
+        rows = []
+        for regime in self.task.regimes:
+            one = with_choices(recipe, pattern=regime.pattern)
+            rows.append(self._stand.row(one, regime.sparsity, question.splits))
+        row = over_regimes(self.task.regimes, rows)
         return finite_row(row) | {"elapsed": time.perf_counter() - begin}
 
 

@@ -21,6 +21,7 @@ from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.searching.judge import Judge, Question
+from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Task
 
@@ -72,6 +73,8 @@ class Plan:
     """fraction of the weights to remove"""
     pattern: str
     """free or N:M"""
+    also: tuple[Regime, ...]
+    """where else rules have to be good"""
     seed: int
     """of the task"""
     seeds: tuple[str, ...]
@@ -93,6 +96,7 @@ class Plan:
             space=task.space.model_dump(mode="json"),
             sparsity=task.sparsity,
             pattern=task.pattern,
+            also=task.also,
             seed=task.seed,
             seeds=tuple(seed.text for seed in task.seeds),
             rivals=tuple(one.model_dump(mode="json", by_alias=True) for one in rivals),
@@ -118,7 +122,7 @@ class Plan:
     def _task(self) -> Task:
         space = validated(SearchSpace, dict(self.space), "a plan")
         seeds = tuple(Criterion.parse(text) for text in self.seeds)
-        return Task(space, self.sparsity, self.pattern, self.seed, seeds)
+        return Task(space, self.sparsity, self.pattern, self.seed, seeds, also=self.also)
 
 
 def _from_anywhere(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
+from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.recipe import Recipe, published_recipes
@@ -22,6 +23,7 @@ from prunezero.searching.judge import Judge
 from prunezero.searching.ladder import Judges, Ladder
 from prunezero.searching.plan import Plan
 from prunezero.searching.race import FINALISTS
+from prunezero.searching.regimes import read_regimes
 from prunezero.searching.search import search
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
@@ -51,6 +53,7 @@ def make_task(
     sparsity: float | None,
     *,
     pattern: str = "free",
+    also: str = "",
     seed: int = 0,
     from_scratch: bool = False,
     strategy: str = "evolution",
@@ -58,11 +61,13 @@ def make_task(
     """A search task, seeded with the published formulas that the space can write.
 
     Args:
+        also: other regimes that its rules have to serve, such as `0.7,2:4`.
         strategy: who proposes rules, see `catalogue.py`.
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
-        SearchError: nobody is called like the strategy; the message gives the nearest.
+        SearchError: nobody is called like the strategy (the message gives the nearest), or a regime
+            is none, or stands there twice.
     """
     find_strategy(strategy)
     published = [Recipe.load(name).criterion for name in published_recipes()]
@@ -73,7 +78,10 @@ def make_task(
         if criterion not in seeds and space.holds(criterion) and space.speaks(criterion):
             seeds.append(criterion)
     settled = settled_sparsity(pattern, sparsity)
-    return Task(space, settled, pattern, seed, tuple(seeds), strategy)
+    task = Task(space, settled, pattern, seed, tuple(seeds), strategy, read_regimes(also))
+    if len(set(task.regimes)) < len(task.regimes):
+        raise SearchError(f"--also {also}: a regime stands there twice, or is the search's own")
+    return task
 
 
 def open_session(
@@ -99,12 +107,14 @@ def open_session(
         PruneZeroError: the model, the text and the task do not go together.
     """
     example = task.recipe(task.space.terminals[0], "example")
-    check_recipe(bench.language_model, example, task.sparsity)
+    for regime in task.regimes:
+        recipe = with_choices(example, pattern=regime.pattern)
+        check_recipe(bench.language_model, recipe, regime.sparsity)
     # Opened before the long work, so that a wrong name or setting is known at once.
     journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=resume)
     try:
         opened()
-        answers = None if archive is None else Archive(archive, conditions(bench, task.sparsity))
+        answers = None if archive is None else Archive(archive, conditions(bench, task))
         judge = Judge(task, bench, rivals(task), progress)
         judges = None if staff is None else staff(Plan.of(bench, task, rivals(task)))
         return Session(bench, task, Ladder(judge, journal, judges, answers), journal)
@@ -137,11 +147,11 @@ def published_twin(task: Task, rule: Rule | Criterion) -> str | None:
     if own.extras:
         return None
     # Inside a row, N of M compete, whatever else the recipe says.
-    compare = "row" if task.pattern != "free" else own.compare
+    compare = own.compare if task.competes_freely else "row"
     mine = ranking_form(own.criterion.sympy, compare)
     for name in published_recipes():
         recipe = Recipe.load(name)
-        competes_alike = task.pattern != "free" or recipe.compare == compare
+        competes_alike = not task.competes_freely or recipe.compare == compare
         if competes_alike and not recipe.extras:
             if ranking_form(recipe.criterion.sympy, compare) == mine:
                 return name
@@ -192,6 +202,7 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
                 "origin": winner.origin,
                 "sparsity": task.sparsity,
                 "pattern": task.pattern,
+                **_also(task),
                 "seed": task.seed,
                 "model": bench.language_model.name,
                 "model_fingerprint": bench.language_model.fingerprint,
@@ -205,7 +216,7 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
     )
 
 
-def conditions(bench: Bench, sparsity: float) -> dict[str, Any]:
+def conditions(bench: Bench, task: Task) -> dict[str, Any]:
     """Everything beside a question that its answer depends on, as JSON."""
     from importlib.metadata import version
 
@@ -220,13 +231,15 @@ def conditions(bench: Bench, sparsity: float) -> dict[str, Any]:
         "text": bench.text.fingerprint,
         "settings": vars(bench.settings),
         "format": FORMAT,
-        "sparsity": sparsity,
+        "sparsity": task.sparsity,
+        **_also(task),
+        **{f"operator {word}": meaning for word, meaning in OPERATORS.plugged().items()},
     }
 
 
 def _header(bench: Bench, task: Task) -> dict[str, Any]:
     """Everything that the results of a search depend on."""
-    return conditions(bench, task.sparsity) | {
+    return conditions(bench, task) | {
         "space": task.space.model_dump(mode="json"),
         "pattern": task.pattern,
         "seed": task.seed,
@@ -236,6 +249,12 @@ def _header(bench: Bench, task: Task) -> dict[str, Any]:
     }
 
 
+def _also(task: Task) -> dict[str, list[str]]:
+    """The words of further regimes, where there are any."""
+    words = [regime.word for regime in task.also]
+    return {"also": words} if words else {}
+
+
 def find(
     bench: Bench,
     space: str | SearchSpace = "formulas",
@@ -243,6 +262,7 @@ def find(
     *,
     folder: str | Path,
     pattern: str = "free",
+    also: str = "",
     seed: int = 0,
     budget: int | None = None,
     from_scratch: bool = False,
@@ -256,6 +276,7 @@ def find(
     Args:
         space: name, path of a .yaml file, or a SearchSpace.
         folder: where the journal is kept.
+        also: other regimes that a rule has to serve as well, such as `0.7,2:4`.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         strategy: who proposes rules, see `catalogue.py`.
 
@@ -264,7 +285,13 @@ def find(
     """
     chosen = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
     task = make_task(
-        chosen, sparsity, pattern=pattern, seed=seed, from_scratch=from_scratch, strategy=strategy
+        chosen,
+        sparsity,
+        pattern=pattern,
+        also=also,
+        seed=seed,
+        from_scratch=from_scratch,
+        strategy=strategy,
     )
     session = open_session(bench, task, Path(folder), resume=resume)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
+from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace
 
 
@@ -49,11 +50,33 @@ class Task:
     """formulas to start from"""
     strategy: str = "evolution"
     """who proposes rules, see `catalogue.py`"""
+    also: tuple[Regime, ...] = ()
+    """where else its rules have to be good"""
+
+    @cached_property
+    def regimes(self) -> tuple[Regime, ...]:
+        """All that a rule is judged in; that of `sparsity` and `pattern` first."""
+        return (Regime(self.sparsity, self.pattern), *self.also)
+
+    @property
+    def competes_freely(self) -> bool:
+        """Whether which weights compete matters in some regime; an N:M pattern says it itself."""
+        return any(regime.pattern == "free" for regime in self.regimes)
 
     @cached_property
     def options(self) -> dict[str, tuple[Any, ...]]:
-        """Recipe keys that the space leaves open at this pattern, and their values."""
-        return self.space.choices_for(self.pattern)
+        """Recipe keys that the space leaves open in all regimes, and their values."""
+        patterns = dict.fromkeys(regime.pattern for regime in self.regimes)
+        offers = [self.space.choices_for(pattern) for pattern in patterns]
+        found = {}
+        for key in dict.fromkeys(key for offer in offers for key in offer):
+            # Who competes is ignored by a pattern that says it itself.
+            those = [one for one in offers if key in one] if key == "compare" else offers
+            first, *others = [one.get(key, ()) for one in those]
+            values = tuple(value for value in first if all(value in other for other in others))
+            if len(values) > 1:
+                found[key] = values
+        return found
 
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.

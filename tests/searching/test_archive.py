@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
+from prunezero.formula import OPERATORS
 from prunezero.searching.archive import Archive
 from prunezero.searching.session import conditions, make_task, open_session
 from prunezero.searching.space import SearchSpace
@@ -23,8 +24,8 @@ def test_an_answer_is_found_by_a_search_that_differs_in_seed_space_and_strategy_
     bench, path = tiny_bench(), tmp_path / "archive.jsonl"
     first = make_task(tiny_space(), 0.5)
     other = make_task(SearchSpace.load("tiny"), 0.5, seed=1, strategy="random")
-    Archive(path, conditions(bench, first.sparsity)).write("layer error", "W", {"layer_error": 0.1})
-    archive = Archive(path, conditions(bench, other.sparsity))
+    Archive(path, conditions(bench, first)).write("layer error", "W", {"layer_error": 0.1})
+    archive = Archive(path, conditions(bench, other))
     assert archive.known("layer error", "W") == {"layer_error": 0.1}
     assert archive.known("measurement", "W") is None
 
@@ -38,7 +39,7 @@ def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
         rows.append(session.ladder.measure_dense(("search",)))
         session.ladder.close()
     assert rows[0] == rows[1]
-    assert len(Archive(archive, conditions(tiny_bench(), 0.5))) == 1
+    assert len(Archive(archive, conditions(tiny_bench(), task))) == 1
 
 
 @pytest.mark.parametrize(("key", "value"), [("model", "b"), ("sparsity", 0.7), ("torch", "9")])
@@ -85,3 +86,14 @@ def test_searches_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> No
 def test_an_archive_that_cannot_be_written_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         Archive(tmp_path, CONDITIONS)
+
+
+def test_an_operator_of_another_package_is_a_condition_only_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = make_task(tiny_space(), 0.5)
+    before = conditions(tiny_bench(), task)
+    assert not [key for key in before if key.startswith("operator")]
+    monkeypatch.setattr(OPERATORS, "plugged", lambda: {"sigmoid": "torch.sigmoid({0})"})
+    after = conditions(tiny_bench(), task)
+    assert after == before | {"operator sigmoid": "torch.sigmoid({0})"}

@@ -1,0 +1,101 @@
+"""Where must a rule be good? At one sparsity and pattern, or at several at once.
+
+A rule that serves several regimes is worth the geometric mean of what it is worth in each: twice
+the perplexity in one weighs as much as twice the perplexity in another, however large either is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prunezero.errors import SearchError
+from prunezero.pruning.requirements import settled_sparsity
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How much a rule has to remove, and in which pattern."""
+
+    sparsity: float
+    """fraction of the weights to remove"""
+    pattern: str = "free"
+    """free or N:M"""
+
+    @classmethod
+    def read(cls, word: str) -> Regime:
+        """The regime of a word such as `0.7` or `2:4`.
+
+        Raises:
+            SearchError: the word is neither.
+            SelectionError: nothing can be removed so.
+        """
+        if ":" in word:
+            return cls(settled_sparsity(word, None), word)
+        try:
+            fraction = float(word)
+        except ValueError:
+            raise SearchError(
+                f"'{word}' is no regime; write a sparsity such as 0.7, or a pattern such as 2:4"
+            ) from None
+        return cls(settled_sparsity("free", fraction))
+
+    @property
+    def word(self) -> str:
+        """What `read` makes it from."""
+        return f"{self.sparsity:g}" if self.pattern == "free" else self.pattern
+
+
+def read_regimes(words: str) -> tuple[Regime, ...]:
+    """Regimes of words with commas between them, such as `0.7,2:4`; none of no words.
+
+    Raises:
+        PruneZeroError: one of them is no regime.
+    """
+    return tuple(Regime.read(word.strip()) for word in words.split(",") if word.strip())
+
+
+def in_words(regimes: Sequence[Regime]) -> str:
+    """The pattern of the first and the words of the others, for a column of patterns."""
+    first, *others = regimes
+    return ", ".join([first.pattern, *(regime.word for regime in others)])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers; of a single one itself, to the last bit."""
+    if len(values) == 1:
+        return values[0]
+    if not all(value > 0 for value in values):
+        return 0.0 if 0.0 in values else math.nan
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def over_regimes(regimes: Sequence[Regime], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The row of a recipe over all regimes, from one row for each as `Stand.row` gives it.
+
+    Perplexities and KL are geometric means, and so are the losses of the windows, in nats, means:
+    tests over windows hold for the whole as for a part. `regimes` keeps the perplexities of each.
+    """
+    first = dict(rows[0])
+    if len(rows) == 1:
+        return first
+    means = [key for key in first if key.endswith("_perplexity") or key == "kl"]
+    for key in means:
+        first[key] = geometric_mean([row[key] for row in rows])
+    first["window_losses"] = {
+        split: _means([row["window_losses"][split] for row in rows])
+        for split in first["window_losses"]
+    }
+    first["pattern"] = in_words(regimes)
+    first["seconds"] = sum(row["seconds"] for row in rows)
+    first["regimes"] = [
+        {**asdict(regime), **{key: row[key] for key in means}}
+        for regime, row in zip(regimes, rows, strict=True)
+    ]
+    return first
+
+
+def _means(lists: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(values) / len(values) for values in zip(*lists, strict=True)]

@@ -1,0 +1,168 @@
+"""Several regimes at once: a rule is worth the geometric mean of what it is worth in each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunezero.errors import PruneZeroError, SearchError
+from prunezero.formula import Criterion
+from prunezero.pruning.recipe import Recipe
+from prunezero.searching.plan import Plan
+from prunezero.searching.regimes import Regime, geometric_mean, read_regimes
+from prunezero.searching.search import search
+from prunezero.searching.session import (
+    Session,
+    find,
+    make_task,
+    measure_rivals,
+    open_session,
+    published_twin,
+)
+from prunezero.searching.task import Rule
+from tests.searching.bench import tiny_bench, tiny_space
+
+WANDA = Criterion.parse("abs(W)*X")
+
+
+def opened(folder: Path, sparsity: float, pattern: str = "free", also: str = "") -> Session:
+    task = make_task(tiny_space(), sparsity, pattern=pattern, also=also)
+    return open_session(tiny_bench(), task, folder)
+
+
+@pytest.fixture
+def sessions(tmp_path: Path) -> Iterator[list[Session]]:
+    """One for each of two regimes, and one for both."""
+    found = [
+        opened(tmp_path / "half", 0.5),
+        opened(tmp_path / "pattern", 0.5, "2:4"),
+        opened(tmp_path / "both", 0.5, also="2:4"),
+    ]
+    yield found
+    for session in found:
+        session.ladder.close()
+
+
+def recipe_in(session: Session) -> Recipe:
+    return session.task.recipe(WANDA, "wanda")
+
+
+def test_regimes_are_read_from_words_and_told_by_them() -> None:
+    assert read_regimes("") == ()
+    assert read_regimes("0.7, 2:4") == (Regime(0.7), Regime(0.5, "2:4"))
+    assert [regime.word for regime in read_regimes("0.7,1:4")] == ["0.7", "1:4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("0.7,dense", "'dense' is no regime"), ("1.5", "1.5"), ("5:4", "5:4"), ("0.5", "twice")],
+)
+def test_a_word_that_is_no_regime_is_told(words: str, told: str) -> None:
+    with pytest.raises(PruneZeroError, match=told):
+        make_task(tiny_space(), 0.5, also=words)
+
+
+def test_the_mean_of_one_number_is_that_number_to_the_last_bit() -> None:
+    assert geometric_mean([0.1]) == 0.1
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+    assert math.isnan(geometric_mean([1.0, math.nan]))
+
+
+def test_the_layer_error_is_the_geometric_mean_over_regimes(sessions: list[Session]) -> None:
+    half, pattern, both = (
+        next(session.ladder.errors([Rule(WANDA)]))["layer_error"] for session in sessions
+    )
+    assert half != pattern
+    assert both == pytest.approx(math.sqrt(half * pattern))
+
+
+def test_a_mask_is_known_only_if_it_is_in_every_regime(sessions: list[Session]) -> None:
+    half, pattern, both = (session.ladder.probe(WANDA) for session in sessions)
+    assert half and pattern and both
+    assert len(both.bits) == len(half.bits) + len(pattern.bits)
+    assert len({half.digest, pattern.digest, both.digest}) == 3
+
+
+def test_a_row_holds_geometric_means_and_each_regime_by_itself(sessions: list[Session]) -> None:
+    splits = ("search", "validation", "test")
+    half, pattern, both = (
+        session.ladder.measure(recipe_in(session), splits) for session in sessions
+    )
+    for key in ("search_perplexity", "validation_perplexity", "test_perplexity", "kl"):
+        assert both[key] == pytest.approx(math.sqrt(half[key] * pattern[key]))
+    assert [one["test_perplexity"] for one in both["regimes"]] == [
+        half["test_perplexity"],
+        pattern["test_perplexity"],
+    ]
+    assert both["pattern"] == "free, 2:4"
+    # Tests over windows are about the number that is shown.
+    losses = both["window_losses"]["test"]
+    assert math.exp(sum(losses) / len(losses)) == pytest.approx(both["test_perplexity"])
+
+
+def test_rivals_are_measured_in_the_same_regimes(sessions: list[Session]) -> None:
+    rows = list(measure_rivals(sessions[2], ("validation",)))
+    assert rows[0]["recipe"] == "dense"
+    assert all(len(row["regimes"]) == 2 for row in rows[1:])
+
+
+def test_what_is_left_open_is_usable_in_every_regime() -> None:
+    choices = {
+        "compare": ("row", "layer"),
+        "allocate": ("uniform", "owl"),
+        "permute": ("none", "heuristic"),
+    }
+    space = tiny_space(choices=choices)
+    assert set(make_task(space, 0.5).options) == {"compare", "allocate"}
+    assert set(make_task(space, None, pattern="2:4").options) == {"permute"}
+    # Owl is refused at 2:4 and a permutation elsewhere; who competes matters at 50 % alone.
+    assert set(make_task(space, 0.5, also="2:4").options) == {"compare"}
+    assert set(make_task(space, 0.5, also="0.7").options) == {"compare", "allocate"}
+
+
+def test_a_twin_competes_alike_where_that_matters() -> None:
+    magnitude = Criterion.parse("abs(W)")
+    space = tiny_space(compare="row")
+    assert published_twin(make_task(space, None, pattern="2:4"), magnitude) == "magnitude"
+    assert published_twin(make_task(space, None, pattern="2:4", also="0.5"), magnitude) != (
+        "magnitude"
+    )
+
+
+def test_a_search_over_regimes_is_resumed_and_refuses_others(tmp_path: Path) -> None:
+    def words(also: str, *, resume: bool = False) -> list[Any]:
+        found = find(
+            tiny_bench(),
+            tiny_space(),
+            0.5,
+            also=also,
+            folder=tmp_path / "run",
+            budget=12,
+            resume=resume,
+        )
+        return [(one.slot, one.mask, one.layer_error, one.search_perplexity) for one in found]
+
+    assert words("0.7,2:4") == words("0.7,2:4", resume=True)
+    with pytest.raises(SearchError, match="also"):
+        words("0.7", resume=True)
+
+
+def test_a_worker_judges_in_the_same_regimes() -> None:
+    task = make_task(tiny_space(), 0.5, also="0.7,2:4")
+    assert Plan.of(tiny_bench(), task)._task().regimes == task.regimes
+
+
+def test_a_search_over_one_regime_asks_and_answers_as_it_did_before(tmp_path: Path) -> None:
+    session = opened(tmp_path / "one", 0.5)
+    try:
+        row = session.ladder.measure(recipe_in(session), ("validation",))
+        assert "regimes" not in row and row["pattern"] == "free"
+        assert list(search(session.ladder, budget=3))
+    finally:
+        session.ladder.close()
+    header = (tmp_path / "one" / "journal.jsonl").read_text().splitlines()[0]
+    assert "also" not in header
