@@ -203,7 +203,8 @@ def _candidates(
     from prunezero.searching.search import search as candidates_of
 
     found: dict[int, Candidate] = {}
-    for candidate in candidates_of(session.ladder, budget=budget, stop=stopping):
+    proposed = candidates_of(session.ladder, budget=budget, stop=stopping, ended=view.say)
+    for candidate in proposed:
         found[candidate.slot] = candidate
         view.show(candidate)
         if candidate.search_perplexity is not None:
@@ -282,5 +283,5 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
 def _files(folder: Path) -> tuple[Path, ...]:
     """What of a run's folder is also kept in MLflow."""
     names = ("recipe.yaml", "pruner.py", "results.json", "candidates.parquet", "candidates.csv")
-    pictures = ("pareto.png", "proxy.png", "progress.png")
-    return tuple(folder / name for name in (*names, *pictures) if (folder / name).is_file())
+    views = ("pareto.png", "proxy.png", "progress.png", "optuna.log")
+    return tuple(folder / name for name in (*names, *views) if (folder / name).is_file())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,14 @@ from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth
 from prunezero.report.records import RunRecord, candidate_name, run_record
-from prunezero.report.whole_files import write_json
+from prunezero.report.whole_files import replace_whole, write_json
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.mirror import study_journal
+from prunezero.searching.regimes import in_words
 from prunezero.searching.session import Session
 
+# The file that `optuna-dashboard` opens.
+STUDY = "optuna.log"
 _PERPLEXITIES = ("validation_perplexity", "test_perplexity")
 # What a recipe keeps of a row of results.
 _MEASURED = (
@@ -32,6 +37,7 @@ _MEASURED = (
     "sparsity_reached",
     *_PERPLEXITIES,
     "kl",
+    "regimes",
 )
 
 
@@ -73,13 +79,35 @@ def write_run(
     candidates: Sequence[Candidate],
     rivals: Sequence[dict[str, Any]],
 ) -> None:
-    """Write what is known so far: every candidate as a table, and the pictures."""
+    """Write what is known so far: every candidate as a table, the pictures, and a study."""
     rows = [candidate.row() for candidate in candidates]
     write_candidates(rows, folder)
     named = [baseline_row(row) for row in rivals]
     pareto(rows, named, folder / "pareto.png")
     proxy_against_truth(rows, folder / "proxy.png")
     progress(rows, named, folder / "progress.png")
+    _write_study(study_journal(candidates, session.task, folder.name), folder / STUDY)
+
+
+def _write_study(text: str, path: Path) -> None:
+    """Write the study for Optuna's dashboard; no file without a trial.
+
+    The tables hold all that it shows, so a disk that does not take it is a warning and no error.
+    """
+
+    def write(beside: Path) -> None:
+        beside.write_text(text, encoding="utf-8")
+
+    try:
+        if text:
+            replace_whole(path, write)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(
+            f"{path} cannot be written, so Optuna is shown nothing new: {error.strerror}",
+            stacklevel=3,
+        )
 
 
 def write_winner(recipe: Recipe, rows: Sequence[dict[str, Any]], folder: Path) -> Recipe:
@@ -161,7 +189,7 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
-        "pattern": task.pattern,
+        "pattern": in_words(task.regimes),
         "sparsity": task.sparsity,
         "statistics": "dense",
         "seed": task.seed,
@@ -192,7 +220,7 @@ def tracked_search(
         **described(bench),
         "space": task.space.name,
         "sparsity": task.sparsity,
-        "pattern": task.pattern,
+        "pattern": in_words(task.regimes),
         "compare": task.space.compare,
         "seed": task.seed,
         "seeds": len(task.seeds),
