@@ -71,6 +71,7 @@ def compare(
     """
     from prunezero.cli.tables import conditions, console, results_table, say, waiting
     from prunezero.pruning.bench import set_up, with_choices
+    from prunezero.pruning.published import warning_of
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir
     from prunezero.report.track import Tracker
@@ -101,6 +102,9 @@ def compare(
             title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
             say(conditions(rows, bench.language_model.name, bench))
+            warning = warning_of(model, text, rows[0])
+            if warning:
+                say(f"warning: {warning}", style="yellow")
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")

@@ -1,0 +1,51 @@
+"""`prunezero compare` says it where the dense model is not the one that papers pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunezero.pruning import bench as benches
+from prunezero.report import track
+from tests.cli.conftest import Run
+from tests.searching.bench import tiny_bench
+
+HUB = "--model huggyllama/llama-7b --text Salesforce/wikitext:wikitext-2-raw-v1"
+
+
+class Untracked:
+    """A tracker that keeps nothing."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        pass
+
+    def record(self, record: Any) -> None:
+        pass
+
+    def close(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("options", "is_warned"),
+    [(HUB, True), ("--model demo --text demo", False), ("--model huggyllama/llama-7b", False)],
+)
+def test_a_warning_stands_under_the_table(
+    options: str, is_warned: bool, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_up(*args: Any, **kwargs: Any) -> benches.Bench:
+        return tiny_bench()
+
+    monkeypatch.setattr(benches, "set_up", set_up)
+    # Nothing is asked of MLflow here, which takes longer than all the rest.
+    monkeypatch.setattr(track, "Tracker", Untracked)
+    result = run(f"compare {options} --recipes magnitude --sparsity 0.5")
+    assert result.exit_code == 0, result.exception
+    lines = result.output.splitlines()
+    told = [place for place, line in enumerate(lines) if line.startswith("warning: ")]
+    assert len(told) == is_warned
+    for place in told:
+        assert "windows of 128 and 2,048 tokens; those of 16 cannot be compared" in lines[place]
+        assert lines[place - 1].startswith("perplexity of")
