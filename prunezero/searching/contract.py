@@ -65,7 +65,7 @@ def _judged(proposal: Proposal, slot: int, generation: int) -> Candidate:
 def _faults(proposal: Proposal, task: Task) -> Iterator[str]:
     rule = proposal.rule
     if not task.space.holds(rule.criterion):
-        yield f"{rule.text} is too large for the space, or ranks nothing"
+        yield f"{rule.text} is too large for the space, nests what it forbids, or ranks nothing"
     try:
         if Criterion.parse(rule.criterion.text) != rule.criterion:
             yield f"{rule.text} is read back as another formula"

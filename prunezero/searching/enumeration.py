@@ -4,7 +4,11 @@ Long formulas are made of short ones. Of sub-formulas that have the same values 
 single one is kept to build with (observational equivalence, Udupa et al. 2013, TRANSIT), and of
 whole formulas that rank alike a single one is proposed. A search that ends because nothing is left,
 and not because there were too many to build with, has seen every mask that a formula of so many
-words can make, so its best by layer error is the best of them.
+words can make, so its best by layer error is the best of them; `Enumeration.ending` says which.
+
+What a space forbids is never built upon, since it would stay inside; a formula that could only be
+written by way of it counts as forbidden too. Of two sub-formulas with the same values both are kept
+where an operator may hold the later one and not the earlier one.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ from prunezero.formula.vocabulary import OPERATORS, Operator
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.genetics import as_seen
+from prunezero.searching.memory import Memory
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.strategies import Proposal, Propose
+from prunezero.searching.strategies import Proposal, Proposals
 from prunezero.searching.task import Rule, Task
 
 # Sub-formulas of one size to build with; what would need more is left out.
@@ -42,27 +47,42 @@ _PARTS = 1e5
 _COMMUTATIVE = {"add", "mul"}
 
 
-def enumerate_formulas(task: Task, *, most: int = MOST_BLOCKS) -> Propose:
+class Enumeration:
+    """The proposals of one search; each generation goes on where the last one stopped."""
+
+    ending = ""
+    """one sentence once nothing is left to propose: was that all, and if not, how far it came"""
+
+    def __init__(self, space: SearchSpace, most: int) -> None:
+        self._space = space
+        self._blocks = Blocks(space, most)
+        self._proposals = self._all()
+
+    def __call__(self, memory: Memory, generation: int) -> Proposals:
+        """What is left; the memory changes nothing."""
+        return self._proposals
+
+    def _all(self) -> Iterator[Proposal]:
+        """One proposal for all formulas that rank alike."""
+        seen: set[str] = set()
+        for block in self._blocks:
+            try:
+                criterion = as_seen(block, self._space)
+            except CriterionError:
+                continue
+            if criterion.text not in seen and self._space.holds(criterion):
+                seen.add(criterion.text)
+                yield Proposal(Rule(criterion), "enumerate")
+        self.ending = self._blocks.ending
+
+
+def enumerate_formulas(task: Task, *, most: int = MOST_BLOCKS) -> Enumeration:
     """Every formula of the space in order of size; the seed changes nothing.
 
     Args:
         most: sub-formulas of one size; the proposals end before there are more.
     """
-    proposals = _proposals(task.space, Blocks(task.space, most))
-    return lambda memory, generation: proposals
-
-
-def _proposals(space: SearchSpace, blocks: Blocks) -> Iterator[Proposal]:
-    """One proposal for all formulas that rank alike."""
-    seen: set[str] = set()
-    for block in blocks:
-        try:
-            criterion = as_seen(block, space)
-        except CriterionError:
-            continue
-        if criterion.text not in seen and space.holds(criterion):
-            seen.add(criterion.text)
-            yield Proposal(Rule(criterion), "enumerate")
+    return Enumeration(task.space, most)
 
 
 class Blocks:
@@ -82,18 +102,22 @@ class Blocks:
         """expressions that were built, those with known values among them"""
         self.kept = 0
         """expressions that are built upon"""
+        self.size = 0
+        """words of those that are built now; of the last ones once iteration ended"""
         self.is_complete = False
         """whether iteration ended since no formula is left, not since there were too many"""
         self._space = space
         self._most = most
         self._features = _random_features(space)
-        self._values: set[bytes] = set()
+        # What is known by its values, and the watched operators of each formula that has them.
+        self._values: dict[bytes, list[frozenset[str]]] = {}
         # Expressions by number of words.
         self._by_size: list[list[Any]] = [[]]
 
     def __iter__(self) -> Iterator[Criterion]:
         """Those that are no mere number, each as soon as it is found."""
         for size in range(1, self._space.max_complexity + 1):
+            self.size = size
             self._by_size.append([])
             for expression in self._built(size):
                 self.tried += 1
@@ -110,8 +134,26 @@ class Blocks:
                     self._by_size[size].append(found)
         self.is_complete = True
 
+    @property
+    def ending(self) -> str:
+        """How iteration ended, in one sentence."""
+        name, most = self._space.name, self._space.max_complexity
+        if self.is_complete:
+            choices = " at its default choices" if self._space.choices else ""
+            return (
+                f"space '{name}' is certified: every ranking that its formulas of up to {most} "
+                f"words make{choices} was seen, so none of them has a smaller layer error than the "
+                "best found"
+            )
+        return (
+            f"space '{name}' is not certified: of {self.size} words more than {self._most} "
+            f"sub-formulas differ, so every ranking of up to {self.size - 1} words was seen, some "
+            f"of {self.size}, and none of more; lower max_complexity from {most}, or take words out"
+        )
+
     def _new(self, expression: Any) -> Criterion | sympy.Rational | None:
-        """The expression as a formula or a number; None if its values are known."""
+        """The expression as a formula or a number; None if it is forbidden or its values known."""
+        watched = frozenset[str]()
         if isinstance(expression, sympy.Rational):
             found, key = expression, f"{float(expression):.5g}".encode()
         else:
@@ -119,11 +161,16 @@ class Blocks:
                 found = Criterion.from_sympy(expression)
             except CriterionError:
                 return None
+            if self._space.forbids(found):
+                return None
+            watched = self._space.watched(found)
             features = {name: self._features[name] for name in found.features}
             key = _key(found, evaluate(found, features, _SHAPE))
-        if key in self._values:
+        known = self._values.setdefault(key, [])
+        # One that holds no more than this one may stand wherever this one may.
+        if any(others <= watched for others in known):
             return None
-        self._values.add(key)
+        known.append(watched)
         return found
 
     def _built(self, size: int) -> Iterator[Any]:

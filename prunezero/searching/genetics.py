@@ -52,13 +52,13 @@ def draw(
 
 
 def as_seen(criterion: Criterion, space: SearchSpace) -> Criterion:
-    """The simplest formula that ranks as this one does; itself where the space lacks the words.
+    """The simplest formula that ranks as this one does; itself where the space cannot write that.
 
     Raises:
         CriterionError: it ranks nothing in the groups of the space.
     """
     form = Criterion.from_sympy(ranking_form(criterion.sympy, space.widest_group))
-    return form if space.speaks(form) else criterion
+    return form if space.speaks(form) and not space.forbids(form) else criterion
 
 
 def random_criterion(

@@ -3,11 +3,14 @@
 Evolution that keeps only the best soon breeds one family. Here candidates retire with age, and the
 archive of kinds, after MAP-Elites (Mouret & Clune 2015, arXiv:1504.04909), keeps for every size,
 signal and behaviour the best that was found, so that a short formula without gradients stays in.
+And a rank is worth less where many are of one size, after the adaptive parsimony of PySR (Cranmer
+2023, arXiv:2305.01582), so that the short formulas that stay in also have children.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 from prunezero.searching.candidate import Candidate
@@ -18,6 +21,9 @@ from prunezero.searching.space import SearchSpace
 _SIZES = (4, 8, 12)
 # Generations after which a candidate has children only as the best of its kind.
 _RETIRES = 20
+# What a crowd costs: a rank counts 1 + 4 times the fraction of the pool that has its size, so twice
+# where a quarter has it, and never five times: the best still loses to its next few rivals at most.
+_CROWDING = 4
 
 Kind = tuple[int, str, int]
 
@@ -50,6 +56,8 @@ class Breeders:
     def parent(self, slot: int | None, rng: random.Random, *, glanced: float = 0.5) -> Candidate:
         """The winner of a tournament among candidates that are ordered by the same rung.
 
+        It is the one of the best rank, where those of crowded sizes count as if they ranked lower.
+
         Args:
             slot: of the child, which says the island; None looks on all of them.
             glanced: chance that the tournament is among those that were run on the model.
@@ -58,7 +66,13 @@ class Breeders:
         if len(self.glanced) > 1 and rng.random() < glanced:
             pool = self.glanced
         pool = pool or self.everyone
-        return pool[min(rng.randrange(len(pool)) for _ in range(self.tournament))]
+        crowds = Counter(one.criterion.complexity for one in pool)
+
+        def cost(rank: int) -> tuple[int, int]:
+            crowd = crowds[pool[rank].criterion.complexity]
+            return (rank + 1) * (len(pool) + _CROWDING * crowd), rank
+
+        return pool[min((rng.randrange(len(pool)) for _ in range(self.tournament)), key=cost)]
 
 
 def elites(memory: Memory) -> dict[Kind, Candidate]:

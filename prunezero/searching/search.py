@@ -21,7 +21,7 @@ from prunezero.searching.catalogue import find_strategy
 from prunezero.searching.ladder import Ladder
 from prunezero.searching.memory import Memory, skeleton
 from prunezero.searching.race import to_glance, to_judge, to_measure
-from prunezero.searching.strategies import Proposal, Strategy
+from prunezero.searching.strategies import Proposal, Strategy, ending
 from prunezero.searching.task import Rule
 
 # Proposals for one new mask before a space counts as exhausted.
@@ -38,6 +38,7 @@ def search(
     strategy: str | None = None,
     budget: int | None = None,
     stop: Stop = lambda: False,
+    ended: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[Candidate]:
     """Look for rules; yields each candidate when proposed, and again on every rung it reaches.
 
@@ -49,13 +50,17 @@ def search(
         budget: candidates with a new mask to screen, or all candidates of a strategy that screens
             none; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.
+        ended: told in one sentence how far a strategy came that has nothing left to propose.
     """
     chosen = find_strategy(strategy or ladder.task.strategy)
     run = _Run(ladder, Memory(forgets_masks=chosen.forgets_masks), chosen, stop)
     for generation in itertools.count():
         before = run.charged
         yield from run.generation(generation, budget)
-        if run.charged == before or stop() or (budget is not None and run.charged >= budget):
+        is_over = run.charged == before
+        if is_over and run.ending and not stop():
+            ended(run.ending)
+        if is_over or stop() or (budget is not None and run.charged >= budget):
             return
 
 
@@ -76,6 +81,11 @@ class _Run:
     def charged(self) -> int:
         """What the budget has paid for."""
         return self.memory.new if self._strategy.is_screened else len(self.memory.candidates)
+
+    @property
+    def ending(self) -> str:
+        """What the strategy says once it has nothing left; nothing where it is silent."""
+        return ending(self._propose)
 
     def generation(self, number: int, budget: int | None) -> Iterator[Candidate]:
         """Propose, screen, tune and race the candidates of one generation."""

@@ -29,7 +29,7 @@ from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
 
 # Counts changes to what a search draws, asks or writes; an older journal is then refused.
-FORMAT = 2
+FORMAT = 3
 # What every search is compared with, in this order.
 RIVALS = ("magnitude", "wanda", "ria", "pruner_zero")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +25,14 @@ from prunezero.formula.vocabulary import OPERATORS
 from prunezero.pruning.documents import find_document, read_document, validated
 from prunezero.pruning.recipe import Formula, Recipe, folder
 from prunezero.scoring.request import group_columns
+from prunezero.searching.nesting import nested_words
 
 # Keys of a recipe that a space may offer values for.
 CHOOSABLE = ("compare", "allocate", "update", "permute", "damping")
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+# Words that a formula is computed with though its space may lack them: X*X is sqr, X + X is mul.
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "power", "neg", "abs", "sqr", "sqrt"})
 
 
 class SearchSpace(BaseModel):
@@ -45,6 +49,11 @@ class SearchSpace(BaseModel):
     # numbers a formula may add or multiply, and exponents of `power`
     constants: tuple[Number, ...] = ()
     exponents: tuple[Number, ...] = ()
+    # operator: those that may not stand anywhere inside its arguments; PySR's nested_constraints.
+    # A formula is looked at as it is computed: x**2 is sqr, x**0.5 is sqrt, x**-1 is div, x**3 is
+    # sqr and mul, x - y is sub, sqrt(x) and log(x) hold the abs that they see. `power` means every
+    # other exponent, and sqr and sqrt too. A terminal is one word, and not looked into.
+    forbid: dict[str, tuple[str, ...]] = {}
     # largest formula, in words and in nesting
     max_complexity: PositiveInt = 20
     max_depth: PositiveInt = 8
@@ -79,10 +88,18 @@ class SearchSpace(BaseModel):
     @classmethod
     def _known_operators(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for word in value:
-            if word not in OPERATORS:
-                near = did_you_mean(word, OPERATORS) or "."
+            _check_operator(word)
+        return value
+
+    @field_validator("forbid")
+    @classmethod
+    def _known_nestings(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        for word in itertools.chain(value, *value.values()):
+            _check_operator(word)
+            if OPERATORS[word].torch is None:
                 raise ValueError(
-                    f"'{word}' is not a known operator{near} Known: {', '.join(OPERATORS)}"
+                    f"'{word}' becomes other words before a formula is computed, so it is never "
+                    "found in one; name those (divide_by_norm becomes div and layer_norm)"
                 )
         return value
 
@@ -142,6 +159,19 @@ class SearchSpace(BaseModel):
             raise ValueError("exponents: 'power' needs some, for example [0.5, 2]")
         return self
 
+    @model_validator(mode="after")
+    def _forbids_its_own_words(self) -> SearchSpace:
+        if not self.forbid:
+            return self
+        usable = _ARITHMETIC.union(*map(_computed_by, self.operators))
+        for word in itertools.chain(self.forbid, *self.forbid.values()):
+            if word not in usable:
+                raise ValueError(
+                    f"forbid: '{word}' is no operator of this space, so nothing is nested in it or "
+                    "around it; leave it out, or add it to the operators"
+                )
+        return self
+
     @classmethod
     def load(cls, name: str | Path) -> SearchSpace:
         """A space of `search_spaces/` by name, or any by the path of its file.
@@ -182,11 +212,31 @@ class SearchSpace(BaseModel):
         return [_example(key, value, pattern) for key in chosen for value in chosen[key]]
 
     def holds(self, criterion: Criterion) -> bool:
-        """Whether a formula ranks weights and is small enough."""
+        """Whether a formula ranks weights, is small enough, and nests nothing that is forbidden."""
         return (
             criterion.shape == "element"
             and criterion.complexity <= self.max_complexity
             and criterion.depth <= self.max_depth
+            and not self.forbids(criterion)
+        )
+
+    def forbids(self, criterion: Criterion) -> bool:
+        """Whether an operator of the formula stands inside one that may not hold it."""
+        if not self.forbid:
+            return False
+        return any(
+            not inside.isdisjoint(self.forbid.get(word, ()))
+            for own, inside in nested_words(criterion, self.terminals)
+            for word in own
+        )
+
+    def watched(self, criterion: Criterion) -> frozenset[str]:
+        """Its operators that some operator may not hold: what decides where it may be put."""
+        if not self.forbid:
+            return frozenset()
+        found = (own for own, _ in nested_words(criterion, self.terminals))
+        return frozenset(itertools.chain(*found)).intersection(
+            itertools.chain(*self.forbid.values())
         )
 
     def speaks(self, criterion: Criterion) -> bool:
@@ -195,6 +245,22 @@ class SearchSpace(BaseModel):
         inside = {step.operator.name for terminal in self.terminals for step in steps(terminal)}
         known = {*self.operators, *inside}
         return set(criterion.features) <= set(self.features) and words <= known
+
+
+def _check_operator(word: str) -> None:
+    if word not in OPERATORS:
+        near = did_you_mean(word, OPERATORS) or "."
+        raise ValueError(f"'{word}' is not a known operator{near} Known: {', '.join(OPERATORS)}")
+
+
+def _computed_by(word: str) -> set[str]:
+    """The operator, or those that it is computed by where it is written in other words."""
+    row = OPERATORS[word]
+    if row.torch is not None:
+        return {word}
+    values = [FEATURES[name].symbol for name in ("W", "X")]
+    written = Criterion.from_sympy(row.build(*values[: row.arity]))
+    return {step.operator.name for step in steps(written)}
 
 
 def _example(key: str, value: Any, pattern: str) -> Recipe:

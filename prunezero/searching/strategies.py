@@ -60,6 +60,14 @@ class Strategy:
     """whether a mask that was seen before costs as much as a new one"""
 
 
+def ending(propose: Propose) -> str:
+    """What a started strategy says of its end; nothing before it ended, or where it says nothing.
+
+    One that ends by itself starts with an object whose attribute `ending` is that sentence.
+    """
+    return str(getattr(propose, "ending", ""))
+
+
 def generator(seed: int, slot: int, purpose: str) -> random.Random:
     """The generator of one draw; the same for the same three, in every process."""
     digest = hashlib.blake2b(f"{seed}/{slot}/{purpose}".encode(), digest_size=8)

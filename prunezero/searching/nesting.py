@@ -1,0 +1,67 @@
+"""Which operators stand inside which? What a search space forbids is looked up here.
+
+A formula is looked at as it is computed, by the steps of `formula/code.py`, since its canonical
+form has lost the words it was drawn with: `X*X`, `X**2` and `sqr(X)` are one step, `sqr`. A
+terminal of the space is one word, and what it is made of is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from prunezero.formula.code import Step, steps
+from prunezero.formula.criterion import Criterion
+
+# Squares and square roots are steps of their own; whoever speaks of powers means them too.
+_POWERS = {"sqr", "sqrt"}
+
+Words = frozenset[str]
+
+
+def nested_words(
+    criterion: Criterion, terminals: tuple[Criterion, ...]
+) -> list[tuple[Words, Words]]:
+    """For each step outside the terminals: its words, and those of all steps in its arguments.
+
+    A terminal that a sum, a product or a power took apart is none any more.
+    """
+    leaves = _last_steps(terminals)
+    taken = steps(criterion)
+    named = {step.name: step for step in taken}
+    written = _written_out(taken)
+    found: dict[str, tuple[Words, Words]] = {}
+
+    def words(name: str) -> Words:
+        if name not in named or written[name] in leaves:
+            return Words()
+        if name not in found:
+            inside = Words().union(*map(words, named[name].arguments))
+            found[name] = _words_of(named[name]), inside
+        own, inside = found[name]
+        return own | inside
+
+    if taken:
+        words(taken[-1].name)
+    return list(found.values())
+
+
+def _words_of(step: Step) -> Words:
+    word = step.operator.name
+    return Words([word, "power"] if word in _POWERS else [word])
+
+
+def _written_out(taken: Sequence[Step]) -> dict[str, str]:
+    """Each step by name, in words that are equal for equal sub-formulas of any formulas."""
+    texts: dict[str, str] = {}
+    for step in taken:
+        arguments = ", ".join(texts.get(name, name) for name in step.arguments)
+        texts[step.name] = f"{step.operator.name}({arguments})"
+    return texts
+
+
+@lru_cache(maxsize=64)
+def _last_steps(terminals: tuple[Criterion, ...]) -> Words:
+    """The step that gives the value of each terminal; a single feature is no step."""
+    taken = [steps(terminal) for terminal in terminals]
+    return frozenset(_written_out(one)[one[-1].name] for one in taken if one)

@@ -1,0 +1,71 @@
+"""A search that ends by itself says whether it saw everything."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from prunezero.searching.catalogue import STRATEGIES
+from prunezero.searching.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.memory import Memory
+from prunezero.searching.search import search
+from prunezero.searching.strategies import ending
+from tests.searching.test_strategies import PlantedLadder, small_space
+
+
+def task() -> Any:
+    return PlantedLadder(space=small_space()).task
+
+
+def test_an_enumeration_that_saw_everything_certifies_its_space() -> None:
+    propose = enumerate_formulas(task())
+    assert ending(propose) == ""
+    proposals = propose(Memory(), 0)
+    assert len(list(itertools.islice(proposals, 20))) == 20
+    # A budget or a time limit may end it here, and then nothing is known.
+    assert ending(propose) == ""
+    assert list(propose(Memory(), 1))
+    assert ending(propose).startswith("space 'formulas' is certified: every ranking")
+    assert "up to 7 words make at its default choices was seen" in ending(propose)
+
+
+def test_an_enumeration_that_had_too_many_to_build_with_says_how_far_it_came() -> None:
+    propose = enumerate_formulas(task(), most=8)
+    assert list(propose(Memory(), 0))
+    whole = Blocks(small_space())
+    sizes = []
+    for _ in whole:
+        sizes.append(whole.size)
+    full = next(size for size in range(1, 8) if sizes.count(size) > 8)
+    said = ending(propose)
+    assert "is not certified" in said and f"of {full} words more than 8 sub-formulas differ" in said
+    assert f"every ranking of up to {full - 1} words was seen" in said
+    assert "lower max_complexity from 7" in said
+
+
+def test_a_strategy_without_an_end_says_nothing_of_it() -> None:
+    for word in ("evolution", "random", "optuna", "plain-gp"):
+        assert ending(STRATEGIES[word].start(task())) == ""
+
+
+@pytest.mark.parametrize(("budget", "is_told"), [(None, True), (1000, True), (10, False)])
+def test_a_search_passes_on_how_its_strategy_ended(budget: int | None, is_told: bool) -> None:
+    told: list[str] = []
+    ladder: Any = PlantedLadder(space=small_space())
+    found = list(search(ladder, strategy="enumeration", budget=budget, ended=told.append))
+    assert found and len(told) == is_told
+    assert all("is certified" in sentence for sentence in told)
+
+
+def test_a_search_that_was_stopped_says_nothing_of_an_end() -> None:
+    """The last proposal was made, and not all of them were screened."""
+    told: list[str] = []
+    ladder: Any = PlantedLadder(space=small_space().model_copy(update={"generation": 1000}))
+
+    def stop() -> bool:
+        return ladder.asked["layer error"] >= 20
+
+    assert list(search(ladder, strategy="enumeration", stop=stop, ended=told.append))
+    assert told == []
