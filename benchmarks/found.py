@@ -35,6 +35,8 @@ RIVALS = {
 # gains at 50 % and 70 % comes from there.
 WIDENED = ("obd", "fisher")
 SEEDS = (0, 1, 2)
+# Rows stand in one table only where these are the same.
+CONDITIONS = ("model", "dtype", "calibration_tokens")
 
 
 def main() -> None:
@@ -78,6 +80,7 @@ def measure(
             rivals += [widened(name) for name in WIDENED]
         jobs += [(one, sparsity) for one in (*rivals, recipe)]
     conditions = {"model": arguments.model, "dtype": arguments.dtype}
+    conditions["calibration_tokens"] = settings.calibration_tokens
     known = {place_of(row) for row in read(path)}
     missing = [
         (recipe, sparsity)
@@ -117,7 +120,7 @@ def head_of(recipe: Recipe, sparsity: float, settings: Settings) -> dict[str, An
 
 def place_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """The place of a row in the file."""
-    keys = ("recipe", "formula", "sparsity", "pattern", "seed", "model", "dtype")
+    keys = ("recipe", "formula", "sparsity", "pattern", "seed", *CONDITIONS)
     return tuple(row[key] for key in keys)
 
 
@@ -126,14 +129,15 @@ def report(rows: list[dict[str, Any]], track: str) -> list[str]:
     lines = [f"# What searches found, track {track}", ""]
     targets: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        targets[row["model"], row["dtype"], row["sparsity"], row["pattern"]].append(row)
-    for (model, dtype, sparsity, pattern), inside in sorted(targets.items()):
+        conditions = tuple(row[key] for key in CONDITIONS)
+        targets[(*conditions, row["sparsity"], row["pattern"])].append(row)
+    for (model, dtype, tokens, sparsity, pattern), inside in sorted(targets.items()):
         one = inside[0]
         seeds = sorted({row["seed"] for row in inside})
         lines += [
             f"## {model}, {sparsity:.0%}, pattern {pattern}",
             "",
-            f"{dtype}, dense statistics from {one['calibration_tokens']} tokens, draws {seeds}; "
+            f"{dtype}, dense statistics from {tokens} tokens, draws {seeds}; "
             f"windows of {one['sequence_length']} tokens, {len(one['window_losses']['test'])} of "
             "test text. Mean perplexity over draws and in brackets the largest minus the smallest. "
             "The chance of no gain is that of a one-sided Wilcoxon test over test windows, their "
