@@ -24,7 +24,7 @@ from prunezero.pruning.bench import Settings, set_up, with_choices
 from prunezero.pruning.compare import SPLITS, Stand, finite_row
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.searching.audit import chance_of_no_gain
+from prunezero.searching.judging.audit import chance_of_no_gain
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 RIVALS = {

@@ -22,8 +22,8 @@ from prunezero.errors import ScoreError
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Settings, set_up
 from prunezero.pruning.compare import GLANCE, Stand
-from prunezero.searching.audit import kendall_tau
-from prunezero.searching.fitness import (
+from prunezero.searching.judging.audit import kendall_tau
+from prunezero.searching.judging.fitness import (
     ladder_sums,
     layer_error,
     mask_digest,
@@ -31,7 +31,7 @@ from prunezero.searching.fitness import (
     probe_of,
     sample_rows,
 )
-from prunezero.searching.genetics import random_criterion
+from prunezero.searching.proposing.genetics import random_criterion
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
 

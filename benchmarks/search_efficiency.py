@@ -27,9 +27,9 @@ from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
 
 from prunezero.pruning.bench import Settings, set_up
-from prunezero.searching.journal import Journal
-from prunezero.searching.judge import Judge
-from prunezero.searching.ladder import Ladder
+from prunezero.searching.judging.journal import Journal
+from prunezero.searching.judging.judge import Judge
+from prunezero.searching.judging.ladder import Ladder
 from prunezero.searching.search import search
 from prunezero.searching.session import conditions, make_task
 from prunezero.searching.space import SearchSpace

@@ -14,8 +14,8 @@ from prunezero.errors import RecipeError
 if TYPE_CHECKING:
     from prunezero.pruning.bench import Settings
     from prunezero.report.search_file import Asked
-    from prunezero.searching.ladder import Judges
-    from prunezero.searching.plan import Plan
+    from prunezero.searching.hiring.plan import Plan
+    from prunezero.searching.judging.ladder import Judges
 
 # Where searches are when --runs-dir is not typed.
 _USUAL = Path("runs")
@@ -90,10 +90,10 @@ def staff(
     import torch
 
     from prunezero.cli.tables import say
-    from prunezero.searching.workers import local_crew, usable_cores
+    from prunezero.searching.hiring.workers import local_crew, usable_cores
 
     if cluster is not None:
-        from prunezero.searching.cluster import ray_crew
+        from prunezero.searching.hiring.cluster import ray_crew
 
         return lambda plan: ray_crew(plan, cluster, workers, threads=threads)
     if workers == 1:

@@ -119,7 +119,7 @@ def _spaces(runs_dir: Path) -> Rows:
 
 
 def _strategies(runs_dir: Path) -> Rows:
-    from prunezero.searching.catalogue import find_strategy, strategy_words
+    from prunezero.searching.proposing.catalogue import find_strategy, strategy_words
 
     return [{"name": word, "meaning": find_strategy(word).note} for word in strategy_words()]
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from prunezero.cli.tables import cell, console, say
-from prunezero.searching.audit import fidelity
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.judging.audit import fidelity
 
 # How many of the best candidates are shown.
 _SHOWN = 5

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from prunezero.report.search_file import Asked
     from prunezero.report.track import Tracker
     from prunezero.searching.candidate import Candidate
-    from prunezero.searching.ladder import Judges
-    from prunezero.searching.plan import Plan
+    from prunezero.searching.hiring.plan import Plan
+    from prunezero.searching.judging.ladder import Judges
     from prunezero.searching.session import Session
     from prunezero.searching.task import Task
 
@@ -263,7 +263,7 @@ def _judged(
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
     """One sentence: is the winner, the last row, better than the best published recipe?"""
-    from prunezero.searching.audit import chance_of_no_gain
+    from prunezero.searching.judging.audit import chance_of_no_gain
 
     winner, rivals = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
     measured = [row for row in rivals if row["validation_perplexity"] is not None]

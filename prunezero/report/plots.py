@@ -18,7 +18,7 @@ import numpy as np
 from prunezero.errors import OutputError
 from prunezero.report.axes import bulk, canvas, perplexity_axis, plain_log_ticks
 from prunezero.report.labels import place_labels, short, spread
-from prunezero.searching.audit import kendall_tau
+from prunezero.searching.judging.audit import kendall_tau
 
 Row = Mapping[str, Any]
 

@@ -17,8 +17,8 @@ from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.plots import pareto_front
 from prunezero.report.search_file import Asked, read_asked
-from prunezero.searching.journal import read_journal
-from prunezero.searching.judge import Question
+from prunezero.searching.judging.journal import read_journal
+from prunezero.searching.judging.judge import Question
 from prunezero.searching.session import make_task, rivals
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task

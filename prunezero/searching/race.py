@@ -1,17 +1,17 @@
 """Who climbs to the next rung? The best of the one below, and a third by luck.
 
-How many climb follows from how well the lower rung foretells the upper one (`audit.py`).
+How many climb follows from how well the lower rung foretells the upper one (`judging/audit.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prunezero.searching.audit import fidelity, width
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.ladder import Ladder
+from prunezero.searching.judging.audit import fidelity, width
+from prunezero.searching.judging.ladder import Ladder
 from prunezero.searching.memory import Memory
-from prunezero.searching.strategies import generator
+from prunezero.searching.proposing.strategies import generator
 
 # Candidates of each search that stand on validation text, the best on search text.
 FINALISTS = 3

@@ -17,11 +17,11 @@ from typing import Any
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.compare import GLANCE
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.catalogue import find_strategy
-from prunezero.searching.ladder import Ladder
+from prunezero.searching.judging.ladder import Ladder
 from prunezero.searching.memory import Memory, skeleton
+from prunezero.searching.proposing.catalogue import find_strategy
+from prunezero.searching.proposing.strategies import Proposal, Strategy, ending
 from prunezero.searching.race import to_glance, to_judge, to_measure
-from prunezero.searching.strategies import Proposal, Strategy, ending
 from prunezero.searching.task import Rule
 
 # Proposals for one new mask before a space counts as exhausted.
@@ -46,7 +46,7 @@ def search(
     resumed from its journal, and whoever judges.
 
     Args:
-        strategy: see `catalogue.py`; None takes that of the task.
+        strategy: see `proposing/catalogue.py`; None takes that of the task.
         budget: candidates with a new mask to screen, or all candidates of a strategy that screens
             none; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.

@@ -15,13 +15,13 @@ from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import check_recipe, settled_sparsity
-from prunezero.searching.archive import Archive
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.catalogue import find_strategy
-from prunezero.searching.journal import Journal
-from prunezero.searching.judge import Judge
-from prunezero.searching.ladder import Judges, Ladder
-from prunezero.searching.plan import Plan
+from prunezero.searching.hiring.plan import Plan
+from prunezero.searching.judging.archive import Archive
+from prunezero.searching.judging.journal import Journal
+from prunezero.searching.judging.judge import Judge
+from prunezero.searching.judging.ladder import Judges, Ladder
+from prunezero.searching.proposing.catalogue import find_strategy
 from prunezero.searching.race import FINALISTS
 from prunezero.searching.regimes import read_regimes
 from prunezero.searching.search import search
@@ -62,7 +62,7 @@ def make_task(
 
     Args:
         also: other regimes that its rules have to serve, such as `0.7,2:4`.
-        strategy: who proposes rules, see `catalogue.py`.
+        strategy: who proposes rules, see `proposing/catalogue.py`.
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
@@ -99,7 +99,7 @@ def open_session(
 
     Args:
         archive: file of answers that searches share; None asks nobody else.
-        staff: hires judges, see `workers.py` and `cluster.py`; None leaves all to this process.
+        staff: hires judges, see `hiring/`; None leaves all to this process.
         opened: called once the journal is this search's, before the long work.
 
     Raises:
@@ -278,7 +278,7 @@ def find(
         folder: where the journal is kept.
         also: other regimes that a rule has to serve as well, such as `0.7,2:4`.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
-        strategy: who proposes rules, see `catalogue.py`.
+        strategy: who proposes rules, see `proposing/catalogue.py`.
 
     Raises:
         PruneZeroError: model, text and task do not go together, or the journal belongs to others.

@@ -49,7 +49,7 @@ class Task:
     seeds: tuple[Criterion, ...]
     """formulas to start from"""
     strategy: str = "evolution"
-    """who proposes rules, see `catalogue.py`"""
+    """who proposes rules, see `proposing/catalogue.py`"""
     also: tuple[Regime, ...] = ()
     """where else its rules have to be good"""
 

@@ -31,8 +31,8 @@ from prunezero.scoring.columns import sees_inputs_alone
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernel_source import plan
 from prunezero.scoring.score import evaluate
-from prunezero.searching.enumeration import Blocks
-from prunezero.searching.genetics import cross, mutate, random_criterion, tunable
+from prunezero.searching.proposing.enumeration import Blocks
+from prunezero.searching.proposing.genetics import cross, mutate, random_criterion, tunable
 from prunezero.searching.space import SearchSpace
 
 # Triton decides when it is first imported.

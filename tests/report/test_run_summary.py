@@ -20,7 +20,7 @@ from prunezero.report.run_summary import (
     rule_of,
 )
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.journal import Journal
+from prunezero.searching.judging.journal import Journal
 
 CHOICES: list[dict[str, Any]] = [
     {},

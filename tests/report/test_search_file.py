@@ -19,6 +19,7 @@ OPTIONS: dict[str, Any] = {
     "space": "tiny",
     "sparsity": None,
     "pattern": "2:4",
+    "also": "0.7",
     "seed": 1,
     "from_scratch": False,
     "strategy": "evolution",

@@ -10,7 +10,7 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.formula import OPERATORS
-from prunezero.searching.archive import Archive
+from prunezero.searching.judging.archive import Archive
 from prunezero.searching.session import conditions, make_task, open_session
 from prunezero.searching.space import SearchSpace
 from tests.searching.bench import tiny_bench, tiny_space

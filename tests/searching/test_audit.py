@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.audit import Fidelity, chance_of_no_gain, fidelity, kendall_tau, width
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.judging.audit import (
+    Fidelity,
+    chance_of_no_gain,
+    fidelity,
+    kendall_tau,
+    width,
+)
 
 
 def candidates(pairs: list[tuple[float | None, float | None]]) -> list[Candidate]:

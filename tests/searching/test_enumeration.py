@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from prunezero.searching.catalogue import STRATEGIES
-from prunezero.searching.enumeration import Blocks, enumerate_formulas
 from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.catalogue import STRATEGIES
+from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.proposing.strategies import ending
 from prunezero.searching.search import search
-from prunezero.searching.strategies import ending
 from tests.searching.test_strategies import PlantedLadder, small_space
 
 

@@ -15,16 +15,16 @@ from prunezero.cli.live import SearchView
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipe import Recipe
-from prunezero.searching import plan, workers
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.crew import Crew
-from prunezero.searching.judge import Judge, Question
-from prunezero.searching.ladder import Ladder, OneJudge
+from prunezero.searching.hiring import plan, workers
+from prunezero.searching.hiring.crew import Crew
+from prunezero.searching.hiring.plan import Desk, Plan
+from prunezero.searching.hiring.workers import local_crew
+from prunezero.searching.judging.judge import Judge, Question
+from prunezero.searching.judging.ladder import Ladder, OneJudge
 from prunezero.searching.memory import RUNGS, Memory
-from prunezero.searching.plan import Desk, Plan
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, finalists, make_task, open_session
-from prunezero.searching.workers import local_crew
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_search import outcome
 from tests.searching.test_workers import Stage, Stub, asked
@@ -90,8 +90,8 @@ def test_a_candidate_that_needs_too_much_memory_is_a_fault_and_the_model_is_dens
     dense = weights_of(session)
     recipe = Recipe.load("wanda")
     for place, question in {
-        "searching.judge.layer_error": Question.of(recipe),
-        "searching.judge.masks_on": Question.of(recipe, trials=3),
+        "searching.judging.judge.layer_error": Question.of(recipe),
+        "searching.judging.judge.masks_on": Question.of(recipe, trials=3),
         # By then the model is pruned.
         "pruning.compare.evaluate": Question.of(recipe, ("search",)),
     }.items():
@@ -110,7 +110,9 @@ def test_an_error_that_is_not_for_lack_of_memory_is_no_fault_of_the_candidate(
 ) -> None:
     session = opened(tmp_path / "run")
     judge = Judge(session.task, session.bench)
-    monkeypatch.setattr("prunezero.searching.judge.layer_error", raising(RuntimeError("a mistake")))
+    monkeypatch.setattr(
+        "prunezero.searching.judging.judge.layer_error", raising(RuntimeError("a mistake"))
+    )
     with pytest.raises(RuntimeError, match="a mistake"):
         judge.answer(Question.of(Recipe.load("wanda")))
 

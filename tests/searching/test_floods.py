@@ -23,7 +23,7 @@ from prunezero.formula.reading import MAX_DEPTH
 from prunezero.scoring import score
 from prunezero.searching import memory as memories
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.judge import Judge
+from prunezero.searching.judging.judge import Judge
 from prunezero.searching.memory import RUNGS, Memory
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task, open_session
@@ -47,7 +47,7 @@ def test_five_thousand_formulas_leave_caches_of_bounded_size(
 ) -> None:
     judge = Judge(make_task(tiny_space(), 0.5), tiny_bench())
     mask = torch.ones(2, 8, dtype=torch.bool)
-    monkeypatch.setattr("prunezero.searching.judge.masks_on", lambda *args: [mask])
+    monkeypatch.setattr("prunezero.searching.judging.judge.masks_on", lambda *args: [mask])
     for criterion in many():
         judge.probe(criterion, "row")
         score._compiled(criterion)

@@ -8,7 +8,7 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
-from prunezero.searching.genetics import as_seen, cross, mutate, random_criterion, tunable
+from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion, tunable
 from prunezero.searching.space import SearchSpace, search_spaces
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from prunezero.errors import SearchError, TextError
 from prunezero.pruning.bench import Bench, Settings
-from prunezero.searching.journal import Journal
+from prunezero.searching.judging.journal import Journal
 from prunezero.searching.session import _header, make_task, open_session
 from prunezero.searching.task import Rule
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
@@ -26,7 +26,7 @@ def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
         import resource, sys
         from pathlib import Path
         from prunezero.errors import OutputError
-        from prunezero.searching.journal import Journal
+        from prunezero.searching.judging.journal import Journal
         path = Path(sys.argv[1])
         journal = Journal(path, {"model": "a"}, resume=False)
         journal.write("layer error", "W", {"layer_error": 0.1})

@@ -12,9 +12,9 @@ import sympy
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
 from prunezero.pruning.documents import validated
-from prunezero.searching.enumeration import Blocks, enumerate_formulas
-from prunezero.searching.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace

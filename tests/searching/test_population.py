@@ -8,7 +8,7 @@ from collections import Counter
 from prunezero.formula import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
-from prunezero.searching.population import Breeders
+from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.space import SearchSpace
 
 TOURNAMENT = 5

@@ -12,7 +12,7 @@ import pytest
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipe import Recipe
-from prunezero.searching.plan import Plan
+from prunezero.searching.hiring.plan import Plan
 from prunezero.searching.regimes import Regime, geometric_mean, read_regimes
 from prunezero.searching.search import search
 from prunezero.searching.session import (

@@ -19,7 +19,7 @@ import pytest
 from prunezero.errors import OutputError, SearchError
 from prunezero.formula import Criterion
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.journal import Journal
+from prunezero.searching.judging.journal import Journal
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,

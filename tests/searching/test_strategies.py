@@ -18,17 +18,17 @@ from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.catalogue import STRATEGIES
-from prunezero.searching.controls import POPULATION, suggest
-from prunezero.searching.enumeration import Blocks, enumerate_formulas
-from prunezero.searching.fitness import Sample, mask_digest, masks_on
-from prunezero.searching.genetics import random_criterion
-from prunezero.searching.judge import ProbeMask
+from prunezero.searching.judging.fitness import Sample, mask_digest, masks_on
+from prunezero.searching.judging.judge import ProbeMask
 from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.catalogue import STRATEGIES
+from prunezero.searching.proposing.controls import POPULATION, suggest
+from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.proposing.genetics import random_criterion
+from prunezero.searching.proposing.strategies import _chosen, generator
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.strategies import _chosen, generator
 from prunezero.searching.task import Rule, Task
 from tests.searching.bench import tiny_space
 

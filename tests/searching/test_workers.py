@@ -21,17 +21,17 @@ import pytest
 
 from prunezero.errors import ModelError, ScoreError, SearchError
 from prunezero.pruning.bench import Bench, set_up
-from prunezero.searching import cluster, crew
-from prunezero.searching.cluster import ray_crew
-from prunezero.searching.crew import Crew
-from prunezero.searching.journal import Journal
-from prunezero.searching.judge import Judge, Question
-from prunezero.searching.ladder import Judges, Ladder
-from prunezero.searching.plan import Message
+from prunezero.searching.hiring import cluster, crew
+from prunezero.searching.hiring.cluster import ray_crew
+from prunezero.searching.hiring.crew import Crew
+from prunezero.searching.hiring.plan import Message
+from prunezero.searching.hiring.workers import Plan, local_crew
+from prunezero.searching.judging.journal import Journal
+from prunezero.searching.judging.judge import Judge, Question
+from prunezero.searching.judging.ladder import Judges, Ladder
 from prunezero.searching.search import search
 from prunezero.searching.session import _header, make_task, rivals
 from prunezero.searching.task import Task
-from prunezero.searching.workers import Plan, local_crew
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 from tests.tiny_models import save_tiny_model
 

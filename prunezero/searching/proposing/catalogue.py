@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from prunezero.errors import SearchError, did_you_mean
-from prunezero.searching.controls import POPULATION, breed_plainly, suggest
-from prunezero.searching.enumeration import enumerate_formulas
-from prunezero.searching.strategies import Strategy, evolve, fresh, without_state
+from prunezero.searching.proposing.controls import POPULATION, breed_plainly, suggest
+from prunezero.searching.proposing.enumeration import enumerate_formulas
+from prunezero.searching.proposing.strategies import Strategy, evolve, fresh, without_state
 
 STRATEGIES: dict[str, Strategy] = {
     "evolution": Strategy(

@@ -27,7 +27,7 @@ from prunezero.pruning.compare import Stand, finite_row
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.searching.fitness import (
+from prunezero.searching.judging.fitness import (
     Sample,
     ladder_sums,
     layer_error,
@@ -36,9 +36,9 @@ from prunezero.searching.fitness import (
     probe_of,
     sample_rows,
 )
+from prunezero.searching.judging.tuning import tune
 from prunezero.searching.regimes import geometric_mean, over_regimes
 from prunezero.searching.task import Task
-from prunezero.searching.tuning import tune
 
 # Keys of a recipe that change no result.
 _WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}

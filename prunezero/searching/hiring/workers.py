@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from prunezero.errors import SearchError
-from prunezero.searching.crew import DEADLINE, Crew, Worker
-from prunezero.searching.judge import Question
-from prunezero.searching.plan import Desk, JudgePlan, Message, Plan
+from prunezero.searching.hiring.crew import DEADLINE, Crew, Worker
+from prunezero.searching.hiring.plan import Desk, JudgePlan, Message, Plan
+from prunezero.searching.judging.judge import Question
 
 __all__ = ["DEADLINE", "Plan", "local_crew", "usable_cores"]
 

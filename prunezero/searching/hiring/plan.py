@@ -20,7 +20,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
-from prunezero.searching.judge import Judge, Question
+from prunezero.searching.judging.judge import Judge, Question
 from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Task

@@ -1,6 +1,6 @@
 """Does a strategy keep its promises? For authors of strategies, to be called from a test.
 
-    from prunezero.searching.contract import broken_promises
+    from prunezero.searching.proposing.contract import broken_promises
     assert broken_promises(MY_STRATEGY, task) == []
 
 A search trusts them all: it can be resumed only if the same memory brings the same proposals.
@@ -17,7 +17,7 @@ from prunezero.errors import PruneZeroError
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
-from prunezero.searching.strategies import Proposal, Strategy
+from prunezero.searching.proposing.strategies import Proposal, Strategy
 from prunezero.searching.task import Task
 
 # Proposals that are looked at, in two generations.

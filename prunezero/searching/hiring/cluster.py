@@ -16,10 +16,10 @@ from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.models.language_model import cache_dir
-from prunezero.searching.crew import DEADLINE, Crew, Worker
-from prunezero.searching.judge import Question
-from prunezero.searching.plan import Desk, JudgePlan, Message
-from prunezero.searching.workers import usable_cores
+from prunezero.searching.hiring.crew import DEADLINE, Crew, Worker
+from prunezero.searching.hiring.plan import Desk, JudgePlan, Message
+from prunezero.searching.hiring.workers import usable_cores
+from prunezero.searching.judging.judge import Question
 
 # Settings of this process that its workers on other machines must have as well.
 _SHARED = ("HF_HUB_OFFLINE", "HF_HOME", "PRUNEZERO_CACHE_GIB")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prunezero.errors import OutputError
-from prunezero.searching.journal import line_of, record_of
+from prunezero.searching.judging.journal import line_of, record_of
 
 
 class Archive:

@@ -1,9 +1,8 @@
 """Climb the ladder of `fitness.py`, computing nothing that is known already.
 
 Answers come from the journal of the search, else from the archive of all searches, else from
-judges: one in this process, or many in others (`workers.py`). Wherever they come from, they are
-kept and handed over in the order in which they were asked for, so a search cannot tell the
-difference.
+judges: one in this process, or many in others (`hiring/`). Wherever they come from, they are kept
+and handed over in the order in which they were asked for, so a search cannot tell the difference.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from typing import Any, Protocol
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.recipe import Recipe
-from prunezero.searching.archive import Archive
-from prunezero.searching.journal import Journal
-from prunezero.searching.judge import Judge, ProbeMask, Question
+from prunezero.searching.judging.archive import Archive
+from prunezero.searching.judging.journal import Journal
+from prunezero.searching.judging.judge import Judge, ProbeMask, Question
 from prunezero.searching.task import Rule, Task
 
 

@@ -16,9 +16,9 @@ from functools import partial
 from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.genetics import cross, mutate, random_criterion
 from prunezero.searching.memory import Memory
-from prunezero.searching.population import Breeders
+from prunezero.searching.proposing.genetics import cross, mutate, random_criterion
+from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.task import Rule, Task
 
 # Share of fathers from the whole archipelago.

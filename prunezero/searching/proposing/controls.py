@@ -16,10 +16,16 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.functions import REDUCTIONS
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion
+from prunezero.searching.proposing.strategies import (
+    Proposal,
+    Proposals,
+    Propose,
+    child_of,
+    generator,
+)
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.strategies import Proposal, Proposals, Propose, child_of, generator
 from prunezero.searching.task import Rule, Task
 
 # Individuals of a generation, draws of a tournament, and the share of children by crossover.

@@ -31,10 +31,10 @@ from prunezero.formula.functions import AXES
 from prunezero.formula.vocabulary import OPERATORS, Operator
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
-from prunezero.searching.genetics import as_seen
 from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.genetics import as_seen
+from prunezero.searching.proposing.strategies import Proposal, Proposals
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.strategies import Proposal, Proposals
 from prunezero.searching.task import Rule, Task
 
 # Sub-formulas of one size to build with; what would need more is left out.

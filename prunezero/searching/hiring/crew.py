@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prunezero.errors import PruneZeroError, SearchError
-from prunezero.searching.judge import Question
-from prunezero.searching.plan import Message
+from prunezero.searching.hiring.plan import Message
+from prunezero.searching.judging.judge import Question
 
 # Seconds for one question, where nothing else is asked for.
 DEADLINE = 1800.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from prunezero.errors import CriterionError
 from prunezero.formula.criterion import Criterion
-from prunezero.searching.genetics import tunable
+from prunezero.searching.proposing.genetics import tunable
 
 # A number is tried between these multiples of itself.
 _LOWEST, _HIGHEST = 0.3, 2.5

@@ -1,0 +1,1 @@
+"""Who else may judge? Processes of this machine, and actors on a cluster."""
