@@ -56,9 +56,10 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "# What a search costs",
         "",
-        f"{rows[0]['model']}, {rows[0]['evaluation_tokens']} tokens of search and of validation "
-        "text; made by `python benchmarks/search_efficiency.py`. Medians over seeds, with the "
-        "smallest and largest in brackets. The target is the median of the best search perplexity "
+        f"{rows[0]['model']} in {rows[0]['dtype']}, {rows[0]['evaluation_tokens']} tokens of "
+        "search and of validation text; made by `python benchmarks/search_efficiency.py`. Medians "
+        "over seeds, with the smallest and largest in brackets. The target is the median of the "
+        "best search perplexity "
         f"of `{REFERENCE}`, which uses the space pruner_zero and nothing published; the others use "
         "the space formulas, and only evolution and no-memory start from published formulas, of "
         "which `evolution-from-scratch` knows none. An evaluation is the perplexity of one formula "

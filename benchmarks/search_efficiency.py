@@ -37,7 +37,8 @@ from prunezero.searching.task import Task
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SCRATCH = "-from-scratch"
-KEYS = ("model", "text", "pattern", "sparsity", "strategy", "seed", "limit", "evaluation_tokens")
+KEYS = ("model", "dtype", "text", "pattern", "sparsity", "strategy", "seed", "limit")
+KEYS += ("evaluation_tokens",)
 
 
 def main() -> None:
@@ -84,6 +85,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             is_reference = strategy == REFERENCE
             yield {
                 "model": arguments.model,
+                "dtype": arguments.dtype,
                 "text": arguments.text,
                 "pattern": pattern,
                 "sparsity": sparsity,
