@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.calibration import Progress
+from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import check_recipe, settled_sparsity
@@ -66,8 +68,7 @@ def make_task(
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
-        SearchError: nobody is called like the strategy (the message gives the nearest), or a regime
-            is none, or stands there twice.
+        SearchError: no such strategy (the message gives the nearest), no such regime, or one twice.
     """
     find_strategy(strategy)
     published = [Recipe.load(name).criterion for name in published_recipes()]
@@ -106,6 +107,7 @@ def open_session(
         SearchError: the journal is in use, or belongs to a search under other settings.
         PruneZeroError: the model, the text and the task do not go together.
     """
+    task = task.on(find_layers(bench.language_model.model))
     example = task.recipe(task.space.terminals[0], "example")
     for regime in task.regimes:
         recipe = with_choices(example, pattern=regime.pattern)
@@ -218,8 +220,6 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
 
 def conditions(bench: Bench, task: Task) -> dict[str, Any]:
     """Everything beside a question that its answer depends on, as JSON."""
-    from importlib.metadata import version
-
     return {
         "prunezero": version("prunezero"),
         "torch": version("torch").split("+")[0],

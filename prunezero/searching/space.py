@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,9 @@ class SearchSpace(BaseModel):
     compare: str = "row"
     # values that the search may give to other keys of its recipes; none: it finds formulas alone
     choices: dict[str, tuple[Any, ...]] = {}
+    # layers, by pattern, whose share of the sparsity the search may change, in an allocation table;
+    # those that the model lacks are left out, and N:M patterns have no shares
+    ratios: tuple[str, ...] = ()
     # candidates with a new mask in one generation
     generation: PositiveInt = 32
     # candidates that breed, the best by screening
@@ -122,6 +126,16 @@ class SearchSpace(BaseModel):
                     f"an exponent is {exponent:g}; it must be within -{MAX_EXPONENT} and "
                     f"{MAX_EXPONENT}, and not 0"
                 )
+        return value
+
+    @field_validator("ratios")
+    @classmethod
+    def _readable_patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern.removeprefix("re:"))
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
         return value
 
     @field_validator("compare")

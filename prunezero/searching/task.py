@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from prunezero.errors import ModelError
 from prunezero.formula.criterion import Criterion
+from prunezero.models.units import Layer, matching
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.searching.regimes import Regime
@@ -52,6 +55,8 @@ class Task:
     """who proposes rules, see `proposing/catalogue.py`"""
     also: tuple[Regime, ...] = ()
     """where else its rules have to be good"""
+    ratios: tuple[str, ...] = ()
+    """layers, by pattern, whose share of the sparsity its rules may change; see `on`"""
 
     @cached_property
     def regimes(self) -> tuple[Regime, ...]:
@@ -77,6 +82,16 @@ class Task:
             if len(values) > 1:
                 found[key] = values
         return found
+
+    def on(self, layers: Sequence[Layer]) -> Task:
+        """The task on a model with these layers, some of which its rules may take more from."""
+        found = []
+        if all(regime.pattern == "free" for regime in self.regimes):
+            for pattern in self.space.ratios:
+                with suppress(ModelError):
+                    matching(pattern, layers)
+                    found.append(pattern)
+        return replace(self, ratios=tuple(found))
 
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.

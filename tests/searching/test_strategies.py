@@ -6,6 +6,8 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
+from prunezero.models.units import find_layers
+from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
@@ -27,10 +31,11 @@ from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
 from prunezero.searching.proposing.genetics import random_criterion
 from prunezero.searching.proposing.strategies import _chosen, generator
 from prunezero.searching.search import search
-from prunezero.searching.session import make_task
+from prunezero.searching.session import find, make_task
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
-from tests.searching.bench import tiny_space
+from tests.searching.bench import tiny_bench, tiny_space
+from tests.tiny_models import tiny_model
 
 PLANTED = Criterion.parse("abs(W)*sqrt(X)")
 SPACE = tiny_space(
@@ -263,3 +268,47 @@ def test_another_choice_is_another_recipe_and_never_the_parents_own_in_other_wor
     assert {"update": ["admm"]} in choices and {"allocate": "owl"} in choices
     own = task.recipe(parent.rule, "it")
     assert all(task.recipe(Rule(PLANTED, one), "it") != own for one in choices)
+
+
+def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
+    space = tiny_space(ratios=["q_proj", "c_attn", "down_proj"], choices={})
+    layers = find_layers(tiny_model().model)
+    task = make_task(space, 0.5).on(layers)
+    assert task.ratios == ("q_proj", "down_proj")
+    parent = Candidate(0, 0, PLANTED, "seed", (), "new", {"compare": "model"})
+    tables = []
+    for seed in range(40):
+        found = _chosen(task, parent, random.Random(seed))
+        assert found is not None and found.rule.choices["compare"] == "row"
+        recipe = task.recipe(found.rule, "it")
+        shares = ALLOCATIONS["table"](
+            layers, 0.5, recipe.allocate.options, Evidence({}, None, None)
+        )
+        weights = {layer.name: layer.weight.numel() for layer in layers}
+        removed = sum(shares[name] * count for name, count in weights.items())
+        assert removed / sum(weights.values()) == pytest.approx(0.5)
+        tables.append(found.rule.choices["allocate"]["table"]["ratios"])
+        parent = replace(parent, choices=found.rule.choices)
+    # A child goes on from its parent's table.
+    assert {"q_proj", "down_proj"} == set(tables[-1])
+    assert len({str(one) for one in tables}) > 30
+
+
+def test_no_shares_are_moved_where_a_pattern_fixes_them() -> None:
+    space = tiny_space(ratios=["q_proj"])
+    layers = find_layers(tiny_model().model)
+    assert make_task(space, None, pattern="2:4").on(layers).ratios == ()
+    assert make_task(space, 0.7, also="2:4").on(layers).ratios == ()
+    assert make_task(space, 0.7, also="0.5").on(layers).ratios == ("q_proj",)
+
+
+def test_a_search_races_candidates_with_tables(tmp_path: Path) -> None:
+    space = tiny_space(ratios=["q_proj", "mlp"], choices={}, chosen=0.6, crossover=0.1)
+    found = list(find(tiny_bench(), space, 0.5, folder=tmp_path / "run", budget=12))
+    tables = [one for one in found if "allocate" in one.choices and one.kl is not None]
+    assert any(one.origin == "choose" for one in tables)
+
+
+def test_a_pattern_of_layers_that_cannot_be_read_is_told() -> None:
+    with pytest.raises(ValueError, match="is no regular expression"):
+        tiny_space(ratios=["re:("])

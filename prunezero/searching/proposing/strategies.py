@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,8 @@ from prunezero.searching.proposing.genetics import cross, mutate, random_criteri
 from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.task import Rule, Task
 
+# By what the share of some layers in the sparsity is multiplied.
+_SHARES = (0.8, 0.9, 1.1, 1.25)
 # Share of fathers from the whole archipelago.
 _MIGRATION = 0.1
 
@@ -113,7 +115,7 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     kind = rng.random() - space.fresh
     if kind < 0 or not breeders.everyone:
         return _fresh(task, rng)
-    if kind < space.chosen and task.options:
+    if kind < space.chosen and (task.options or task.ratios):
         return _chosen(task, breeders.parent(slot, rng, glanced=1.0), rng)
     mother = breeders.parent(slot, rng)
     if kind > 1 - space.fresh - space.crossover:
@@ -125,7 +127,9 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
 
 def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None:
     """The parent with another value at one of the keys that the space leaves open."""
-    key = rng.choice(sorted(task.options))
+    key = rng.choice([*sorted(task.options), *(["ratios"] if task.ratios else [])])
+    if key == "ratios":
+        return _moved(task, parent, rng)
     before = task.recipe(parent.rule, "candidate")
     rules = []
     for value in task.options[key]:
@@ -135,3 +139,22 @@ def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | Non
             if task.recipe(rule, "candidate") != before:
                 rules.append(rule)
     return Proposal(rng.choice(rules), "choose", (parent.slot,)) if rules else None
+
+
+def _moved(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None:
+    """The parent with more or less taken from some layers, as a table of ratios."""
+    choices = dict(parent.choices)
+    given = choices.get("allocate")
+    ratios = dict(given["table"]["ratios"]) if isinstance(given, Mapping) else {}
+    pattern = rng.choice(task.ratios)
+    ratios[pattern] = round(ratios.get(pattern, 1.0) * rng.choice(_SHARES), 3)
+    choices["allocate"] = {"table": {"ratios": ratios}}
+    if choices.get("compare", task.space.compare) == "model":
+        # There all layers compete, and no table says how much each loses.
+        choices["compare"] = "row"
+    rule = Rule(parent.criterion, choices)
+    try:
+        task.recipe(rule, "candidate")
+    except RecipeError:
+        return None
+    return Proposal(rule, "choose", (parent.slot,))
