@@ -36,7 +36,7 @@ RIVALS = {
 WIDENED = ("obd", "fisher")
 SEEDS = (0, 1, 2)
 # Rows stand in one table only where these are the same.
-CONDITIONS = ("model", "dtype", "calibration_tokens")
+CONDITIONS = ("model", "dtype", "calibration_tokens", "test_tokens")
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def measure(
             rivals += [widened(name) for name in WIDENED]
         jobs += [(one, sparsity) for one in (*rivals, recipe)]
     conditions = {"model": arguments.model, "dtype": arguments.dtype}
-    conditions["calibration_tokens"] = settings.calibration_tokens
+    conditions |= {key: getattr(settings, key) for key in ("calibration_tokens", "test_tokens")}
     known = {place_of(row) for row in read(path)}
     missing = [
         (recipe, sparsity)
@@ -131,7 +131,7 @@ def report(rows: list[dict[str, Any]], track: str) -> list[str]:
     for row in rows:
         conditions = tuple(row[key] for key in CONDITIONS)
         targets[(*conditions, row["sparsity"], row["pattern"])].append(row)
-    for (model, dtype, tokens, sparsity, pattern), inside in sorted(targets.items()):
+    for (model, dtype, tokens, _, sparsity, pattern), inside in sorted(targets.items()):
         one = inside[0]
         seeds = sorted({row["seed"] for row in inside})
         lines += [

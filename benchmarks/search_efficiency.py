@@ -27,11 +27,12 @@ from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
 
 from prunezero.pruning.bench import Settings, set_up
+from prunezero.searching.conditions import conditions
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge
 from prunezero.searching.judging.ladder import Ladder
 from prunezero.searching.search import search
-from prunezero.searching.session import conditions, make_task
+from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Task
 
@@ -118,7 +119,7 @@ def run_pattern(
     bench = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
     # Holds every feature of the reference's space as well, and answers alike for both.
     task = make_task(SearchSpace.load("formulas"), missing[0]["sparsity"], pattern=pattern)
-    name = f"{pattern}-{task.sparsity:g}".replace(":", "_")
+    name = f"{pattern}-{task.sparsity:g}-{arguments.dtype}".replace(":", "_")
     folder = arguments.folder / name
     header = conditions(bench, task) | {"features": list(task.space.features)}
     journal = Journal(folder / "journal.jsonl", header, resume=True)

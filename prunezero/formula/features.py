@@ -21,7 +21,7 @@ class Feature:
     """One word that a formula may use for a property of the weights."""
 
     name: str
-    # "element" [out, in], "row" [out, 1], "column" [1, in] (see shapes.py)
+    # "element" [out, in], "row" [out, 1], "column" [1, in] (see functions.py)
     shape: str
     # what it measures, in one line
     meaning: str

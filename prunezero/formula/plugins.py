@@ -159,7 +159,9 @@ def _is_expression(text: Any, arity: int, module: str) -> bool:
     """Whether a text holds every value of the operator, and no name but that of one module."""
     values = {f"value{index}" for index in range(arity)}
     try:
-        # In brackets, as inside a longer line.
+        if not text.isprintable() or "#" in text:
+            # It stands inside a longer line, which it must not end.
+            return False
         tree = ast.parse(f"({text.format(*sorted(values))})", mode="eval")
     except (AttributeError, LookupError, SyntaxError, ValueError):
         return False

@@ -150,8 +150,9 @@ def pruner_fields(recipe: Recipe) -> PrunerFields:
 
 def _sentence(row: dict[str, Any]) -> str:
     validation, test = (_shown(row.get(key)) for key in _PERPLEXITIES)
+    mean = "geometric mean of " if row.get("regimes") else ""
     return (
-        f"{row['recipe']}: test perplexity {test}, validation {validation}, at sparsity "
+        f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
         f"{row['sparsity']:g} ({row['pattern']}), windows of "
         f"{row['sequence_length']} tokens, seed {row['seed']}."
     )

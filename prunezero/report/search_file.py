@@ -14,6 +14,7 @@ from prunezero.errors import SearchError, differences
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.documents import validated
 from prunezero.report.whole_files import write_json
+from prunezero.searching.regimes import read_regimes
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Task
@@ -84,7 +85,9 @@ class Asked:
         """The same without what was left to the machine and to the pattern."""
         loaded = bench.language_model
         device = loaded.device.type if self.device == OPEN else self.device
-        return replace(self, dtype=loaded.dtype_word, device=device, sparsity=task.sparsity)
+        also = ",".join(regime.word for regime in task.also)
+        settled = replace(self, dtype=loaded.dtype_word, device=device, also=also)
+        return replace(settled, sparsity=task.sparsity)
 
 
 OPTIONS = tuple(field.name for field in fields(Asked) if field.name != "space_content")
@@ -136,6 +139,8 @@ def _contradiction(before: Asked, key: str, value: Any) -> str:
         if content["name"] == before.space_content["name"]:
             told = differences(before.space_content, content)
         return "" if content == before.space_content else told
+    if key == "also":
+        return "" if read_regimes(value) == read_regimes(was) else told
     if key == "device":
         # Which of several GPUs it is changes no result.
         was, value = was.partition(":")[0], value.partition(":")[0]

@@ -19,7 +19,7 @@ from prunezero.scoring.statistics import Statistics, sum_of
 
 def _per_token(statistics: Statistics | None, name: str) -> Tensor:
     total = sum_of(statistics, name)
-    assert statistics is not None  # _sum_of refused it; for the type checker
+    assert statistics is not None  # sum_of refused it; for the type checker
     if statistics.tokens < 1:
         raise StatisticsError(f"the sum '{name}' is empty: the layer saw no calibration token")
     return total / statistics.tokens
@@ -28,7 +28,7 @@ def _per_token(statistics: Statistics | None, name: str) -> Tensor:
 def _norm_per_sequence(statistics: Statistics | None, name: str) -> Tensor:
     """Wanda's norm: sqrt(sum over tokens / sequences), so it grows with the sequence length."""
     total = sum_of(statistics, name)
-    assert statistics is not None  # _sum_of refused it; for the type checker
+    assert statistics is not None  # sum_of refused it; for the type checker
     return (total / statistics.sequences).sqrt()
 
 

@@ -94,8 +94,12 @@ class Memory:
 
 
 def _mask_key(rule: Rule, mask: str) -> str:
-    around = sorted((key, str(value)) for key, value in rule.choices.items() if key != "compare")
-    return f"{mask}{around}"
+    return f"{mask}{beside_mask(rule)}"
+
+
+def beside_mask(rule: Rule) -> list[tuple[str, str]]:
+    """The choices of a rule that its mask on the probe does not show."""
+    return sorted((key, str(value)) for key, value in rule.choices.items() if key != "compare")
 
 
 def skeleton(criterion: Criterion) -> str:

@@ -91,7 +91,8 @@ def _describe(study: Any, task: Task) -> None:
 
 
 def _trials(measured: Sequence[Candidate], task: Task) -> Iterator[Any]:
-    settings = [_parameters(one, task) for one in measured]
+    chosen = {*task.options, *(key for one in measured for key in one.choices)}
+    settings = [_parameters(one, task, sorted(chosen)) for one in measured]
     distributions = {key: _distribution(key, [one[key] for one in settings]) for key in settings[0]}
     began = _BEGINNING
     for number, (candidate, params) in enumerate(zip(measured, settings, strict=True)):
@@ -126,12 +127,16 @@ def _trial(
     )
 
 
-def _parameters(candidate: Candidate, task: Task) -> dict[str, Any]:
-    """What distinguishes a candidate from others, by the names that the dashboard shows."""
+def _parameters(candidate: Candidate, task: Task, chosen: Sequence[str]) -> dict[str, Any]:
+    """What distinguishes a candidate from others, by the names that the dashboard shows.
+
+    Args:
+        chosen: keys of a recipe that not all candidates share.
+    """
     criterion = candidate.criterion
     recipe = task.recipe(candidate.rule, "candidate").model_dump(mode="json")
     return {
-        **{key: _word(recipe[key]) for key in sorted(task.options)},
+        **{key: _word(recipe[key]) for key in chosen},
         "complexity": criterion.complexity,
         "depth": criterion.depth,
         "signal": criterion.signal,

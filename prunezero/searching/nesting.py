@@ -12,11 +12,31 @@ from functools import lru_cache
 
 from prunezero.formula.code import Step, steps
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import FEATURES
+from prunezero.formula.vocabulary import OPERATORS
 
 # Squares and square roots are steps of their own; whoever speaks of powers means them too.
 _POWERS = {"sqr", "sqrt"}
 
+# Words that a formula is computed with though its space may lack them: X*X is sqr, X + X is mul.
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "power", "neg", "abs", "sqr", "sqrt"})
+
 Words = frozenset[str]
+
+
+def computed_words(operators: Sequence[str]) -> Words:
+    """The words of the steps that formulas of these operators may take."""
+    return _ARITHMETIC.union(*map(_computed_by, operators))
+
+
+def _computed_by(word: str) -> Words:
+    """The operator, or those that it is computed by where it is written in other words."""
+    row = OPERATORS[word]
+    if row.torch is not None:
+        return Words([word])
+    values = [FEATURES[name].symbol for name in ("W", "X")]
+    written = Criterion.from_sympy(row.build(*values[: row.arity]))
+    return Words(step.operator.name for step in steps(written))
 
 
 def nested_words(

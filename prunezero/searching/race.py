@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.audit import fidelity, width
 from prunezero.searching.judging.ladder import Ladder
-from prunezero.searching.memory import Memory
+from prunezero.searching.memory import Memory, beside_mask
 from prunezero.searching.proposing.strategies import generator
 
 # Candidates of each search that stand on validation text, the best on search text.
@@ -84,13 +84,8 @@ def _differs(ladder: Ladder, candidate: Candidate, others: Sequence[Candidate]) 
     """Whether none of the others does nearly the same."""
     probe = ladder.probe(candidate.rule)
     for other in others:
-        if _beside_mask(other) == _beside_mask(candidate):
+        if beside_mask(other.rule) == beside_mask(candidate.rule):
             theirs = ladder.probe(other.rule)
             if probe and theirs and probe.differs(theirs) < _MIN_DIFFERENCE:
                 return False
     return True
-
-
-def _beside_mask(candidate: Candidate) -> list[tuple[str, str]]:
-    chosen = candidate.choices.items()
-    return sorted((key, str(value)) for key, value in chosen if key != "compare")

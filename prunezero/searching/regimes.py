@@ -13,6 +13,7 @@ from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.pruning.requirements import settled_sparsity
+from prunezero.scoring.request import parse_pattern
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Regime:
             SelectionError: nothing can be removed so.
         """
         if ":" in word:
-            return cls(settled_sparsity(word, None), word)
+            pattern = str(parse_pattern(word))
+            return cls(settled_sparsity(pattern, None), pattern)
         try:
             fraction = float(word)
         except ValueError:
@@ -45,7 +47,7 @@ class Regime:
     @property
     def word(self) -> str:
         """What `read` makes it from."""
-        return f"{self.sparsity:g}" if self.pattern == "free" else self.pattern
+        return repr(self.sparsity) if self.pattern == "free" else self.pattern
 
 
 def read_regimes(words: str) -> tuple[Regime, ...]:
@@ -67,8 +69,10 @@ def geometric_mean(values: Sequence[float]) -> float:
     """Of positive numbers; of a single one itself, to the last bit."""
     if len(values) == 1:
         return values[0]
-    if not all(value > 0 for value in values):
-        return 0.0 if 0.0 in values else math.nan
+    if any(math.isnan(value) or value < 0 for value in values):
+        return math.nan
+    if 0.0 in values:
+        return 0.0
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
@@ -89,6 +93,8 @@ def over_regimes(regimes: Sequence[Regime], rows: Sequence[Mapping[str, Any]]) -
         for split in first["window_losses"]
     }
     first["pattern"] = in_words(regimes)
+    # There is no one number; each regime has its own.
+    first["sparsity_reached"] = None
     first["seconds"] = sum(row["seconds"] for row in rows)
     first["regimes"] = [
         {**asdict(regime), **{key: row[key] for key in means}}

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
-from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import check_recipe, settled_sparsity
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.conditions import conditions, further
 from prunezero.searching.hiring.plan import Plan
 from prunezero.searching.judging.archive import Archive
 from prunezero.searching.judging.journal import Journal
@@ -30,8 +29,6 @@ from prunezero.searching.search import search
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
 
-# Counts changes to what a search draws, asks or writes; an older journal is then refused.
-FORMAT = 3
 # What every search is compared with, in this order.
 RIVALS = ("magnitude", "wanda", "ria", "pruner_zero")
 
@@ -68,7 +65,8 @@ def make_task(
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
-        SearchError: no such strategy (the message gives the nearest), no such regime, or one twice.
+        SearchError: no such strategy (the message gives the nearest), no such regime, one twice, or
+            one in which nothing goes.
     """
     find_strategy(strategy)
     published = [Recipe.load(name).criterion for name in published_recipes()]
@@ -82,6 +80,8 @@ def make_task(
     task = Task(space, settled, pattern, seed, tuple(seeds), strategy, read_regimes(also))
     if len(set(task.regimes)) < len(task.regimes):
         raise SearchError(f"--also {also}: a regime stands there twice, or is the search's own")
+    if not all(regime.sparsity for regime in task.regimes):
+        raise SearchError("at sparsity 0 all formulas are alike; give one above 0, such as 0.5")
     return task
 
 
@@ -204,7 +204,7 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
                 "origin": winner.origin,
                 "sparsity": task.sparsity,
                 "pattern": task.pattern,
-                **_also(task),
+                **further(task),
                 "seed": task.seed,
                 "model": bench.language_model.name,
                 "model_fingerprint": bench.language_model.fingerprint,
@@ -218,25 +218,6 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
     )
 
 
-def conditions(bench: Bench, task: Task) -> dict[str, Any]:
-    """Everything beside a question that its answer depends on, as JSON."""
-    return {
-        "prunezero": version("prunezero"),
-        "torch": version("torch").split("+")[0],
-        "sympy": version("sympy"),
-        "optuna": version("optuna"),
-        "model": bench.language_model.fingerprint,
-        "dtype": str(bench.language_model.dtype),
-        "device": bench.language_model.device.type,
-        "text": bench.text.fingerprint,
-        "settings": vars(bench.settings),
-        "format": FORMAT,
-        "sparsity": task.sparsity,
-        **_also(task),
-        **{f"operator {word}": meaning for word, meaning in OPERATORS.plugged().items()},
-    }
-
-
 def _header(bench: Bench, task: Task) -> dict[str, Any]:
     """Everything that the results of a search depend on."""
     return conditions(bench, task) | {
@@ -247,12 +228,6 @@ def _header(bench: Bench, task: Task) -> dict[str, Any]:
         "strategy": task.strategy,
         "rivals": [recipe.criterion.text for recipe in rivals(task)],
     }
-
-
-def _also(task: Task) -> dict[str, list[str]]:
-    """The words of further regimes, where there are any."""
-    words = [regime.word for regime in task.also]
-    return {"also": words} if words else {}
 
 
 def find(

@@ -26,14 +26,12 @@ from prunezero.formula.vocabulary import OPERATORS
 from prunezero.pruning.documents import find_document, read_document, validated
 from prunezero.pruning.recipe import Formula, Recipe, folder
 from prunezero.scoring.request import group_columns
-from prunezero.searching.nesting import nested_words
+from prunezero.searching.nesting import computed_words, nested_words
 
 # Keys of a recipe that a space may offer values for.
 CHOOSABLE = ("compare", "allocate", "update", "permute", "damping")
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-# Words that a formula is computed with though its space may lack them: X*X is sqr, X + X is mul.
-_ARITHMETIC = frozenset({"add", "sub", "mul", "div", "power", "neg", "abs", "sqr", "sqrt"})
 
 
 class SearchSpace(BaseModel):
@@ -177,7 +175,7 @@ class SearchSpace(BaseModel):
     def _forbids_its_own_words(self) -> SearchSpace:
         if not self.forbid:
             return self
-        usable = _ARITHMETIC.union(*map(_computed_by, self.operators))
+        usable = computed_words(self.operators)
         for word in itertools.chain(self.forbid, *self.forbid.values()):
             if word not in usable:
                 raise ValueError(
@@ -262,19 +260,13 @@ class SearchSpace(BaseModel):
 
 
 def _check_operator(word: str) -> None:
-    if word not in OPERATORS:
+    try:
+        is_known = word in OPERATORS
+    except PruneZeroError as error:
+        raise ValueError(str(error)) from error
+    if not is_known:
         near = did_you_mean(word, OPERATORS) or "."
         raise ValueError(f"'{word}' is not a known operator{near} Known: {', '.join(OPERATORS)}")
-
-
-def _computed_by(word: str) -> set[str]:
-    """The operator, or those that it is computed by where it is written in other words."""
-    row = OPERATORS[word]
-    if row.torch is not None:
-        return {word}
-    values = [FEATURES[name].symbol for name in ("W", "X")]
-    written = Criterion.from_sympy(row.build(*values[: row.arity]))
-    return {step.operator.name for step in steps(written)}
 
 
 def _example(key: str, value: Any, pattern: str) -> Recipe:

@@ -29,6 +29,8 @@ def test_a_search_over_regimes_reports_shows_and_verifies_geometric_means(
     assert "perplexity on test text in each regime" in shown.output
     assert run("verify all --top 1").exit_code == 0
     assert run("search --name all --resume --budget 6").exit_code == 0
+    assert run("search --name all --resume --budget 6 --also 0.70,02:4").exit_code == 0
+    assert "geometric mean of test perplexity" in Path("runs/all/pruner.py").read_text()
     refused = run("search --name all --resume --budget 6 --also 0.7")
     assert "--also 0.7,2:4, now 0.7" in str(refused.exception)
 

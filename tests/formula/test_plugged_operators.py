@@ -78,6 +78,10 @@ BAD: dict[str, tuple[Any, str]] = {
         "names nothing else than tl",
     ),
     "commented": (elementwise("commented", "torch.abs({0}) # x", meaning=""), "is no expression"),
+    "broken_line": (
+        elementwise("broken_line", "{0}\n    + torch.sin({0})", meaning=""),
+        "is no expression",
+    ),
     "unclosed": (elementwise("unclosed", "torch.abs({0}", meaning=""), "is no expression"),
     "valueless": (elementwise("valueless", "torch.ones(1)", meaning=""), "is no expression"),
     "unfilled": (elementwise("unfilled", "torch.abs({x})", meaning=""), "is no expression"),
@@ -268,8 +272,8 @@ def test_a_row_that_is_not_there_is_an_error_by_its_word(plug: Plug) -> None:
     with pytest.raises(RecipeError, match="new.yaml, criterion: operator 'gone' of .* cannot be"):
         validated(Recipe, recipe, "new.yaml")
     fields = SearchSpace.load("tiny").model_dump(mode="json")
-    with pytest.raises(CriterionError, match="operator 'gone' of .* cannot be loaded"):
-        SearchSpace.model_validate(fields | {"operators": ["gone"]})
+    with pytest.raises(RecipeError, match="mine.yaml, operators: operator 'gone' of .* cannot be"):
+        validated(SearchSpace, fields | {"operators": ["gone"]}, "mine.yaml")
 
 
 def test_two_packages_cannot_share_a_word(plug: Plug) -> None:

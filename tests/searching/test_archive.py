@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.formula import OPERATORS
+from prunezero.formula import OPERATORS, Criterion
+from prunezero.searching.conditions import conditions
 from prunezero.searching.judging.archive import Archive
-from prunezero.searching.session import conditions, make_task, open_session
+from prunezero.searching.session import make_task, open_session
 from prunezero.searching.space import SearchSpace
 from tests.searching.bench import tiny_bench, tiny_space
 
 CONDITIONS: dict[str, Any] = {"model": "a", "sparsity": 0.5}
+
+
+def unweighted() -> SearchSpace:
+    """A space whose layer errors are not weighted by gradients."""
+    return SearchSpace.load("tiny")
 
 
 def test_an_answer_is_found_by_a_search_that_differs_in_seed_space_and_strategy_alone(
@@ -23,11 +30,22 @@ def test_an_answer_is_found_by_a_search_that_differs_in_seed_space_and_strategy_
 ) -> None:
     bench, path = tiny_bench(), tmp_path / "archive.jsonl"
     first = make_task(tiny_space(), 0.5)
-    other = make_task(SearchSpace.load("tiny"), 0.5, seed=1, strategy="random")
+    space = unweighted().model_copy(update={"weighted_by_gradient": True})
+    other = make_task(space, 0.5, seed=1, strategy="random")
     Archive(path, conditions(bench, first)).write("layer error", "W", {"layer_error": 0.1})
     archive = Archive(path, conditions(bench, other))
     assert archive.known("layer error", "W") == {"layer_error": 0.1}
     assert archive.known("measurement", "W") is None
+
+
+def test_an_error_with_other_weights_of_rows_is_another_answer(tmp_path: Path) -> None:
+    bench, path = tiny_bench(), tmp_path / "archive.jsonl"
+    first, other = (make_task(space, 0.5) for space in (tiny_space(), unweighted()))
+    Archive(path, conditions(bench, first)).write("layer error", "W", {"layer_error": 0.1})
+    assert Archive(path, conditions(bench, other)).known("layer error", "W") is None
+    # The feature D brings the weights with it, whatever the space says.
+    with_d = unweighted().model_copy(update={"terminals": (Criterion.parse("abs(W)*D"),)})
+    assert conditions(bench, make_task(with_d, 0.5))["weighted_rows"]
 
 
 def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
@@ -88,12 +106,14 @@ def test_an_archive_that_cannot_be_written_is_said_in_a_sentence(tmp_path: Path)
         Archive(tmp_path, CONDITIONS)
 
 
-def test_an_operator_of_another_package_is_a_condition_only_where_there_is_one(
+def test_an_operator_of_another_package_is_a_condition_only_where_the_space_has_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(OPERATORS, "plugged", lambda: {"sigmoid": "torch.sigmoid({0})"})
     task = make_task(tiny_space(), 0.5)
     before = conditions(tiny_bench(), task)
     assert not [key for key in before if key.startswith("operator")]
-    monkeypatch.setattr(OPERATORS, "plugged", lambda: {"sigmoid": "torch.sigmoid({0})"})
-    after = conditions(tiny_bench(), task)
+    words = (*task.space.operators, "sigmoid")
+    with_it = replace(task, space=task.space.model_copy(update={"operators": words}))
+    after = conditions(tiny_bench(), with_it)
     assert after == before | {"operator sigmoid": "torch.sigmoid({0})"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from prunezero.formula import Criterion
 from prunezero.searching.memory import Memory
 from prunezero.searching.proposing.catalogue import STRATEGIES
 from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
@@ -28,7 +29,15 @@ def test_an_enumeration_that_saw_everything_certifies_its_space() -> None:
     assert ending(propose) == ""
     assert list(propose(Memory(), 1))
     assert ending(propose).startswith("space 'formulas' is certified: every ranking")
-    assert "up to 7 words make at its default choices was seen" in ending(propose)
+    assert "up to 7 words make at its default choices was proposed" in ending(propose)
+
+
+def test_a_formula_that_saturates_for_some_values_is_not_taken_for_a_shorter_one() -> None:
+    terminals = tuple(map(Criterion.parse, ("abs(W)", "G")))
+    words = {"terminals": terminals, "operators": ("mul", "tanh"), "constants": (100.0,)}
+    space = small_space().model_copy(update=words)
+    found = {criterion.text for criterion in Blocks(space)}
+    assert "abs(W)*tanh(100*G)" in found and "abs(W)" in found
 
 
 def test_an_enumeration_that_had_too_many_to_build_with_says_how_far_it_came() -> None:

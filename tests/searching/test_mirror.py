@@ -116,6 +116,20 @@ def test_parameters_say_what_a_formula_uses_and_what_was_chosen_around_it(tmp_pa
     assert all(trial.distributions == trials[0].distributions for trial in trials)
 
 
+def test_a_table_that_the_search_wrote_tells_its_candidate_from_others(tmp_path: Path) -> None:
+    some = [
+        candidate(0, search_perplexity=9.0),
+        candidate(
+            1, search_perplexity=8.0, choices={"allocate": {"table": {"ratios": {"q_proj": 0.9}}}}
+        ),
+    ]
+    trials = opened(
+        study_journal(some, task(choices={}, ratios=["q_proj"]), "mine"), tmp_path
+    ).trials
+    tables = [trial.params["allocate"] for trial in trials]
+    assert "q_proj" in tables[1] and tables[0] == "uniform"
+
+
 def test_the_same_candidates_make_the_same_file_at_any_time_and_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

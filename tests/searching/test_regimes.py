@@ -55,11 +55,21 @@ def test_regimes_are_read_from_words_and_told_by_them() -> None:
     assert read_regimes("") == ()
     assert read_regimes("0.7, 2:4") == (Regime(0.7), Regime(0.5, "2:4"))
     assert [regime.word for regime in read_regimes("0.7,1:4")] == ["0.7", "1:4"]
+    # What is told reads back to the same regime, to the last digit.
+    assert read_regimes("0.4374996")[0].word == "0.4374996"
+    assert read_regimes("02:04") == read_regimes("2:4")
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [("0.7,dense", "'dense' is no regime"), ("1.5", "1.5"), ("5:4", "5:4"), ("0.5", "twice")],
+    [
+        ("0.7,dense", "'dense' is no regime"),
+        ("1.5", "1.5"),
+        ("5:4", "5:4"),
+        ("0.5", "twice"),
+        ("2:4,02:4", "twice"),
+        ("0", "at sparsity 0"),
+    ],
 )
 def test_a_word_that_is_no_regime_is_told(words: str, told: str) -> None:
     with pytest.raises(PruneZeroError, match=told):
@@ -69,7 +79,7 @@ def test_a_word_that_is_no_regime_is_told(words: str, told: str) -> None:
 def test_the_mean_of_one_number_is_that_number_to_the_last_bit() -> None:
     assert geometric_mean([0.1]) == 0.1
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
-    assert math.isnan(geometric_mean([1.0, math.nan]))
+    assert math.isnan(geometric_mean([0.0, math.nan]))
 
 
 def test_the_layer_error_is_the_geometric_mean_over_regimes(sessions: list[Session]) -> None:

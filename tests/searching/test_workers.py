@@ -227,7 +227,7 @@ def test_a_worker_that_finds_another_model_refuses_to_judge(
 ) -> None:
     bench, task = bench_of(files), make_task(tiny_space(), 0.5)
     other = save_tiny_model("llama", tmp_path / "model", seed=1)
-    with pytest.raises(SearchError, match="another one for the worker"):
+    with pytest.raises(SearchError, match="answer otherwise than the search"):
         replace(Plan.of(bench, task), model=str(other)).judge(1)
 
 

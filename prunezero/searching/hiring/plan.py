@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from prunezero.errors import PruneZeroError, SearchError
+from prunezero.errors import PruneZeroError, SearchError, differences
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
+from prunezero.searching.conditions import conditions
 from prunezero.searching.judging.judge import Judge, Question
 from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace
@@ -65,8 +66,8 @@ class Plan:
     """of the weights, as `set_up` takes it"""
     device: str
     """type of device: every worker takes the one that it sees"""
-    fingerprints: tuple[str, str]
-    """of the coordinator's model and text"""
+    conditions: Mapping[str, Any]
+    """what answers depend on, as the coordinator has it"""
     space: Mapping[str, Any]
     """the fields of the search space, as JSON holds them"""
     sparsity: float
@@ -92,7 +93,7 @@ class Plan:
             settings=bench.settings,
             dtype=model.dtype_word,
             device=model.device.type,
-            fingerprints=(model.fingerprint, bench.text.fingerprint),
+            conditions=conditions(bench, task),
             space=task.space.model_dump(mode="json"),
             sparsity=task.sparsity,
             pattern=task.pattern,
@@ -106,18 +107,20 @@ class Plan:
         """The judge; from here on this process computes on so many threads.
 
         Raises:
-            SearchError: the names lead to another model or text here.
+            SearchError: the names lead to another model or text here, or the packages differ.
             PruneZeroError: model or text cannot be loaded.
         """
         torch.set_num_threads(threads)
         bench = set_up(self.model, self.text, self.settings, dtype=self.dtype, device=self.device)
-        if (bench.language_model.fingerprint, bench.text.fingerprint) != self.fingerprints:
+        task = self._task()
+        told = differences(self.conditions, conditions(bench, task))
+        if told:
             raise SearchError(
-                f"model '{self.model}' or text '{self.text}' is another one for the worker than "
-                "for the search; give every machine the same files under the same path"
+                f"the worker would answer otherwise than the search ({told}); give every machine "
+                "the same packages, and the same files under the same path"
             )
         rivals = [validated(Recipe, dict(fields), "a rival") for fields in self.rivals]
-        return Judge(self._task(), bench, rivals)
+        return Judge(task, bench, rivals)
 
     def _task(self) -> Task:
         space = validated(SearchSpace, dict(self.space), "a plan")

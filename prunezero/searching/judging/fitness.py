@@ -36,7 +36,8 @@ from prunezero.scoring.score import evaluate, refuse_unusable
 from prunezero.scoring.selection import select, select_model
 from prunezero.scoring.statistics import Statistics
 
-_ROW_WEIGHTS = "output_gradient_square_sum"
+# Its share of the Fisher information weighs the error of an output.
+ROW_WEIGHTS = "output_gradient_square_sum"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Sample:
 
 def ladder_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[str]:
     """Names of the sums over calibration text that the ladder needs for these features."""
-    return needed_sums(features) | {"gram"} | ({_ROW_WEIGHTS} if with_gradients else set())
+    return needed_sums(features) | {"gram"} | ({ROW_WEIGHTS} if with_gradients else set())
 
 
 def sample_rows(
@@ -98,7 +99,7 @@ def sample_rows(
             for name, value in values.items()
         }
         alike = torch.ones(weight.shape[0], device=weight.device)
-        squares = known.sums.get(_ROW_WEIGHTS, alike)[rows].float() / known.tokens
+        squares = known.sums.get(ROW_WEIGHTS, alike)[rows].float() / known.tokens
         samples.append(Sample(layer.name, sampled, known.sums["gram"], squares))
     return samples
 

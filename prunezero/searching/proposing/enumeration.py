@@ -41,6 +41,8 @@ from prunezero.searching.task import Rule, Task
 MOST_BLOCKS = 20_000
 # Size of the weight on whose random values formulas are told apart.
 _SHAPE = (6, 8)
+# Features are looked at in three sizes, for an operator that saturates may hide one in two of them.
+_SCALES = (1.0, 1e-4, 1e2)
 # Two values are equal when they agree to about this many parts of one: five digits.
 _PARTS = 1e5
 # Operators whose arguments may change places.
@@ -108,7 +110,10 @@ class Blocks:
         """whether iteration ended since no formula is left, not since there were too many"""
         self._space = space
         self._most = most
-        self._features = _random_features(space)
+        drawn = _random_features(space)
+        self._features = [
+            {name: value * scale for name, value in drawn.items()} for scale in _SCALES
+        ]
         # What is known by its values, and the watched operators of each formula that has them.
         self._values: dict[bytes, list[frozenset[str]]] = {}
         # Expressions by number of words.
@@ -142,8 +147,8 @@ class Blocks:
             choices = " at its default choices" if self._space.choices else ""
             return (
                 f"space '{name}' is certified: every ranking that its formulas of up to {most} "
-                f"words make{choices} was seen, so none of them has a smaller layer error than the "
-                "best found"
+                f"words make{choices} was proposed, as far as random numbers tell formulas apart, "
+                "so of those that did not fail none has a smaller layer error than the best found"
             )
         return (
             f"space '{name}' is not certified: of {self.size} words more than {self._most} "
@@ -164,14 +169,17 @@ class Blocks:
             if self._space.forbids(found):
                 return None
             watched = self._space.watched(found)
-            features = {name: self._features[name] for name in found.features}
-            key = _key(found, evaluate(found, features, _SHAPE))
+            key = b"".join(self._key(found, features) for features in self._features)
         known = self._values.setdefault(key, [])
         # One that holds no more than this one may stand wherever this one may.
         if any(others <= watched for others in known):
             return None
         known.append(watched)
         return found
+
+    def _key(self, criterion: Criterion, features: dict[str, Tensor]) -> bytes:
+        seen = {name: features[name] for name in criterion.features}
+        return _key(criterion, evaluate(criterion, seen, _SHAPE))
 
     def _built(self, size: int) -> Iterator[Any]:
         """Every expression of this many words that is made of shorter blocks; not canonical."""

@@ -1,0 +1,55 @@
+"""What does an answer of a judge depend on, beside the question?
+
+Journals are refused, archived answers left aside and workers sent home where it differs.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from prunezero.formula.code import steps
+from prunezero.formula.vocabulary import OPERATORS
+from prunezero.pruning.bench import Bench
+from prunezero.searching.judging.fitness import ROW_WEIGHTS, ladder_sums
+from prunezero.searching.task import Task
+
+# Counts changes to what a search draws, asks or writes; what is older is then refused.
+FORMAT = 4
+
+
+def conditions(bench: Bench, task: Task) -> dict[str, Any]:
+    """Everything beside a question that its answer depends on, as JSON."""
+    space = task.space
+    sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
+    return {
+        "prunezero": version("prunezero"),
+        "torch": version("torch").split("+")[0],
+        "sympy": version("sympy"),
+        "optuna": version("optuna"),
+        "model": bench.language_model.fingerprint,
+        "dtype": str(bench.language_model.dtype),
+        "device": bench.language_model.device.type,
+        "text": bench.text.fingerprint,
+        "settings": vars(bench.settings),
+        "format": FORMAT,
+        "sparsity": task.sparsity,
+        "weighted_rows": ROW_WEIGHTS in sums,
+        **further(task),
+        **_plugged(task),
+    }
+
+
+def further(task: Task) -> dict[str, list[str]]:
+    """The words of further regimes, where there are any."""
+    words = [regime.word for regime in task.also]
+    return {"also": words} if words else {}
+
+
+def _plugged(task: Task) -> dict[str, str]:
+    """What operators of other packages mean that this search may use."""
+    written = [*task.space.terminals, *task.seeds]
+    inside = {step.operator.name for criterion in written for step in steps(criterion)}
+    words = inside.union(task.space.operators) - set(OPERATORS.own)
+    meanings = OPERATORS.plugged() if words else {}
+    return {f"operator {word}": meanings[word] for word in sorted(words & set(meanings))}
