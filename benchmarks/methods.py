@@ -173,9 +173,8 @@ def _shown(values: list[float]) -> str:
         return "-"
     mean = statistics.fmean(values)
     digits = 0 if mean >= 1000 else 1
-    if len(values) == 1 or max(values) == min(values):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ({max(values) - min(values):.{digits}f})"
+    shown, spread = (f"{value:.{digits}f}" for value in (mean, max(values) - min(values)))
+    return f"{shown} ({spread})" if float(spread) else shown
 
 
 if __name__ == "__main__":
