@@ -17,6 +17,7 @@ import torch
 from prunezero.errors import ModelError, PruneZeroError
 from prunezero.models.gguf import demo_file, unpacked_gguf
 from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wrap_model
+from prunezero.models.names import is_spelled_as_path
 from prunezero.models.saving import check_writable, save_model
 
 __all__ = [
@@ -130,7 +131,7 @@ def _source(name: str) -> str:
         if not (path / "config.json").is_file():
             raise ModelError(f"folder '{name}' holds no model: config.json is missing")
         return str(path)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists()
+    looks_like_path = is_spelled_as_path(name) or path.exists()
     if looks_like_path or not name:
         raise ModelError(
             f"there is no model folder '{name}'; give a hub id, a folder, a .gguf file or 'demo'"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import TextError, did_you_mean
+from prunezero.models.names import is_spelled_as_path
 
 OWN_SPLITS = ("train", "validation", "test")
 COLUMNS = ("text", "content")
@@ -43,8 +44,7 @@ def _read(name: str) -> dict[str, list[str]]:
         return {"train": _read_file(path)}
     if path.is_dir():
         return _read_folder(path)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in SUFFIXES
-    if is_path or not name:
+    if is_spelled_as_path(name) or path.suffix in SUFFIXES or not name:
         raise TextError(
             f"there is no text file or folder '{name}'; give one, a hub dataset id, or 'demo'"
         )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prunezero.models.names import is_spelled_as_path
+
 # Perplexity by tokens in a window, over the test split of WikiText-2. Models are called as in the
 # `published` rows of recipes, in lower case.
 PUBLISHED: Mapping[str, Mapping[int, float]] = {
@@ -97,8 +99,7 @@ def warning_of(model: str, text: str, row: Mapping[str, Any]) -> str | None:
 
 def _hub_name(name: str) -> str | None:
     """The last part of a hub id, without what copies add to it; None of a path."""
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if is_path or Path(name).exists():
+    if is_spelled_as_path(name) or Path(name).exists():
         return None
     last = name.rsplit("/", 1)[-1].lower()
     for prefix in _PREFIXES:
