@@ -86,8 +86,9 @@ class Asked:
         loaded = bench.language_model
         device = loaded.device.type if self.device == OPEN else self.device
         also = ",".join(regime.word for regime in task.also)
-        settled = replace(self, dtype=loaded.dtype_word, device=device, also=also)
-        return replace(settled, sparsity=task.sparsity)
+        return replace(
+            self, dtype=loaded.dtype_word, device=device, sparsity=task.sparsity, also=also
+        )
 
 
 OPTIONS = tuple(field.name for field in fields(Asked) if field.name != "space_content")

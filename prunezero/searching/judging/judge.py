@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -138,13 +139,7 @@ class Judge:
     def _probed(self, criterion: Criterion, compare: str) -> ProbeMask | None:
         """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
         try:
-            masks = [
-                mask
-                for regime in self.task.regimes
-                for mask in masks_on(
-                    self._probe, criterion, regime.sparsity, compare, regime.pattern
-                )
-            ]
+            masks = list(chain.from_iterable(self._masks(self._probe, criterion, compare)))
         except ScoreError:
             return None
         bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
@@ -171,11 +166,15 @@ class Judge:
 
     def _lost(self, samples: Sequence[Sample], criterion: Criterion, compare: str) -> float:
         """The layer error, of several regimes the geometric mean."""
-        errors = []
+        masks = self._masks(samples, criterion, compare)
+        return geometric_mean([layer_error(samples, of_regime) for of_regime in masks])
+
+    def _masks(
+        self, samples: Sequence[Sample], criterion: Criterion, compare: str
+    ) -> Iterator[list[torch.Tensor]]:
+        """The masks of all samples in each regime, one regime after the other."""
         for regime in self.task.regimes:
-            masks = masks_on(samples, criterion, regime.sparsity, compare, regime.pattern)
-            errors.append(layer_error(samples, masks))
-        return geometric_mean(errors)
+            yield masks_on(samples, criterion, regime.sparsity, compare, regime.pattern)
 
     def _tuned(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
