@@ -289,6 +289,9 @@ def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
         assert removed / sum(weights.values()) == pytest.approx(0.5)
         tables.append(found.rule.choices["allocate"]["table"]["ratios"])
         parent = replace(parent, choices=found.rule.choices)
+    spread = replace(parent, choices={"allocate": {"owl": {"spread": 0.1}}})
+    found = _chosen(task, spread, random.Random(0))
+    assert found is not None and list(found.rule.choices["allocate"]) == ["table"]
     # A child goes on from its parent's table.
     assert {"q_proj", "down_proj"} == set(tables[-1])
     assert len({str(one) for one in tables}) > 30

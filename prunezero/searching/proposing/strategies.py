@@ -145,7 +145,9 @@ def _moved(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None
     """The parent with more or less taken from some layers, as a table of ratios."""
     choices = dict(parent.choices)
     given = choices.get("allocate")
-    ratios = dict(given["table"]["ratios"]) if isinstance(given, Mapping) else {}
+    # Another allocation, such as owl with a spread of its own, gives way to a table.
+    table = given.get("table", {}) if isinstance(given, Mapping) else {}
+    ratios = dict(table.get("ratios", {}))
     pattern = rng.choice(task.ratios)
     ratios[pattern] = round(ratios.get(pattern, 1.0) * rng.choice(_SHARES), 3)
     choices["allocate"] = {"table": {"ratios": ratios}}
