@@ -8,6 +8,7 @@ export writes, a found formula and its exported pruner cannot disagree.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,44 @@ def steps(criterion: Criterion) -> list[Step]:
     return walk.steps
 
 
+@dataclass(frozen=True)
+class Split:
+    """The steps of a criterion in two parts, so that the second can be taken piece by piece."""
+
+    # those that look at many elements, or give one value for a row, a column or the layer, with all
+    # that they are made from
+    before: tuple[Step, ...]
+    # those that follow, each of which sees one element at a time
+    inside: tuple[Step, ...]
+
+
+def split_steps(criterion: Criterion) -> Split:
+    """The steps of a criterion, those for whole matrices first."""
+    taken = {step.name: step for step in steps(criterion)}
+    if not taken:
+        return Split((), ())
+    last = list(taken)[-1]
+    inside = _needed(last, taken, only_inside=True)
+    read = [argument for name in inside for argument in taken[name].arguments] or [last]
+    outside = [name for name in read if name in taken and name not in inside]
+    before = dict.fromkeys(inner for name in outside for inner in _needed(name, taken))
+    return Split(tuple(taken[name] for name in before), tuple(taken[name] for name in inside))
+
+
+def _is_before(step: Step) -> bool:
+    return step.shape != "element" or step.operator.triton is None
+
+
+def _needed(name: str, taken: dict[str, Step], *, only_inside: bool = False) -> list[str]:
+    """The steps that a value is made from, itself included, each after those it needs."""
+    if name not in taken or (only_inside and _is_before(taken[name])):
+        return []
+    order: dict[str, None] = {}
+    for argument in taken[name].arguments:
+        order |= dict.fromkeys(_needed(argument, taken, only_inside=only_inside))
+    return [*order, name]
+
+
 def torch_lines(criterion: Criterion) -> list[str]:
     """Torch statements that compute a criterion; the last one assigns `score`.
 
@@ -51,8 +90,16 @@ def torch_lines(criterion: Criterion) -> list[str]:
     the line that uses it, unless that line needs it twice.
     """
     taken = steps(criterion)
-    if not taken:
-        return [f"score = {criterion.text}"]
+    return lines_of(taken) if taken else [f"score = {criterion.text}"]
+
+
+def plain_line(step: Step) -> str:
+    """The torch statement that assigns one step's value to its name."""
+    return f"{step.name} = {(step.operator.torch or '').format(*step.arguments)}"
+
+
+def lines_of(taken: Sequence[Step]) -> list[str]:
+    """`torch_lines` of some steps, of which the last one is the score."""
     uses = Counter(argument for step in taken for argument in step.arguments)
     inline: dict[str, str] = {}
     lines = []
@@ -79,7 +126,7 @@ def _written(step: Step, inline: dict[str, str]) -> str:
     return template.format(*values)
 
 
-def _needed_twice(name: str, taken: list[Step]) -> bool:
+def _needed_twice(name: str, taken: Sequence[Step]) -> bool:
     user = next(step for step in taken if name in step.arguments)
     place = f"{{{user.arguments.index(name)}}}"
     return (user.operator.torch or "").count(place) > 1

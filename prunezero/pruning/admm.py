@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunezero.errors import FactorizationError, StatisticsError
 from prunezero.pruning.choice_options import Admm
+from prunezero.scoring.masking import clear
 
 
 def refit(weight: Tensor, mask: Tensor, gram: Tensor, options: Admm) -> Tensor:
@@ -42,12 +43,12 @@ def refit(weight: Tensor, mask: Tensor, gram: Tensor, options: Admm) -> Tensor:
     pull = _inverse(gram / scale / scale[:, None], options) * options.rho
     target, dual = dense, torch.zeros_like(dense)
     for _ in range(options.iterations):
-        masked = (target + dual).masked_fill_(~mask, 0.0)
+        masked = clear(target + dual, mask)
         dual += target - masked
         # (H + rho)^-1 (H W + rho (Z - U)), with H written as (H + rho) - rho.
         target = torch.addmm(dense, masked - dual - dense, pull)
     fitted = (target + dual) / scale.float()
-    return torch.where(dead, weight.float(), fitted).masked_fill_(~mask, 0.0)
+    return clear(torch.where(dead, weight.float(), fitted), mask)
 
 
 def checked_gram(gram: Tensor) -> Tensor:

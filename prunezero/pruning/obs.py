@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunezero.scoring.masking import clear
 from prunezero.scoring.second_order import InverseFactor
 
 # Told the weight `[out, in]` as mended so far, a first column and the column behind the last:
@@ -127,5 +128,5 @@ class _Sweep:
             if place > start:
                 column -= upper[start:place, place] @ errors[start:place]
             errors[place] = column * share[place - start]
-        self.columns[start:last].masked_fill_(~self.keep[start:last], 0.0)
+        clear(self.columns[start:last], self.keep[start:last])
         self.pass_on(start, last, stop)

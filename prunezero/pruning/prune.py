@@ -36,6 +36,7 @@ from prunezero.pruning.requirements import (
 from prunezero.pruning.schedule import SCHEDULES
 from prunezero.pruning.stages import Stages
 from prunezero.pruning.update import Work, mend
+from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.score import score
 from prunezero.scoring.second_order import forget_factors, set_damping, share_gram
 from prunezero.scoring.selection import select_model
@@ -87,7 +88,7 @@ def prune(
     outcome = Outcome(
         fraction,
         recipe.pattern,
-        sum(int((layer.weight == 0).sum()) for layer in layers),
+        sum(count_zeros(layer.weight) for layer in layers),
         sum(layer.weight.numel() for layer in layers),
         time.perf_counter() - begin,
     )

@@ -26,6 +26,7 @@ from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.swaps import improve_by_swaps
 from prunezero.scoring.columns import ColumnScores, sees_inputs_alone
 from prunezero.scoring.feature_values import feature
+from prunezero.scoring.masking import clear
 from prunezero.scoring.request import group_columns, parse_pattern
 from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.second_order import factor_of
@@ -102,8 +103,7 @@ def mend(works: Sequence[Work]) -> None:
     for choice in works[0].recipe.update:
         UPDATES[choice.word](works, choice.options)
     for work in works:
-        # Multiplying by the mask instead would leave -0.0, which some kernels read as a value.
-        work.weight.masked_fill_(~work.settled_mask(), 0.0)
+        clear(work.weight, work.settled_mask())
         _refuse_not_finite(work)
 
 
@@ -212,8 +212,7 @@ def take_over_mean(works: Sequence[Work], options: Any) -> None:
 
 
 def _refuse_not_finite(work: Work) -> None:
-    # A sum is quicker than a look at every weight.
-    if not math.isfinite(float(work.weight.sum(dtype=torch.float64))):
+    if not all(math.isfinite(float(bound)) for bound in torch.aminmax(work.weight)):
         raise ModelError(
             f"the weight of layer {work.layer.name} holds NaN or infinite numbers; check that the "
             "model itself is sound"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from prunezero.formula.code import Step, steps
+from prunezero.formula.code import Step, plain_line, split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 
@@ -36,41 +36,19 @@ class Plan:
 @lru_cache(maxsize=4096)
 def plan(criterion: Criterion) -> Plan:
     """The kernel source of a criterion, with what has to be computed before."""
-    taken = {step.name: step for step in steps(criterion)}
-    last = list(taken)[-1] if taken else criterion.text
-    inside = _needed(last, taken, only_inside=True)
+    split = split_steps(criterion)
     writer = _Writer([], [], [], {})
-    for name in inside:
-        writer.write(taken[name])
+    for step in split.inside:
+        writer.write(step)
     # A criterion with no step inside the kernel gets its one input here.
-    result = writer.value(last)
-    outside = [name for name in writer.inputs if name in taken]
-    before = dict.fromkeys(inner for name in outside for inner in _needed(name, taken))
+    last = (*split.before, *split.inside)[-1:]
+    result = writer.value(last[0].name if last else criterion.text)
     return Plan(
-        "\n".join(f"{name} = {_in_torch(taken[name])}" for name in before),
+        "\n".join(plain_line(step) for step in split.before),
         tuple(writer.inputs),
         tuple(writer.constants),
         _source(writer, result),
     )
-
-
-def _is_before(step: Step) -> bool:
-    """Whether a step is computed in torch: it does not vary by element, or looks at many."""
-    return step.shape != "element" or step.operator.triton is None
-
-
-def _needed(name: str, taken: dict[str, Step], *, only_inside: bool = False) -> list[str]:
-    """The steps that a value is made from, itself included, each after those it needs."""
-    if name not in taken or (only_inside and _is_before(taken[name])):
-        return []
-    order: dict[str, None] = {}
-    for argument in taken[name].arguments:
-        order |= dict.fromkeys(_needed(argument, taken, only_inside=only_inside))
-    return [*order, name]
-
-
-def _in_torch(step: Step) -> str:
-    return (step.operator.torch or "").format(*step.arguments)
 
 
 @dataclass(frozen=True)

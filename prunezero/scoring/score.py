@@ -1,25 +1,28 @@
 """Criterion and layer in, scores or a mask out: the only door to the arithmetic.
 
 The torch lines that `formula/code.py` writes for a criterion are compiled once and run as they
-are; an exported pruner holds the same lines. On a CUDA device with Triton, score and selection run
-as one fused kernel where that is possible (`scoring/fused.py`).
+are; an exported pruner holds the same lines. On the CPU they run over a large matrix some rows at a
+time, behind what has to see all of it. On a CUDA device with Triton, score and selection run as one
+fused kernel where that is possible (`scoring/fused.py`).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunezero.errors import ScoreError, StatisticsError
-from prunezero.formula.code import torch_lines
+from prunezero.formula.code import lines_of, plain_line, split_steps, torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
 from prunezero.scoring.selection import select
 from prunezero.scoring.statistics import Statistics
+from prunezero.scoring.tiles import needs_tiles, row_tiles
 
 
 def features_of(
@@ -60,7 +63,16 @@ def evaluate(
 ) -> Tensor:
     """The value of a criterion on given features, float32, expanded to `shape`; unchecked."""
     with torch.no_grad():
-        return _compiled(criterion)(**features).expand(shape)
+        parts = _in_parts(criterion) if needs_tiles(features.values(), shape) else None
+        if parts is None:
+            return _compiled(criterion)(**features).expand(shape)
+        before, inside = parts
+        values = before(**features)
+        scores = torch.empty(shape)
+        for tile in row_tiles(*shape):
+            pieces = [value[tile] if value.shape[0] > 1 else value for value in values]
+            scores[tile] = inside(*pieces)
+        return scores
 
 
 def refuse_unusable(scores: Tensor, criterion: Criterion, weight: Tensor, layer: str) -> None:
@@ -112,12 +124,31 @@ def keep_mask(
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(criterion: Criterion) -> Callable[..., Tensor]:
-    """The criterion as a Python function of its features.
+    """The criterion as a Python function of its features."""
+    return _function(criterion.features, [*torch_lines(criterion), "return score"])
 
-    The source comes from the validated expression and the vocabulary's templates alone.
+
+@functools.lru_cache(maxsize=4096)
+def _in_parts(criterion: Criterion) -> tuple[Callable[..., Any], Callable[..., Tensor]] | None:
+    """What is computed of whole matrices, and of its results what can be computed row by row.
+
+    None where nothing is left for the second.
     """
-    body = "".join(f"    {line}\n" for line in torch_lines(criterion))
-    source = f"def formula({', '.join(criterion.features)}):\n{body}    return score\n"
+    split = split_steps(criterion)
+    if not split.inside:
+        return None
+    known = {*criterion.features, *(step.name for step in split.before)}
+    read = dict.fromkeys(argument for step in split.inside for argument in step.arguments)
+    inputs = [name for name in read if name in known]
+    before = [*map(plain_line, split.before), f"return [{', '.join(inputs)}]"]
+    inside = [*lines_of(split.inside), "return score"]
+    return _function(criterion.features, before), _function(inputs, inside)
+
+
+def _function(inputs: Sequence[str], lines: Sequence[str]) -> Callable[..., Any]:
+    """Lines that come from a validated expression and the vocabulary's templates alone."""
+    body = "".join(f"    {line}\n" for line in lines)
+    source = f"def formula({', '.join(inputs)}):\n{body}"
     namespace: dict[str, object] = {"torch": torch}
-    exec(compile(source, f"<criterion {criterion.text}>", "exec"), namespace)
+    exec(compile(source, "<criterion>", "exec"), namespace)
     return namespace["formula"]  # type: ignore[return-value]

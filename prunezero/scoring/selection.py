@@ -10,7 +10,7 @@ of a sort's time; on CUDA a stable sort is the reference for the fused kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 
 from prunezero.errors import ScoreError, SelectionError
 from prunezero.scoring.request import Pattern, check_request, group_columns, removed_count
+from prunezero.scoring.tiles import fill_by_tiles
 
 # Wider groups are quicker to cut at a threshold than to rank by pairs.
 WIDEST_PAIRWISE_PATTERN = 16
@@ -118,8 +119,17 @@ def _lowest_of_rows(scores: torch.Tensor, count: int) -> torch.Tensor:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
     if scores.device.type == "cpu":
-        return torch.from_numpy(_lowest_by_partition(scores.numpy(), count))
+        return _by_tiles(scores, lambda rows: _lowest_by_partition(rows, count))
     return _lowest_by_stable_sort(scores, count)
+
+
+def _by_tiles(
+    scores: torch.Tensor, lowest: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+) -> torch.Tensor:
+    """What `lowest` says of the scores [rows, columns], bool of their shape."""
+    removed = np.empty(tuple(scores.shape), dtype=bool)
+    fill_by_tiles(removed, scores.numpy(), lowest)
+    return torch.from_numpy(removed)
 
 
 def _lowest_by_stable_sort(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -149,8 +159,7 @@ def _lowest_of_pattern(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     if pattern.of > WIDEST_PAIRWISE_PATTERN:
         return _lowest_of_rows(scores.reshape(-1, pattern.of), count).view(scores.shape)
     if scores.device.type == "cpu":
-        values = np.ascontiguousarray(scores.numpy().reshape(-1, pattern.of).T)
-        return torch.from_numpy(_ranks_by_pairs(values) < count).T.reshape(scores.shape)
+        return _by_tiles(scores, lambda rows: _lowest_by_pairs(rows, pattern.of, count))
     places = scores.reshape(-1, pattern.of).T.contiguous()
     ranks = torch.zeros(places.shape, dtype=torch.uint8, device=scores.device)
     for later in range(1, pattern.of):
@@ -160,15 +169,17 @@ def _lowest_of_pattern(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     return (ranks < count).T.reshape(scores.shape)
 
 
-def _ranks_by_pairs(places: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """The rank of every entry in its column [places, groups], the lowest 0; ties by place."""
+def _lowest_by_pairs(rows: np.ndarray[Any, Any], of: int, count: int) -> np.ndarray[Any, Any]:
+    """True for the `count` lowest of every `of` consecutive scores of a row; ties by place."""
+    places = np.ascontiguousarray(rows.reshape(-1, of).T)
     ranks = np.zeros(places.shape, dtype=np.uint8)
-    for later in range(1, len(places)):
+    for later in range(1, of):
         # On a tie the earlier place ranks lower, so it is the one to go.
         earlier_first = places[:later] <= places[later]
         ranks[later] = earlier_first.sum(axis=0, dtype=np.uint8)
         ranks[:later] += ~earlier_first
-    return ranks
+    lowest: np.ndarray[Any, Any] = (ranks < count).T.reshape(rows.shape)
+    return lowest
 
 
 def _threshold_of_all(matrices: Sequence[torch.Tensor], count: int) -> float:

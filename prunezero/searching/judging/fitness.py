@@ -32,6 +32,7 @@ from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.units import Layer
 from prunezero.scoring.feature_values import feature, needed_sums
+from prunezero.scoring.masking import cleared
 from prunezero.scoring.score import evaluate, refuse_unusable
 from prunezero.scoring.selection import select, select_model
 from prunezero.scoring.statistics import Statistics
@@ -154,7 +155,7 @@ def layer_error(samples: Sequence[Sample], masks: Sequence[Tensor]) -> float:
     """The gradient-weighted share of the layers' outputs that the masks lose, 0 to about 1."""
     shares = []
     for sample, mask in zip(samples, masks, strict=True):
-        removed = sample.weight.masked_fill(mask, 0.0)
+        removed = cleared(sample.weight, ~mask)
         lost = _weighted_energy(removed, sample)
         shares.append(lost / sample.whole_energy)
     return float(torch.stack(shares).mean())
