@@ -181,7 +181,8 @@ _SUMMED = {
     "max": "{0}.amax({dims}, keepdim=True)",
     "norm": "torch.linalg.vector_norm({0}, dim={dims}, keepdim=True, dtype=torch.float64).float()",
 }
-_DIMS = {"row": "(1,)", "col": "(0,)", "layer": "(0, 1)"}
+# From the end, so that layers of one shape may be stacked.
+_DIMS = {"row": "(-1,)", "col": "(-2,)", "layer": "(-2, -1)"}
 _LEFT = {"row": "every row", "col": "every column", "layer": "the whole layer"}
 
 
@@ -206,7 +207,9 @@ _WHOLE_MATRIX = (
         "minmax(x)",
         "scaled to 0..1 by the layer's smallest and largest value",
         MINMAX,
-        "torch.where({0}.max() == {0}.min(), 0.0, ({0} - {0}.min()) / ({0}.max() - {0}.min()))",
+        "torch.where({0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), 0.0, "
+        "({0} - {0}.amin((-2, -1), keepdim=True))"
+        " / ({0}.amax((-2, -1), keepdim=True) - {0}.amin((-2, -1), keepdim=True)))",
         sign="nonnegative",
         unit="none",
     ),
@@ -216,8 +219,9 @@ _WHOLE_MATRIX = (
         "zscore(x)",
         "scaled to mean 0 and standard deviation 1 over the layer",
         ZSCORE,
-        "torch.where({0}.max() == {0}.min(), 0.0, "
-        "({0} - {0}.mean(dtype=torch.float64).float()) / {0}.double().std(correction=0).float())",
+        "torch.where({0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), 0.0, "
+        "({0} - {0}.mean((-2, -1), keepdim=True, dtype=torch.float64).float())"
+        " / {0}.double().std((-2, -1), correction=0, keepdim=True).float())",
         unit="none",
     ),
     Operator(

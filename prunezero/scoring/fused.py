@@ -5,8 +5,9 @@ rows at their threshold. A row finds its threshold by bisection on integers that
 do, stopping as soon as the count is right; N:M ranks every group by pairs. Both give, bit for bit,
 the mask that `selection.select` makes from the same scores, lower index first.
 
-Where `can_fuse` says no (groups other than rows, rows wider than `WIDEST_ROW`, very wide patterns)
-the kernel writes the scores, and torch selects from them.
+Rows wider than `WIDEST_FUSED_ROW` have their scores written first, and those wider than
+`WIDEST_ROW` are read in pieces. Where `can_fuse` says no (groups other than rows, very wide
+patterns) torch selects from the scores.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -26,24 +29,30 @@ from prunezero.scoring.kernel_source import Plan, plan
 from prunezero.scoring.request import Pattern, check_request, parse_pattern, removed_count
 from prunezero.scoring.selection import refuse_non_finite, select
 
-# A wider row no longer fits the registers of one program (measured for sm_90).
+# Wider rows no longer fit the registers of one program beside a formula (compiled for sm_90), and
+# wider ones still not by themselves.
+WIDEST_FUSED_ROW = 8192
 WIDEST_ROW = 16384
+_PIECE = 4096
 # All pairs of a wider group no longer fit.
 WIDEST_PATTERN = 64
 _PAIRS_PER_PROGRAM = 4096
 _SCORES_PER_PROGRAM = 1024
 # Multiply-add fused into one rounding would give other scores than torch.
-_OPTIONS = {"enable_fp_fusion": False}
+KERNEL_OPTIONS = {"enable_fp_fusion": False}
 
 
-def can_fuse(compare: str, pattern: str, columns: int) -> bool:
-    """Whether score and selection fit into one kernel; False also where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return False
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether kernels run where the tensor lies: on a CUDA device, with Triton installed."""
+    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def can_fuse(compare: str, pattern: str) -> bool:
+    """Whether kernels can select as well as score."""
     parsed = parse_pattern(pattern)
     if parsed is not None:
         return parsed.of <= WIDEST_PATTERN
-    return compare == "row" and columns <= WIDEST_ROW
+    return compare == "row"
 
 
 def fused_score(
@@ -65,9 +74,9 @@ def fused_score(
     scores = torch.empty(rows, columns, dtype=torch.float32, device=weight.device)
     grid = rows, -(-columns // _SCORES_PER_PROGRAM)
     arguments = _arguments(criterion, weight, features)
-    with _device_of(weight):
+    with on_device_of(weight):
         kernels.score_kernel[grid](
-            scores, columns, *arguments, BLOCK=_SCORES_PER_PROGRAM, num_warps=4, **_OPTIONS
+            scores, columns, *arguments, BLOCK=_SCORES_PER_PROGRAM, num_warps=4, **KERNEL_OPTIONS
         )
     return scores
 
@@ -97,65 +106,138 @@ def fused_mask(
         StatisticsError: a feature is missing.
     """
     parsed = check_request(weight.shape[1], sparsity, compare=compare, pattern=pattern)
-    if weight.numel() == 0 or not can_fuse(compare, pattern, weight.shape[1]):
+    if weight.numel() == 0 or not can_fuse(compare, pattern):
         scores = fused_score(criterion, weight, features)
         return select(scores, sparsity, compare=compare, pattern=pattern)
+    remove = removed_count(weight.shape[1], sparsity)
+    return selected(criterion, weight, features, parsed or remove).kept
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What the kernels say of one matrix."""
+
+    kept: torch.Tensor
+    """True = keep; bool [out, in], or uint8 [out, ceil(in / 8)] with the first weight lowest"""
+    tallies: torch.Tensor
+    """int32 [programs, 2]: scores that are not finite, and rows or groups that are tied"""
+
+    @property
+    def ties(self) -> int:
+        """Rows, or groups of a pattern, in which only places tell who goes and who stays."""
+        return int(self.tallies[:, 1].sum())
+
+
+def selected(
+    criterion: Criterion,
+    weight: torch.Tensor,
+    features: Mapping[str, torch.Tensor],
+    request: Pattern | int,
+    *,
+    is_packed: bool = False,
+) -> Selected:
+    """The mask of one matrix by its rows, for requests that are known to fit.
+
+    Args:
+        criterion, weight, features: as for `fused_mask`; at least one weight.
+        request: a pattern as wide as `WIDEST_PATTERN` at most, or how many weights of a row go.
+        is_packed: write eight weights into a byte.
+
+    Raises:
+        ScoreError: a score is NaN or infinite.
+        StatisticsError: a feature is missing.
+    """
+    columns = weight.shape[1]
+    if isinstance(request, int) and columns > WIDEST_FUSED_ROW:
+        weight = fused_score(criterion, weight, features)
+        criterion, features = _stored(), {}
     kernels = import_kernels(plan(criterion).source, kernel_folder())
     arguments = _arguments(criterion, weight, features)
-    kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-    with _device_of(weight):
-        if parsed is None:
-            faults = _select_rows(kernels, kept, sparsity, arguments)
-        else:
-            faults = _select_pattern(kernels, kept, parsed, arguments)
-    if int(faults.sum()):
+    select_by = _rows if isinstance(request, int) else _groups
+    width = -(-columns // 8) if is_packed else columns
+    dtype = torch.uint8 if is_packed else torch.bool
+    kept = torch.empty(weight.shape[0], width, dtype=dtype, device=weight.device)
+    with on_device_of(weight):
+        tallies = select_by(kernels, kept, columns, request, arguments)
+    if int(tallies[:, 0].sum()):
         refuse_non_finite(fused_score(criterion, weight, features))
-    return kept
+    return Selected(kept, tallies)
 
 
-def _select_rows(
-    kernels: ModuleType, kept: torch.Tensor, sparsity: float, arguments: list[Any]
+@lru_cache(maxsize=1)
+def _stored() -> Criterion:
+    """Scores that lie in memory are a matrix like any other to the kernels."""
+    return Criterion.parse("W")
+
+
+def _rows(
+    kernels: ModuleType, kept: torch.Tensor, columns: int, remove: Any, arguments: list[Any]
 ) -> torch.Tensor:
-    """Fill the mask row by row; returns how many scores of each row are not finite."""
-    rows, columns = kept.shape
-    faults = torch.empty(rows, dtype=torch.int32, device=kept.device)
-    block = _next_power_of_two(columns)
-    kernels.row_kernel[(rows,)](
+    """Fill the mask row by row; returns the tallies of `Selected`."""
+    is_packed = kept.dtype == torch.uint8
+    tallies = torch.empty(kept.shape[0], 2, dtype=torch.int32, device=kept.device)
+    is_long = columns > WIDEST_ROW
+    block = _PIECE if is_long else _next_power_of_two(max(columns, 8))
+    kernel = kernels.long_row_kernel if is_long else kernels.row_kernel
+    kernel[(kept.shape[0],)](
         kept,
-        faults,
+        tallies,
         columns,
-        removed_count(columns, sparsity),
+        kept.shape[1] * 8 if is_packed else columns,
+        remove,
         *arguments,
         BLOCK=block,
+        PACKED=is_packed,
         num_warps=min(max(block // 512, 4), 16),
-        **_OPTIONS,
+        **KERNEL_OPTIONS,
     )
-    return faults
+    return tallies
 
 
-def _select_pattern(
-    kernels: ModuleType, kept: torch.Tensor, pattern: Pattern, arguments: list[Any]
+def _groups(
+    kernels: ModuleType, kept: torch.Tensor, columns: int, pattern: Any, arguments: list[Any]
 ) -> torch.Tensor:
-    """Fill the mask group by group; returns how many scores of each program are not finite."""
+    """Fill the mask group by group; returns the tallies of `Selected`."""
     width = _next_power_of_two(pattern.of)
-    groups = kept.numel() // pattern.of
-    groups_per_program = max(_PAIRS_PER_PROGRAM // width**2, 1)
-    programs = -(-groups // groups_per_program)
-    faults = torch.empty(programs, dtype=torch.int32, device=kept.device)
-    kernels.pattern_kernel[(programs,)](
+    is_packed = kept.dtype == torch.uint8
+    if is_packed and width > pattern.of:
+        whole = torch.empty(kept.shape[0], columns, dtype=torch.bool, device=kept.device)
+        tallies = _groups(kernels, whole, columns, pattern, arguments)
+        kept.copy_(packed(whole))
+        return tallies
+    groups_per_row = columns // pattern.of
+    groups = min(max(_PAIRS_PER_PROGRAM // width**2, 8), _next_power_of_two(groups_per_row))
+    groups = max(groups, -(-8 // width))
+    pieces = -(-groups_per_row // groups)
+    tallies = torch.empty(kept.shape[0] * pieces, 2, dtype=torch.int32, device=kept.device)
+    kernels.pattern_kernel[(kept.shape[0], pieces)](
         kept,
-        faults,
-        groups,
-        kept.shape[1] // pattern.of,
+        tallies,
+        groups_per_row,
+        kept.shape[1] * 8 if is_packed else columns,
         pattern.of - pattern.keep,
         *arguments,
         OF=pattern.of,
         WIDTH=width,
-        GROUPS=groups_per_program,
+        GROUPS=groups,
+        PACKED=is_packed,
         num_warps=4,
-        **_OPTIONS,
+        **KERNEL_OPTIONS,
     )
-    return faults
+    return tallies
+
+
+def packed(kept: torch.Tensor) -> torch.Tensor:
+    """A mask [out, in] as uint8 [out, ceil(in / 8)], eight weights to a byte, the first lowest."""
+    filled = torch.nn.functional.pad(kept.to(torch.uint8), (0, -kept.shape[1] % 8))
+    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return (filled.view(kept.shape[0], -1, 8) << places).sum(2, dtype=torch.uint8)
+
+
+def unpacked(bits: torch.Tensor, columns: int) -> torch.Tensor:
+    """The mask bool [out, columns] of which `packed` makes the bytes."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] >> places) & 1).view(bits.shape[0], -1)[:, :columns].bool()
 
 
 def _arguments(
@@ -187,7 +269,7 @@ def _computed_before(planned: Plan, features: dict[str, torch.Tensor]) -> dict[s
     return values
 
 
-def _device_of(weight: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def on_device_of(weight: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch where the weight lies; the interpreter, which tests use, needs no device."""
     on_cuda = weight.device.type == "cuda"
     return torch.cuda.device(weight.device) if on_cuda else contextlib.nullcontext()

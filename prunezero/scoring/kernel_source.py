@@ -137,49 +137,134 @@ def score_kernel(scores, columns, $PARAMETERS, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_kernel(kept, faults, columns, remove, $PARAMETERS, BLOCK: tl.constexpr):
+def middle_of(low, high):
+    # The mean, rounded down, without overflow.
+    return (low >> 1) + (high >> 1) + (low & high & 1)
+
+
+@triton.jit
+def store(kept, place, keep, inside, SIZE: tl.constexpr, PACKED: tl.constexpr):
+    # As bytes of one weight, or of eight, the first in the lowest bit.
+    if PACKED:
+        bits = tl.reshape((keep & inside).to(tl.int32), [SIZE // 8, 8])
+        byte = tl.sum(bits << tl.arange(0, 8)[None, :], axis=1)
+        first = tl.min(tl.reshape(place, [SIZE // 8, 8]), axis=1)
+        some = tl.max(tl.reshape(inside.to(tl.int32), [SIZE // 8, 8]), axis=1) > 0
+        tl.store(kept + first // 8, byte.to(tl.uint8), mask=some)
+    else:
+        tl.store(kept + place, keep, mask=inside)
+
+
+@triton.jit
+def row_kernel(
+    kept, tallies, columns, stride, remove, $PARAMETERS,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < columns
     score = score_of(row, column, inside, $PARAMETERS)
-    tl.store(faults + row, tl.sum(not_finite(score, inside), axis=0))
     keys = key_of(score, inside)
     low = tl.min(keys, axis=0)
     high = tl.max(tl.where(inside, keys, -2147483648), axis=0)
     count = -1
     while (low < high) & (count != remove):
-        # The mean, rounded down, without overflow.
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        middle = middle_of(low, high)
         count = tl.sum((keys <= middle).to(tl.int32), axis=0)
         enough = count >= remove
         low = tl.where(enough, low, middle + 1)
         high = tl.where(enough, middle, high)
     removed = keys <= high
+    is_tied = 0
     if tl.sum(removed.to(tl.int32), axis=0) != remove:
         below = keys < high
         equal = keys == high
         missing = remove - tl.sum(below.to(tl.int32), axis=0)
+        is_tied = (missing > 0).to(tl.int32)
         removed = below | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= missing))
-    tl.store(kept + row * columns + column, removed == 0, mask=inside)
+    tl.store(tallies + 2 * row, tl.sum(not_finite(score, inside), axis=0))
+    tl.store(tallies + 2 * row + 1, is_tied)
+    store(kept, row * stride + column, removed == 0, inside, BLOCK, PACKED)
+
+
+@triton.jit
+def long_row_kernel(
+    kept, tallies, columns, stride, remove, $PARAMETERS,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr,
+):
+    # The same for rows that do not fit one program's registers: every pass reads them in pieces.
+    row = tl.program_id(0).to(tl.int64)
+    low, high, faults = 2147483647, -2147483648, 0
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        score = score_of(row, column, inside, $PARAMETERS)
+        keys = key_of(score, inside)
+        low = tl.minimum(low, tl.min(keys, axis=0))
+        high = tl.maximum(high, tl.max(tl.where(inside, keys, -2147483648), axis=0))
+        faults += tl.sum(not_finite(score, inside), axis=0)
+    count = -1
+    while (low < high) & (count != remove):
+        middle = middle_of(low, high)
+        count = 0
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < columns
+            keys = key_of(score_of(row, column, inside, $PARAMETERS), inside)
+            count += tl.sum((inside & (keys <= middle)).to(tl.int32), axis=0)
+        enough = count >= remove
+        low = tl.where(enough, low, middle + 1)
+        high = tl.where(enough, middle, high)
+    below, equal = 0, 0
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        keys = key_of(score_of(row, column, inside, $PARAMETERS), inside)
+        below += tl.sum((inside & (keys < high)).to(tl.int32), axis=0)
+        equal += tl.sum((inside & (keys == high)).to(tl.int32), axis=0)
+    missing = remove - below
+    seen = 0
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < columns
+        keys = key_of(score_of(row, column, inside, $PARAMETERS), inside)
+        is_equal = (inside & (keys == high)).to(tl.int32)
+        goes = (tl.cumsum(is_equal, axis=0) + seen <= missing) & (is_equal > 0)
+        removed = (keys < high) | goes
+        seen += tl.sum(is_equal, axis=0)
+        store(kept, row * stride + column, removed == 0, inside, BLOCK, PACKED)
+    tl.store(tallies + 2 * row, faults)
+    tl.store(tallies + 2 * row + 1, ((missing > 0) & (equal > missing)).to(tl.int32))
 
 
 @triton.jit
 def pattern_kernel(
-    kept, faults, groups, groups_per_row, remove, $PARAMETERS,
-    OF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
+    kept, tallies, groups_per_row, stride, remove, $PARAMETERS,
+    OF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    group = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     slot = tl.arange(0, WIDTH)
-    row = (group // groups_per_row)[:, None]
-    column = ((group % groups_per_row) * OF)[:, None] + slot[None, :]
-    inside = (group < groups)[:, None] & (slot < OF)[None, :]
+    column = (group * OF)[:, None] + slot[None, :]
+    inside = (group < groups_per_row)[:, None] & (slot < OF)[None, :]
     score = score_of(row, column, inside, $PARAMETERS)
-    tl.store(faults + program, tl.sum(tl.sum(not_finite(score, inside), axis=1), axis=0))
     keys = key_of(score, inside)
     mine, other = keys[:, :, None], keys[:, None, :]
     is_earlier = slot[None, None, :] < slot[None, :, None]
-    goes_before = (other < mine) | ((other == mine) & is_earlier)
-    rank = tl.sum(goes_before.to(tl.int32), axis=2)
-    tl.store(kept + (group * OF)[:, None] + slot[None, :], rank >= remove, mask=inside)
+    equal = other == mine
+    goes_before = (other < mine) | (equal & is_earlier)
+    keep = tl.sum(goes_before.to(tl.int32), axis=2) >= remove
+    # A group is tied where a weight that stays has the score of one that goes.
+    goes = (keep == 0)[:, None, :]
+    tied = tl.max((equal & goes).to(tl.int32), axis=2) * (keep & inside).to(tl.int32)
+    program = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(tallies + 2 * program, tl.sum(tl.sum(not_finite(score, inside), axis=1), axis=0))
+    tl.store(tallies + 2 * program + 1, tl.sum(tl.max(tied, axis=1), axis=0))
+    place = row * stride + column
+    flat: tl.constexpr = GROUPS * WIDTH
+    if PACKED:
+        keep = tl.reshape(keep, [flat])
+        place = tl.reshape(place, [flat])
+        inside = tl.reshape(inside, [flat])
+    store(kept, place, keep, inside, flat, PACKED)
 '''

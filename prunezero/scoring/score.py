@@ -9,6 +9,7 @@ fused kernel where that is possible (`scoring/fused.py`).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.code import lines_of, plain_line, split_steps, torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.feature_values import feature
-from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
+from prunezero.scoring.fused import can_fuse, fused_mask, fused_score, has_kernels
 from prunezero.scoring.selection import select
 from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.tiles import needs_tiles, row_tiles
@@ -58,18 +59,20 @@ def score(
     return scores
 
 
-def evaluate(
-    criterion: Criterion, features: Mapping[str, Tensor], shape: torch.Size | tuple[int, ...]
-) -> Tensor:
-    """The value of a criterion on given features, float32, expanded to `shape`; unchecked."""
+def evaluate(criterion: Criterion, features: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    """The value of a criterion on given features, float32, expanded to `shape`; unchecked.
+
+    Args:
+        shape: [out, in], or [layers, out, in] for a stack of layers.
+    """
     with torch.no_grad():
         parts = _in_parts(criterion) if needs_tiles(features.values(), shape) else None
         if parts is None:
-            return _compiled(criterion)(**features).expand(shape)
+            return _compiled(criterion)(**features).expand(*shape)
         before, inside = parts
         values = before(**features)
-        scores = torch.empty(shape)
-        for tile in row_tiles(*shape):
+        scores = torch.empty(*shape)
+        for tile in row_tiles(shape[0], math.prod(shape[1:])):
             pieces = [value[tile] if value.shape[0] > 1 else value for value in values]
             scores[tile] = inside(*pieces)
         return scores
@@ -114,7 +117,7 @@ def keep_mask(
         ScoreError, StatisticsError: as `score`.
         SelectionError: no mask satisfies the sparsity, group or pattern.
     """
-    if weight.is_cuda and can_fuse(compare, pattern, weight.shape[1]):
+    if has_kernels(weight) and can_fuse(compare, pattern):
         features = features_of(criterion, weight, statistics, layer=layer)
         refuse_unusable(fused_score(criterion, weight, features), criterion, weight, layer)
         return fused_mask(criterion, weight, features, sparsity, compare=compare, pattern=pattern)

@@ -20,6 +20,7 @@ from prunezero.formula.vocabulary import FEATURES, OPERATORS
 from prunezero.scoring import fused
 from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
 from prunezero.scoring.kernel_source import plan
+from prunezero.scoring.request import parse_pattern
 from prunezero.scoring.selection import select
 from tests.scoring import reference
 
@@ -171,25 +172,80 @@ def test_patterns_equal_striking_out_the_lowest(kind: str, keep: int, of: int) -
 @pytest.mark.parametrize("compare", ["layer", "8 columns"])
 def test_other_groups_select_from_the_kernels_scores(compare: str) -> None:
     values = tensors()
-    assert not can_fuse(compare, "free", 40)
+    assert not can_fuse(compare, "free")
     expected = select(in_torch(WANDA, values), 0.5, compare=compare)
     assert torch.equal(kernel_mask(WANDA, values, 0.5, compare=compare), expected)
 
 
-def test_what_does_not_fit_one_program_is_selected_by_torch(
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sparsity", ["0", "0.01", "0.5", "0.99"])
+def test_rows_too_long_for_one_program_go_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, kind: str, sparsity: str
+) -> None:
+    monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", 15)
+    monkeypatch.setattr(fused, "WIDEST_ROW", 15)
+    monkeypatch.setattr(fused, "_PIECE", 16)
+    weight = weights(kind, 100)
+    expected = reference.keep_rows(in_torch(PLAIN, {"W": weight}).numpy(), sparsity)
+    kept = kernel_mask(PLAIN, {"W": weight}, float(sparsity))
+    np.testing.assert_array_equal(kept.numpy(), expected)
+
+
+def test_a_formula_on_long_rows_selects_from_its_own_scores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = tensors()
     expected = select(in_torch(WANDA, values), 0.5)
-    monkeypatch.setattr(fused, "WIDEST_ROW", 39)
-    assert not can_fuse("row", "free", 40) and can_fuse("row", "free", 39)
+    monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", 39)
     assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
+    monkeypatch.setattr(fused, "WIDEST_ROW", 39)
+    monkeypatch.setattr(fused, "_PIECE", 16)
+    assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
+    values["W"][1, 7] = float("nan")
+    with pytest.raises(ScoreError, match="1 of 120 scores are NaN"):
+        kernel_mask(WANDA, values, 0.5)
 
 
 def test_only_rows_and_narrow_patterns_are_fused() -> None:
-    assert can_fuse("row", "free", 16384) and not can_fuse("row", "free", 16385)
-    assert can_fuse("layer", "2:4", 28672)
-    assert not can_fuse("row", "64:128", 1024)
+    assert can_fuse("row", "free") and not can_fuse("layer", "free")
+    assert can_fuse("layer", "2:4")
+    assert not can_fuse("row", "64:128")
+
+
+@pytest.mark.parametrize("columns", [7, 40, 60, 100])
+@pytest.mark.parametrize("request_", ["rows", "long rows", "2:4", "3:5"])
+def test_eight_weights_in_a_byte_are_the_same_mask(
+    monkeypatch: pytest.MonkeyPatch, columns: int, request_: str
+) -> None:
+    if request_ == "long rows":
+        monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", 6)
+        monkeypatch.setattr(fused, "WIDEST_ROW", 6)
+        monkeypatch.setattr(fused, "_PIECE", 16)
+    of = int(request_[-1]) if ":" in request_ else 1
+    weight = weights("tied", columns // of * of)
+    one = parse_pattern(request_) if of > 1 else weight.shape[1] // 2
+    assert one is not None
+    plain = fused.selected(PLAIN, weight.to(DEVICE), {}, one)
+    bits = fused.selected(PLAIN, weight.to(DEVICE), {}, one, is_packed=True)
+    assert bits.kept.shape == (2, -(-weight.shape[1] // 8)) and bits.kept.dtype == torch.uint8
+    assert torch.equal(fused.unpacked(bits.kept, weight.shape[1]), plain.kept)
+    assert torch.equal(bits.kept, fused.packed(plain.kept))
+    assert bits.ties == plain.ties
+    ours = np.packbits(plain.kept.cpu().numpy(), axis=1, bitorder="little")
+    np.testing.assert_array_equal(bits.kept.cpu().numpy(), ours)
+
+
+@pytest.mark.parametrize("widest", [64, 6])
+def test_ties_count_where_places_alone_decide(monkeypatch: pytest.MonkeyPatch, widest: int) -> None:
+    monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", widest)
+    monkeypatch.setattr(fused, "WIDEST_ROW", widest)
+    monkeypatch.setattr(fused, "_PIECE", 8)
+    rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 4, 5, 6, 7], [1] * 8]).float()
+    rows = rows.to(DEVICE)
+    assert [fused.selected(PLAIN, rows, {}, count).ties for count in (0, 3, 4, 5)] == [0, 1, 2, 1]
+    pattern = parse_pattern("2:4")
+    assert pattern is not None
+    assert fused.selected(PLAIN, rows, {}, pattern).ties == 2
 
 
 def test_a_float64_feature_and_a_missing_w_are_accepted() -> None:
@@ -251,7 +307,7 @@ def test_constants_and_feature_names_do_not_make_a_new_kernel(first: str, second
 def test_what_is_the_same_along_an_axis_is_computed_before() -> None:
     planned = plan(Criterion.parse("abs(W) * sqrt(X) * minmax(G) + row_mean(abs(W))"))
     names = [line.split(" = ")[0] for line in planned.before.splitlines()]
-    assert "torch.sqrt(X)" in planned.before and ".max()" in planned.before
+    assert "torch.sqrt(X)" in planned.before and ".amax(" in planned.before
     assert set(planned.inputs) <= {"W", *names}
     assert "sqrt_rn" not in planned.source
 

@@ -1,0 +1,93 @@
+"""Many formulas on many layers of one shape: what a search asks most often.
+
+Layers of one shape are stacked, so that one operation, or one kernel, serves all of them. On a CPU
+the formulas go one after the other; on a CUDA device with Triton a machine takes many at once
+(`scoring/machine.py`), and kernels select from their scores. A formula's masks are the same in
+whatever company they are made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prunezero.formula.criterion import Criterion
+from prunezero.scoring.fused import WIDEST_PATTERN, fused_score, has_kernels, selected
+from prunezero.scoring.machine import can_run, scores_of
+from prunezero.scoring.request import group_columns, parse_pattern, removed_count
+from prunezero.scoring.score import evaluate
+from prunezero.scoring.selection import select
+
+# Scores that the machine writes at once, in values: half a gigabyte.
+_SCORES = 1 << 27
+
+
+def stacked_scores(
+    criteria: Sequence[Criterion], features: Mapping[str, Tensor], shape: Sequence[int]
+) -> Iterator[Tensor]:
+    """The scores of each formula in turn, float32 [layers, out, in]; unchecked.
+
+    Args:
+        features: by name, float32, broadcastable to `shape`, [layers, 1 or out, 1 or in].
+        shape: [layers, out, in].
+    """
+    if not has_kernels(next(iter(features.values()))):
+        for criterion in criteria:
+            read = {name: features[name] for name in criterion.features}
+            yield evaluate(criterion, read, shape)
+        return
+    at_once = max(1, _SCORES // math.prod(shape))
+    for start in range(0, len(criteria), at_once):
+        some = criteria[start : start + at_once]
+        fit = [criterion for criterion in some if can_run(criterion)]
+        scores = dict(zip(fit, scores_of(fit, features, shape), strict=True)) if fit else {}
+        for criterion in some:
+            found = scores.get(criterion)
+            yield _layer_by_layer(criterion, features, shape) if found is None else found
+
+
+def _layer_by_layer(
+    criterion: Criterion, features: Mapping[str, Tensor], shape: Sequence[int]
+) -> Tensor:
+    """The scores by a kernel of the formula's own."""
+    layers = []
+    for place in range(shape[0]):
+        values = {name: features[name][place] for name in criterion.features}
+        weight = values.get("W", next(iter(values.values()))).expand(*shape[1:])
+        layers.append(fused_score(criterion, weight, values))
+    return torch.stack(layers)
+
+
+def select_stacked(scores: Tensor, sparsity: float, *, compare: str, pattern: str) -> Tensor:
+    """The masks of a stack of layers, bool [layers, out, in]: True = keep.
+
+    Every layer is by itself; which weights compete in it is said as in `selection.select`. The
+    group model, which compares layers, is `selection.select_model`'s.
+
+    Raises:
+        SelectionError: the request cannot be satisfied.
+        ScoreError: a score is NaN or infinite.
+    """
+    parsed = parse_pattern(pattern)
+    columns = group_columns(compare)
+    if parsed is None and columns is not None:
+        blocks = torch.split(scores, columns, dim=2)
+        kept = [
+            select_stacked(block.contiguous(), sparsity, compare="layer", pattern=pattern)
+            for block in blocks
+        ]
+        return torch.cat(kept, dim=2)
+    whole = parsed is None and compare == "layer"
+    rows = scores.flatten(1) if whole else scores.flatten(0, 1)
+    return _select_rows(rows, sparsity, pattern).view(scores.shape)
+
+
+def _select_rows(rows: Tensor, sparsity: float, pattern: str) -> Tensor:
+    parsed = parse_pattern(pattern)
+    if not has_kernels(rows) or (parsed is not None and parsed.of > WIDEST_PATTERN):
+        return select(rows, sparsity, pattern=pattern)
+    request = parsed or removed_count(rows.shape[1], sparsity)
+    return selected(Criterion.parse("W"), rows, {}, request).kept

@@ -1,0 +1,87 @@
+"""Masks of many formulas on stacked layers are those of each formula on each layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunezero.errors import ScoreError
+from prunezero.formula.criterion import Criterion
+from prunezero.scoring import population
+from prunezero.scoring.population import select_stacked, stacked_scores
+from prunezero.scoring.score import evaluate
+from prunezero.scoring.selection import select
+from tests.scoring.test_machine import EVERY, stack
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
+
+REQUESTS = [
+    (0.5, "row", "free"),
+    (0.3, "layer", "free"),
+    (0.5, "8 columns", "free"),
+    (0.5, "7 columns", "free"),
+    (0.5, "row", "2:4"),
+    (0.75, "layer", "2:8"),
+]
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways, the kernels in Triton's interpreter where there is no GPU."""
+    if request.param == "kernels":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(population, "has_kernels", lambda tensor: request.param == "kernels")
+    return str(request.param)
+
+
+def test_scores_of_a_stack_are_those_of_its_layers(way: str) -> None:
+    single, together = stack()
+    shape = together["W"].shape
+    rtol = 1e-5 if way == "kernels" else 1e-6  # powers and exponentials are approximate
+    for criterion, scores in zip(EVERY, stacked_scores(EVERY, together, shape), strict=True):
+        for values, found in zip(single, scores.cpu(), strict=True):
+            read = {name: values[name] for name in criterion.features}
+            expected = evaluate(criterion, read, shape[1:])
+            torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol / 100)
+
+
+def test_a_formula_too_deep_for_the_machine_has_the_same_scores(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, together = stack()
+    criteria = [Criterion.parse("abs(W)*X"), Criterion.parse("(abs(W)/R1 + abs(W)/C1)*sqrt(X)")]
+    by_machine = list(stacked_scores(criteria, together, together["W"].shape))
+    monkeypatch.setattr(population, "can_run", lambda criterion: criterion != criteria[1])
+    for found, expected in zip(
+        stacked_scores(criteria, together, together["W"].shape), by_machine, strict=True
+    ):
+        assert torch.equal(found, expected)
+
+
+def test_many_formulas_are_scored_in_portions(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, together = stack()
+    whole = list(stacked_scores(EVERY[:7], together, together["W"].shape))
+    monkeypatch.setattr(population, "_SCORES", 3 * together["W"].numel())
+    portions = list(stacked_scores(EVERY[:7], together, together["W"].shape))
+    assert len(portions) == 7
+    assert all(map(torch.equal, whole, portions))
+
+
+@pytest.mark.parametrize(("sparsity", "compare", "pattern"), REQUESTS)
+def test_masks_of_a_stack_are_those_of_its_layers(
+    way: str, sparsity: float, compare: str, pattern: str
+) -> None:
+    _, together = stack()
+    criterion = Criterion.parse("abs(W)*X + G")
+    (scores,) = stacked_scores([criterion], together, together["W"].shape)
+    kept = select_stacked(scores, sparsity, compare=compare, pattern=pattern)
+    for found, own in zip(kept.cpu(), scores.cpu(), strict=True):
+        assert torch.equal(found, select(own, sparsity, compare=compare, pattern=pattern))
+
+
+def test_scores_that_are_not_finite_never_become_a_mask_of_a_stack(way: str) -> None:
+    _, together = stack()
+    scores = together["W"].clone()
+    scores[1, 2, 3] = float("inf")
+    with pytest.raises(ScoreError, match="1 are infinite"):
+        select_stacked(scores, 0.5, compare="row", pattern="free")
