@@ -7,6 +7,7 @@ file is named by the hash of what it must hold, and its bytes are compared befor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.machinery
 import importlib.metadata
@@ -19,6 +20,9 @@ from pathlib import Path
 from types import ModuleType
 
 from prunezero.errors import OutputError
+
+# Enough for every formula that a user prunes with; a search needs one, see `machine.py`.
+_MOST_FILES = 512
 
 
 def kernel_folder() -> Path:
@@ -44,7 +48,7 @@ def _triton_version() -> str:
     return importlib.metadata.version("triton")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=_MOST_FILES)
 def _import_once(source: str, folder: Path, version: str) -> ModuleType:
     _make_private(folder)
     data = source.encode()
@@ -52,6 +56,10 @@ def _import_once(source: str, folder: Path, version: str) -> ModuleType:
     path = folder / f"{name}.py"
     if not path.is_file() or path.read_bytes() != data:
         _write_whole(path, data)
+        _forget_the_oldest(folder)
+    else:
+        with contextlib.suppress(OSError):
+            os.utime(path)
     return _run_module(f"prunezero_kernel_{name}", path, data)
 
 
@@ -90,6 +98,17 @@ def _write_whole(path: Path, data: bytes) -> None:
             f"{path}: a generated kernel cannot be written ({error.strerror}); free some space, or "
             "set XDG_CACHE_HOME to a folder that you can write"
         ) from error
+
+
+def _forget_the_oldest(folder: Path) -> None:
+    """Remove what was used longest ago, of more files than we keep."""
+    used = []
+    for path in folder.glob("*.py"):
+        # Another process may be at the same.
+        with contextlib.suppress(FileNotFoundError):
+            used.append((path.stat().st_mtime_ns, path))
+    for _, path in sorted(used)[:-_MOST_FILES]:
+        path.unlink(missing_ok=True)
 
 
 def _run_module(name: str, path: Path, data: bytes) -> ModuleType:

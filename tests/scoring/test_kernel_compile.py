@@ -2,75 +2,85 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.vocabulary import OPERATORS
+from prunezero.scoring.fused import WIDEST_FUSED_ROW, WIDEST_ROW
+from prunezero.scoring.kernel_source import plan
+from prunezero.scoring.machine import machine_source
+from prunezero.scoring.sweep_kernel import SOURCE as SWEEP
+from tests.scoring.compiled import Compiled, Wish, compile_all
+
 pytest.importorskip("triton")
 
-# In a process of its own: this one may run kernels in the interpreter, which cannot compile.
-COMPILE = """
-import re
-import subprocess
-import sys
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from prunezero.formula.criterion import Criterion
-from prunezero.scoring.fused import WIDEST_FUSED_ROW, WIDEST_ROW
-from prunezero.scoring.kernel_files import import_kernels
-from prunezero.scoring.kernel_source import plan
-
-POINTERS = {"scores": "*fp32", "kept": "*i1", "tallies": "*i32", "a0_at": "*bf16"}
-
-def kind_of(word):
-    if word in POINTERS or not word[1:2].isdigit():
-        return POINTERS.get(word, "i32")
-    return "*fp32" if word.endswith("_at") else "fp32" if word[0] == "c" else "i64"
-
-def compiled(text, name, warps=4, **constants):
-    kernels = import_kernels(plan(Criterion.parse(text)).source, Path(sys.argv[1]))
-    kernel = getattr(kernels, name)
-    signature = {w: "constexpr" if w in constants else kind_of(w) for w in kernel.arg_names}
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    source = ASTSource(kernel, signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
-
-every = "abs(W) * sqrt(G) * X + 0.5 * tanh(G) + exp(-G) / log(G) + G**0.3"
-assert compiled(every, "score_kernel", BLOCK=1024)["cubin"]
-assert compiled(every, "pattern_kernel", OF=5, WIDTH=8, GROUPS=64, PACKED=False)["cubin"]
-
-# What may be spilled to the stack, in bytes a thread: nothing for rows of common models.
-narrow = {"BLOCK": 1024, "PACKED": False}
-packed = {"BLOCK": 4096, "PACKED": True, "a0_column": 1}
-pairs = {"OF": 4, "WIDTH": 4, "GROUPS": 256, "PACKED": True}
-for text, name, warps, budget, constants in (
-    (every, "row_kernel", 4, 0, narrow),
-    (every, "row_kernel", 8, 0, packed),
-    (every, "row_kernel", 16, 64, {**narrow, "BLOCK": WIDEST_FUSED_ROW}),
-    ("W", "row_kernel", 16, 128, {**narrow, "BLOCK": WIDEST_ROW}),
-    ("W", "long_row_kernel", 8, 0, packed),
-    (every, "pattern_kernel", 4, 0, pairs),
-):
-    binary = Path(sys.argv[1]) / "kernel.cubin"
-    binary.write_bytes(compiled(text, name, warps, **constants)["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.findall("REG:([0-9]+) STACK:([0-9]+)", usage)[0])
-    assert stack <= budget, (text, name, constants, registers, stack)
-
-# Multiply and add stay two roundings, as in torch.
-assert "fma.rn.f32" not in compiled("abs(W) * X + 0.5 * G", "score_kernel", BLOCK=1024)["ptx"]
-"""
+EVERY = "abs(W) * sqrt(G) * X + 0.5 * tanh(G) + exp(-G) / log(G) + G**0.3"
+SIZES = ("columns", "stride", "remove", "groups_per_row")
+MACHINE = machine_source(tuple(name for name, row in OPERATORS.own.items() if row.triton))
+SPEAKS = {
+    "machine_kernel": {
+        **dict.fromkeys(("scores", "numbers"), "*fp32"),
+        **dict.fromkeys(("addresses", "strides"), "*i64"),
+        **dict.fromkeys(("starts", "codes", "which"), "*i32"),
+        **dict.fromkeys(("height", "width", "size"), "i32"),
+    },
+    "sweep_kernel": {
+        **dict.fromkeys(("columns", "errors", "upper"), "*fp32"),
+        **dict.fromkeys(("start", "count", "rows", "width"), "i32"),
+        "keep": "*i1",
+    },
+}
+NARROW = {"BLOCK": 1024, "PACKED": False}
+PACKED = {"BLOCK": 4096, "PACKED": True, "a0_column": 1}
+PAIRS = {"OF": 4, "WIDTH": 4, "GROUPS": 256, "PACKED": True}
+ODD = {"OF": 5, "WIDTH": 8, "GROUPS": 64, "PACKED": False}
 
 
-def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE, str(tmp_path / "kernels")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def of_formula(text: str, kernel: str, constants: dict[str, Any], warps: int = 4) -> Wish:
+    planned = plan(Criterion.parse(text))
+    kinds = {"scores": "*fp32", "tallies": "*i32", **dict.fromkeys(SIZES, "i32")}
+    kinds["kept"] = "*u8" if constants.get("PACKED") else "*i1"
+    for place in range(len(planned.inputs)):
+        at = f"a{place}"
+        # The weights themselves are of 16 bits in most models.
+        kinds |= {f"{at}_at": "*bf16" if place == 0 else "*fp32"}
+        kinds |= {f"{at}_row": "i64", f"{at}_column": "i64"}
+    kinds |= {f"c{place}": "fp32" for place in range(len(planned.constants))}
+    return Wish(planned.source, kernel, kinds, constants, warps)
+
+
+# Each with the bytes of stack that a thread may need: none for rows of common models.
+BUDGETS = [
+    (of_formula(EVERY, "score_kernel", {"BLOCK": 1024}), 0),
+    (of_formula(EVERY, "row_kernel", NARROW), 0),
+    (of_formula(EVERY, "row_kernel", PACKED, 8), 0),
+    (of_formula(EVERY, "row_kernel", {**NARROW, "BLOCK": WIDEST_FUSED_ROW}, 16), 64),
+    (of_formula("W", "row_kernel", {**NARROW, "BLOCK": WIDEST_ROW}, 16), 128),
+    (of_formula("W", "long_row_kernel", PACKED, 8), 0),
+    (of_formula(EVERY, "pattern_kernel", PAIRS), 0),
+    (of_formula(EVERY, "pattern_kernel", ODD), 0),
+    (Wish(MACHINE, "machine_kernel", SPEAKS["machine_kernel"], {"BLOCK": 1024}), 0),
+    (Wish(SWEEP, "sweep_kernel", SPEAKS["sweep_kernel"], {"COLUMNS": 128, "ROWS": 32}), 0),
+]
+
+
+def in_words(wish: Wish, made: Compiled) -> str:
+    return f"{wish.kernel} {wish.constants}: {made.registers} registers, {made.stack} bytes"
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there_within_their_budgets(tmp_path: Path) -> None:
+    for (wish, budget), made in zip(
+        BUDGETS, compile_all([wish for wish, _ in BUDGETS], tmp_path), strict=True
+    ):
+        print(in_words(wish, made))
+        assert made.stack <= budget, in_words(wish, made)
+
+
+def test_multiply_and_add_stay_two_roundings_as_in_torch(tmp_path: Path) -> None:
+    wish = of_formula("abs(W) * X + 0.5 * G", "score_kernel", {"BLOCK": 1024})
+    (made,) = compile_all([wish], tmp_path)
+    assert "mul.f32" in made.ptx or "mul.rn.f32" in made.ptx
+    assert "fma.rn.f32" not in made.ptx

@@ -123,3 +123,19 @@ def test_eight_processes_make_one_whole_file(tmp_path: Path) -> None:
     assert [process.wait(timeout=60) for process in processes] == [0] * 8
     (path,) = (tmp_path / "kernels").iterdir()
     assert path.read_text() == SOURCE
+
+
+def test_a_thousand_formulas_leave_a_bounded_folder_with_the_last_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_files, "_MOST_FILES", 20)
+    folder = tmp_path / "kernels"
+    fresh(folder)
+    (often,) = folder.iterdir()
+    before = often.stat().st_ino
+    for number in range(1000):
+        fresh(folder, f"VALUE = {number}\n")
+        assert fresh(folder) == 42
+    assert len(list(folder.iterdir())) == 20
+    assert often.stat().st_ino == before  # never removed, so never written anew
+    assert kernel_files._import_once.cache_info().maxsize == 512

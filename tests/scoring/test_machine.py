@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -83,45 +77,6 @@ def test_a_formula_that_needs_a_deeper_stack_is_not_run(monkeypatch: pytest.Monk
         assert program(Criterion.parse(text)).depth == depth, text
     monkeypatch.setattr(machine, "DEPTH", 2)
     assert can_run(Criterion.parse("W*G")) and not can_run(Criterion.parse("(W + G)*(X + Y)"))
-
-
-COMPILE = """
-import re
-import subprocess
-import sys
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from prunezero.formula.vocabulary import OPERATORS
-from prunezero.scoring.kernel_files import import_kernels
-from prunezero.scoring.machine import machine_source
-
-words = tuple(name for name, row in OPERATORS.own.items() if row.triton)
-kernel = import_kernels(machine_source(words), Path(sys.argv[1])).machine_kernel
-kinds = {"scores": "*fp32", "numbers": "*fp32", "addresses": "*i64", "strides": "*i64"}
-kinds |= {name: "*i32" for name in ("starts", "codes", "which")}
-kinds |= {name: "i32" for name in ("height", "width", "size")}
-source = ASTSource(kernel, {**kinds, "BLOCK": "constexpr"}, constexprs={"BLOCK": 1024})
-options = {"num_warps": 4, "enable_fp_fusion": False}
-asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
-binary = Path(sys.argv[1]) / "machine.cubin"
-binary.write_bytes(asm["cubin"])
-command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-print(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-"""
-
-
-def test_the_machine_compiles_for_a_gpu_that_is_not_there_and_spills_nothing(
-    tmp_path: Path,
-) -> None:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", COMPILE, str(tmp_path / "kernels")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    registers, spilled = map(int, re.findall("REG:([0-9]+) STACK:([0-9]+)", done.stdout)[0])
-    assert registers <= 128 and spilled == 0, done.stdout
 
 
 def test_the_source_holds_the_vocabulary_and_no_formula() -> None:
