@@ -57,12 +57,26 @@ def _machine() -> dict[str, str]:
     trial = trial_dtypes(device)
     times = ", ".join(f"{dtype} {1000 * seconds:.1f} ms" for dtype, seconds in trial.items())
     has_triton = importlib.util.find_spec("triton") is not None
-    fused = "fused Triton kernels" if device.type == "cuda" and has_triton else "plain torch"
+    has_kernels = device.type == "cuda" and has_triton
+    how = f"Triton kernels; {_parity()}" if has_kernels else "torch and numpy, some rows at a time"
     return {
         "device": f"{device} ({name}), {torch.get_num_threads()} threads",
         "one product": f"{times}: {min(trial, key=lambda dtype: trial[dtype])} is faster here",
-        "scoring": fused,
+        "scoring": how,
     }
+
+
+def _parity() -> str:
+    """How masks by kernels differ from those of the CPU, for a formula of many functions."""
+    import torch
+
+    from prunezero.formula.criterion import Criterion
+    from prunezero.scoring.parity import parity
+
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = (torch.rand(256, 4096, generator=generator).cuda() for _ in range(2))
+    criterion = Criterion.parse("abs(W)**0.7 * log(G + 1) + tanh(W) * sqrt(G) + exp(-W)")
+    return f"beside the CPU {parity(criterion, weight, {'G': gradient}, 0.5)}"
 
 
 def _places(runs_dir: Path) -> dict[str, str]:

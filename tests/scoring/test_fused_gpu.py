@@ -10,6 +10,8 @@ import torch
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring import selection
 from prunezero.scoring.fused import fused_mask, fused_score
+from prunezero.scoring.parity import parity
+from prunezero.scoring.population import stacked_scores
 from prunezero.scoring.selection import select, select_model
 
 pytestmark = [
@@ -50,6 +52,26 @@ def test_a_kernels_mask_is_the_cpu_mask_of_its_scores(
     for compare, pattern in requests:
         mask = fused_mask(criterion, there["W"], there, 0.5, compare=compare, pattern=pattern)
         assert torch.equal(mask.cpu(), select(scores, 0.5, compare=compare, pattern=pattern))
+
+
+@pytest.mark.parametrize("text", [*FORMULAS, "abs(W)**0.7*log(G + 1) + tanh(W) + exp(-X)"])
+@pytest.mark.parametrize("pattern", ["free", "2:4"])
+def test_masks_differ_from_those_of_the_cpu_at_the_threshold_alone(text: str, pattern: str) -> None:
+    there = {name: value.cuda() for name, value in values(64, 4096, torch.bfloat16).items()}
+    found = parity(Criterion.parse(text), there["W"], there, 0.5, pattern=pattern)
+    assert found.scores <= 64, str(found)
+    assert found.threshold <= found.scores, str(found)
+
+
+def test_a_population_on_a_gpu_scores_as_each_formula_by_its_own_kernel() -> None:
+    single = [values(64, 576, torch.float32), values(64, 576, torch.float32)]
+    stack = {name: torch.stack([one[name] for one in single]).cuda() for name in single[0]}
+    criteria = [Criterion.parse(text) for text in FORMULAS]
+    for criterion, scores in zip(
+        criteria, stacked_scores(criteria, stack, (2, 64, 576)), strict=True
+    ):
+        there = {name: value[1] for name, value in stack.items()}
+        assert torch.equal(scores[1], fused_score(criterion, there["W"], there))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
