@@ -1,4 +1,4 @@
-"""What is a search asked to do, and by whom? Its options as typed, or those of its beginning."""
+"""What is a search asked to do, on what, and by whom? As typed now, or when it began."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from prunezero.cli.options import make_settings
+from prunezero.cli.options import about_model, make_settings
 from prunezero.errors import RecipeError
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Settings
+    from prunezero.pruning.bench import Bench, Settings
     from prunezero.report.search_file import Asked
     from prunezero.searching.hiring.plan import Plan
     from prunezero.searching.judging.ladder import Judges
@@ -59,6 +59,25 @@ def asked(ctx: typer.Context, folder: Path | None) -> tuple[Asked, Settings]:
         found.seed,
     )
     return found, settings
+
+
+def benches(asked: Asked, settings: Settings) -> list[Bench]:
+    """The models that were asked for, its own first, each on the same text.
+
+    Raises:
+        PruneZeroError: a model or the text cannot be loaded, or a model is named twice.
+    """
+    from prunezero.cli.tables import say, waiting
+    from prunezero.pruning.bench import set_up
+    from prunezero.searching.benches import beside
+
+    names = ", ".join([asked.model, *asked.also_model])
+    with waiting(f"loading {names} and {asked.text} text"):
+        first = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
+        found = [first, *beside(first, asked.also_model, device=asked.device)]
+    for bench in found:
+        say(about_model(bench))
+    return found
 
 
 def _is_typed(ctx: typer.Context, key: str) -> bool:

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prunezero.cli.tables import cell, console, say
+from prunezero.cli.tables import cell, console, models_of, say
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.audit import fidelity
 
@@ -33,6 +33,8 @@ class SearchView:
         self, rivals: list[dict[str, Any]], *, budget: int | None, seconds: float | None
     ) -> None:
         self._rivals = rivals
+        models = models_of(rivals)
+        self._over = f", geometric mean over {' and '.join(models)}" if models else ""
         self._budget = budget
         self._seconds = seconds
         self._begin = time.monotonic()
@@ -48,6 +50,8 @@ class SearchView:
         if console.is_terminal:
             self._live.start()
         else:
+            if self._over:
+                say(f"perplexity{self._over}")
             say(f"{'recipe':<12} search  validation  formula")
             for row in self._rivals:
                 values = "  ".join(cell("perplexity", row.get(split)) for split in _SPLITS)
@@ -145,7 +149,8 @@ class SearchView:
         return f"{mine / min(known) - 1:+.1%} on {split.removesuffix('_perplexity')}"
 
     def _picture(self) -> Group:
-        table = Table(title="perplexity; validation text decides", title_justify="left")
+        title = f"perplexity{self._over}; validation text decides"
+        table = Table(title=title, title_justify="left")
         columns = ("", "search", "gain", "validation", "gain", "words")
         for place, column in enumerate(columns):
             table.add_column(column, justify="right" if place else "left")

@@ -41,6 +41,13 @@ Pattern = Annotated[
     str | None,
     typer.Option(help="`free`, or N:M such as 2:4, which keeps 2 of every 4 weights."),
 ]
+AlsoModel = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Another model that the criterion has to be good on; may be given several times. "
+        "Perplexities are then geometric means over all."
+    ),
+]
 Also = Annotated[
     str,
     typer.Option(

@@ -13,6 +13,7 @@ import typer
 from prunezero.cli import asking, options
 from prunezero.cli.options import (
     Also,
+    AlsoModel,
     Budget,
     CalibrationTokens,
     Cluster,
@@ -57,6 +58,7 @@ def search(
     sparsity: Sparsity = None,
     pattern: Pattern = "free",
     also: Also = "",
+    also_model: AlsoModel = None,
     space: Space = "formulas",
     budget: Budget = None,
     time_limit: TimeLimit = None,
@@ -91,6 +93,8 @@ def search(
 
         prunezero search --model demo --sparsity 0.5 --also 0.7,2:4 --time 30m
 
+        prunezero search --model demo --also-model ./mine --sparsity 0.5 --time 30m
+
         prunezero search --model demo --sparsity 0.5 --space tiny --budget 20 --name quick
 
         prunezero search --time 10m --name first --resume
@@ -122,7 +126,8 @@ def search(
         untracked = tracker.close()
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")
-    found = {"model": asked.model, "text": asked.text, "name": name, "rows": rows}
+    models = {"model": asked.model, "also_models": list(asked.also_model)}
+    found = {**models, "text": asked.text, "name": name, "rows": rows}
     options.write_json(found, json_file)
     say(f"see it here: prunezero show {asking.typed_name(folder)}")
     say(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
@@ -137,20 +142,18 @@ def _opened(
     resume: bool,
     staff: Callable[[Plan], Judges] | None,
 ) -> Session:
-    """The search that was asked for, on its model and text, ready to run."""
-    from prunezero.cli.tables import Bars, say, waiting
-    from prunezero.pruning.bench import set_up
+    """The search that was asked for, on its models and text, ready to run."""
+    from prunezero.cli.tables import Bars
     from prunezero.report.search_file import write_asked
     from prunezero.searching.session import open_session
 
-    with waiting(f"loading {asked.model} and {asked.text} text"):
-        bench = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
-    say(options.about_model(bench))
+    bench, *others = asking.benches(asked, settings)
     with Bars() as bars:
         return open_session(
             bench,
             task,
             folder,
+            also_benches=others,
             resume=resume,
             archive=folder.parent / "archive.jsonl",
             staff=staff,
@@ -176,7 +179,7 @@ def _run(
         for row in measure_rivals(session, ("search", "validation")):
             known.append(row)
             bars("published recipes", len(known), len(rivals(session.task)) + 1)
-    for record in tracked_rows(known, session.bench):
+    for record in tracked_rows(known, session.bench, also_benches=session.also_benches):
         tracker.record(record)
     view = SearchView(known, budget=budget, seconds=seconds)
     with view, Stopping(seconds, view.say) as stopping:
@@ -244,13 +247,13 @@ def _judged(
         recipe = sessions.found_recipe(session, name, best)
         rows.append(session.ladder.measure(recipe, SPLITS))
     recipe = write_winner(recipe, rows, folder)
-    for record in tracked_rows(rows[:-1], session.bench):
+    for record in tracked_rows(rows[:-1], session.bench, also_benches=session.also_benches):
         tracker.record(record)
     champion = {**rows[-1], "search_perplexity": best.search_perplexity}
     tracker.record(tracked_champion(recipe, champion, session, name, folder))
     tracker.record(tracked_search(session, name, finished=True, artifacts=_files(folder)))
     print_results(rows, f"search {name}", best="test_perplexity")
-    say(conditions(rows, session.bench.language_model.name, session.bench))
+    say(conditions(rows, session.models, session.bench))
     say(f"found: {best.rule.text}", style="bold")
     twin = sessions.published_twin(session.task, best.rule)
     if twin is not None:

@@ -90,17 +90,16 @@ def _print(run: Run, front: Sequence[dict[str, Any]]) -> None:
 
 def _about(run: Run) -> dict[str, str]:
     """What was searched, a line each."""
+    from prunezero.report.run_summary import model_names
     from prunezero.searching.regimes import in_words
 
     header, asked, task = run.header, run.asked, run.task
-    words = ("model", "text")
-    # Without the options, fingerprints are all that is known.
-    names = {key: getattr(asked, key) if asked else f"{header[key]}" for key in words}
     settings = header["settings"]
     start = ", from scratch" if asked and asked.from_scratch else ""
     return {
         "search": str(run.folder),
-        **names,
+        "model": " and ".join(model_names(header, asked).values()),
+        "text": asked.text if asked else f"{header['text']}",
         "sparsity": f"{task.sparsity:g}, pattern {in_words(task.regimes)}",
         "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
         "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "

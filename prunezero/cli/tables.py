@@ -58,7 +58,7 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
 
 
 def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> None:
-    """The table of results, and under it, where there are several regimes, one of each by itself.
+    """The table of results, and under it, of several regimes or models, one of each by itself.
 
     Args:
         best: the column that decides, such as `test_perplexity`.
@@ -66,20 +66,45 @@ def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> N
     console.print(results_table(rows, title, best=best))
     told = [row for row in rows if row.get("regimes")]
     if told:
-        console.print(_regimes_table(told, best))
+        console.print(_parts_table(told, best))
 
 
-def _regimes_table(told: Sequence[dict[str, Any]], key: str) -> Table:
-    split = key.removesuffix("_perplexity")
-    table = Table(title=f"perplexity on {split} text in each regime", title_justify="left")
+def models_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The models over which rows are means; none where there is one alone."""
+    parts = [part for row in rows for part in row.get("regimes") or ()]
+    return list(dict.fromkeys(part["model"] for part in parts if "model" in part))
+
+
+def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
+    """Each regime by itself, and each model."""
+    # The dense model has no regimes; a pruned one comes last.
+    columns = told[-1]["regimes"]
+    models = models_of(told)
+    # A single model needs no name, and a single regime on several models no number.
+    has_regimes = len(columns) > len(models)
+    each = (["on each model"] if models else []) + (["in each regime"] if has_regimes else [])
+    title = f"perplexity on {key.removesuffix('_perplexity')} text {' and '.join(each)}"
+    table = Table(title=title, title_justify="left")
     table.add_column("recipe")
-    for regime in told[0]["regimes"]:
-        is_free = regime["pattern"] == "free"
-        name = f"{100 * regime['sparsity']:g} %" if is_free else regime["pattern"]
-        table.add_column(name, justify="right")
+    for part in columns:
+        is_free = part["pattern"] == "free"
+        regime = f"{100 * part['sparsity']:g} %" if is_free else part["pattern"]
+        words = [part["model"] if models else "", regime if has_regimes else ""]
+        table.add_column(", ".join(filter(None, words)), justify="right", overflow="fold")
     for row in told:
-        table.add_row(row["recipe"], *(cell(key, regime.get(key)) for regime in row["regimes"]))
+        table.add_row(
+            row["recipe"], *(cell(key, _part(row, column).get(key)) for column in columns)
+        )
     return table
+
+
+def _part(row: dict[str, Any], column: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of the model and regime of a column; a dense one says the same in all."""
+    for part in row["regimes"]:
+        is_regime = all(part[key] == column[key] for key in ("sparsity", "pattern"))
+        if part.get("model") == column.get("model") and (is_regime or part["sparsity"] == 0):
+            return part
+    return {}
 
 
 def cell(key: str, value: Any) -> str:

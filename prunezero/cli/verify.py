@@ -28,7 +28,7 @@ def verify(
 ) -> None:
     """Measure the winner of a search and the best of its front anew, and compare.
 
-    Model and text are loaded as the search had them; its journal is not read for answers. Exit
+    Models and text are loaded as the search had them; its journal is not read for answers. Exit
     code 1 and one sentence tell that a perplexity differs by more than a hundredth of a percent.
 
     Examples:
@@ -47,12 +47,13 @@ def verify(
     found = read_run(find_run(run, runs_dir))
     claimed = verification.claims(found, top)
     with waiting(f"loading model and text of {found.folder}"):
-        bench = verification.bench_of(found)
-    say(options.about_model(bench))
+        benches = verification.benches_of(found)
+    for bench in benches:
+        say(options.about_model(bench))
     checks: list[Check] = []
     with Bars() as bars:
         total = len(claimed) * len(verification.SPLITS)
-        for check in verification.verify(found, bench, claimed, bars):
+        for check in verification.verify(found, benches, claimed, bars):
             checks.append(check)
             bars("perplexities", len(checks), total)
     console.print(_table(checks, f"verify {found.folder.name}"))

@@ -38,6 +38,7 @@ PARAM_NAMES = (
     "sparsity",
     "statistics",
     "model",
+    "also_models",
     "text",
     "calibration_tokens",
     "sequence_length",

@@ -163,20 +163,29 @@ def _shown(perplexity: float | None) -> str:
 
 
 def tracked_rows(
-    rows: Sequence[dict[str, Any]], bench: Bench, *, origin: str = "baseline"
+    rows: Sequence[dict[str, Any]],
+    bench: Bench,
+    *,
+    origin: str = "baseline",
+    also_benches: Sequence[Bench] = (),
 ) -> Iterator[RunRecord]:
-    """Records of the dense model and of recipes; measuring one again updates its record."""
+    """Records of the dense model and of recipes; measuring one again updates its record.
+
+    Args:
+        also_benches: of further models over which the rows are means.
+    """
+    models = [one.language_model.fingerprint[:8] for one in (bench, *also_benches)]
     for row in rows:
         is_dense = row["recipe"] == "dense"
         words = ("sparsity", "pattern", "allocate", "statistics", "seed")
         conditions = [row[key] for key in words]
         conditions += [row["sequence_length"], row["calibration_tokens"]]
-        conditions += [bench.language_model.fingerprint[:8], bench.text.fingerprint[:8]]
+        conditions += ["+".join(models), bench.text.fingerprint[:8]]
         key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])
         name = (
             row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
         )
-        full = {**baseline_row(row), **described(bench), "origin": origin}
+        full = {**baseline_row(row), **described(bench, also_benches), "origin": origin}
         yield run_record(key, name, "dense" if is_dense else "baseline", full)
 
 
@@ -186,7 +195,7 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
     recipe = task.recipe(candidate.rule, "candidate")
     row = {
         **candidate.row(),
-        **described(session.bench),
+        **described(session.bench, session.also_benches),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
@@ -203,7 +212,8 @@ def tracked_champion(
     recipe: Recipe, row: dict[str, Any], session: Session, name: str, folder: Path
 ) -> RunRecord:
     """The record of the search's winner, with its files."""
-    full = {**baseline_row(row), **described(session.bench), "origin": "search"}
+    told = described(session.bench, session.also_benches)
+    full = {**baseline_row(row), **told, "origin": "search"}
     files = tuple(folder / file for file in ("recipe.yaml", "pruner.py"))
     title = f"{name} champion · {_shown(row['validation_perplexity'])}"
     record = run_record(
@@ -218,7 +228,7 @@ def tracked_search(
     """The record of the search itself, the parent of its candidates."""
     task, bench = session.task, session.bench
     params: dict[str, Any] = {
-        **described(bench),
+        **described(bench, session.also_benches),
         "space": task.space.name,
         "sparsity": task.sparsity,
         "pattern": in_words(task.regimes),
@@ -233,10 +243,12 @@ def tracked_search(
     )
 
 
-def described(bench: Bench) -> dict[str, str]:
-    """Model, text and dtype, as parameters of a record."""
+def described(bench: Bench, also_benches: Sequence[Bench] = ()) -> dict[str, str]:
+    """Models, text and dtype, as parameters of a record."""
+    others = ", ".join(one.language_model.name for one in also_benches)
     return {
         "model": bench.language_model.name,
+        **({"also_models": others} if others else {}),
         "text": bench.text.name,
         "dtype": bench.language_model.dtype_word,
     }

@@ -19,6 +19,7 @@ from prunezero.report.plots import pareto_front
 from prunezero.report.search_file import Asked, read_asked
 from prunezero.searching.judging.journal import read_journal
 from prunezero.searching.judging.judge import Question
+from prunezero.searching.regimes import with_names
 from prunezero.searching.session import make_task, rivals
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
@@ -82,11 +83,13 @@ def read_run(folder: Path) -> Run:
     header = records[0]["header"]
     known = {(one["kind"], one["key"]): one["result"] for one in records[1:]}
     recipe = folder / "recipe.yaml"
+    asked = read_asked(folder)
+    rows = _rivals(task_of(header, str(folder)), known)
     return Run(
         folder=folder,
         header=header,
-        asked=read_asked(folder),
-        rivals=_rivals(task_of(header, str(folder)), known),
+        asked=asked,
+        rivals=[with_names(row, model_names(header, asked)) for row in rows],
         answers=Counter(kind for kind, _ in known),
         candidates=read_candidates(folder),
         recipe=Recipe.load(recipe) if recipe.is_file() else None,
@@ -112,6 +115,16 @@ def task_of(header: Mapping[str, Any], source: str) -> Task:
         )
     except (KeyError, TypeError) as error:
         raise SearchError(f"{source} was searched by another version of prunezero") from error
+
+
+def model_names(header: Mapping[str, Any], asked: Asked | None) -> dict[str, str]:
+    """What the models of a search are called, by fingerprint, its own first.
+
+    Without its options the fingerprints are all that is known.
+    """
+    prints = [str(one) for one in (header.get("model"), *header.get("also_models", ()))]
+    names = prints if asked is None else (asked.model, *asked.also_model)
+    return dict(zip(prints, names, strict=False))
 
 
 def _rivals(task: Task, known: Mapping[tuple[str, str], Row]) -> list[Row]:

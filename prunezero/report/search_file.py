@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -63,6 +63,8 @@ class Asked:
     """of the search space, as JSON"""
     also: str = ""
     """other regimes, with commas between them"""
+    also_model: tuple[str, ...] = ()
+    """further models, as `load_model` takes them"""
 
     def task(self) -> Task:
         """What the search looks for.
@@ -98,13 +100,13 @@ def asked_for(options: Mapping[str, Any]) -> Asked:
     """What a new search is asked to do.
 
     Args:
-        options: a value for each of OPTIONS; others are left out.
+        options: a value for each of OPTIONS that has no usual one; others are left out.
 
     Raises:
         RecipeError: no such search space, or faults in its file.
     """
     content = SearchSpace.load(options["space"]).model_dump(mode="json")
-    return Asked(**{key: options[key] for key in OPTIONS}, space_content=content)
+    return _asked({**options, "space_content": content})
 
 
 def goes_on(before: Asked, typed: Mapping[str, Any], folder: Path) -> Asked:
@@ -123,10 +125,25 @@ def goes_on(before: Asked, typed: Mapping[str, Any], folder: Path) -> Asked:
             f"{folder} was searched under other options ({'; '.join(filter(None, told))}); leave "
             "those out to go on, or start anew under another --name"
         )
-    moved = [key for key in _PLACES if key in now and not os.path.exists(getattr(before, key))]
+    moved: dict[str, Any] = {
+        key: _found(getattr(before, key), now[key]) for key in _PLACES if key in now
+    }
+    if "also_model" in now:
+        moved["also_model"] = tuple(map(_found, before.also_model, now["also_model"]))
     if now.get("device", OPEN) != OPEN:
-        moved.append("device")
-    return replace(before, **{key: now[key] for key in moved})
+        moved["device"] = now["device"]
+    return replace(before, **moved)
+
+
+def _found(was: str, now: str) -> str:
+    """Where a model or text is: where it was, unless it is there no more."""
+    return was if os.path.exists(was) else now
+
+
+def _asked(options: Mapping[str, Any]) -> Asked:
+    """The options, of which a list came from the command line or from JSON."""
+    known = {field.name: options[field.name] for field in fields(Asked) if field.name in options}
+    return Asked(**{**known, "also_model": tuple(known.get("also_model") or ())})
 
 
 def _contradiction(before: Asked, key: str, value: Any) -> str:
@@ -134,7 +151,10 @@ def _contradiction(before: Asked, key: str, value: Any) -> str:
     was = getattr(before, key)
     told = f"--{key.replace('_', '-')} {was}, now {value}"
     if key in _PLACES:
-        return "" if value == was or _is_same_file(was, value) else told
+        return "" if _is_same_place(was, value) else told
+    if key == "also_model":
+        is_same = len(was) == len(value) and all(map(_is_same_place, was, value))
+        return "" if is_same else f"--also-model {_listed(was)}, now {_listed(value)}"
     if key == "space":
         content = SearchSpace.load(value).model_dump(mode="json")
         if content["name"] == before.space_content["name"]:
@@ -148,8 +168,14 @@ def _contradiction(before: Asked, key: str, value: Any) -> str:
     return "" if value == was or (key in _LEFT_OPEN and value == OPEN) else told
 
 
-def _is_same_file(was: str, now: str) -> bool:
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(names) or "nothing"
+
+
+def _is_same_place(was: str, now: str) -> bool:
     """Whether it is the same; of one that was moved the journal knows the fingerprint."""
+    if was == now:
+        return True
     if not os.path.exists(was):
         return os.path.exists(now) and Path(was).name == Path(now).name
     return os.path.exists(now) and os.path.samefile(was, now)
@@ -175,10 +201,8 @@ def read_asked(folder: Path) -> Asked | None:
         return None
     try:
         data = json.loads(path.read_text())
-        # One that was written before there were several regimes lacks `also`.
-        return Asked(
-            **{field.name: data[field.name] for field in fields(Asked) if field.name in data}
-        )
+        # One that was written before there were several regimes or models lacks those.
+        return _asked(data)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SearchError(
             f"{path} cannot be read ({type(error).__name__}: {error}); take it away, and type the "

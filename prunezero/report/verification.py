@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.run_summary import Run, best_row, front, rule_of
+from prunezero.searching.benches import beside
+from prunezero.searching.conditions import further_models
 from prunezero.searching.session import open_session
 
 SPLITS = ("search", "validation", "test")
@@ -65,8 +67,8 @@ class Check:
         return abs(self.difference) <= TOLERANCE
 
 
-def bench_of(run: Run) -> Bench:
-    """The model and text of a search, exactly as it was searched on them.
+def benches_of(run: Run) -> tuple[Bench, ...]:
+    """The models and the text of a search, exactly as it was searched on them; its own first.
 
     Raises:
         SearchError: nothing tells which, or they are others now; what differs is told.
@@ -83,20 +85,24 @@ def bench_of(run: Run) -> Bench:
     except (KeyError, TypeError) as error:
         raise SearchError(f"{run.folder} was searched by another version of prunezero") from error
     bench = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
+    others = beside(bench, asked.also_model, device=asked.device)
     loaded = bench.language_model
-    now = {
+    now: dict[str, Any] = {
         "model": loaded.fingerprint,
         "text": bench.text.fingerprint,
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
+        **further_models(others),
     }
-    changed = differences({key: run.header.get(key) for key in now}, now)
+    keys = (*now, "also_models", "also_dtypes")
+    changed = differences({key: run.header.get(key) for key in keys}, now)
     if changed:
+        models = ", ".join([asked.model, *asked.also_model])
         raise SearchError(
-            f"{asked.model} and {asked.text} text are not what {run.folder} was searched on "
+            f"{models} and {asked.text} text are not what {run.folder} was searched on "
             f"({changed}); put back those files to verify it"
         )
-    return bench
+    return bench, *others
 
 
 def claims(run: Run, top: int) -> list[Claim]:
@@ -126,15 +132,21 @@ def claims(run: Run, top: int) -> list[Claim]:
 
 
 def verify(
-    run: Run, bench: Bench, claimed: list[Claim], progress: Progress | None = None
+    run: Run, benches: Sequence[Bench], claimed: list[Claim], progress: Progress | None = None
 ) -> Iterator[Check]:
     """Measure every claim anew on all three texts; yields each perplexity as it is known.
+
+    Args:
+        benches: of the search, its own model first.
 
     Raises:
         PruneZeroError: model, text and recipes do not go together.
     """
+    bench, *others = benches
     with tempfile.TemporaryDirectory(prefix="prunezero-verify-") as folder:
-        session = open_session(bench, run.task, Path(folder) / "anew", progress=progress)
+        session = open_session(
+            bench, run.task, Path(folder) / "anew", also_benches=others, progress=progress
+        )
         try:
             for claim in claimed:
                 # What fails on some layer has no perplexity, and says so by a fault.

@@ -5,6 +5,7 @@ Journals are refused, archived answers left aside and workers sent home where it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -18,8 +19,12 @@ from prunezero.searching.task import Task
 FORMAT = 4
 
 
-def conditions(bench: Bench, task: Task) -> dict[str, Any]:
-    """Everything beside a question that its answer depends on, as JSON."""
+def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dict[str, Any]:
+    """Everything beside a question that its answer depends on, as JSON.
+
+    Args:
+        also_benches: of further models, on the same text and under the same settings.
+    """
     space = task.space
     sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
     return {
@@ -36,6 +41,7 @@ def conditions(bench: Bench, task: Task) -> dict[str, Any]:
         "sparsity": task.sparsity,
         "weighted_rows": ROW_WEIGHTS in sums,
         **further(task),
+        **further_models(also_benches),
         **_plugged(task),
     }
 
@@ -44,6 +50,17 @@ def further(task: Task) -> dict[str, list[str]]:
     """The words of further regimes, where there are any."""
     words = [regime.word for regime in task.also]
     return {"also": words} if words else {}
+
+
+def further_models(also_benches: Sequence[Bench]) -> dict[str, list[str]]:
+    """Fingerprints and dtypes of further models, where there are any."""
+    if not also_benches:
+        return {}
+    models = [bench.language_model for bench in also_benches]
+    return {
+        "also_models": [model.fingerprint for model in models],
+        "also_dtypes": [str(model.dtype) for model in models],
+    }
 
 
 def _plugged(task: Task) -> dict[str, str]:

@@ -2,10 +2,12 @@
 
 A rule that serves several regimes is worth the geometric mean of what it is worth in each: twice
 the perplexity in one weighs as much as twice the perplexity in another, however large either is.
+The same holds of several models, each of which is pruned in every regime.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -76,11 +78,17 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
-def over_regimes(regimes: Sequence[Regime], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def over_regimes(
+    regimes: Sequence[Regime], rows: Sequence[Mapping[str, Any]], models: Sequence[str] = ("",)
+) -> dict[str, Any]:
     """The row of a recipe over all regimes, from one row for each as `Stand.row` gives it.
 
     Perplexities and KL are geometric means, and so are the losses of the windows, in nats, means:
     tests over windows hold for the whole as for a part. `regimes` keeps the perplexities of each.
+
+    Args:
+        rows: of the first model in every regime, then of the next.
+        models: what `regimes` calls them by, where there are several.
     """
     first = dict(rows[0])
     if len(rows) == 1:
@@ -97,10 +105,22 @@ def over_regimes(regimes: Sequence[Regime], rows: Sequence[Mapping[str, Any]]) -
     first["sparsity_reached"] = None
     first["seconds"] = sum(row["seconds"] for row in rows)
     first["regimes"] = [
-        {**asdict(regime), **{key: row[key] for key in means}}
-        for regime, row in zip(regimes, rows, strict=True)
+        {
+            **({"model": model} if len(models) > 1 else {}),
+            **asdict(regime),
+            **{key: row[key] for key in means},
+        }
+        for (model, regime), row in zip(itertools.product(models, regimes), rows, strict=True)
     ]
     return first
+
+
+def with_names(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A row in whose `regimes` models have other names; one that says no models stays as it is."""
+    if not any("model" in part for part in row.get("regimes", ())):
+        return dict(row)
+    parts = [{**part, "model": names.get(part["model"], part["model"])} for part in row["regimes"]]
+    return {**row, "regimes": parts}
 
 
 def _means(lists: Sequence[Sequence[float]]) -> list[float]:

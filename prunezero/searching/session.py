@@ -11,10 +11,10 @@ from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.models.calibration import Progress
-from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.recipe import Recipe, published_recipes
-from prunezero.pruning.requirements import check_recipe, settled_sparsity
+from prunezero.pruning.requirements import settled_sparsity
+from prunezero.searching.benches import fitted
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.conditions import conditions, further
 from prunezero.searching.hiring.plan import Plan
@@ -45,6 +45,13 @@ class Session:
     """how candidates are judged"""
     journal: Journal
     """what it remembers"""
+    also_benches: tuple[Bench, ...] = ()
+    """further models that its rules have to be good on, and the same text"""
+
+    @property
+    def models(self) -> str:
+        """The names of all its models."""
+        return " and ".join(bench.language_model.name for bench in (self.bench, *self.also_benches))
 
 
 def make_task(
@@ -90,6 +97,7 @@ def open_session(
     task: Task,
     folder: Path,
     *,
+    also_benches: Sequence[Bench] = (),
     resume: bool = False,
     archive: Path | None = None,
     staff: Callable[[Plan], Judges] | None = None,
@@ -99,27 +107,28 @@ def open_session(
     """Calibrate the model and open the journal `folder/journal.jsonl`.
 
     Args:
+        also_benches: of further models that rules have to be good on, with the same text and
+            settings.
         archive: file of answers that searches share; None asks nobody else.
         staff: hires judges, see `hiring/`; None leaves all to this process.
         opened: called once the journal is this search's, before the long work.
 
     Raises:
-        SearchError: the journal is in use, or belongs to a search under other settings.
+        SearchError: the journal is in use, or belongs to a search under other settings; or the
+            models are not comparable.
         PruneZeroError: the model, the text and the task do not go together.
     """
-    task = task.on(find_layers(bench.language_model.model))
-    example = task.recipe(task.space.terminals[0], "example")
-    for regime in task.regimes:
-        recipe = with_choices(example, pattern=regime.pattern)
-        check_recipe(bench.language_model, recipe, regime.sparsity)
+    also = tuple(also_benches)
+    task = fitted(task, (bench, *also), rivals(task))
     # Opened before the long work, so that a wrong name or setting is known at once.
-    journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=resume)
+    journal = Journal(folder / "journal.jsonl", _header(bench, task, also), resume=resume)
     try:
         opened()
-        answers = None if archive is None else Archive(archive, conditions(bench, task))
-        judge = Judge(task, bench, rivals(task), progress)
-        judges = None if staff is None else staff(Plan.of(bench, task, rivals(task)))
-        return Session(bench, task, Ladder(judge, journal, judges, answers), journal)
+        answers = None if archive is None else Archive(archive, conditions(bench, task, also))
+        judge = Judge(task, bench, rivals(task), progress, also_benches=also)
+        plan = Plan.of(bench, task, rivals(task), also_benches=also)
+        judges = None if staff is None else staff(plan)
+        return Session(bench, task, Ladder(judge, journal, judges, answers), journal, also)
     except BaseException:
         # A search that could not begin must not stand in the way of its next attempt.
         journal.give_up()
@@ -195,6 +204,8 @@ def judge(session: Session, candidate: Candidate) -> dict[str, Any]:
 def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
     """The recipe of the winner, with where it comes from."""
     task, bench = session.task, session.bench
+    models = [one.language_model for one in session.also_benches]
+    others = [{"name": model.name, "fingerprint": model.fingerprint} for model in models]
     return task.recipe(winner.rule, name).model_copy(
         update={
             "source": f"found by prunezero in search space '{task.space.name}'",
@@ -208,6 +219,7 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
                 "seed": task.seed,
                 "model": bench.language_model.name,
                 "model_fingerprint": bench.language_model.fingerprint,
+                **({"also_models": others} if others else {}),
                 "text": bench.text.name,
                 "text_fingerprint": bench.text.fingerprint,
                 "calibration_tokens": bench.settings.calibration_tokens,
@@ -218,9 +230,9 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
     )
 
 
-def _header(bench: Bench, task: Task) -> dict[str, Any]:
+def _header(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dict[str, Any]:
     """Everything that the results of a search depend on."""
-    return conditions(bench, task) | {
+    return conditions(bench, task, also_benches) | {
         "space": task.space.model_dump(mode="json"),
         "pattern": task.pattern,
         "seed": task.seed,
@@ -236,6 +248,7 @@ def find(
     sparsity: float | None = None,
     *,
     folder: str | Path,
+    also_benches: Sequence[Bench] = (),
     pattern: str = "free",
     also: str = "",
     seed: int = 0,
@@ -251,6 +264,8 @@ def find(
     Args:
         space: name, path of a .yaml file, or a SearchSpace.
         folder: where the journal is kept.
+        also_benches: of further models that a rule has to be good on, with the same text and
+            settings.
         also: other regimes that a rule has to serve as well, such as `0.7,2:4`.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         strategy: who proposes rules, see `proposing/catalogue.py`.
@@ -268,7 +283,7 @@ def find(
         from_scratch=from_scratch,
         strategy=strategy,
     )
-    session = open_session(bench, task, Path(folder), resume=resume)
+    session = open_session(bench, task, Path(folder), also_benches=also_benches, resume=resume)
     try:
         yield from search(session.ladder, budget=budget)
     finally:

@@ -83,13 +83,17 @@ class Task:
                 found[key] = values
         return found
 
-    def on(self, layers: Sequence[Layer]) -> Task:
-        """The task on a model with these layers, some of which its rules may take more from."""
+    def on(self, *models: Sequence[Layer]) -> Task:
+        """The task on models with these layers, some of which its rules may take more from.
+
+        Every table has to fit every model, so a pattern that one of them lacks is left out.
+        """
         found = []
         if all(regime.pattern == "free" for regime in self.regimes):
             for pattern in self.space.ratios:
                 with suppress(ModelError):
-                    matching(pattern, layers)
+                    for layers in models:
+                        matching(pattern, layers)
                     found.append(pattern)
         return replace(self, ratios=tuple(found))
 

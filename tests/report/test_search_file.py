@@ -101,3 +101,20 @@ def test_a_file_with_more_than_we_know_is_read_all_the_same(asked: Asked, tmp_pa
     path = tmp_path / "search.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
     assert read_asked(tmp_path) == asked
+
+
+def test_further_models_are_kept_and_moved_ones_are_looked_for(
+    asked: Asked, tmp_path: Path
+) -> None:
+    assert asked.also_model == ()
+    before = asked_for({**OPTIONS, "also_model": ["demo", str(tmp_path / "old/a")]})
+    write_asked(before, tmp_path)
+    assert read_asked(tmp_path) == before
+    assert goes_on(before, {}, tmp_path) == before
+    (tmp_path / "new/a").mkdir(parents=True)
+    moved = ["demo", str(tmp_path / "new/a")]
+    assert goes_on(before, {"also_model": moved}, tmp_path).also_model == tuple(moved)
+    with pytest.raises(SearchError, match="--also-model demo and .*a, now demo;"):
+        goes_on(before, {"also_model": ["demo"], "seed": 2}, tmp_path)
+    with pytest.raises(SearchError, match="--also-model nothing, now demo"):
+        goes_on(asked, {"also_model": ["demo"]}, tmp_path)

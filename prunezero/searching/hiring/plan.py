@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ import torch
 
 from prunezero.errors import PruneZeroError, SearchError, differences
 from prunezero.formula.criterion import Criterion
+from prunezero.models.loading import load_model
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
@@ -82,18 +83,27 @@ class Plan:
     """formulas of the task"""
     rivals: tuple[Mapping[str, Any], ...]
     """fields of the recipes that are measured beside those of the task, as JSON holds them"""
+    also_models: tuple[tuple[str, str], ...] = ()
+    """further models: name or absolute path, and dtype"""
 
     @classmethod
-    def of(cls, bench: Bench, task: Task, rivals: Sequence[Recipe] = ()) -> Plan:
-        """The plan of the judge that `Judge(task, bench, rivals)` is."""
-        model = bench.language_model
+    def of(
+        cls,
+        bench: Bench,
+        task: Task,
+        rivals: Sequence[Recipe] = (),
+        *,
+        also_benches: Sequence[Bench] = (),
+    ) -> Plan:
+        """The plan of the judge that `Judge` is of the same arguments."""
+        model, *others = (one.language_model for one in (bench, *also_benches))
         return cls(
             model=_from_anywhere(model.name),
             text=_from_anywhere(bench.text.name),
             settings=bench.settings,
             dtype=model.dtype_word,
             device=model.device.type,
-            conditions=conditions(bench, task),
+            conditions=conditions(bench, task, also_benches),
             space=task.space.model_dump(mode="json"),
             sparsity=task.sparsity,
             pattern=task.pattern,
@@ -101,26 +111,31 @@ class Plan:
             seed=task.seed,
             seeds=tuple(seed.text for seed in task.seeds),
             rivals=tuple(one.model_dump(mode="json", by_alias=True) for one in rivals),
+            also_models=tuple((_from_anywhere(one.name), one.dtype_word) for one in others),
         )
 
     def judge(self, threads: int) -> Judge:
         """The judge; from here on this process computes on so many threads.
 
         Raises:
-            SearchError: the names lead to another model or text here, or the packages differ.
-            PruneZeroError: model or text cannot be loaded.
+            SearchError: the names lead to other models or text here, or the packages differ.
+            PruneZeroError: models or text cannot be loaded.
         """
         torch.set_num_threads(threads)
         bench = set_up(self.model, self.text, self.settings, dtype=self.dtype, device=self.device)
+        also_benches = [
+            replace(bench, language_model=load_model(name, dtype=dtype, device=self.device))
+            for name, dtype in self.also_models
+        ]
         task = self._task()
-        told = differences(self.conditions, conditions(bench, task))
+        told = differences(self.conditions, conditions(bench, task, also_benches))
         if told:
             raise SearchError(
                 f"the worker would answer otherwise than the search ({told}); give every machine "
                 "the same packages, and the same files under the same path"
             )
         rivals = [validated(Recipe, dict(fields), "a rival") for fields in self.rivals]
-        return Judge(task, bench, rivals)
+        return Judge(task, bench, rivals, also_benches=also_benches)
 
     def _task(self) -> Task:
         space = validated(SearchSpace, dict(self.space), "a plan")

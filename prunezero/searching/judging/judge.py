@@ -1,8 +1,8 @@
 """What does a rung of the ladder say of a recipe? Computed here, ordered and kept elsewhere.
 
-A judge holds a model with its statistics and answers questions made of plain data, so that it may
-as well stand in another process or on another machine. It remembers no answer, and no answer
-depends on the seed of the search or on what was asked before.
+A judge holds a model with its statistics, or several, and answers questions made of plain data, so
+that it may as well stand in another process or on another machine. It remembers no answer, and no
+answer depends on the seed of the search or on what was asked before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -22,23 +22,22 @@ import torch
 from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
-from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench, with_choices
-from prunezero.pruning.compare import Stand, finite_row
+from prunezero.pruning.compare import finite_row
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.searching.benches import about, told_of
 from prunezero.searching.judging.fitness import (
     Sample,
     ladder_sums,
     layer_error,
     mask_digest,
     masks_on,
-    probe_of,
-    sample_rows,
 )
+from prunezero.searching.judging.post import Post
 from prunezero.searching.judging.tuning import tune
-from prunezero.searching.regimes import geometric_mean, over_regimes
+from prunezero.searching.regimes import Regime, geometric_mean, over_regimes
 from prunezero.searching.task import Task
 
 # Keys of a recipe that change no result.
@@ -47,8 +46,8 @@ _WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command
 _PROBES = 1024
 # How torch says on the CPU, and cuBLAS on a GPU, that memory is short: not by an error of its own.
 _SHORT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-# Numbers of a formula are tried on every third layer; a Llama block has seven kinds.
-_TUNED_ON = 3
+# The one regime of a dense model.
+_DENSE = (Regime(0.0),)
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class ProbeMask:
 
 
 class Judge:
-    """The rungs of a search, over one model on its stand."""
+    """The rungs of a search, over one model, or over several at once."""
 
     def __init__(
         self,
@@ -108,27 +107,29 @@ class Judge:
         bench: Bench,
         rivals: Sequence[Recipe] = (),
         progress: Progress | None = None,
+        *,
+        also_benches: Sequence[Bench] = (),
     ) -> None:
-        """Calibrate the model, or find its statistics where an earlier process left them.
+        """Calibrate the models, or find their statistics where an earlier process left them.
 
         Args:
             rivals: recipes that will be measured beside those of the task.
+            also_benches: of further models, on the same text and under the same settings.
 
         Raises:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
         self.task = task
         space = task.space
-        layers = find_layers(bench.language_model.model)
         sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
         for regime in task.regimes:
             sums |= dense_sums(space.examples(regime.pattern))
         sums |= dense_sums(rivals)
-        statistics = bench.statistics(layers, sums, progress)
-        self._stand = Stand(bench, statistics, splits=("search", "validation", "test"))
-        self._samples = sample_rows(layers, statistics, space.features)
-        self._probe = probe_of(self._samples)
-        self._tuning_samples = self._samples[::_TUNED_ON]
+        self._benches = (bench, *also_benches)
+        self._posts = [
+            Post.of(one, sums, space.features, told_of(one, self._benches, progress))
+            for one in self._benches
+        ]
         self.probe = lru_cache(maxsize=_PROBES)(self._probed)
         self._rungs = {
             "layer error": self._layer_error,
@@ -136,10 +137,21 @@ class Judge:
             "measurement": self._row,
         }
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What the models are called, by their fingerprints, under which rows know them."""
+        models = [bench.language_model for bench in self._benches]
+        return {model.fingerprint: model.name for model in models}
+
     def _probed(self, criterion: Criterion, compare: str) -> ProbeMask | None:
         """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
         try:
-            masks = list(chain.from_iterable(self._masks(self._probe, criterion, compare)))
+            masks = [
+                mask
+                for post in self._posts
+                for of_regime in self._masks(post.probe, criterion, compare)
+                for mask in of_regime
+            ]
         except ScoreError:
             return None
         bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
@@ -159,15 +171,23 @@ class Judge:
     def _layer_error(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
         begin = time.perf_counter()
-        error = self._lost(self._samples, recipe.criterion, recipe.compare)
+        samples = [post.samples for post in self._posts]
+        error = self._lost(samples, recipe.criterion, recipe.compare)
         if not math.isfinite(error):
             return {"fault": "its layer error is not finite"}
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
 
-    def _lost(self, samples: Sequence[Sample], criterion: Criterion, compare: str) -> float:
-        """The layer error, of several regimes the geometric mean."""
-        masks = self._masks(samples, criterion, compare)
-        return geometric_mean([layer_error(samples, of_regime) for of_regime in masks])
+    def _lost(
+        self, of_models: Sequence[Sequence[Sample]], criterion: Criterion, compare: str
+    ) -> float:
+        """The layer error, of several models and regimes the geometric mean."""
+        return geometric_mean(
+            [
+                layer_error(samples, of_regime)
+                for samples in of_models
+                for of_regime in self._masks(samples, criterion, compare)
+            ]
+        )
 
     def _masks(
         self, samples: Sequence[Sample], criterion: Criterion, compare: str
@@ -179,10 +199,11 @@ class Judge:
     def _tuned(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
         begin = time.perf_counter()
+        samples = [post.tuning_samples for post in self._posts]
 
         def error(criterion: Criterion) -> float | None:
             try:
-                found = self._lost(self._tuning_samples, criterion, recipe.compare)
+                found = self._lost(samples, criterion, recipe.compare)
             except ScoreError:
                 return None
             return found if math.isfinite(found) else None
@@ -191,15 +212,19 @@ class Judge:
         return {"formula": best.text, "seconds": time.perf_counter() - begin}
 
     def _row(self, question: Question) -> dict[str, Any]:
+        # Not by name: the same model may be called otherwise in another process or search.
+        models = [bench.language_model.fingerprint for bench in self._benches]
         if question.recipe is None:
-            return finite_row(self._stand.dense_row(question.splits))
+            dense = [post.stand.dense_row(question.splits) for post in self._posts]
+            return finite_row(over_regimes(_DENSE, dense, models))
         begin = time.perf_counter()
-        recipe = _recipe(question)
+        recipe, regimes = _recipe(question), self.task.regimes
         rows = []
-        for regime in self.task.regimes:
-            one = with_choices(recipe, pattern=regime.pattern)
-            rows.append(self._stand.row(one, regime.sparsity, question.splits))
-        row = over_regimes(self.task.regimes, rows)
+        for post, regime in product(self._posts, regimes):
+            with about(post.stand.bench, self._benches):
+                one = with_choices(recipe, pattern=regime.pattern)
+                rows.append(post.stand.row(one, regime.sparsity, question.splits))
+        row = over_regimes(regimes, rows, models)
         return finite_row(row) | {"elapsed": time.perf_counter() - begin}
 
 

@@ -16,6 +16,7 @@ from prunezero.pruning.recipe import Recipe
 from prunezero.searching.judging.archive import Archive
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge, ProbeMask, Question
+from prunezero.searching.regimes import with_names
 from prunezero.searching.task import Rule, Task
 
 
@@ -99,7 +100,7 @@ class Ladder:
         """
         answers = self._answers([Question.of(recipe, splits) for recipe in recipes])
         for recipe, answer in zip(recipes, answers, strict=True):
-            yield answer if "fault" in answer else answer | {"recipe": recipe.name}
+            yield answer if "fault" in answer else self._named(answer) | {"recipe": recipe.name}
 
     def measure(self, recipe: Recipe, splits: Sequence[str]) -> dict[str, Any]:
         """The row of one recipe.
@@ -108,7 +109,7 @@ class Ladder:
             ScoreError: the criterion fails on some layer, or memory or time are short.
         """
         row = self._without_fault(Question.of(recipe, splits), f"recipe {recipe.name}")
-        return row | {"recipe": recipe.name}
+        return self._named(row) | {"recipe": recipe.name}
 
     def measure_dense(self, splits: Sequence[str]) -> dict[str, Any]:
         """The row of the dense model.
@@ -116,12 +117,16 @@ class Ladder:
         Raises:
             ScoreError: memory or time are short.
         """
-        return self._without_fault(Question.of(None, splits), "the dense model")
+        return self._named(self._without_fault(Question.of(None, splits), "the dense model"))
 
     def close(self) -> None:
         """Let go of the judges and of the journal."""
         self._judges.close()
         self._journal.close()
+
+    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with models by the names that this search has for them."""
+        return with_names(row, self._judge.names)
 
     def _without_fault(self, question: Question, whose: str) -> dict[str, Any]:
         # No search goes by it, and without it no search ends: a known fault is tried once more.

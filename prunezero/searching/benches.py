@@ -1,0 +1,146 @@
+"""On which models must a rule be good? On one, or on several at once, each on a bench of its own.
+
+All benches have the same text and settings, so that a window of one stands for a window of the
+other, and every rule has to fit every model. What does not fit is refused before the long work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from prunezero.errors import PruneZeroError, RecipeError, SearchError
+from prunezero.models.calibration import Progress
+from prunezero.models.language_model import LanguageModel
+from prunezero.models.loading import load_model
+from prunezero.models.text import SPLITS
+from prunezero.models.units import Layer, find_layers
+from prunezero.pruning.bench import Bench, with_choices
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.reordering import Reordering
+from prunezero.pruning.requirements import check_recipe
+from prunezero.searching.task import Rule, Task
+
+
+def beside(bench: Bench, names: Sequence[str], *, device: str) -> tuple[Bench, ...]:
+    """Benches of further models, on the text of the first and in the dtype that it has.
+
+    Raises:
+        SearchError: a model is named twice.
+        ModelError: one cannot be loaded.
+    """
+    _refuse_twice([bench.language_model.name, *names])
+    dtype = bench.language_model.dtype_word
+    return tuple(
+        replace(bench, language_model=load_model(name, dtype=dtype, device=device))
+        for name in names
+    )
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    """Refuse a list of models that names one of them twice.
+
+    Raises:
+        SearchError: it does.
+    """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise SearchError(f"model {name} is named twice; name every model once")
+
+
+def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Task:
+    """The task on these models, once it is known that each can take it.
+
+    Args:
+        rivals: recipes that will be measured beside those of the task.
+
+    Raises:
+        SearchError: one model stands there twice, or they share no text, settings or device.
+        PruneZeroError: model, text and task do not go together; of several models it names which.
+    """
+    _refuse_unlike(benches)
+    found = []
+    for bench in benches:
+        with about(bench, benches):
+            found.append(find_layers(bench.language_model.model))
+            for regime in task.regimes:
+                for recipe in [*_examples(task), *rivals]:
+                    one = with_choices(recipe, pattern=regime.pattern)
+                    layers = check_recipe(bench.language_model, one, regime.sparsity)
+                    _check_permutation(bench.language_model, one, layers)
+            # The judge of one model says so soon enough.
+            for split in SPLITS if len(benches) > 1 else ():
+                bench.windows(split)
+    return task.on(*found)
+
+
+@contextmanager
+def about(bench: Bench, benches: Sequence[Bench]) -> Iterator[None]:
+    """Within it, an error says which model it is about, where there are several."""
+    try:
+        yield
+    except PruneZeroError as error:
+        if len(benches) == 1:
+            raise
+        raise type(error)(f"model {bench.language_model.name}: {error}") from error
+
+
+def told_of(bench: Bench, benches: Sequence[Bench], progress: Progress | None) -> Progress | None:
+    """The progress of work on one model, under its name where there are several."""
+    if progress is None or len(benches) == 1:
+        return progress
+    name = bench.language_model.name
+    return lambda what, done, total: progress(f"{name}: {what}", done, total)
+
+
+def _refuse_unlike(benches: Sequence[Bench]) -> None:
+    _refuse_twice([bench.language_model.name for bench in benches])
+    first, *others = benches
+    known = {first.language_model.fingerprint: first.language_model.name}
+    for bench in others:
+        model = bench.language_model
+        if model.fingerprint in known:
+            raise SearchError(
+                f"{known[model.fingerprint]} and {model.name} are the same model; name every "
+                "model once"
+            )
+        known[model.fingerprint] = model.name
+        if _shared(bench) != _shared(first):
+            raise SearchError(
+                f"model {model.name} has other text, settings or another kind of device than "
+                f"{first.language_model.name}, so their windows cannot be compared one by one; "
+                "give all models the same text and Settings, and load them on one kind of device"
+            )
+
+
+def _shared(bench: Bench) -> tuple[object, ...]:
+    """What all benches of a search have in common."""
+    return bench.text.fingerprint, bench.settings, bench.language_model.device.type
+
+
+def _examples(task: Task) -> Iterator[Recipe]:
+    """A recipe of the task, and one with each value of what it leaves open."""
+    formula = task.space.terminals[0]
+    yield task.recipe(formula, "example")
+    for key, values in task.options.items():
+        for value in values:
+            # What the other choices of the space exclude is never proposed.
+            with suppress(RecipeError):
+                yield task.recipe(Rule(formula, {key: value}), "example")
+
+
+def _check_permutation(model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """Refuse a permutation that the model cannot follow.
+
+    Raises:
+        RecipeError, ModelError: it cannot.
+    """
+    if recipe.permute.word == "none":
+        return
+    # Blocks are nearly always alike, and probing all of them takes a minute.
+    inside = [layer for layer in layers if layer.block == layers[0].block]
+    try:
+        Reordering(model, recipe, inside)
+    except PruneZeroError:
+        Reordering(model, recipe, layers)

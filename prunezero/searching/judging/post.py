@@ -1,0 +1,52 @@
+"""What does a judge hold of each model? Its stand, and the rows on which masks are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from prunezero.models.calibration import Progress
+from prunezero.models.units import find_layers
+from prunezero.pruning.bench import Bench
+from prunezero.pruning.compare import Stand
+from prunezero.searching.judging.fitness import Sample, probe_of, sample_rows
+
+# Numbers of a formula are tried on every third layer; a Llama block has seven kinds.
+_TUNED_ON = 3
+
+
+@dataclass(frozen=True)
+class Post:
+    """One model that is judged on."""
+
+    stand: Stand
+    """where it is pruned and measured"""
+    samples: Sequence[Sample]
+    """rows of every layer, for the layer error"""
+    tuning_samples: Sequence[Sample]
+    """those of some layers, for many layer errors"""
+    probe: Sequence[Sample]
+    """few rows of few layers, to tell masks apart"""
+
+    @classmethod
+    def of(
+        cls,
+        bench: Bench,
+        sums: Iterable[str],
+        features: Sequence[str],
+        progress: Progress | None = None,
+    ) -> Post:
+        """Calibrate the model, or find its statistics where an earlier process left them.
+
+        Args:
+            sums: over calibration text, of every layer.
+            features: all that a formula may look at.
+
+        Raises:
+            TextError, StatisticsError: the text is too short, or nothing follows from it.
+        """
+        layers = find_layers(bench.language_model.model)
+        statistics = bench.statistics(layers, sums, progress)
+        stand = Stand(bench, statistics, splits=("search", "validation", "test"))
+        samples = sample_rows(layers, statistics, features)
+        return cls(stand, samples, samples[::_TUNED_ON], probe_of(samples))
