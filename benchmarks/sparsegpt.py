@@ -118,12 +118,13 @@ def _published(recipe: Recipe, layers: list[Layer], statistics: dict[str, Statis
         known = statistics[layer.name]
         gram = known.sums["gram"] * (2.0 / known.sequences)
         keep_of = None if pattern is None else (pattern.keep, pattern.of)
-        layer.weight.copy_(_one_column_at_a_time(layer.weight.float(), gram, keep_of))
+        layer.weight.copy_(one_column_at_a_time(layer.weight.float(), gram, keep_of))
 
 
-def _one_column_at_a_time(
+def one_column_at_a_time(
     weight: Tensor, hessian: Tensor, pattern: tuple[int, int] | None, sparsity: float = 0.5
 ) -> Tensor:
+    """The weight `[out, in]` as the published loop mends it; `hessian` is changed."""
     weight = weight.clone()
     columns = weight.shape[1]
     dead = hessian.diagonal() == 0

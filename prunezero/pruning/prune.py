@@ -218,6 +218,10 @@ class _Job:
             self.reordering.move(block, self._score, self.known)
             masks |= self.reordering.simulated(inside, self._score)
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
+            if walk is not None:
+                # The Gram matrices of all blocks together are larger than the model.
+                for layer in inside:
+                    self.known.pop(layer.name, None)
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
 
