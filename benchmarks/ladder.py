@@ -23,14 +23,8 @@ from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Settings, set_up
 from prunezero.pruning.compare import GLANCE, Stand
 from prunezero.searching.judging.audit import kendall_tau
-from prunezero.searching.judging.fitness import (
-    ladder_sums,
-    layer_error,
-    mask_digest,
-    masks_on,
-    probe_of,
-    sample_rows,
-)
+from prunezero.searching.judging.fitness import layer_error, mask_digest, masks_on
+from prunezero.searching.judging.samples import ladder_sums, probe_of, sample_rows, stacked
 from prunezero.searching.proposing.genetics import random_criterion
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
@@ -54,9 +48,9 @@ def main() -> None:
     sums = ladder_sums(space.features, with_gradients=True)
     statistics = bench.statistics(layers, sums)
     stand = Stand(bench, statistics, splits=("search",))
-    samples = sample_rows(layers, statistics, space.features)
+    rows_of_layers = sample_rows(layers, statistics, space.features)
+    samples, probe = stacked(rows_of_layers), stacked(probe_of(rows_of_layers))
     plain = [replace(one, row_weights=torch.ones_like(one.row_weights)) for one in samples]
-    probe = probe_of(samples)
     rng = random.Random(0)
     rows: list[dict[str, float | str]] = []
     waiting = list(task.seeds)

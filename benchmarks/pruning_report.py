@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 from collections import defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tracking import log
+
 from prunezero.report.axes import INK
-from prunezero.report.mlflow_store import prepare_database
-from prunezero.report.track import ENVIRONMENT, tracking_uri
 
 OURS = "prunezero"
-EXPERIMENT = "benchmarks"
-KEY_TAG = "benchmark.key"
 # Okabe and Ito's colours, which colour-blind people tell apart.
 COLOURS = {
     OURS: "#0072b2",
@@ -179,74 +174,11 @@ def finish(figure: Any, axes: Any, one: Row) -> None:
 
 
 def to_mlflow(rows: list[Row], conditions: Row, runs: Path, artifacts: tuple[Path, ...]) -> None:
-    """One run with table and picture, and below it one for every contender of every target.
-
-    They stand in an experiment of their own: the leaderboard of searches has no column for them.
-    The same conditions written again bring the same runs up to date. An MLflow that does not
-    answer costs nothing but a line.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        runs_of = _Runs(tracking_uri(runs), runs.absolute())
-        parent = runs_of.write("pruning", conditions, {}, artifacts=artifacts)
-        for (target, method), contenders in grouped(rows).items():
-            for name, members in contenders.items():
-                asked = conditions | {"target": target, "method": method, "contender": name}
-                metrics = {METRICS[key]: middle(members, key) for key in METRICS}
-                runs_of.write(f"{method} {target} {name}", asked, metrics, parent=parent)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"MLflow has not got all medians ({reason}); mend that and run again with --report")
-
-
-class _Runs:
-    """The runs of the benchmarks' experiment, each found again by what was asked for."""
-
-    def __init__(self, uri: str, folder: Path) -> None:
-        is_sqlite = uri.startswith("sqlite:///")
-        if is_sqlite:
-            prepare_database(Path(uri.removeprefix("sqlite:///")))
-        from mlflow import MlflowClient
-
-        self._client: Any = MlflowClient(tracking_uri=uri)
-        known = self._client.get_experiment_by_name(EXPERIMENT)
-        # A server of its own knows best where its artifacts go.
-        place = (folder / "artifacts").as_uri() if is_sqlite else None
-        self._experiment = (
-            known.experiment_id
-            if known is not None
-            else self._client.create_experiment(EXPERIMENT, artifact_location=place)
-        )
-
-    def write(
-        self,
-        name: str,
-        asked: Row,
-        metrics: dict[str, float],
-        *,
-        parent: str | None = None,
-        artifacts: tuple[Path, ...] = (),
-    ) -> str:
-        """Create the run or bring it up to date; its id."""
-        from mlflow.entities import Metric, Param
-
-        run = self._find(name, asked, parent)
-        now = run.info.start_time
-        self._client.log_batch(
-            run.info.run_id,
-            [Metric(key, value, now, 0) for key, value in metrics.items()],
-            [Param(key, str(value)) for key, value in asked.items()],
-        )
-        for path in artifacts:
-            self._client.log_artifact(run.info.run_id, str(path))
-        self._client.set_terminated(run.info.run_id)
-        return run.info.run_id
-
-    def _find(self, name: str, asked: Row, parent: str | None) -> Any:
-        key = json.dumps(asked, sort_keys=True)
-        for run in self._client.search_runs([self._experiment], max_results=5000):
-            if run.data.tags.get(KEY_TAG) == key:
-                return run
-        tags = {KEY_TAG: key} | ({"mlflow.parentRunId": parent} if parent else {})
-        return self._client.create_run(self._experiment, tags=tags, run_name=name)
+    """One run with table and picture, and below it one for every contender of every target."""
+    children = []
+    for (target, method), contenders in grouped(rows).items():
+        for name, members in contenders.items():
+            asked = conditions | {"target": target, "method": method, "contender": name}
+            metrics = {METRICS[key]: middle(members, key) for key in METRICS}
+            children.append((f"{method} {target} {name}", asked, metrics))
+    log("pruning", conditions, children, runs=runs, artifacts=artifacts)

@@ -12,11 +12,11 @@ from typing import Any
 from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.pruning.bench import Bench
-from prunezero.searching.judging.fitness import ROW_WEIGHTS, ladder_sums
+from prunezero.searching.judging.samples import ROW_WEIGHTS, ladder_sums
 from prunezero.searching.task import Task
 
 # Counts changes to what a search draws, asks or writes; what is older is then refused.
-FORMAT = 4
+FORMAT = 5
 
 
 def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dict[str, Any]:

@@ -11,7 +11,10 @@ from prunezero.scoring import population
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select
+from prunezero.searching.judging.fitness import masks_on
+from prunezero.searching.judging.samples import stacked
 from tests.scoring.test_machine import EVERY, stack
+from tests.searching.test_samples import FORMULAS, samples_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log:RuntimeWarning")
 
@@ -85,3 +88,12 @@ def test_scores_that_are_not_finite_never_become_a_mask_of_a_stack(way: str) -> 
     scores[1, 2, 3] = float("inf")
     with pytest.raises(ScoreError, match="1 are infinite"):
         select_stacked(scores, 0.5, compare="row", pattern="free")
+
+
+def test_kernels_screen_a_model_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    stacks = stacked(samples_of())
+    expected = [masks_on(stacks, one, 0.5, "row", "free") for one in FORMULAS]
+    monkeypatch.setattr(population, "has_kernels", lambda tensor: True)
+    for criterion, masks in zip(FORMULAS, expected, strict=True):
+        assert all(map(torch.equal, masks_on(stacks, criterion, 0.5, "row", "free"), masks))

@@ -47,7 +47,9 @@ def test_five_thousand_formulas_leave_caches_of_bounded_size(
 ) -> None:
     judge = Judge(make_task(tiny_space(), 0.5), tiny_bench())
     mask = torch.ones(2, 8, dtype=torch.bool)
-    monkeypatch.setattr("prunezero.searching.judging.judge.masks_on", lambda *args: [mask])
+    monkeypatch.setattr(
+        "prunezero.searching.judging.judge.masks_on", lambda *args, **scores: [mask]
+    )
     for criterion in many():
         judge.probe(criterion, "row")
         score._compiled(criterion)

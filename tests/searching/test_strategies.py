@@ -22,8 +22,9 @@ from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.fitness import Sample, mask_digest, masks_on
+from prunezero.searching.judging.fitness import mask_digest, masks_on
 from prunezero.searching.judging.judge import ProbeMask
+from prunezero.searching.judging.samples import Sample, stacked
 from prunezero.searching.memory import Memory
 from prunezero.searching.proposing.catalogue import STRATEGIES
 from prunezero.searching.proposing.controls import POPULATION, suggest
@@ -68,12 +69,13 @@ class PlantedLadder:
         weight = torch.randn((8, 24), generator=numbers)
         features = {name: feature(name, weight) for name in ("W", "R1", "C1")}
         features["X"] = torch.rand((1, 24), generator=numbers) * 4 + 0.1
-        self._layer = Sample("layer", features, None, torch.ones(8))
+        self._features = features
+        self._stacks = stacked([Sample("layer", features, None, torch.ones(8))])
 
     def probe(self, rule: Rule | Criterion) -> ProbeMask | None:
         criterion = rule.criterion if isinstance(rule, Rule) else rule
         try:
-            masks = masks_on([self._layer], criterion, 0.5, "row", "free")
+            masks = masks_on(self._stacks, criterion, 0.5, "row", "free")
         except ScoreError:
             return None
         return ProbeMask(mask_digest(masks), masks[0].numpy().ravel())
@@ -101,8 +103,8 @@ class PlantedLadder:
         )
 
     def _ranks(self, criterion: Criterion) -> Any:
-        features = {name: self._layer.features[name] for name in criterion.features}
-        scores = evaluate(criterion, features, self._layer.weight.shape)
+        features = {name: self._features[name] for name in criterion.features}
+        scores = evaluate(criterion, features, self._features["W"].shape)
         return scores.argsort(1).argsort(1).double().numpy()
 
 

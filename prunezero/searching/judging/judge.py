@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import product
+from functools import lru_cache, partial
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
@@ -28,14 +29,9 @@ from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.searching.benches import about, told_of
-from prunezero.searching.judging.fitness import (
-    Sample,
-    ladder_sums,
-    layer_error,
-    mask_digest,
-    masks_on,
-)
+from prunezero.searching.judging.fitness import layer_error, mask_digest, masks_on, scores_on
 from prunezero.searching.judging.post import Post
+from prunezero.searching.judging.samples import Stack, ladder_sums
 from prunezero.searching.judging.tuning import tune
 from prunezero.searching.regimes import Regime, geometric_mean, over_regimes
 from prunezero.searching.task import Task
@@ -157,10 +153,40 @@ class Judge:
         bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
         return ProbeMask(mask_digest(masks), bits)
 
+    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        """What `answer` says to each, in their order, each computed when it is asked for.
+
+        On a GPU, formulas that are asked for their layer errors are scored together.
+        """
+        for kind, some in groupby(questions, key=lambda question: question.kind):
+            alike = list(some)
+            yield from (
+                self._layer_errors(alike) if kind == "layer error" else map(self.answer, alike)
+            )
+
+    def _layer_errors(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        waiting = list(questions)
+        while waiting:
+            scores = self._scores([_recipe(question).criterion for question in waiting])
+            begin = time.perf_counter()
+            while waiting:
+                question = waiting.pop(0)
+                try:
+                    values = next(scores)
+                except (RuntimeError, MemoryError):
+                    # Perhaps together they were too many; what failed has no more to give.
+                    yield self.answer(question)
+                    break
+                yield self._or_fault(partial(self._layer_error, question, values, begin))
+                begin = time.perf_counter()
+
     def answer(self, question: Question) -> dict[str, Any]:
         """The answer, with a `fault` in words where the recipe fails on some layer."""
+        return self._or_fault(partial(self._rungs[question.kind], question))
+
+    def _or_fault(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
-            return self._rungs[question.kind](question)
+            return compute()
         except (ScoreError, FactorizationError) as error:
             return {"fault": str(error)}
         except (RuntimeError, MemoryError) as error:
@@ -168,33 +194,53 @@ class Judge:
                 raise
             return {"fault": "it needs too much memory"}
 
-    def _layer_error(self, question: Question) -> dict[str, Any]:
+    def _layer_error(
+        self,
+        question: Question,
+        scores: Sequence[Sequence[Tensor]] | None = None,
+        begin: float | None = None,
+    ) -> dict[str, Any]:
+        begin = time.perf_counter() if begin is None else begin
         recipe = _recipe(question)
-        begin = time.perf_counter()
         samples = [post.samples for post in self._posts]
-        error = self._lost(samples, recipe.criterion, recipe.compare)
+        error = self._lost(samples, recipe.criterion, recipe.compare, scores)
         if not math.isfinite(error):
             return {"fault": "its layer error is not finite"}
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
 
+    def _scores(self, criteria: Sequence[Criterion]) -> Iterator[tuple[list[Tensor], ...]]:
+        """Of each formula the scores on the samples of each model."""
+        of_models = [scores_on(post.samples, criteria) for post in self._posts]
+        return zip(*of_models, strict=True)
+
     def _lost(
-        self, of_models: Sequence[Sequence[Sample]], criterion: Criterion, compare: str
+        self,
+        of_models: Sequence[Sequence[Stack]],
+        criterion: Criterion,
+        compare: str,
+        scores: Sequence[Sequence[Tensor]] | None = None,
     ) -> float:
         """The layer error, of several models and regimes the geometric mean."""
+        known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_models)
         return geometric_mean(
             [
                 layer_error(samples, of_regime)
-                for samples in of_models
-                for of_regime in self._masks(samples, criterion, compare)
+                for samples, own in zip(of_models, known, strict=True)
+                for of_regime in self._masks(samples, criterion, compare, own)
             ]
         )
 
     def _masks(
-        self, samples: Sequence[Sample], criterion: Criterion, compare: str
-    ) -> Iterator[list[torch.Tensor]]:
+        self,
+        samples: Sequence[Stack],
+        criterion: Criterion,
+        compare: str,
+        scores: Sequence[Tensor] | None = None,
+    ) -> Iterator[list[Tensor]]:
         """The masks of all samples in each regime, one regime after the other."""
         for regime in self.task.regimes:
-            yield masks_on(samples, criterion, regime.sparsity, compare, regime.pattern)
+            request = regime.sparsity, compare, regime.pattern
+            yield masks_on(samples, criterion, *request, scores=scores)
 
     def _tuned(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)

@@ -40,7 +40,7 @@ class OneJudge:
 
     def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """One answer to each question, in their order."""
-        return map(self._judge.answer, questions)
+        return self._judge.answers(questions)
 
     def close(self) -> None:
         """Nothing is held."""

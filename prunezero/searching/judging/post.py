@@ -9,7 +9,7 @@ from prunezero.models.calibration import Progress
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
-from prunezero.searching.judging.fitness import Sample, probe_of, sample_rows
+from prunezero.searching.judging.samples import Stack, probe_of, sample_rows, stacked
 
 # Numbers of a formula are tried on every third layer; a Llama block has seven kinds.
 _TUNED_ON = 3
@@ -21,11 +21,11 @@ class Post:
 
     stand: Stand
     """where it is pruned and measured"""
-    samples: Sequence[Sample]
+    samples: Sequence[Stack]
     """rows of every layer, for the layer error"""
-    tuning_samples: Sequence[Sample]
+    tuning_samples: Sequence[Stack]
     """those of some layers, for many layer errors"""
-    probe: Sequence[Sample]
+    probe: Sequence[Stack]
     """few rows of few layers, to tell masks apart"""
 
     @classmethod
@@ -49,4 +49,5 @@ class Post:
         statistics = bench.statistics(layers, sums, progress)
         stand = Stand(bench, statistics, splits=("search", "validation", "test"))
         samples = sample_rows(layers, statistics, features)
-        return cls(stand, samples, samples[::_TUNED_ON], probe_of(samples))
+        of_some = (samples, samples[::_TUNED_ON], probe_of(samples))
+        return cls(stand, *map(stacked, of_some))

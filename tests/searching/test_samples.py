@@ -1,0 +1,114 @@
+"""Layers of one shape are judged in a stack, as each by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunezero.formula.criterion import Criterion
+from prunezero.models.units import find_layers
+from prunezero.pruning.recipe import Recipe
+from prunezero.scoring.score import evaluate
+from prunezero.scoring.selection import select, select_model
+from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
+from prunezero.searching.judging.judge import Judge, Question
+from prunezero.searching.judging.samples import Sample, ladder_sums, sample_rows, stacked
+from prunezero.searching.session import make_task
+from tests.searching.bench import tiny_bench, tiny_space
+
+FEATURES = ("W", "X", "G", "R1")
+FORMULAS = [Criterion.parse(text) for text in ("abs(W)*X", "W**2*minmax(G)", "abs(W)/R1 + G")]
+
+
+def samples_of(dtype: torch.dtype = torch.float32) -> list[Sample]:
+    bench = tiny_bench()
+    bench.language_model.model.to(dtype)
+    layers = find_layers(bench.language_model.model)
+    sums = ladder_sums(FEATURES, with_gradients=True)
+    return sample_rows(layers, bench.statistics(layers, sums), FEATURES)
+
+
+def one_by_one(samples: list[Sample], masks: list[torch.Tensor]) -> float:
+    """The layer error as the docstring of fitness.py writes it, in float64."""
+    shares = []
+    for sample, mask in zip(samples, masks, strict=True):
+        assert sample.gram is not None
+        weight, gram = sample.features["W"].double(), sample.gram.double()
+        weights = sample.row_weights.double()
+        lost = torch.where(mask, 0.0, weight)
+        energies = [((rows @ gram * rows).sum(1) * weights).sum() for rows in (lost, weight)]
+        shares.append(float(energies[0] / energies[1]))
+    return sum(shares) / len(shares)
+
+
+@pytest.mark.parametrize(
+    ("compare", "pattern"), [("row", "free"), ("layer", "free"), ("row", "2:4")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_loses_what_its_layers_lose(compare: str, pattern: str, dtype: torch.dtype) -> None:
+    samples = samples_of(dtype)
+    stacks = stacked(samples)
+    assert 1 < len(stacks) < len(samples)
+    assert sorted(name for stack in stacks for name in stack.names) == sorted(
+        sample.name for sample in samples
+    )
+    for criterion in FORMULAS:
+        own = []
+        for sample in samples:
+            read = {name: sample.features[name] for name in criterion.features}
+            scores = evaluate(criterion, read, sample.features["W"].shape)
+            own.append(select(scores, 0.5, compare=compare, pattern=pattern))
+        found = layer_error(stacks, masks_on(stacks, criterion, 0.5, compare, pattern))
+        # In bfloat16 a product is rounded to three digits, and a sum of many to more.
+        assert found == pytest.approx(
+            one_by_one(samples, own), rel=1e-5 if dtype.itemsize == 4 else 0.01
+        )
+
+
+def test_all_layers_compete_across_stacks() -> None:
+    stacks = stacked(samples_of())
+    kept = masks_on(stacks, FORMULAS[0], 0.5, "model", "free")
+    scores = [stack.weight.abs() * stack.features["X"] for stack in stacks]
+    assert all(map(torch.equal, kept, select_model(scores, 0.5)))
+    assert sum(int(mask.sum()) for mask in kept) == sum(s.numel() - s.numel() // 2 for s in scores)
+
+
+def test_layers_that_read_the_same_inputs_share_one_short_gram_matrix() -> None:
+    samples = samples_of(torch.bfloat16)
+    grams = {sample.gram.data_ptr() for sample in samples if sample.gram is not None}
+    assert {sample.gram.dtype for sample in samples if sample.gram is not None} == {torch.bfloat16}
+    # q, k and v read the same, gate and up do: four matrices for seven layers of a block.
+    assert 7 * len(grams) == 4 * len(samples)
+
+
+def questions() -> list[Question]:
+    task = make_task(tiny_space(), 0.5)
+    texts = ["abs(W)*X", "layer_mean(X)", "W**2*minmax(G)", "abs(W)*G"]  # one ranks nothing
+    asked = [Question.of(task.recipe(Criterion.parse(text), "it")) for text in texts]
+    return [*asked[:3], Question.of(Recipe.load("wanda"), ("search",)), asked[3]]
+
+
+def plain(answer: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in answer.items() if key not in ("seconds", "elapsed")}
+
+
+def test_many_answers_are_those_to_each_question_alone() -> None:
+    judge = Judge(make_task(tiny_space(), 0.5, also="2:4"), tiny_bench())
+    together = [plain(answer) for answer in judge.answers(questions())]
+    assert together == [plain(judge.answer(question)) for question in questions()]
+    assert "fault" in together[1] and "layer_error" in together[4]
+
+
+def test_memory_too_short_for_all_formulas_together_is_no_fault_of_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = Judge(make_task(tiny_space(), 0.5), tiny_bench())
+    expected = [plain(answer) for answer in judge.answers(questions())]
+
+    def greedy(stacks: object, criteria: list[Criterion]) -> object:
+        if len(criteria) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from scores_on(stacks, criteria)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("prunezero.searching.judging.judge.scores_on", greedy)
+    assert [plain(answer) for answer in judge.answers(questions())] == expected
