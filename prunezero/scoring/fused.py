@@ -110,17 +110,30 @@ def fused_mask(
         scores = fused_score(criterion, weight, features)
         return select(scores, sparsity, compare=compare, pattern=pattern)
     remove = removed_count(weight.shape[1], sparsity)
-    return selected(criterion, weight, features, parsed or remove).kept
+    chosen = selected(criterion, weight, features, parsed or remove)
+    if chosen.has_faults:
+        refuse_non_finite(fused_score(criterion, weight, features))
+    return chosen.kept
 
 
 @dataclass(frozen=True)
 class Selected:
-    """What the kernels say of one matrix."""
+    """What the kernels say of one matrix; it may only be used without faults."""
 
     kept: torch.Tensor
     """True = keep; bool [out, in], or uint8 [out, ceil(in / 8)] with the first weight lowest"""
     tallies: torch.Tensor
-    """int32 [programs, 2]: scores that are not finite, and rows or groups that are tied"""
+    """int32 [programs, 4]: scores not finite, rows or groups tied, the lowest and highest key"""
+
+    @property
+    def has_faults(self) -> bool:
+        """Whether a score is NaN or infinite, and the mask worth nothing."""
+        return bool(self.tallies[:, 0].any())
+
+    @property
+    def ranks_nothing(self) -> bool:
+        """Whether all scores are equal."""
+        return bool(self.tallies[:, 2].min() == self.tallies[:, 3].max())
 
     @property
     def ties(self) -> int:
@@ -144,7 +157,6 @@ def selected(
         is_packed: write eight weights into a byte.
 
     Raises:
-        ScoreError: a score is NaN or infinite.
         StatisticsError: a feature is missing.
     """
     columns = weight.shape[1]
@@ -159,8 +171,6 @@ def selected(
     kept = torch.empty(weight.shape[0], width, dtype=dtype, device=weight.device)
     with on_device_of(weight):
         tallies = select_by(kernels, kept, columns, request, arguments)
-    if int(tallies[:, 0].sum()):
-        refuse_non_finite(fused_score(criterion, weight, features))
     return Selected(kept, tallies)
 
 
@@ -175,7 +185,7 @@ def _rows(
 ) -> torch.Tensor:
     """Fill the mask row by row; returns the tallies of `Selected`."""
     is_packed = kept.dtype == torch.uint8
-    tallies = torch.empty(kept.shape[0], 2, dtype=torch.int32, device=kept.device)
+    tallies = torch.empty(kept.shape[0], 4, dtype=torch.int32, device=kept.device)
     is_long = columns > WIDEST_ROW
     block = _PIECE if is_long else _next_power_of_two(max(columns, 8))
     kernel = kernels.long_row_kernel if is_long else kernels.row_kernel
@@ -209,7 +219,7 @@ def _groups(
     groups = min(max(_PAIRS_PER_PROGRAM // width**2, 8), _next_power_of_two(groups_per_row))
     groups = max(groups, -(-8 // width))
     pieces = -(-groups_per_row // groups)
-    tallies = torch.empty(kept.shape[0] * pieces, 2, dtype=torch.int32, device=kept.device)
+    tallies = torch.empty(kept.shape[0] * pieces, 4, dtype=torch.int32, device=kept.device)
     kernels.pattern_kernel[(kept.shape[0], pieces)](
         kept,
         tallies,

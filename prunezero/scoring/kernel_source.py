@@ -137,6 +137,14 @@ def score_kernel(scores, columns, $PARAMETERS, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tally(tallies, program, faults, tied, lowest, highest):
+    tl.store(tallies + 4 * program, faults)
+    tl.store(tallies + 4 * program + 1, tied)
+    tl.store(tallies + 4 * program + 2, lowest)
+    tl.store(tallies + 4 * program + 3, highest)
+
+
+@triton.jit
 def middle_of(low, high):
     # The mean, rounded down, without overflow.
     return (low >> 1) + (high >> 1) + (low & high & 1)
@@ -165,8 +173,9 @@ def row_kernel(
     inside = column < columns
     score = score_of(row, column, inside, $PARAMETERS)
     keys = key_of(score, inside)
-    low = tl.min(keys, axis=0)
-    high = tl.max(tl.where(inside, keys, -2147483648), axis=0)
+    lowest = tl.min(keys, axis=0)
+    highest = tl.max(tl.where(inside, keys, -2147483648), axis=0)
+    low, high = lowest, highest
     count = -1
     while (low < high) & (count != remove):
         middle = middle_of(low, high)
@@ -182,8 +191,7 @@ def row_kernel(
         missing = remove - tl.sum(below.to(tl.int32), axis=0)
         is_tied = (missing > 0).to(tl.int32)
         removed = below | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= missing))
-    tl.store(tallies + 2 * row, tl.sum(not_finite(score, inside), axis=0))
-    tl.store(tallies + 2 * row + 1, is_tied)
+    tally(tallies, row, tl.sum(not_finite(score, inside), axis=0), is_tied, lowest, highest)
     store(kept, row * stride + column, removed == 0, inside, BLOCK, PACKED)
 
 
@@ -194,15 +202,16 @@ def long_row_kernel(
 ):
     # The same for rows that do not fit one program's registers: every pass reads them in pieces.
     row = tl.program_id(0).to(tl.int64)
-    low, high, faults = 2147483647, -2147483648, 0
+    lowest, highest, faults = 2147483647, -2147483648, 0
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < columns
         score = score_of(row, column, inside, $PARAMETERS)
         keys = key_of(score, inside)
-        low = tl.minimum(low, tl.min(keys, axis=0))
-        high = tl.maximum(high, tl.max(tl.where(inside, keys, -2147483648), axis=0))
+        lowest = tl.minimum(lowest, tl.min(keys, axis=0))
+        highest = tl.maximum(highest, tl.max(tl.where(inside, keys, -2147483648), axis=0))
         faults += tl.sum(not_finite(score, inside), axis=0)
+    low, high = lowest, highest
     count = -1
     while (low < high) & (count != remove):
         middle = middle_of(low, high)
@@ -233,8 +242,8 @@ def long_row_kernel(
         removed = (keys < high) | goes
         seen += tl.sum(is_equal, axis=0)
         store(kept, row * stride + column, removed == 0, inside, BLOCK, PACKED)
-    tl.store(tallies + 2 * row, faults)
-    tl.store(tallies + 2 * row + 1, ((missing > 0) & (equal > missing)).to(tl.int32))
+    is_tied = ((missing > 0) & (equal > missing)).to(tl.int32)
+    tally(tallies, row, faults, is_tied, lowest, highest)
 
 
 @triton.jit
@@ -258,8 +267,10 @@ def pattern_kernel(
     goes = (keep == 0)[:, None, :]
     tied = tl.max((equal & goes).to(tl.int32), axis=2) * (keep & inside).to(tl.int32)
     program = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(tallies + 2 * program, tl.sum(tl.sum(not_finite(score, inside), axis=1), axis=0))
-    tl.store(tallies + 2 * program + 1, tl.sum(tl.max(tied, axis=1), axis=0))
+    faults = tl.sum(tl.sum(not_finite(score, inside), axis=1), axis=0)
+    lowest = tl.min(tl.min(keys, axis=1), axis=0)
+    highest = tl.max(tl.max(tl.where(inside, keys, -2147483648), axis=1), axis=0)
+    tally(tallies, program, faults, tl.sum(tl.max(tied, axis=1), axis=0), lowest, highest)
     place = row * stride + column
     flat: tl.constexpr = GROUPS * WIDTH
     if PACKED:

@@ -19,7 +19,7 @@ from prunezero.scoring.fused import WIDEST_PATTERN, fused_score, has_kernels, se
 from prunezero.scoring.machine import can_run, scores_of
 from prunezero.scoring.request import group_columns, parse_pattern, removed_count
 from prunezero.scoring.score import evaluate
-from prunezero.scoring.selection import select
+from prunezero.scoring.selection import refuse_non_finite, select
 
 # Scores that the machine writes at once, in values: half a gigabyte.
 _SCORES = 1 << 27
@@ -90,4 +90,7 @@ def _select_rows(rows: Tensor, sparsity: float, pattern: str) -> Tensor:
     if not has_kernels(rows) or (parsed is not None and parsed.of > WIDEST_PATTERN):
         return select(rows, sparsity, pattern=pattern)
     request = parsed or removed_count(rows.shape[1], sparsity)
-    return selected(Criterion.parse("W"), rows, {}, request).kept
+    chosen = selected(Criterion.parse("W"), rows, {}, request)
+    if chosen.has_faults:
+        refuse_non_finite(rows)
+    return chosen.kept

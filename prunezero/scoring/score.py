@@ -20,7 +20,8 @@ from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.code import lines_of, plain_line, split_steps, torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.feature_values import feature
-from prunezero.scoring.fused import can_fuse, fused_mask, fused_score, has_kernels
+from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected
+from prunezero.scoring.request import check_request, removed_count
 from prunezero.scoring.selection import select
 from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.tiles import needs_tiles, row_tiles
@@ -117,10 +118,14 @@ def keep_mask(
         ScoreError, StatisticsError: as `score`.
         SelectionError: no mask satisfies the sparsity, group or pattern.
     """
-    if has_kernels(weight) and can_fuse(compare, pattern):
+    if has_kernels(weight) and can_fuse(compare, pattern) and weight.numel():
+        parsed = check_request(weight.shape[1], sparsity, compare=compare, pattern=pattern)
+        request = parsed or removed_count(weight.shape[1], sparsity)
         features = features_of(criterion, weight, statistics, layer=layer)
-        refuse_unusable(fused_score(criterion, weight, features), criterion, weight, layer)
-        return fused_mask(criterion, weight, features, sparsity, compare=compare, pattern=pattern)
+        chosen = selected(criterion, weight, features, request)
+        if chosen.has_faults or chosen.ranks_nothing:
+            refuse_unusable(fused_score(criterion, weight, features), criterion, weight, layer)
+        return chosen.kept
     scores = score(criterion, weight, statistics, layer=layer)
     return select(scores, sparsity, compare=compare, pattern=pattern)
 

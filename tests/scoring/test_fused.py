@@ -17,7 +17,7 @@ from prunezero.formula.canonical import combine, number
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
-from prunezero.scoring import fused
+from prunezero.scoring import fused, score
 from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
 from prunezero.scoring.kernel_source import plan
 from prunezero.scoring.request import parse_pattern
@@ -316,3 +316,32 @@ def test_the_source_holds_nothing_of_the_formulas_text() -> None:
     planned = plan(Criterion.parse("abs(W) * log(G1) * 123.456"))
     assert "G1" not in planned.source and "123" not in planned.source
     assert planned.constants == (123.456,)
+
+
+@pytest.mark.parametrize("pattern", ["free", "2:4"])
+def test_a_layers_mask_is_one_kernel_and_refused_as_in_torch(
+    monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    values = tensors()
+    expected = score.keep_mask(MAGNITUDE, values["W"], None, 0.5, pattern=pattern)
+    scored = []
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        scored.append(arguments)
+        return fused_score(*arguments)
+
+    monkeypatch.setattr(score, "has_kernels", lambda tensor: True)
+    monkeypatch.setattr(score, "fused_score", watched)
+    weight = values["W"].to(DEVICE)
+    kept = score.keep_mask(MAGNITUDE, weight, None, 0.5, pattern=pattern)
+    assert torch.equal(kept.cpu(), expected) and not scored
+    for criterion, bad, words in (
+        (MAGNITUDE, float("nan"), "NaN or infinite"),
+        (Criterion.parse("layer_mean(abs(W))"), 1.0, "the same score"),
+    ):
+        weight[1, 7] = bad
+        with pytest.raises(ScoreError, match=words):
+            score.keep_mask(criterion, weight, None, 0.5, pattern=pattern)
+    zeros = torch.zeros(3, 40, device=DEVICE)
+    kept = score.keep_mask(MAGNITUDE, zeros, None, 0.5, pattern=pattern)
+    assert torch.equal(kept.cpu(), select(zeros.cpu(), 0.5, pattern=pattern))

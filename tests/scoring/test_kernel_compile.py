@@ -58,7 +58,7 @@ BUDGETS = [
     (of_formula(EVERY, "row_kernel", NARROW), 0),
     (of_formula(EVERY, "row_kernel", PACKED, 8), 0),
     (of_formula(EVERY, "row_kernel", {**NARROW, "BLOCK": WIDEST_FUSED_ROW}, 16), 64),
-    (of_formula("W", "row_kernel", {**NARROW, "BLOCK": WIDEST_ROW}, 16), 128),
+    (of_formula("W", "row_kernel", {**NARROW, "BLOCK": WIDEST_ROW}, 16), 160),
     (of_formula("W", "long_row_kernel", PACKED, 8), 0),
     (of_formula(EVERY, "pattern_kernel", PAIRS), 0),
     (of_formula(EVERY, "pattern_kernel", ODD), 0),
