@@ -8,6 +8,7 @@ import torch
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
 from prunezero.scoring import machine
+from prunezero.scoring.kernel_files import kernel_folder
 from prunezero.scoring.machine import can_run, machine_source, program, scores_of
 from tests.scoring.test_fused import DEVICE, kernel_score, tensors, with_operator
 
@@ -83,3 +84,14 @@ def test_the_source_holds_the_vocabulary_and_no_formula() -> None:
     source = machine_source(("add", "abs", "sqrt"))
     assert "x + y" in source and "tl.sqrt_rn(x)" in source
     assert "tanh" not in source and "$" not in source
+
+
+def test_a_thousand_new_formulas_need_one_kernel() -> None:
+    _, together = stack()
+    texts = [f"abs(W)**{1 + place / 1000} * sqrt(X) + {place + 1} * G" for place in range(500)]
+    texts += [f"tanh(abs(W) * {place + 1}) / (X + {place + 1})" for place in range(500)]
+    criteria = [Criterion.parse(text) for text in texts]
+    one_row = {name: value[:1, :1] for name, value in together.items()}
+    for start in range(0, 1000, 100):
+        scores_of(criteria[start : start + 100], one_row, (1, 1, 40))
+    assert len(list(kernel_folder().glob("*.py"))) == 1
