@@ -82,8 +82,9 @@ _ARITHMETIC = (
         "x / y",
         "quotient, elementwise; 0 where y is 0",
         _divide,
-        "torch.where({1} == 0, 0.0, {0} / {1})",
-        "tl.where({1} == 0, 0.0, tl.div_rn({0}, tl.where({1} == 0, 1.0, {1})))",
+        # By infinity instead of by 0; where y is one row or column, that is quick to write.
+        "{0} / torch.where({1} == 0, torch.inf, {1})",
+        'tl.div_rn({0}, tl.where({1} == 0, float("inf"), {1}))',
         unit="quotient",
     ),
     Operator(
@@ -207,9 +208,9 @@ _WHOLE_MATRIX = (
         "minmax(x)",
         "scaled to 0..1 by the layer's smallest and largest value",
         MINMAX,
-        "torch.where({0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), 0.0, "
-        "({0} - {0}.amin((-2, -1), keepdim=True))"
-        " / ({0}.amax((-2, -1), keepdim=True) - {0}.amin((-2, -1), keepdim=True)))",
+        "({0} - {0}.amin((-2, -1), keepdim=True)) / torch.where("
+        "{0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), torch.inf, "
+        "{0}.amax((-2, -1), keepdim=True) - {0}.amin((-2, -1), keepdim=True))",
         sign="nonnegative",
         unit="none",
     ),
@@ -219,9 +220,9 @@ _WHOLE_MATRIX = (
         "zscore(x)",
         "scaled to mean 0 and standard deviation 1 over the layer",
         ZSCORE,
-        "torch.where({0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), 0.0, "
-        "({0} - {0}.mean((-2, -1), keepdim=True, dtype=torch.float64).float())"
-        " / {0}.double().std((-2, -1), correction=0, keepdim=True).float())",
+        "({0} - {0}.mean((-2, -1), keepdim=True, dtype=torch.float64).float()) / torch.where("
+        "{0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), torch.inf, "
+        "{0}.double().std((-2, -1), correction=0, keepdim=True).float())",
         unit="none",
     ),
     Operator(
