@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from prunezero.errors import (
 from prunezero.models.calibration import calibrate
 from prunezero.models.units import find_layers
 from prunezero.pruning.dense_weights import DenseWeights
-from prunezero.pruning.prune import prune
+from prunezero.pruning.prune import prune, prune_layers
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import dense_sums
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
@@ -91,6 +92,20 @@ def test_sequential_statistics_keep_the_gradients_of_the_dense_model() -> None:
     assert dense_sums([chosen]) == {"gradient_absolute_sum"}
     outcome = prune(model, chosen, 0.5, statistics=statistics_for(model, chosen), windows=BATCHES)
     assert outcome.sparsity_reached == 0.5
+
+
+def test_gram_matrices_of_pruned_blocks_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[list[weakref.ref[torch.Tensor]]] = []
+
+    def watched(chosen: Recipe, layers: Any, known: Any, *rest: Any, **masks: Any) -> None:
+        for block in alive:
+            assert not any(gram() is not None for gram in block)
+        alive.append([weakref.ref(known[layer.name].sums["gram"]) for layer in layers])
+        prune_layers(chosen, layers, known, *rest, **masks)
+
+    monkeypatch.setattr("prunezero.pruning.prune.prune_layers", watched)
+    prune(tiny_model(), Recipe.load("sparsegpt"), 0.5, windows=BATCHES)
+    assert len(alive) > 1
 
 
 def test_no_gradients_are_collected_where_no_formula_asks_for_them() -> None:
