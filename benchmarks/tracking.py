@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class _Experiment:
         from mlflow.entities import Metric, Param
 
         run = self._run(name, asked, parent)
-        now = run.info.start_time
+        # MLflow shows the latest value, and of equal times the largest.
+        now = time.time_ns() // 1_000_000
         self._client.log_batch(
             run.info.run_id,
             [Metric(key, value, now, 0) for key, value in metrics.items()],

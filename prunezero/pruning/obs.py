@@ -78,18 +78,19 @@ class _Sweep:
 
     def __init__(self, columns: Tensor, upper: Tensor, choose: Choose, group: int | None) -> None:
         self.columns = columns
-        self.upper = upper
+        self._has_kernel = has_kernels(columns)
+        # A factor comes column by column, and kernels read it row by row.
+        self.upper = upper.contiguous() if self._has_kernel else upper
         self.keep = torch.ones_like(columns, dtype=torch.bool)
         self._errors = torch.zeros_like(columns)
         self._choose = choose
         self._group = group or len(columns)
         # On a CPU the same memory as numpy arrays, whose calls cost a quarter of torch's.
-        tensors = (columns, self._errors, upper, self.keep)
+        tensors = (columns, self._errors, self.upper, self.keep)
         self._arrays: Any = (
             tuple(tensor.numpy() for tensor in tensors) if columns.device.type == "cpu" else tensors
         )
         self._diagonal = self._arrays[2].diagonal()
-        self._has_kernel = has_kernels(columns)
         self._narrow = MOST_COLUMNS if self._has_kernel else NARROW
 
     def choose(self, start: int, stop: int) -> None:

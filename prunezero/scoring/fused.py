@@ -275,7 +275,7 @@ def _computed_before(planned: Plan, features: dict[str, torch.Tensor]) -> dict[s
     """The values that the kernel does not compute itself, by the operators' own torch templates."""
     values: dict[str, Any] = {name: value.float() for name, value in features.items()}
     with torch.no_grad():
-        exec(planned.before, {"__builtins__": {}, "torch": torch}, values)
+        exec(planned.before, {"torch": torch}, values)
     return values
 
 

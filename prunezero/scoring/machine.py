@@ -19,7 +19,7 @@ import torch
 
 from prunezero.formula.code import Step, split_steps
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.vocabulary import OPERATORS
+from prunezero.formula.vocabulary import OPERATORS, Operator
 from prunezero.scoring.fused import KERNEL_OPTIONS, on_device_of
 from prunezero.scoring.kernel_files import import_kernels, kernel_folder
 
@@ -79,7 +79,7 @@ def scores_of(
         shape: [layers, out, in], of fewer than 2**31 weights.
     """
     device = next(iter(features.values())).device
-    words = _vocabulary(criteria)
+    words = _vocabulary()
     tape = _Tape(features, {word: code for code, word in enumerate((_INPUT, _NUMBER, *words))})
     for criterion in criteria:
         tape.write(program(criterion))
@@ -104,11 +104,10 @@ def scores_of(
     return scores
 
 
-def _vocabulary(criteria: Sequence[Criterion]) -> tuple[str, ...]:
-    """Our operators that a kernel can compute, and those of other packages that are in use."""
-    used = {kind for criterion in criteria for kind, _ in program(criterion).words}
-    own = [name for name, row in OPERATORS.own.items() if row.triton]
-    return (*own, *sorted(used - {_INPUT, _NUMBER} - set(OPERATORS.own)))
+def _vocabulary() -> tuple[str, ...]:
+    """All operators that a kernel can compute, ours first."""
+    rows = (*OPERATORS.own.values(), *OPERATORS.others().values())
+    return tuple(row.name for row in rows if isinstance(row, Operator) and row.triton)
 
 
 @dataclass
@@ -153,7 +152,7 @@ class _Tape:
         }
         text = (step.operator.torch or "").format(*step.arguments)
         with torch.no_grad():
-            self.computed[meaning] = eval(text, {"__builtins__": {}, "torch": torch}, scope)
+            self.computed[meaning] = eval(text, {"torch": torch}, scope)
 
     def _value(self, meaning: str) -> torch.Tensor:
         found = self.computed.get(meaning)

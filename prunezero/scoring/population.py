@@ -16,13 +16,16 @@ from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.fused import WIDEST_PATTERN, fused_score, has_kernels, selected
-from prunezero.scoring.machine import can_run, scores_of
-from prunezero.scoring.request import group_columns, parse_pattern, removed_count
+from prunezero.scoring.machine import can_run, program, scores_of
+from prunezero.scoring.request import check_request, group_columns, parse_pattern, removed_count
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import refuse_non_finite, select
 
-# Scores that the machine writes at once, in values: half a gigabyte.
+# Values that one run of the machine may hold: half a gigabyte.
 _SCORES = 1 << 27
+# What a grid of programs can count.
+_MOST_FORMULAS = 65535
+_WIDEST = 1 << 31
 
 
 def stacked_scores(
@@ -39,14 +42,29 @@ def stacked_scores(
             read = {name: features[name] for name in criterion.features}
             yield evaluate(criterion, read, shape)
         return
-    at_once = max(1, _SCORES // math.prod(shape))
-    for start in range(0, len(criteria), at_once):
-        some = criteria[start : start + at_once]
-        fit = [criterion for criterion in some if can_run(criterion)]
+    size = math.prod(shape)
+    for some in _portions(criteria, size):
+        fit = [one for one in some if can_run(one) and size < _WIDEST]
         scores = dict(zip(fit, scores_of(fit, features, shape), strict=True)) if fit else {}
         for criterion in some:
             found = scores.get(criterion)
             yield _layer_by_layer(criterion, features, shape) if found is None else found
+        del scores, found
+
+
+def _portions(criteria: Sequence[Criterion], size: int) -> Iterator[list[Criterion]]:
+    """The formulas in portions whose scores, and what is computed before them, fit `_SCORES`."""
+    portion: list[Criterion] = []
+    held = 0
+    for criterion in criteria:
+        whole = sum(step.shape == "element" for step in program(criterion).before)
+        if portion and (held + (1 + whole) * size > _SCORES or len(portion) == _MOST_FORMULAS):
+            yield portion
+            portion, held = [], 0
+        portion.append(criterion)
+        held += (1 + whole) * size
+    if portion:
+        yield portion
 
 
 def _layer_by_layer(
@@ -86,7 +104,7 @@ def select_stacked(scores: Tensor, sparsity: float, *, compare: str, pattern: st
 
 
 def _select_rows(rows: Tensor, sparsity: float, pattern: str) -> Tensor:
-    parsed = parse_pattern(pattern)
+    parsed = check_request(rows.shape[1], sparsity, pattern=pattern)
     if not has_kernels(rows) or (parsed is not None and parsed.of > WIDEST_PATTERN):
         return select(rows, sparsity, pattern=pattern)
     request = parsed or removed_count(rows.shape[1], sparsity)

@@ -32,7 +32,7 @@ def mend_columns(
     Args:
         columns: the transposed weight, float32 `[in, out]`; the rows named change.
         errors: as large; the same rows are written, zero where a weight stays.
-        upper: the factor U, float32 `[in, in]`.
+        upper: the factor U, float32 `[in, in]`, contiguous.
         keep: the transposed mask, bool `[in, out]`.
         start, stop: at most `MOST_COLUMNS` columns of the weight.
     """
@@ -42,7 +42,7 @@ def mend_columns(
         kernels.sweep_kernel[(-(-rows // _ROWS),)](
             columns,
             errors,
-            upper.contiguous(),
+            upper,
             keep,
             start,
             stop - start,

@@ -5,6 +5,7 @@ Journals are refused, archived answers left aside and workers sent home where it
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
@@ -40,6 +41,7 @@ def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> 
         "format": FORMAT,
         "sparsity": task.sparsity,
         "weighted_rows": ROW_WEIGHTS in sums,
+        **_kernels(bench),
         **further(task),
         **further_models(also_benches),
         **_plugged(task),
@@ -61,6 +63,14 @@ def further_models(also_benches: Sequence[Bench]) -> dict[str, list[str]]:
         "also_models": [model.fingerprint for model in models],
         "also_dtypes": [str(model.dtype) for model in models],
     }
+
+
+def _kernels(bench: Bench) -> dict[str, str]:
+    """Which Triton computes scores on a GPU; kernels and torch differ in last bits."""
+    if bench.language_model.device.type == "cpu":
+        return {}
+    has_triton = importlib.util.find_spec("triton") is not None
+    return {"triton": version("triton") if has_triton else "none"}
 
 
 def _plugged(task: Task) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -84,6 +87,22 @@ def test_the_source_holds_the_vocabulary_and_no_formula() -> None:
     source = machine_source(("add", "abs", "sqrt"))
     assert "x + y" in source and "tl.sqrt_rn(x)" in source
     assert "tanh" not in source and "$" not in source
+
+
+def test_formulas_are_computed_in_a_process_that_has_done_nothing_else() -> None:
+    code = (
+        "import torch\n"
+        "from prunezero.formula.criterion import Criterion\n"
+        "from prunezero.scoring.machine import scores_of\n"
+        "from prunezero.scoring.fused import fused_score\n"
+        "one, values = Criterion.parse('W**2*minmax(G)'), {n: torch.rand(1, 2, 8) for n in 'WG'}\n"
+        "together = scores_of([one], values, (1, 2, 8))[0, 0]\n"
+        "alone = fused_score(one, values['W'][0], {'G': values['G'][0]})\n"
+        "assert torch.equal(together, alone)\n"
+    )
+    if DEVICE == "cuda":
+        code = code.replace("torch.rand(1, 2, 8)", "torch.rand(1, 2, 8).cuda()")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_thousand_new_formulas_need_one_kernel() -> None:

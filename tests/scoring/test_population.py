@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunezero.errors import ScoreError
+from prunezero.errors import ScoreError, SelectionError
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring import population
 from prunezero.scoring.population import select_stacked, stacked_scores
@@ -80,6 +80,23 @@ def test_masks_of_a_stack_are_those_of_its_layers(
     kept = select_stacked(scores, sparsity, compare=compare, pattern=pattern)
     for found, own in zip(kept.cpu(), scores.cpu(), strict=True):
         assert torch.equal(found, select(own, sparsity, compare=compare, pattern=pattern))
+
+
+@pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, "2:4"), (0.3, "2:5"), (0.5, "8:16")])
+def test_a_request_that_fits_no_row_is_refused(way: str, sparsity: float, pattern: str) -> None:
+    scores = torch.rand(2, 3, 10)
+    with pytest.raises(SelectionError):
+        select_stacked(scores, sparsity, compare="row", pattern=pattern)
+
+
+def test_what_is_computed_before_counts_in_a_portion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(population, "_SCORES", 100)
+    plain, scaled = Criterion.parse("abs(W)*X"), Criterion.parse("W**2*minmax(G)")
+    assert [len(some) for some in population._portions([plain] * 5, 25)] == [4, 1]
+    assert [len(some) for some in population._portions([scaled] * 5, 25)] == [2, 2, 1]
+    assert [len(some) for some in population._portions([plain] * 2, 1000)] == [1, 1]
+    monkeypatch.setattr(population, "_MOST_FORMULAS", 3)
+    assert [len(some) for some in population._portions([plain] * 5, 1)] == [3, 2]
 
 
 def test_scores_that_are_not_finite_never_become_a_mask_of_a_stack(way: str) -> None:

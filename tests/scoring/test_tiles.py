@@ -89,6 +89,34 @@ def test_no_temporary_is_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [32, 32, 6]
 
 
+def test_scores_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_VALUES", 1 << 15)
+    # An odd width, and more than torch leaves to one thread.
+    weight = torch.randn(300, 1001, generator=torch.Generator().manual_seed(0))
+    criterion = Criterion.parse("abs(W)**0.7")
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(score.evaluate(criterion, {"W": weight}, weight.shape))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(*found)
+
+
+def test_the_users_default_dtype_changes_no_score() -> None:
+    values = features()
+    read = {name: values[name] for name in ("W", "X")}
+    criterion = Criterion.parse("abs(W)*X")
+    expected = score.evaluate(criterion, read, (ROWS, COLUMNS))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = score.evaluate(criterion, read, (ROWS, COLUMNS))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("columns", "sparsity", "pattern"), [(131, 0.3, "free"), (132, 0.5, "2:4"), (132, 0.75, "3:12")]

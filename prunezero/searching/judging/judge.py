@@ -222,13 +222,12 @@ class Judge:
     ) -> float:
         """The layer error, of several models and regimes the geometric mean."""
         known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_models)
-        return geometric_mean(
-            [
-                layer_error(samples, of_regime)
-                for samples, own in zip(of_models, known, strict=True)
-                for of_regime in self._masks(samples, criterion, compare, own)
-            ]
-        )
+        lost: list[float] = []
+        for bench, samples, own in zip(self._benches, of_models, known, strict=True):
+            with about(bench, self._benches):
+                for of_regime in self._masks(samples, criterion, compare, own):
+                    lost.append(layer_error(samples, of_regime))
+        return geometric_mean(lost)
 
     def _masks(
         self,

@@ -103,15 +103,15 @@ def sample_rows(
 
     Column and layer features are those of the whole layer; a reduction that a formula spells out
     itself, such as `col_sum(abs(W))`, sees the sampled rows. Gram matrices are in bfloat16 where
-    the weights are: that is several times as quick where a model runs in it, and changes layer
-    errors by less than one part in ten thousand.
+    the weights are: quicker where the processor has units for it, and on the demo model the mean
+    over layers changes by less than one part in ten thousand (one layer's by up to 0.3 %).
 
     Args:
         share: fraction of the rows of a layer; at least 8 rows are taken.
     """
     generator = torch.Generator().manual_seed(seed)
     samples = []
-    read = kept = torch.empty(0)
+    read: Tensor | None = None
     for layer in layers:
         known = statistics[layer.name]
         weight = layer.weight
@@ -126,9 +126,10 @@ def sample_rows(
         alike = torch.ones(weight.shape[0], device=weight.device)
         squares = known.sums.get(ROW_WEIGHTS, alike)[rows].float() / known.tokens
         # Layers that read the same inputs, as q, k and v do, hold one matrix.
-        if not torch.equal(read, known.sums["gram"]):
-            read = known.sums["gram"]
-            kept = read.bfloat16() if weight.dtype == torch.bfloat16 else read
+        gram = known.sums["gram"]
+        if read is None or read.shape != gram.shape or not torch.equal(read, gram):
+            read = gram
+            kept = gram.bfloat16() if weight.dtype == torch.bfloat16 else gram
         samples.append(Sample(layer.name, sampled, kept, squares))
     return samples
 
