@@ -24,7 +24,7 @@ from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected
 from prunezero.scoring.request import check_request, removed_count
 from prunezero.scoring.selection import select
 from prunezero.scoring.statistics import Statistics
-from prunezero.scoring.tiles import each_tile, needs_tiles
+from prunezero.scoring.tiles import needs_tiles, row_tiles
 
 
 def features_of(
@@ -72,15 +72,11 @@ def evaluate(criterion: Criterion, features: Mapping[str, Tensor], shape: Sequen
             return _compiled(criterion)(**features).expand(*shape)
         before, inside = parts
         values = before(**features)
-    scores = torch.empty(*shape, dtype=torch.float32, device="cpu")
-
-    def fill(tile: slice) -> None:
-        pieces = [value[tile] if value.shape[0] > 1 else value for value in values]
-        with torch.no_grad():
+        scores = torch.empty(*shape, dtype=torch.float32, device="cpu")
+        for tile in row_tiles(shape[0], math.prod(shape[1:])):
+            pieces = [value[tile] if value.shape[0] > 1 else value for value in values]
             scores[tile] = inside(*pieces)
-
-    each_tile(fill, shape[0], math.prod(shape[1:]))
-    return scores
+        return scores
 
 
 def refuse_unusable(scores: Tensor, criterion: Criterion, weight: Tensor, layer: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -30,6 +28,7 @@ FORMULAS = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_VALUES", 40 * COLUMNS)
+    monkeypatch.setattr(tiles, "_LARGE", 0)
 
 
 def features(*, is_transposed: bool = False) -> dict[str, torch.Tensor]:
@@ -89,21 +88,6 @@ def test_no_temporary_is_larger_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [32, 32, 6]
 
 
-def test_scores_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_VALUES", 1 << 15)
-    # An odd width, and more than torch leaves to one thread.
-    weight = torch.randn(300, 1001, generator=torch.Generator().manual_seed(0))
-    criterion = Criterion.parse("abs(W)**0.7")
-    found = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        try:
-            found.append(score.evaluate(criterion, {"W": weight}, weight.shape))
-        finally:
-            torch.set_num_threads(1)
-    assert torch.equal(*found)
-
-
 def test_the_users_default_dtype_changes_no_score() -> None:
     values = features()
     read = {name: values[name] for name in ("W", "X")}
@@ -117,44 +101,14 @@ def test_the_users_default_dtype_changes_no_score() -> None:
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
     ("columns", "sparsity", "pattern"), [(131, 0.3, "free"), (132, 0.5, "2:4"), (132, 0.75, "3:12")]
 )
 def test_masks_by_tiles_are_those_of_one_tile(
-    monkeypatch: pytest.MonkeyPatch, threads: int, columns: int, sparsity: float, pattern: str
+    monkeypatch: pytest.MonkeyPatch, columns: int, sparsity: float, pattern: str
 ) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    generator = torch.Generator().manual_seed(threads)
+    generator = torch.Generator().manual_seed(0)
     scores = (torch.randn(ROWS, columns, generator=generator) * 3).round()
     by_tiles = select(scores, sparsity, pattern=pattern)
     monkeypatch.setattr(tiles, "_VALUES", scores.numel())
     assert torch.equal(by_tiles, select(scores, sparsity, pattern=pattern))
-
-
-def test_as_many_threads_fill_tiles_as_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    both, names = threading.Barrier(2, timeout=60), set()
-
-    def function(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        if len(rows) == 32:
-            both.wait()  # passes only if two threads are here at once
-        names.add(threading.current_thread().name)
-        return rows * 2
-
-    values = np.arange(70.0 * COLUMNS).reshape(ROWS, COLUMNS)
-    made = np.zeros_like(values)
-    tiles.fill_by_tiles(made, values, function)
-    np.testing.assert_array_equal(made, values * 2)
-    assert len(names) == 2
-
-
-def test_a_fault_in_a_tile_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-
-    def broken(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        raise ZeroDivisionError
-
-    values = np.zeros((ROWS, COLUMNS))
-    with pytest.raises(ZeroDivisionError):
-        tiles.fill_by_tiles(values, values, broken)
