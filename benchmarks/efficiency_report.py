@@ -172,7 +172,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for place, (pattern, sparsity) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
         chosen = [row for row in rows if (row["pattern"], row["sparsity"]) == (pattern, sparsity)]
-        title = pattern if sparsity is None else f"{100 * sparsity:g} % of every row removed"
+        title = pattern if sparsity is None else f"{100 * sparsity:g} % of the weights removed"
         axes.set_title(title, loc="left", fontsize=15, weight="bold", color=INK)
         draw_panel(axes, by_strategy(chosen))
     drawn = figure.axes[0].get_legend_handles_labels()
