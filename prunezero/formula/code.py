@@ -45,6 +45,15 @@ def steps(criterion: Criterion) -> list[Step]:
     return walk.steps
 
 
+def written_out(taken: Sequence[Step]) -> dict[str, str]:
+    """Each step by name, in words that are equal for equal sub-formulas of any formulas."""
+    texts: dict[str, str] = {}
+    for step in taken:
+        arguments = ",".join(texts.get(name, name) for name in step.arguments)
+        texts[step.name] = f"{step.operator.name}({arguments})"
+    return texts
+
+
 @dataclass(frozen=True)
 class Split:
     """The steps of a criterion in two parts, so that the second can be taken piece by piece."""

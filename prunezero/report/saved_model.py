@@ -15,6 +15,7 @@ from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import finite_row
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.card import model_card
+from prunezero.scoring.masking import count_zeros
 
 
 def companions(model: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -51,7 +52,7 @@ def save_pruned(
     files = companions(bench.language_model.name, recipe, rows)
     save_model(bench.language_model, folder, files=files)
     saved = count_sparsity(folder, [layer.name for layer in layers])
-    in_memory = sum(int((layer.weight == 0).sum()) for layer in layers)
+    in_memory = sum(count_zeros(layer.weight) for layer in layers)
     if saved.zeros != in_memory or saved.negative_zeros:
         raise OutputError(
             f"{folder} holds {saved.zeros} zeros ({saved.negative_zeros} of them negative) but the "

@@ -17,7 +17,7 @@ from itertools import accumulate
 
 import torch
 
-from prunezero.formula.code import Step, split_steps
+from prunezero.formula.code import Step, split_steps, written_out
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import OPERATORS, Operator
 from prunezero.scoring.fused import KERNEL_OPTIONS, on_device_of
@@ -135,7 +135,7 @@ class _Tape:
     def write(self, one: Program) -> None:
         """Put a program behind the others."""
         # Names of steps are those of one formula; what they stand for is the same in all.
-        means = _meanings(one.before)
+        means = written_out(one.before)
         for step in one.before:
             self._compute(step, means)
         for kind, name in one.words:
@@ -168,15 +168,6 @@ class _Tape:
             self.places[meaning] = len(self.values)
             self.values.append(self._value(meaning))
         return self.places[meaning]
-
-
-def _meanings(taken: Sequence[Step]) -> dict[str, str]:
-    """What each step computes, written out in words, by its name."""
-    means: dict[str, str] = {}
-    for step in taken:
-        inner = ",".join(means.get(argument, argument) for argument in step.arguments)
-        means[step.name] = f"{step.operator.name}({inner})"
-    return means
 
 
 def _is_name(argument: str) -> bool:

@@ -18,7 +18,7 @@ import torch
 
 from prunezero.errors import ScoreError, SelectionError
 from prunezero.scoring.request import Pattern, check_request, group_columns, removed_count
-from prunezero.scoring.tiles import fill_by_tiles
+from prunezero.scoring.tiles import row_tiles
 
 # Wider groups are quicker to cut at a threshold than to rank by pairs.
 WIDEST_PAIRWISE_PATTERN = 16
@@ -127,8 +127,9 @@ def _by_tiles(
     scores: torch.Tensor, lowest: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 ) -> torch.Tensor:
     """What `lowest` says of the scores [rows, columns], bool of their shape."""
-    removed = np.empty(tuple(scores.shape), dtype=bool)
-    fill_by_tiles(removed, scores.numpy(), lowest)
+    values, removed = scores.numpy(), np.empty(tuple(scores.shape), dtype=bool)
+    for tile in row_tiles(*values.shape):
+        removed[tile] = lowest(values[tile])
     return torch.from_numpy(removed)
 
 

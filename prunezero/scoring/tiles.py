@@ -8,10 +8,8 @@ changes; only a power may end in another last bit, where torch divides its work 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 
 # Half a megabyte of float32, with room in a second-level cache for one or two more of its size; the
@@ -39,13 +37,3 @@ def row_tiles(rows: int, columns: int) -> Iterator[slice]:
     step = max(1, _VALUES // (columns * unit)) * unit if columns else max(1, rows)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def fill_by_tiles(
-    made: np.ndarray[Any, Any],
-    values: np.ndarray[Any, Any],
-    function: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
-) -> None:
-    """Write `function` of each tile of `values` into the same rows of `made`."""
-    for tile in row_tiles(*values.shape):
-        made[tile] = function(values[tile])

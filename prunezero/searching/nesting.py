@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from prunezero.formula.code import Step, steps
+from prunezero.formula.code import Step, steps, written_out
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.formula.vocabulary import OPERATORS
@@ -49,7 +49,7 @@ def nested_words(
     leaves = _last_steps(terminals)
     taken = steps(criterion)
     named = {step.name: step for step in taken}
-    written = _written_out(taken)
+    written = written_out(taken)
     found: dict[str, tuple[Words, Words]] = {}
 
     def words(name: str) -> Words:
@@ -71,17 +71,8 @@ def _words_of(step: Step) -> Words:
     return Words([word, "power"] if word in _POWERS else [word])
 
 
-def _written_out(taken: Sequence[Step]) -> dict[str, str]:
-    """Each step by name, in words that are equal for equal sub-formulas of any formulas."""
-    texts: dict[str, str] = {}
-    for step in taken:
-        arguments = ", ".join(texts.get(name, name) for name in step.arguments)
-        texts[step.name] = f"{step.operator.name}({arguments})"
-    return texts
-
-
 @lru_cache(maxsize=64)
 def _last_steps(terminals: tuple[Criterion, ...]) -> Words:
     """The step that gives the value of each terminal; a single feature is no step."""
     taken = [steps(terminal) for terminal in terminals]
-    return frozenset(_written_out(one)[one[-1].name] for one in taken if one)
+    return frozenset(written_out(one)[one[-1].name] for one in taken if one)
