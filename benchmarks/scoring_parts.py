@@ -25,9 +25,7 @@ from torch import Tensor
 from turns import Call
 
 from prunezero.formula.criterion import Criterion
-from prunezero.scoring.fused import can_fuse, fused_mask, has_kernels
-from prunezero.scoring.score import evaluate, keep_mask, refuse_unusable
-from prunezero.scoring.selection import select
+from prunezero.scoring.score import keep_mask, mask_from
 from prunezero.scoring.statistics import Statistics
 
 # Bytes of all copies of one input together, more than the caches nearest to a processor hold.
@@ -104,18 +102,13 @@ def matrix_bytes(head: Row) -> int:
 
 
 def kept(criterion: Criterion, values: Values, pattern: str) -> Tensor:
-    """The mask of prunezero; `keep_mask` does the same, after it has made the features.
-
-    On a CUDA device `keep_mask` has all scores written and looked at once more, to refuse those
-    that are all equal; the part `model` counts that.
-    """
-    weight = values["W"]
-    if has_kernels(weight) and can_fuse("row", pattern):
-        return fused_mask(criterion, weight, values, SPARSITY, pattern=pattern)
-    features = {name: values[name].float() for name in criterion.features}
-    scores = evaluate(criterion, features, weight.shape)
-    refuse_unusable(scores, criterion, weight, "")
-    return select(scores, SPARSITY, pattern=pattern)
+    """The mask of prunezero; `keep_mask` does the same, after it has made the features."""
+    # Kernels read any dtype, and torch computes in float32.
+    on_cpu = values["W"].device.type == "cpu"
+    features = {
+        name: values[name].float() if on_cpu else values[name] for name in criterion.features
+    }
+    return mask_from(criterion, values["W"], features, SPARSITY, pattern=pattern)
 
 
 def model_work(head: Row, *, with_compile: bool) -> dict[str, Work]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from prunezero.errors import CriterionError, ScoreError
 from prunezero.formula.criterion import Criterion
-from prunezero.scoring.masking import cleared
-from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import evaluate, refuse_unusable
+from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
+from prunezero.searching.judging.samples import Stack
 
 # How many formulas go at once; one after the other, so many as to even out what they cost.
 TOGETHER = (1, 8, 64)
@@ -41,32 +40,9 @@ _UNARY = ("abs({})", "sqr({})", "sqrt({})", "log({} + 1)", "exp(-abs({}))", "tan
 _BINARY = ("({} + {})", "({} - {})", "({} * {})", "({} / {})")
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Sampled rows of layers of one shape."""
-
-    features: dict[str, Tensor]
-    """float32, [layers, rows or 1, in]"""
-    gram: Tensor
-    """[layers, in, in]"""
-    row_weights: Tensor
-    """[layers, rows]"""
-
-    @property
-    def weight(self) -> Tensor:
-        """The sampled rows, [layers, rows, in]."""
-        return self.features["W"]
-
-    def energy(self, rows: Tensor) -> Tensor:
-        """What rows [layers, rows, in] make of the outputs, weighted; [layers]."""
-        through = rows.to(self.gram.dtype) @ self.gram
-        return ((through * rows).sum(2, dtype=torch.float32) * self.row_weights).sum(1)
-
-
 def population_work(head: Row, *, with_compile: bool) -> dict[str, Work]:
     """Masks, and masks with their errors, of 1, 8 and 64 formulas."""
     found = list(stacks(head))
-    whole = [stack.energy(stack.weight) for stack in found]
     pattern = REQUESTS[head["request"]][0]
     every = formulas()
     works = {}
@@ -74,7 +50,7 @@ def population_work(head: Row, *, with_compile: bool) -> dict[str, Work]:
         groups = [every[:count]] if count > 1 else [[one] for one in every[:SINGLE]]
         facts = {"formulas": count, "rounds": len(groups)}
         masks_alone = partial(_masks_alone, found, groups, pattern)
-        with_errors = partial(_errors, found, whole, groups, pattern)
+        with_errors = partial(_errors, found, groups, pattern)
         works[f"{count} to masks"] = Work(masks_alone, facts)
         works[f"{count} to errors"] = Work(with_errors, facts)
     return works
@@ -84,36 +60,22 @@ def _masks_alone(
     found: list[Stack], groups: list[list[Criterion]], pattern: str, number: int
 ) -> None:
     for group in groups:
-        for stack in found:
-            for _ in _masks(stack, group, pattern):
-                pass
+        for _ in _masks(found, group, pattern):
+            pass
 
 
 def _errors(
-    found: list[Stack],
-    whole: list[Tensor],
-    groups: list[list[Criterion]],
-    pattern: str,
-    number: int,
+    found: list[Stack], groups: list[list[Criterion]], pattern: str, number: int
 ) -> list[float]:
-    """The mean share of a layer's outputs that is lost, by formula."""
-    lost = []
-    for group in groups:
-        by_stack = [
-            torch.stack([_lost(stack, mask) / energy for mask in _masks(stack, group, pattern)])
-            for stack, energy in zip(found, whole, strict=True)
-        ]
-        lost += torch.cat(by_stack, dim=1).mean(1).tolist()
-    return lost
+    """The layer error of each formula."""
+    return [
+        layer_error(found, masks) for group in groups for masks in _masks(found, group, pattern)
+    ]
 
 
-def _masks(stack: Stack, group: Sequence[Criterion], pattern: str) -> Iterator[Tensor]:
-    for scores in stacked_scores(group, stack.features, stack.weight.shape):
-        yield select_stacked(scores, SPARSITY, compare="row", pattern=pattern)
-
-
-def _lost(stack: Stack, mask: Tensor) -> Tensor:
-    return stack.energy(cleared(stack.weight, ~mask))
+def _masks(found: list[Stack], group: Sequence[Criterion], pattern: str) -> Iterator[list[Tensor]]:
+    for criterion, scores in zip(group, scores_on(found, group), strict=True):
+        yield masks_on(found, criterion, SPARSITY, "row", pattern, scores=scores)
 
 
 def stacks(head: Row) -> Iterator[Stack]:
@@ -129,7 +91,9 @@ def stacks(head: Row) -> Iterator[Stack]:
             "X": torch.linalg.vector_norm(inputs, dim=1, keepdim=True),
         }
         inputs = inputs.to(dtype)
-        yield Stack(features, inputs.transpose(1, 2) @ inputs, draw(layers, rows).square())
+        grams = tuple(inputs.transpose(1, 2) @ inputs)
+        names = tuple(f"layer {place}" for place in range(layers))
+        yield Stack(names, features, grams, draw(layers, rows).square())
 
 
 def sampled(model: str) -> list[tuple[int, int, int]]:

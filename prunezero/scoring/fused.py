@@ -26,7 +26,7 @@ from prunezero.errors import StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.kernel_files import import_kernels, kernel_folder
 from prunezero.scoring.kernel_source import Plan, plan
-from prunezero.scoring.request import Pattern, check_request, parse_pattern, removed_count
+from prunezero.scoring.request import Pattern, checked_request, parse_pattern
 from prunezero.scoring.selection import refuse_non_finite, select
 
 # Wider rows no longer fit the registers of one program beside a formula (compiled for sm_90), and
@@ -105,12 +105,11 @@ def fused_mask(
         ScoreError: a score is NaN or infinite. (Scores that are all equal pass here.)
         StatisticsError: a feature is missing.
     """
-    parsed = check_request(weight.shape[1], sparsity, compare=compare, pattern=pattern)
+    request = checked_request(weight.shape[1], sparsity, compare=compare, pattern=pattern)
     if weight.numel() == 0 or not can_fuse(compare, pattern):
         scores = fused_score(criterion, weight, features)
         return select(scores, sparsity, compare=compare, pattern=pattern)
-    remove = removed_count(weight.shape[1], sparsity)
-    chosen = selected(criterion, weight, features, parsed or remove)
+    chosen = selected(criterion, weight, features, request)
     if chosen.has_faults:
         refuse_non_finite(fused_score(criterion, weight, features))
     return chosen.kept

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
-from prunezero.scoring.fused import WIDEST_PATTERN, fused_score, has_kernels, selected
+from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected
 from prunezero.scoring.machine import can_run, program, scores_of
-from prunezero.scoring.request import check_request, group_columns, parse_pattern, removed_count
+from prunezero.scoring.request import checked_request, group_columns, parse_pattern
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import refuse_non_finite, select
 
@@ -104,10 +104,9 @@ def select_stacked(scores: Tensor, sparsity: float, *, compare: str, pattern: st
 
 
 def _select_rows(rows: Tensor, sparsity: float, pattern: str) -> Tensor:
-    parsed = check_request(rows.shape[1], sparsity, pattern=pattern)
-    if not has_kernels(rows) or (parsed is not None and parsed.of > WIDEST_PATTERN):
+    if not (has_kernels(rows) and can_fuse("row", pattern)):
         return select(rows, sparsity, pattern=pattern)
-    request = parsed or removed_count(rows.shape[1], sparsity)
+    request = checked_request(rows.shape[1], sparsity, pattern=pattern)
     chosen = selected(Criterion.parse("W"), rows, {}, request)
     if chosen.has_faults:
         refuse_non_finite(rows)

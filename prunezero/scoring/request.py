@@ -96,6 +96,14 @@ def removed_count(size: int, sparsity: float) -> int:
     return math.floor(size * Fraction(str(sparsity)))
 
 
+def checked_request(
+    columns: int, sparsity: float, *, compare: str = "row", pattern: str = "free"
+) -> Pattern | int:
+    """What `check_request` lets pass: the pattern, or how many weights of a row go."""
+    parsed = check_request(columns, sparsity, compare=compare, pattern=pattern)
+    return parsed or removed_count(columns, sparsity)
+
+
 def check_request(
     columns: int, sparsity: float, *, compare: str = "row", pattern: str = "free"
 ) -> Pattern | None:

@@ -21,7 +21,7 @@ from prunezero.formula.code import lines_of, plain_line, split_steps, torch_line
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected
-from prunezero.scoring.request import check_request, removed_count
+from prunezero.scoring.request import checked_request
 from prunezero.scoring.selection import select
 from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.tiles import needs_tiles, row_tiles
@@ -118,15 +118,35 @@ def keep_mask(
         ScoreError, StatisticsError: as `score`.
         SelectionError: no mask satisfies the sparsity, group or pattern.
     """
+    features = features_of(criterion, weight, statistics, layer=layer)
+    return mask_from(
+        criterion, weight, features, sparsity, compare=compare, pattern=pattern, layer=layer
+    )
+
+
+def mask_from(
+    criterion: Criterion,
+    weight: Tensor,
+    features: Mapping[str, Tensor],
+    sparsity: float,
+    *,
+    compare: str = "row",
+    pattern: str = "free",
+    layer: str = "",
+) -> Tensor:
+    """`keep_mask` on features that are known, by name as `features_of` gives them.
+
+    Raises:
+        ScoreError, SelectionError: as `keep_mask`.
+    """
     if has_kernels(weight) and can_fuse(compare, pattern) and weight.numel():
-        parsed = check_request(weight.shape[1], sparsity, compare=compare, pattern=pattern)
-        request = parsed or removed_count(weight.shape[1], sparsity)
-        features = features_of(criterion, weight, statistics, layer=layer)
+        request = checked_request(weight.shape[1], sparsity, compare=compare, pattern=pattern)
         chosen = selected(criterion, weight, features, request)
         if chosen.has_faults or chosen.ranks_nothing:
             refuse_unusable(fused_score(criterion, weight, features), criterion, weight, layer)
         return chosen.kept
-    scores = score(criterion, weight, statistics, layer=layer)
+    scores = evaluate(criterion, features, weight.shape)
+    refuse_unusable(scores, criterion, weight, layer)
     return select(scores, sparsity, compare=compare, pattern=pattern)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from prunezero.formula.criterion import Criterion
-from prunezero.scoring import population
+from prunezero.scoring import population, score
 from prunezero.scoring.machine import can_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -90,7 +90,7 @@ def test_all_contenders_make_one_mask(
     if way == "kernels":
         pytest.importorskip("triton")
     parts, scoring = script("scoring_parts"), script("scoring")
-    monkeypatch.setattr(parts, "has_kernels", lambda tensor: way == "kernels")
+    monkeypatch.setattr(score, "has_kernels", lambda tensor: way == "kernels")
     monkeypatch.setattr(parts, "compiled", lambda eager, device: eager)
     for formula in ("wanda", "mixed"):
         asked = {"dtype": dtype, "shape": "8x24", "formula": formula, "request": request_word}
@@ -212,7 +212,7 @@ def test_errors_are_shares_of_the_outputs_of_every_layer(
             scores = eval(text, {"abs": abs}, values) * np.ones_like(values["W"])
             for place, weight in enumerate(values["W"]):
                 lost = np.where(lowest(scores[place], weight.shape[1]), weight, 0)
-                gram, importance = stack.gram[place].numpy(), stack.row_weights[place].numpy()
+                gram, importance = stack.grams[place].numpy(), stack.row_weights[place].numpy()
                 energies = [((rows @ gram) * rows).sum(1) @ importance for rows in (lost, weight)]
                 shares.append(energies[0] / energies[1])
         expected.append(np.mean(shares))
