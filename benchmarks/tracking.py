@@ -6,14 +6,13 @@ The leaderboard of searches has no column for what a benchmark measures.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prunezero.report.mlflow_store import prepare_database
+from prunezero.report.mlflow_store import open_client
 from prunezero.report.track import ENVIRONMENT, tracking_uri
 
 EXPERIMENT = "benchmarks"
@@ -57,18 +56,8 @@ class _Experiment:
     """The runs of the benchmarks' experiment, each found again by what was asked for."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        is_sqlite = uri.startswith("sqlite:///")
-        if is_sqlite:
-            prepare_database(Path(uri.removeprefix("sqlite:///")))
-        from mlflow import MlflowClient
-
-        # Creating the tables tells one line per table, which no user asked for.
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        self._client: Any = MlflowClient(tracking_uri=uri)
+        self._client, place = open_client(uri, folder)
         known = self._client.get_experiment_by_name(EXPERIMENT)
-        # A server of its own knows best where its artifacts go.
-        place = (folder / "artifacts").as_uri() if is_sqlite else None
         self._id = (
             known.experiment_id
             if known is not None

@@ -35,22 +35,29 @@ METRICS_PER_CALL = 900
 NAMES_PER_CALL = 90
 
 
+def open_client(uri: str, runs_dir: Path) -> tuple[Any, str | None]:
+    """A client of a tracking server or database, and where the artifacts of a new experiment go.
+
+    None of a server, which knows best.
+    """
+    is_sqlite = uri.startswith("sqlite:///")
+    if is_sqlite:
+        prepare_database(Path(uri.removeprefix("sqlite:///")))
+    from mlflow import MlflowClient
+
+    # Creating the tables tells one line per table, which no user asked for.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    artifacts = (runs_dir / "artifacts").as_uri() if is_sqlite else None
+    return MlflowClient(tracking_uri=uri), artifacts
+
+
 class MlflowStore:
     """One experiment in one tracking server or database."""
 
     def __init__(self, uri: str, runs_dir: Path) -> None:
         """Import MLflow, open or create the experiment and publish its saved views."""
-        is_sqlite = uri.startswith("sqlite:///")
-        if is_sqlite:
-            prepare_database(Path(uri.removeprefix("sqlite:///")))
-        from mlflow import MlflowClient
-
-        # Creating the tables tells one line per table, which no user asked for.
-        for name in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        self._client: Any = MlflowClient(tracking_uri=uri)
-        # A server of its own knows best where its artifacts go.
-        artifacts = (runs_dir / "artifacts").as_uri() if is_sqlite else None
+        self._client, artifacts = open_client(uri, runs_dir)
         self._experiment_id = self._open_experiment(artifacts)
         self._run_ids: dict[str, str] = {}
         self._known_searches: set[str] = set()
