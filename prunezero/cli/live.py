@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prunezero.cli.tables import cell, console, models_of, say
+from prunezero.cli.tables import cell, console, means_over, say
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.audit import fidelity
 
@@ -33,8 +33,8 @@ class SearchView:
         self, rivals: list[dict[str, Any]], *, budget: int | None, seconds: float | None
     ) -> None:
         self._rivals = rivals
-        models = models_of(rivals)
-        self._over = f", geometric mean over {' and '.join(models)}" if models else ""
+        means = means_over(rivals)
+        self._over = f", geometric mean over {means}" if means else ""
         self._budget = budget
         self._seconds = seconds
         self._begin = time.monotonic()

@@ -48,6 +48,15 @@ AlsoModel = Annotated[
         "Perplexities are then geometric means over all."
     ),
 ]
+Draws = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=99,
+        help="Draws of calibration text that the criterion has to be good on, by seeds that count "
+        "up from --seed. Perplexities are then geometric means over all.",
+    ),
+]
 Also = Annotated[
     str,
     typer.Option(

@@ -102,6 +102,7 @@ def _about(run: Run) -> dict[str, str]:
         "text": asked.text if asked else f"{header['text']}",
         "sparsity": f"{task.sparsity:g}, pattern {in_words(task.regimes)}",
         "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
+        **({"draws": f"{task.draws} of calibration text"} if task.draws > 1 else {}),
         "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
         f"tokens calibrate in {str(header['dtype']).removeprefix('torch.')}",
     }

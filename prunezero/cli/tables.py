@@ -58,7 +58,7 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
 
 
 def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> None:
-    """The table of results, and under it, of several regimes or models, one of each by itself.
+    """The table of results, and under it each regime, model and draw by itself, if several.
 
     Args:
         best: the column that decides, such as `test_perplexity`.
@@ -69,28 +69,38 @@ def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> N
         console.print(_parts_table(told, best))
 
 
-def models_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The models over which rows are means; none where there is one alone."""
+def means_over(rows: Sequence[dict[str, Any]]) -> str:
+    """The models and draws over which rows are means, in words; none where there is one alone."""
     parts = [part for row in rows for part in row.get("regimes") or ()]
-    return list(dict.fromkeys(part["model"] for part in parts if "model" in part))
+    models = dict.fromkeys(part["model"] for part in parts if "model" in part)
+    draws = {part["seed"] for part in parts if "seed" in part}
+    told = [" and ".join(models)] if models else []
+    told += [f"{len(draws)} draws of calibration text"] if draws else []
+    return ", ".join(told)
 
 
 def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
-    """Each regime by itself, and each model."""
+    """Each regime, model and draw by itself."""
     # The dense model has no regimes; a pruned one comes last.
     columns = told[-1]["regimes"]
-    models = models_of(told)
-    # A single model needs no name, and a single regime on several models no number.
-    has_regimes = len(columns) > len(models)
-    each = (["on each model"] if models else []) + (["in each regime"] if has_regimes else [])
+    headings = [
+        {
+            "on each model": part.get("model", ""),
+            "under each draw": f"seed {part['seed']}" if "seed" in part else "",
+            "in each regime": (
+                f"{100 * part['sparsity']:g} %" if part["pattern"] == "free" else part["pattern"]
+            ),
+        }
+        for part in columns
+    ]
+    # What all have in common needs no saying.
+    each = [key for key in headings[0] if len({one[key] for one in headings}) > 1]
     title = f"perplexity on {key.removesuffix('_perplexity')} text {' and '.join(each)}"
     table = Table(title=title, title_justify="left")
     table.add_column("recipe")
-    for part in columns:
-        is_free = part["pattern"] == "free"
-        regime = f"{100 * part['sparsity']:g} %" if is_free else part["pattern"]
-        words = [part["model"] if models else "", regime if has_regimes else ""]
-        table.add_column(", ".join(filter(None, words)), justify="right", overflow="fold")
+    for heading in headings:
+        words = ", ".join(heading[key] for key in each)
+        table.add_column(words, justify="right", overflow="fold")
     for row in told:
         table.add_row(
             row["recipe"], *(cell(key, _part(row, column).get(key)) for column in columns)
@@ -99,10 +109,11 @@ def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
 
 
 def _part(row: dict[str, Any], column: dict[str, Any]) -> dict[str, Any]:
-    """What a row says of the model and regime of a column; a dense one says the same in all."""
+    """What a row says in the place of a column; a dense one says the same in all regimes."""
     for part in row["regimes"]:
         is_regime = all(part[key] == column[key] for key in ("sparsity", "pattern"))
-        if part.get("model") == column.get("model") and (is_regime or part["sparsity"] == 0):
+        is_place = all(part.get(key) == column.get(key) for key in ("model", "seed"))
+        if is_place and (is_regime or part["sparsity"] == 0):
             return part
     return {}
 
@@ -132,12 +143,14 @@ def one_line(row: dict[str, Any]) -> str:
 def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     """The line under a table that says how its numbers were measured."""
     row = rows[-1]
+    from prunezero.searching.regimes import seeds_of
+
     what = "geometric mean of the perplexities" if row.get("regimes") else "perplexity"
     return (
         f"{what} of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
         f"windows of {row['sequence_length']} tokens; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
-        f"pattern {row['pattern']}, seed {row['seed']}"
+        f"pattern {row['pattern']}, {seeds_of(row)}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,13 @@ class Stand:
         }
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
         self._dense = DenseWeights(find_layers(bench.language_model.model))
+
+    def redrawn(self, bench: Bench, statistics: Mapping[str, Statistics]) -> Stand:
+        """The stand of the same model and text under another draw of calibration text."""
+        other = copy(self)
+        other.bench, other._statistics = bench, statistics
+        other._calibration = bench.windows("calibration")
+        return other
 
     def dense_row(self, splits: Sequence[str]) -> dict[str, Any]:
         """The row of the model before pruning, in the columns of `row`."""

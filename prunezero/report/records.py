@@ -43,6 +43,7 @@ PARAM_NAMES = (
     "calibration_tokens",
     "sequence_length",
     "seed",
+    "draws",
     "generation",
     "origin",
 )

@@ -20,7 +20,7 @@ from prunezero.report.records import RunRecord, candidate_name, run_record
 from prunezero.report.whole_files import replace_whole, write_json
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.mirror import study_journal
-from prunezero.searching.regimes import in_words
+from prunezero.searching.regimes import in_words, seeds_of
 from prunezero.searching.session import Session
 
 # The file that `optuna-dashboard` opens.
@@ -32,6 +32,7 @@ _MEASURED = (
     "sparsity",
     "pattern",
     "seed",
+    "draws",
     "calibration_tokens",
     "sequence_length",
     "sparsity_reached",
@@ -154,7 +155,7 @@ def _sentence(row: dict[str, Any]) -> str:
     return (
         f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
         f"{row['sparsity']:g} ({row['pattern']}), windows of "
-        f"{row['sequence_length']} tokens, seed {row['seed']}."
+        f"{row['sequence_length']} tokens, {seeds_of(row)}."
     )
 
 
@@ -180,6 +181,7 @@ def tracked_rows(
         words = ("sparsity", "pattern", "allocate", "statistics", "seed")
         conditions = [row[key] for key in words]
         conditions += [row["sequence_length"], row["calibration_tokens"]]
+        conditions += [f"{row['draws']} draws"] if "draws" in row else []
         conditions += ["+".join(models), bench.text.fingerprint[:8]]
         key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])
         name = (
@@ -203,6 +205,7 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
         "sparsity": task.sparsity,
         "statistics": "dense",
         "seed": task.seed,
+        "draws": task.draws,
     }
     key = f"{name}/{candidate.slot:05d}"
     return run_record(key, candidate_name(row), "candidate", row, parent_key=name)
@@ -234,6 +237,7 @@ def tracked_search(
         "pattern": in_words(task.regimes),
         "compare": task.space.compare,
         "seed": task.seed,
+        "draws": task.draws,
         "seeds": len(task.seeds),
         "calibration_tokens": bench.settings.calibration_tokens,
         "sequence_length": bench.settings.sequence_length,

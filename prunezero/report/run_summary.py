@@ -111,6 +111,7 @@ def task_of(header: Mapping[str, Any], source: str) -> Task:
             pattern=header["pattern"],
             also=",".join(header.get("also", ())),
             seed=header["seed"],
+            draws=header.get("draws", 1),
             strategy=strategy,
         )
     except (KeyError, TypeError) as error:

@@ -65,6 +65,8 @@ class Asked:
     """other regimes, with commas between them"""
     also_model: tuple[str, ...] = ()
     """further models, as `load_model` takes them"""
+    draws: int = 1
+    """of calibration text that rules have to be good on"""
 
     def task(self) -> Task:
         """What the search looks for.
@@ -79,6 +81,7 @@ class Asked:
             pattern=self.pattern,
             also=self.also,
             seed=self.seed,
+            draws=self.draws,
             from_scratch=self.from_scratch,
             strategy=self.strategy,
         )
@@ -201,7 +204,7 @@ def read_asked(folder: Path) -> Asked | None:
         return None
     try:
         data = json.loads(path.read_text())
-        # One that was written before there were several regimes or models lacks those.
+        # One that was written before there were several regimes, models or draws lacks those.
         return _asked(data)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise SearchError(

@@ -1,7 +1,7 @@
-"""On which models must a rule be good? On one, or on several at once, each on a bench of its own.
+"""On which models and draws of calibration text must a rule be good? Each has a bench of its own.
 
-All benches have the same text and settings, so that a window of one stands for a window of the
-other, and every rule has to fit every model. What does not fit is refused before the long work.
+All benches have the same text and sizes, so that a window of one stands for a window of the other,
+and every rule has to fit every model. What does not fit is refused before the long work.
 """
 
 from __future__ import annotations
@@ -75,23 +75,41 @@ def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Ta
     return task.on(*found)
 
 
+def drawn(benches: Sequence[Bench], draws: int) -> tuple[Bench, ...]:
+    """Each bench on so many draws of calibration text, by seeds that count up from its own."""
+    return tuple(
+        replace(bench, settings=replace(bench.settings, seed=bench.settings.seed + draw))
+        for bench in benches
+        for draw in range(draws)
+    )
+
+
 @contextmanager
 def about(bench: Bench, benches: Sequence[Bench]) -> Iterator[None]:
-    """Within it, an error says which model it is about, where there are several."""
+    """Within it, an error says which model and draw it is about, where there are several."""
     try:
         yield
     except PruneZeroError as error:
-        if len(benches) == 1:
+        place = ", ".join(_place(bench, benches))
+        if not place:
             raise
-        raise type(error)(f"model {bench.language_model.name}: {error}") from error
+        raise type(error)(f"{place}: {error}") from error
 
 
 def told_of(bench: Bench, benches: Sequence[Bench], progress: Progress | None) -> Progress | None:
-    """The progress of work on one model, under its name where there are several."""
-    if progress is None or len(benches) == 1:
+    """The progress of work on one model and draw, under their names where there are several."""
+    place = ", ".join(_place(bench, benches))
+    if progress is None or not place:
         return progress
-    name = bench.language_model.name
-    return lambda what, done, total: progress(f"{name}: {what}", done, total)
+    return lambda what, done, total: progress(f"{place}: {what}", done, total)
+
+
+def _place(bench: Bench, benches: Sequence[Bench]) -> Iterator[str]:
+    """What tells one bench from the others, in words."""
+    if len({one.language_model.name for one in benches}) > 1:
+        yield f"model {bench.language_model.name}"
+    if len({one.settings.seed for one in benches}) > 1:
+        yield f"calibration seed {bench.settings.seed}"
 
 
 def _refuse_unlike(benches: Sequence[Bench]) -> None:

@@ -48,10 +48,11 @@ def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> 
     }
 
 
-def further(task: Task) -> dict[str, list[str]]:
-    """The words of further regimes, where there are any."""
+def further(task: Task) -> dict[str, Any]:
+    """The words of further regimes and the number of draws, where there are several."""
     words = [regime.word for regime in task.also]
-    return {"also": words} if words else {}
+    draws = {"draws": task.draws} if task.draws > 1 else {}
+    return {**({"also": words} if words else {}), **draws}
 
 
 def further_models(also_benches: Sequence[Bench]) -> dict[str, list[str]]:

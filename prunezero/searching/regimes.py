@@ -2,7 +2,7 @@
 
 A rule that serves several regimes is worth the geometric mean of what it is worth in each: twice
 the perplexity in one weighs as much as twice the perplexity in another, however large either is.
-The same holds of several models, each of which is pruned in every regime.
+The same holds of several models and draws of calibration text, each pruned in every regime.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def over_regimes(
-    regimes: Sequence[Regime], rows: Sequence[Mapping[str, Any]], models: Sequence[str] = ("",)
+    regimes: Sequence[Regime],
+    rows: Sequence[Mapping[str, Any]],
+    places: Sequence[Mapping[str, Any]] = ({},),
 ) -> dict[str, Any]:
     """The row of a recipe over all regimes, from one row for each as `Stand.row` gives it.
 
@@ -87,8 +89,8 @@ def over_regimes(
     tests over windows hold for the whole as for a part. `regimes` keeps the perplexities of each.
 
     Args:
-        rows: of the first model in every regime, then of the next.
-        models: what `regimes` calls them by, where there are several.
+        rows: of the first model and draw in every regime, then of the next.
+        places: of each model and draw, what `regimes` says to tell it from the others.
     """
     first = dict(rows[0])
     if len(rows) == 1:
@@ -106,13 +108,22 @@ def over_regimes(
     first["seconds"] = sum(row["seconds"] for row in rows)
     first["regimes"] = [
         {
-            **({"model": model} if len(models) > 1 else {}),
+            **place,
             **asdict(regime),
             **{key: row[key] for key in means},
         }
-        for (model, regime), row in zip(itertools.product(models, regimes), rows, strict=True)
+        for (place, regime), row in zip(itertools.product(places, regimes), rows, strict=True)
     ]
+    draws = {place["seed"] for place in places if "seed" in place}
+    if draws:
+        first["draws"] = len(draws)
     return first
+
+
+def seeds_of(row: Mapping[str, Any]) -> str:
+    """The seeds of the calibration text that a row was measured with, in words."""
+    first, draws = row["seed"], row.get("draws", 1)
+    return f"seed {first}" if draws == 1 else f"seeds {first} to {first + draws - 1}"
 
 
 def with_names(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

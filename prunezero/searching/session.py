@@ -61,6 +61,7 @@ def make_task(
     pattern: str = "free",
     also: str = "",
     seed: int = 0,
+    draws: int = 1,
     from_scratch: bool = False,
     strategy: str = "evolution",
 ) -> Task:
@@ -68,14 +69,17 @@ def make_task(
 
     Args:
         also: other regimes that its rules have to serve, such as `0.7,2:4`.
+        draws: of calibration text that its rules have to be good on.
         strategy: who proposes rules, see `proposing/catalogue.py`.
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
         SearchError: no such strategy (the message gives the nearest), no such regime, one twice, or
-            one in which nothing goes.
+            one in which nothing goes, or no draw.
     """
     find_strategy(strategy)
+    if draws < 1:
+        raise SearchError(f"draws is {draws}; rules need at least 1 draw of calibration text")
     published = [Recipe.load(name).criterion for name in published_recipes()]
     # Simplest first: of formulas with equal masks the first one stands for all.
     published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
@@ -84,7 +88,8 @@ def make_task(
         if criterion not in seeds and space.holds(criterion) and space.speaks(criterion):
             seeds.append(criterion)
     settled = settled_sparsity(pattern, sparsity)
-    task = Task(space, settled, pattern, seed, tuple(seeds), strategy, read_regimes(also))
+    regimes = read_regimes(also)
+    task = Task(space, settled, pattern, seed, tuple(seeds), strategy, regimes, draws)
     if len(set(task.regimes)) < len(task.regimes):
         raise SearchError(f"--also {also}: a regime stands there twice, or is the search's own")
     if not all(regime.sparsity for regime in task.regimes):
@@ -252,6 +257,7 @@ def find(
     pattern: str = "free",
     also: str = "",
     seed: int = 0,
+    draws: int = 1,
     budget: int | None = None,
     from_scratch: bool = False,
     strategy: str = "evolution",
@@ -267,6 +273,7 @@ def find(
         also_benches: of further models that a rule has to be good on, with the same text and
             settings.
         also: other regimes that a rule has to serve as well, such as `0.7,2:4`.
+        draws: of calibration text that a rule has to be good on.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         strategy: who proposes rules, see `proposing/catalogue.py`.
 
@@ -280,6 +287,7 @@ def find(
         pattern=pattern,
         also=also,
         seed=seed,
+        draws=draws,
         from_scratch=from_scratch,
         strategy=strategy,
     )

@@ -55,6 +55,8 @@ class Task:
     """who proposes rules, see `proposing/catalogue.py`"""
     also: tuple[Regime, ...] = ()
     """where else its rules have to be good"""
+    draws: int = 1
+    """of calibration text that its rules have to be good on, see `benches.drawn`"""
     ratios: tuple[str, ...] = ()
     """layers, by pattern, whose share of the sparsity its rules may change; see `on`"""
 

@@ -79,6 +79,8 @@ class Plan:
     """where else rules have to be good"""
     seed: int
     """of the task"""
+    draws: int
+    """of calibration text that rules have to be good on"""
     seeds: tuple[str, ...]
     """formulas of the task"""
     rivals: tuple[Mapping[str, Any], ...]
@@ -109,6 +111,7 @@ class Plan:
             pattern=task.pattern,
             also=task.also,
             seed=task.seed,
+            draws=task.draws,
             seeds=tuple(seed.text for seed in task.seeds),
             rivals=tuple(one.model_dump(mode="json", by_alias=True) for one in rivals),
             also_models=tuple((_from_anywhere(one.name), one.dtype_word) for one in others),
@@ -140,7 +143,8 @@ class Plan:
     def _task(self) -> Task:
         space = validated(SearchSpace, dict(self.space), "a plan")
         seeds = tuple(Criterion.parse(text) for text in self.seeds)
-        return Task(space, self.sparsity, self.pattern, self.seed, seeds, also=self.also)
+        also, draws = self.also, self.draws
+        return Task(space, self.sparsity, self.pattern, self.seed, seeds, also=also, draws=draws)
 
 
 def _from_anywhere(name: str) -> str:

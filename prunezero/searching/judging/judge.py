@@ -28,7 +28,7 @@ from prunezero.pruning.compare import finite_row
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.searching.benches import about, told_of
+from prunezero.searching.benches import about, drawn, told_of
 from prunezero.searching.judging.fitness import layer_error, mask_digest, masks_on, scores_on
 from prunezero.searching.judging.post import Post
 from prunezero.searching.judging.samples import Stack, ladder_sums
@@ -95,7 +95,7 @@ class ProbeMask:
 
 
 class Judge:
-    """The rungs of a search, over one model, or over several at once."""
+    """The rungs of a search, over one model and one draw of calibration text, or over several."""
 
     def __init__(
         self,
@@ -121,11 +121,13 @@ class Judge:
         for regime in task.regimes:
             sums |= dense_sums(space.examples(regime.pattern))
         sums |= dense_sums(rivals)
-        self._benches = (bench, *also_benches)
-        self._posts = [
-            Post.of(one, sums, space.features, told_of(one, self._benches, progress))
-            for one in self._benches
-        ]
+        self._benches = drawn((bench, *also_benches), task.draws)
+        self._posts: list[Post] = []
+        for place, one in enumerate(self._benches):
+            # Draws of one model stand side by side, and share all that calibration does not change.
+            stand = self._posts[-1].stand if place % task.draws else None
+            told = told_of(one, self._benches, progress)
+            self._posts.append(Post.of(one, sums, space.features, told, stand=stand))
         self.probe = lru_cache(maxsize=_PROBES)(self._probed)
         self._rungs = {
             "layer error": self._layer_error,
@@ -209,21 +211,21 @@ class Judge:
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
 
     def _scores(self, criteria: Sequence[Criterion]) -> Iterator[tuple[list[Tensor], ...]]:
-        """Of each formula the scores on the samples of each model."""
-        of_models = [scores_on(post.samples, criteria) for post in self._posts]
-        return zip(*of_models, strict=True)
+        """Of each formula the scores on the samples of each post."""
+        of_posts = [scores_on(post.samples, criteria) for post in self._posts]
+        return zip(*of_posts, strict=True)
 
     def _lost(
         self,
-        of_models: Sequence[Sequence[Stack]],
+        of_posts: Sequence[Sequence[Stack]],
         criterion: Criterion,
         compare: str,
         scores: Sequence[Sequence[Tensor]] | None = None,
     ) -> float:
-        """The layer error, of several models and regimes the geometric mean."""
-        known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_models)
+        """The layer error, of several posts and regimes the geometric mean."""
+        known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_posts)
         lost: list[float] = []
-        for bench, samples, own in zip(self._benches, of_models, known, strict=True):
+        for bench, samples, own in zip(self._benches, of_posts, known, strict=True):
             with about(bench, self._benches):
                 for of_regime in self._masks(samples, criterion, compare, own):
                     lost.append(layer_error(samples, of_regime))
@@ -257,11 +259,9 @@ class Judge:
         return {"formula": best.text, "seconds": time.perf_counter() - begin}
 
     def _row(self, question: Question) -> dict[str, Any]:
-        # Not by name: the same model may be called otherwise in another process or search.
-        models = [bench.language_model.fingerprint for bench in self._benches]
         if question.recipe is None:
             dense = [post.stand.dense_row(question.splits) for post in self._posts]
-            return finite_row(over_regimes(_DENSE, dense, models))
+            return finite_row(over_regimes(_DENSE, dense, self._places()))
         begin = time.perf_counter()
         recipe, regimes = _recipe(question), self.task.regimes
         rows = []
@@ -269,8 +269,18 @@ class Judge:
             with about(post.stand.bench, self._benches):
                 one = with_choices(recipe, pattern=regime.pattern)
                 rows.append(post.stand.row(one, regime.sparsity, question.splits))
-        row = over_regimes(regimes, rows, models)
+        row = over_regimes(regimes, rows, self._places())
         return finite_row(row) | {"elapsed": time.perf_counter() - begin}
+
+    def _places(self) -> list[dict[str, Any]]:
+        """Of each post what tells it from the others."""
+        # Not by name: the same model may be called otherwise in another process or search.
+        of = [
+            {"model": one.language_model.fingerprint, "seed": one.settings.seed}
+            for one in self._benches
+        ]
+        told = [key for key in ("model", "seed") if len({place[key] for place in of}) > 1]
+        return [{key: place[key] for key in told} for place in of]
 
 
 def _is_short_of_memory(error: Exception) -> bool:

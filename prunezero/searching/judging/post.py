@@ -1,4 +1,7 @@
-"""What does a judge hold of each model? Its stand, and the rows on which masks are looked at."""
+"""What does a judge hold of each model and draw of calibration text?
+
+The stand on which it is pruned and measured, and the rows on which masks are looked at.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _TUNED_ON = 3
 
 @dataclass(frozen=True)
 class Post:
-    """One model that is judged on."""
+    """One model that is judged on, under one draw of calibration text."""
 
     stand: Stand
     """where it is pruned and measured"""
@@ -35,19 +38,25 @@ class Post:
         sums: Iterable[str],
         features: Sequence[str],
         progress: Progress | None = None,
+        *,
+        stand: Stand | None = None,
     ) -> Post:
         """Calibrate the model, or find its statistics where an earlier process left them.
 
         Args:
             sums: over calibration text, of every layer.
             features: all that a formula may look at.
+            stand: of the same model under another draw of calibration text.
 
         Raises:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
         layers = find_layers(bench.language_model.model)
         statistics = bench.statistics(layers, sums, progress)
-        stand = Stand(bench, statistics, splits=("search", "validation", "test"))
+        if stand is None:
+            stand = Stand(bench, statistics, splits=("search", "validation", "test"))
+        else:
+            stand = stand.redrawn(bench, statistics)
         samples = sample_rows(layers, statistics, features)
         of_some = (samples, samples[::_TUNED_ON], probe_of(samples))
         return cls(stand, *map(stacked, of_some))
