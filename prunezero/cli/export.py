@@ -1,4 +1,4 @@
-"""`prunezero export`: a recipe as one page of plain torch."""
+"""`prunezero export`: a recipe as one page of plain torch, its formula as a Triton kernel."""
 
 from __future__ import annotations
 
@@ -15,33 +15,60 @@ def export(
     recipe: Annotated[
         str, typer.Option(help="Name, .yaml file, or the name of a finished search.")
     ],
-    output: Annotated[Path, typer.Option(help="File to write.")] = Path("pruner.py"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="File for the pruner; pruner.py if only the recipe is named."),
+    ] = None,
+    kernel: Annotated[
+        Path | None,
+        typer.Option(help="File for the formula's Triton kernel, which gives scores alone."),
+    ] = None,
     pattern: Pattern = None,
     statistics: Statistics = None,
     runs_dir: Annotated[Path, typer.Option(help="Folder where searches are.")] = Path("runs"),
 ) -> None:
     """Write a recipe as a one-page pruner that needs torch and nothing of prunezero.
 
+    `--kernel` writes the formula as a Triton kernel: from a layer's weight and features to its
+    scores. It needs torch and Triton, and is there for every recipe, since it takes of it the
+    formula alone.
+
     Examples:
 
         prunezero export --recipe first --output pruner.py
 
         prunezero export --recipe wanda --statistics dense --output wanda.py
+
+        prunezero export --recipe first --output pruner.py --kernel kernel.py
+
+        prunezero export --recipe sparsegpt --kernel kernel.py
     """
     from prunezero.cli.tables import say
     from prunezero.errors import OutputError
     from prunezero.pruning.bench import with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.report.export import write_pruner
+    from prunezero.report.kernel_export import write_kernel
     from prunezero.report.run_folder import pruner_fields
 
     check_statistics(statistics)
-    if os.path.isdir(output):
-        raise OutputError(f"--output {output} is a folder; name a file such as {output}/pruner.py")
+    if output is None and kernel is None:
+        output = Path("pruner.py")
+    places = (("--output", output, "pruner.py"), ("--kernel", kernel, "kernel.py"))
+    for flag, path, example in places:
+        if path is not None and os.path.isdir(path):
+            raise OutputError(f"{flag} {path} is a folder; name a file such as {path}/{example}")
+    if output is not None and kernel is not None and output.absolute() == kernel.absolute():
+        raise OutputError(f"--output and --kernel both name {output}; give each its own file")
     found = runs_dir / recipe / "recipe.yaml"
     chosen = Recipe.load(found if os.path.isfile(found) else recipe)
-    chosen = with_choices(chosen, pattern=pattern, statistics=statistics)
-    write_pruner(pruner_fields(chosen), output)
-    say(f"wrote {output}: {chosen.criterion.text}")
-    fraction = "--sparsity 0.5 " if chosen.pattern == "free" else ""
-    say(f"run it: python {output} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")
+    fields = pruner_fields(with_choices(chosen, pattern=pattern, statistics=statistics))
+    # What a page cannot follow is told before the other file is written.
+    if output is not None:
+        write_pruner(fields, output)
+        say(f"wrote {output}: {fields.criterion.text}")
+        fraction = "--sparsity 0.5 " if fields.pattern == "free" else ""
+        say(f"run it: python {output} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")
+    if kernel is not None:
+        write_kernel(fields, kernel)
+        say(f"wrote {kernel}: {fields.criterion.text} as score(weight, ...) in Triton")
