@@ -96,6 +96,19 @@ def way_on(folder: Path) -> str:
     return f"prunezero search --name {folder.name} --resume{where}"
 
 
+def kept(folder: Path, budget: int | None, seconds: float | None) -> str:
+    """What there is of a search that was stopped, and the command that goes on."""
+    if not (folder / "journal.jsonl").is_file():
+        return (
+            "stopped before its first result, so there is nothing to keep but what calibration has "
+            "cached; type the same command again"
+        )
+    return (
+        f"stopped; everything is in {folder}, and goes on from here by\n"
+        f"  {way_on(folder)} {limits(budget, seconds)}"
+    )
+
+
 def limits(budget: int | None, seconds: float | None) -> str:
     """How long a search was to last, as typed."""
     typed = {"--budget": budget, "--time": None if seconds is None else f"{seconds:g}s"}

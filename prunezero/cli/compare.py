@@ -120,7 +120,7 @@ def _measured(
     """The rows as they come, each shown and recorded behind its handing over."""
     from prunezero.cli.tables import Bars, console, one_line, say
     from prunezero.pruning.compare import compare as measure
-    from prunezero.report.run_folder import tracked_rows
+    from prunezero.report.tracked import tracked_rows
 
     with Bars() as bars:
         rows = measure(bench, recipes, sparsity, statistics=statistics, progress=bars)

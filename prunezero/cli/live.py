@@ -22,6 +22,7 @@ _SHOWN = 5
 _RUNGS = (
     ("layer error", "KL", "layer_error", "kl"),
     ("KL", "perplexity", "kl", "search_perplexity"),
+    ("perplexity", "validation", "search_perplexity", "validation_perplexity"),
 )
 _SPLITS = ("search_perplexity", "validation_perplexity")
 
@@ -123,8 +124,10 @@ class SearchView:
         }
         for low, high, lower, upper in _RUNGS:
             seen = fidelity(self._by_slot(), lower, upper)
-            if seen.count > 2:
-                points[f"tau_{low}_{high}".replace(" ", "_").lower()] = seen.tau
+            if seen.says_much:
+                rungs = f"{low}_{high}".replace(" ", "_").lower()
+                points[f"tau_{rungs}"] = seen.tau
+                points[f"recall_{rungs}"] = seen.recall
         return points
 
     def _by_slot(self) -> list[Candidate]:
@@ -189,11 +192,9 @@ class SearchView:
 
     def _trusted(self) -> str:
         """Whether each cheap rung foretells the next."""
-        told = [
-            f"{low} foretells {high}: {fidelity(self._by_slot(), lower, upper).text}"
-            for low, high, lower, upper in _RUNGS
-        ]
-        return "; ".join(told)
+        seen = [(pair, fidelity(self._by_slot(), *pair[2:])) for pair in _RUNGS]
+        told = [f"{low} foretells {high}: {one.text}" for (low, high, *_), one in seen if one.count]
+        return "; ".join(told) or "no rung foretells another yet"
 
     def _left(self) -> str:
         elapsed = time.monotonic() - self._begin

@@ -105,6 +105,16 @@ JsonFile = Annotated[
 ]
 RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the MLflow database.")]
 # Of a search alone.
+Signals = Annotated[
+    str | None,
+    typer.Option(
+        help="The dearest that a rule may look at: `none` (weights alone), `activations`, "
+        "`gradients` or `second order` (Gram matrices), in order of cost. Terminals and choices of "
+        "the space that need more are left out: with `gradients` the features H, V and U, the "
+        "updates obs, admm and swaps, and damping; with `activations` also G, G1, F, D and the "
+        "gradient weights of the search's own layer error. Left out: as the space says."
+    ),
+]
 Space = Annotated[str, typer.Option(help="Name or .yaml file; see `prunezero list spaces`.")]
 Budget = Annotated[int | None, typer.Option(help="Candidates with a new mask to screen.", min=1)]
 TimeLimit = Annotated[

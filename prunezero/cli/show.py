@@ -33,14 +33,19 @@ def show(
     latex: Annotated[
         bool, typer.Option("--latex", help="Print the front as a LaTeX table, and nothing else.")
     ] = False,
-    top: Annotated[int, typer.Option(help="Rows of the front, the best ones.", min=1)] = 10,
+    top: Annotated[
+        int, typer.Option(help="Sizes on the front, those of the best ones.", min=1)
+    ] = 10,
+    each: Annotated[
+        int, typer.Option(help="Candidates of each size on the front, its best.", min=1)
+    ] = 1,
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
 ) -> None:
     """Show what a search looked for and found: its counts, rivals, front and winner.
 
-    The front holds the best candidate of each size, by perplexity on search text. No model is
-    loaded, and a search that runs or was stopped is shown as far as it is.
+    The front holds the best candidate of each size that no smaller one beats, by perplexity on
+    search text. No model is loaded, and a search that runs or was stopped is shown as far as it is.
 
     Examples:
 
@@ -48,21 +53,23 @@ def show(
 
         prunezero show runs/first --top 5 --json first.json
 
+        prunezero show first --each 3
+
         prunezero show first --latex > front.tex
     """
     from prunezero.report.run_summary import find_run, front, latex_of_front, read_run
 
     check_json(json_file)
     found = read_run(find_run(run, runs_dir))
-    best = front(found.candidates or (), top)
+    best = front(found.candidates or (), top, each=each)
     write_json(_data(found, best), json_file)
     if latex:
         typer.echo(latex_of_front(best))
     else:
-        _print(found, best)
+        _print(found, best, each)
 
 
-def _print(run: Run, front: Sequence[dict[str, Any]]) -> None:
+def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
     from prunezero.cli.tables import console, print_results, say
     from prunezero.report.run_folder import STUDY
     from prunezero.report.run_summary import results
@@ -75,7 +82,7 @@ def _print(run: Run, front: Sequence[dict[str, Any]]) -> None:
         shown = "test_perplexity" if run.measured else "validation_perplexity"
         print_results(rows, "measured", best=shown)
     if front:
-        console.print(_front_table(front))
+        console.print(_front_table(front, each))
     if (run.folder / STUDY).is_file():
         say(
             f"every measured candidate in a browser: optuna-dashboard {STUDY}, in the folder of "
@@ -102,6 +109,7 @@ def _about(run: Run) -> dict[str, str]:
         "text": asked.text if asked else f"{header['text']}",
         "sparsity": f"{task.sparsity:g}, pattern {in_words(task.regimes)}",
         "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
+        "signals": f"{task.space.dearest_signal}, the dearest that a rule can look at",
         **({"draws": f"{task.draws} of calibration text"} if task.draws > 1 else {}),
         "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
         f"tokens calibrate in {str(header['dtype']).removeprefix('torch.')}",
@@ -116,18 +124,19 @@ def _counts(run: Run) -> str:
         return ", ".join(f"{count} {what}" for what, count in counted(run.candidates).items())
     results = ", ".join(f"{count} of {kind}" for kind, count in sorted(run.answers.items()))
     return (
-        f"its candidates are listed when it ends or is stopped; its journal holds "
+        f"its candidates are listed once the first is screened; its journal holds "
         f"{results or 'no results'} so far"
     )
 
 
-def _front_table(front: Sequence[dict[str, Any]]) -> Table:
+def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
     from rich.table import Table
 
     from prunezero.cli.tables import cell
     from prunezero.report.run_summary import rule_of
 
-    table = Table(title="front: the best of each size on search text", title_justify="left")
+    those = "the best" if each == 1 else f"the best {each}"
+    table = Table(title=f"front: {those} of each size on search text", title_justify="left")
     shown = [key for key in _FRONT if any(row[key] not in (None, "") for row in front)]
     for key in shown:
         is_word = key in ("signal", "formula", "choices")

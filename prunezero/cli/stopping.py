@@ -1,11 +1,17 @@
-"""When does a search end? When its time is up, or when somebody says so."""
+"""When does a search end? When its time is up, or when somebody says so.
+
+Between candidates it ends as if its time were up. Anywhere else (while the model is calibrated,
+while published recipes or finalists are measured) a signal ends the work at hand, and all that is
+open is closed on the way out.
+"""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 
 class Stopping:
@@ -39,3 +45,35 @@ class Stopping:
             raise KeyboardInterrupt
         self.was_interrupted = True
         self._say("ending after the candidate at hand; press Ctrl-C again to end at once")
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Within it, SIGTERM raises KeyboardInterrupt, as Ctrl-C does.
+
+    By itself it ends a process at once, with files locked and records unwritten.
+    """
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def told_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Whoever interrupts what is within it reads what `kept` says then, before it goes on its way.
+
+    What is within has to be closed by then, so that the sentence holds.
+    """
+    from prunezero.cli.tables import say
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(kept())
+        raise
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt

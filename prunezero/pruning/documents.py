@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from prunezero.errors import OutputError, RecipeError, did_you_mean
+from prunezero.models.whole_files import replace_whole
 
 MAX_BYTES = 64 * 1024
 # Keys that people expect in a document, and where they belong.
@@ -116,13 +117,17 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def write_document(data: dict[str, Any], path: Path) -> None:
-    """Write a mapping as YAML that `read_document` reads back to the same.
+    """Write a mapping as YAML that `read_document` reads back to the same, whole or not at all.
 
     Raises:
         OutputError: the file cannot be written.
     """
+
+    def write(beside: Path) -> None:
+        beside.write_text(to_yaml(data), encoding="utf-8")
+
     try:
-        path.write_text(to_yaml(data), encoding="utf-8")
+        replace_whole(path, write)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 

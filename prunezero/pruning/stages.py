@@ -7,7 +7,6 @@ step k are "pruned" and "tuned"; a tuning keeps its own state in the same folder
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from prunezero.errors import OutputError, differences
 from prunezero.models.shards import write_shard
 from prunezero.models.units import Layer
+from prunezero.models.whole_files import replace_whole
 
 STAGES = ("pruned", "tuned")
 
@@ -126,6 +126,7 @@ def _place(stage: str) -> int:
 
 
 def _write_text(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    def write(beside: Path) -> None:
+        beside.write_text(text)
+
+    replace_whole(path, write)

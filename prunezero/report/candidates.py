@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError
-from prunezero.report.whole_files import replace_whole
+from prunezero.models.whole_files import replace_whole
+from prunezero.searching.candidate import Candidate
 
 COLUMNS = (
     "slot",
@@ -33,6 +35,7 @@ COLUMNS = (
     "search_perplexity",
     "validation_perplexity",
     "seconds",
+    "fault",
 )
 # What a reader looks for first; the digits of each rounded number.
 READABLE = {
@@ -53,7 +56,51 @@ READABLE = {
     "seconds": 2,
     "fingerprint": None,
     "mask": None,
+    "fault": None,
 }
+# Seconds between two tables of a running search: few at first, then more and more, at most so many.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+# A pause is at least this many times as long as the writing was.
+_WRITING = 50
+
+
+class RunningTables:
+    """The tables of a search that still runs, so that a crash leaves them behind too."""
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin to wait for a candidate.
+
+        Args:
+            clock: seconds, from any beginning.
+        """
+        self._folder = folder
+        self._clock = clock
+        self._pause = _FIRST_PAUSE
+        self._due = -math.inf
+        self._has_news = False
+
+    def show(self, candidate: Candidate, found: Mapping[int, Candidate]) -> None:
+        """Take notice of a candidate, and write the tables of all now and then.
+
+        While a search that goes on reads its journal, the tables of before are the longer ones, and
+        stay.
+
+        Args:
+            found: all candidates as they stand now, by slot.
+
+        Raises:
+            OutputError: the folder cannot be written; it is tried again after the next pause.
+        """
+        self._has_news |= candidate.status == "new" and not candidate.is_replayed
+        begin = self._clock()
+        if not self._has_news or begin < self._due:
+            return
+        try:
+            write_candidates([found[slot].row() for slot in sorted(found)], self._folder)
+        finally:
+            now = self._clock()
+            self._due = now + max(self._pause, _WRITING * (now - begin))
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
 def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from prunezero.errors import OutputError
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
+from prunezero.models.whole_files import replace_whole
 from prunezero.report.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
@@ -56,11 +56,21 @@ def write_pruner(fields: PrunerFields, path: Path) -> None:
         OutputError: the recipe makes a choice that one page cannot follow, or the file cannot be
             written.
     """
-    page = pruner_page(fields)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_page(pruner_page(fields), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write an exported page, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+
+    def write(beside: Path) -> None:
+        beside.write_text(page, encoding="utf-8")
+
     try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        replace_whole(path, write)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -102,12 +112,19 @@ def pruner_page(fields: PrunerFields) -> str:
     if fields.compare == "model" and fields.pattern == "free":
         new["masks"] = _MODEL_WIDE
     page = _exchange(source, new, _docstring(fields))
-    _check_page(page)
+    check_page(page)
     return page
 
 
 def refuse_unfit(fields: PrunerFields) -> None:
     """Raise OutputError where a page of one dense pass could not do what the recipe says."""
+    reason = no_page(fields)
+    if reason:
+        raise OutputError(reason)
+
+
+def no_page(fields: PrunerFields) -> str:
+    """Why no page of one dense pass could do what the recipe says; nothing where one can."""
     wanted: dict[str, object] = {"allocate": "uniform", "update": "none", "permute": "none"}
     wanted |= {"schedule": "one-shot", "recover": "none"}
     if {"U", "V"} & set(fields.criterion.features):
@@ -118,18 +135,19 @@ def refuse_unfit(fields: PrunerFields) -> None:
         if getattr(fields, choice) != needed
     ]
     if found:
-        raise OutputError(
+        return (
             f"{fields.name} has {', '.join(found)}, which a one-page pruner cannot follow; use "
             "`prunezero prune` with the recipe"
         )
     if fields.statistics != "dense":
-        raise OutputError(
+        return (
             f"{fields.name} has statistics: {fields.statistics}, but a one-page pruner looks at "
             "the dense model alone; add --statistics dense to export it so"
         )
     unknown = [name for name in fields.criterion.features if name not in FEATURE_LINES]
-    if unknown:
-        raise OutputError(f"{fields.name} uses the feature {unknown[0]}, which has no export yet")
+    return (
+        f"{fields.name} uses the feature {unknown[0]}, which has no export yet" if unknown else ""
+    )
 
 
 def _score_body(criterion: Criterion) -> list[str]:
@@ -213,8 +231,16 @@ def _docstring(fields: PrunerFields) -> str:
     body = f"Source: {fields.source}" if fields.source else ""
     zeros = "Zeroes the lowest scores of each group. Zeros alone make no model smaller or faster."
     command = "    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER"
-    parts = [fill(head, 96), fill(body, 99), *(fill(line, 99) for line in fields.results)]
-    text = "\n\n".join(part for part in (*parts, f"{zeros} Usage:", command) if part)
+    return paragraphs(head, body, *fields.results, f"{zeros} Usage:", command)
+
+
+def paragraphs(head: str, *others: str) -> str:
+    """The text of a page's docstring, safe between triple quotes; indented parts stay as they are.
+
+    Empty parts are left out.
+    """
+    parts = [part if part.startswith("    ") else fill(part, 99) for part in others if part]
+    text = "\n\n".join([fill(head, 96), *parts])
     return text.replace("\\", "/").replace('"', "'")
 
 
@@ -240,10 +266,10 @@ def _exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check_page(page: str) -> None:
+def check_page(page: str) -> None:
     """Refuse a page that does not compile or still needs prunezero: a fault of the template."""
     tree = ast.parse(page)
-    compile(tree, "pruner.py", "exec")
+    compile(tree, "<exported page>", "exec")
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from prunezero.errors import OutputError
+from prunezero.models.whole_files import replace_whole
 from prunezero.report.axes import bulk, canvas, perplexity_axis, plain_log_ticks
 from prunezero.report.labels import place_labels, short, spread
 from prunezero.searching.judging.audit import kendall_tau
@@ -149,7 +150,7 @@ def _along(front: Sequence[Row]) -> list[tuple[float, float]]:
 def _save(figure: Any, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        replace_whole(path, lambda beside: figure.savefig(beside, format="png"))
     except OSError as error:
         raise OutputError(f"the picture {path} cannot be written: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""The folder of a search, `runs/NAME/`: which files it holds, and how its results are recorded."""
+"""The folder of a search, `runs/NAME/`: which files does it hold?"""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, RecipeError
-from prunezero.pruning.bench import Bench
+from prunezero.models.whole_files import replace_whole, write_json
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
-from prunezero.report.export import PrunerFields, write_pruner
+from prunezero.report.export import PrunerFields, no_page, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth
-from prunezero.report.records import RunRecord, candidate_name, run_record
-from prunezero.report.whole_files import replace_whole, write_json
+from prunezero.report.tracked import baseline_row
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.mirror import study_journal
-from prunezero.searching.regimes import in_words, seeds_of
+from prunezero.searching.regimes import seeds_of
 from prunezero.searching.session import Session
 
 # The file that `optuna-dashboard` opens.
@@ -112,7 +111,7 @@ def _write_study(text: str, path: Path) -> None:
 
 
 def write_winner(recipe: Recipe, rows: Sequence[dict[str, Any]], folder: Path) -> Recipe:
-    """Write `recipe.yaml`, `pruner.py` and `results.json` of a finished search.
+    """Write `recipe.yaml`, `results.json` and, where one page can follow the recipe, `pruner.py`.
 
     Args:
         rows: results on validation and test text; the winner's last.
@@ -123,7 +122,12 @@ def write_winner(recipe: Recipe, rows: Sequence[dict[str, Any]], folder: Path) -
     measured = [{key: row[key] for key in _MEASURED if row.get(key) is not None} for row in rows]
     recipe = recipe.model_copy(update={"provenance": {**recipe.provenance, "measured": measured}})
     recipe.save(folder / "recipe.yaml")
-    write_pruner(pruner_fields(recipe), folder / "pruner.py")
+    page, fields = folder / "pruner.py", pruner_fields(recipe)
+    if no_page(fields):
+        # That of an earlier winner.
+        page.unlink(missing_ok=True)
+    else:
+        write_pruner(fields, page)
     write_json({"rows": list(rows)}, folder / "results.json")
     return recipe
 
@@ -161,116 +165,6 @@ def _sentence(row: dict[str, Any]) -> str:
 
 def _shown(perplexity: float | None) -> str:
     return "not finite" if perplexity is None else f"{perplexity:.2f}"
-
-
-def tracked_rows(
-    rows: Sequence[dict[str, Any]],
-    bench: Bench,
-    *,
-    origin: str = "baseline",
-    also_benches: Sequence[Bench] = (),
-) -> Iterator[RunRecord]:
-    """Records of the dense model and of recipes; measuring one again updates its record.
-
-    Args:
-        also_benches: of further models over which the rows are means.
-    """
-    models = [one.language_model.fingerprint[:8] for one in (bench, *also_benches)]
-    for row in rows:
-        is_dense = row["recipe"] == "dense"
-        words = ("sparsity", "pattern", "allocate", "statistics", "seed")
-        conditions = [row[key] for key in words]
-        conditions += [row["sequence_length"], row["calibration_tokens"]]
-        conditions += [f"{row['draws']} draws"] if "draws" in row else []
-        conditions += ["+".join(models), bench.text.fingerprint[:8]]
-        key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])
-        name = (
-            row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
-        )
-        full = {**baseline_row(row), **described(bench, also_benches), "origin": origin}
-        yield run_record(key, name, "dense" if is_dense else "baseline", full)
-
-
-def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunRecord:
-    """The record of a candidate that was measured on the model."""
-    task = session.task
-    recipe = task.recipe(candidate.rule, "candidate")
-    row = {
-        **candidate.row(),
-        **described(session.bench, session.also_benches),
-        "compare": recipe.compare,
-        "allocate": recipe.allocate.text,
-        "update": ", ".join(recipe.updates) or "none",
-        "pattern": in_words(task.regimes),
-        "sparsity": task.sparsity,
-        "statistics": "dense",
-        "seed": task.seed,
-        "draws": task.draws,
-    }
-    key = f"{name}/{candidate.slot:05d}"
-    return run_record(key, candidate_name(row), "candidate", row, parent_key=name)
-
-
-def tracked_champion(
-    recipe: Recipe, row: dict[str, Any], session: Session, name: str, folder: Path
-) -> RunRecord:
-    """The record of the search's winner, with its files."""
-    told = described(session.bench, session.also_benches)
-    full = {**baseline_row(row), **told, "origin": "search"}
-    files = tuple(folder / file for file in ("recipe.yaml", "pruner.py"))
-    title = f"{name} champion · {_shown(row['validation_perplexity'])}"
-    record = run_record(
-        f"{name}/champion", title, "champion", full, parent_key=name, artifacts=files
-    )
-    return record
-
-
-def tracked_search(
-    session: Session, name: str, *, finished: bool, artifacts: tuple[Path, ...] = ()
-) -> RunRecord:
-    """The record of the search itself, the parent of its candidates."""
-    task, bench = session.task, session.bench
-    params: dict[str, Any] = {
-        **described(bench, session.also_benches),
-        "space": task.space.name,
-        "sparsity": task.sparsity,
-        "pattern": in_words(task.regimes),
-        "compare": task.space.compare,
-        "seed": task.seed,
-        "draws": task.draws,
-        "seeds": len(task.seeds),
-        "calibration_tokens": bench.settings.calibration_tokens,
-        "sequence_length": bench.settings.sequence_length,
-    }
-    return RunRecord(
-        key=name, name=name, role="search", params=params, finished=finished, artifacts=artifacts
-    )
-
-
-def described(bench: Bench, also_benches: Sequence[Bench] = ()) -> dict[str, str]:
-    """Models, text and dtype, as parameters of a record."""
-    others = ", ".join(one.language_model.name for one in also_benches)
-    return {
-        "model": bench.language_model.name,
-        **({"also_models": others} if others else {}),
-        "text": bench.text.name,
-        "dtype": bench.language_model.dtype_word,
-    }
-
-
-def baseline_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of results with what its formula says about itself."""
-    from prunezero.formula.criterion import Criterion
-
-    named = {**row, "name": row["recipe"]}
-    if row["formula"]:
-        criterion = Criterion.parse(row["formula"])
-        named |= {
-            "complexity": criterion.complexity,
-            "signal": criterion.signal,
-            "fingerprint": criterion.fingerprint,
-        }
-    return named
 
 
 def list_runs(runs_dir: Path) -> list[dict[str, Any]]:

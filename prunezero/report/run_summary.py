@@ -20,7 +20,8 @@ from prunezero.report.search_file import Asked, read_asked
 from prunezero.searching.judging.journal import read_journal
 from prunezero.searching.judging.judge import Question
 from prunezero.searching.regimes import with_names
-from prunezero.searching.session import make_task, rivals
+from prunezero.searching.rivals import rivals
+from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
 from prunezero.searching.task import Rule, Task
 
@@ -44,7 +45,7 @@ class Run:
     answers: Mapping[str, int]
     """how many results the journal holds, by kind"""
     candidates: Sequence[Row] | None
-    """rows of `candidates.parquet`; None before a search ended or was stopped"""
+    """rows of `candidates.parquet`, some seconds old while a search runs; None before the first"""
     recipe: Recipe | None
     """the winner, with its measured rows in the provenance; None of an unfinished search"""
 
@@ -171,18 +172,25 @@ def counted(candidates: Sequence[Row]) -> dict[str, int]:
     }
 
 
-def front(candidates: Sequence[Row], top: int | None = None) -> list[Row]:
+def front(candidates: Sequence[Row], top: int | None = None, *, each: int = 1) -> list[Row]:
     """The candidates that none of equal or smaller size beats on search text, small to large.
 
     Args:
-        top: keeps that many, the best on search text; None keeps all.
+        top: keeps that many sizes, those of the best on search text; None keeps all.
+        each: how many of each such size to keep, its best first; the others of a size may be
+            beaten by smaller ones.
     """
     measured = [
         row for row in candidates if row["status"] == "new" and row["search_perplexity"] is not None
     ]
     best = pareto_front(measured)
     # Along the front, larger is better.
-    return [dict(row) for row in best[max(0, len(best) - top) if top is not None else 0 :]]
+    kept = best[max(0, len(best) - top) if top is not None else 0 :]
+    measured.sort(key=lambda row: (row["search_perplexity"], row["slot"]))
+    found = []
+    for size in [row["complexity"] for row in kept]:
+        found += [row for row in measured if row["complexity"] == size][:each]
+    return [dict(row) for row in found]
 
 
 def rule_of(row: Mapping[str, Any]) -> Rule:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError, differences
+from prunezero.formula.features import SIGNALS
+from prunezero.models.whole_files import write_json
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.documents import validated
-from prunezero.report.whole_files import write_json
 from prunezero.searching.regimes import read_regimes
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
@@ -67,6 +68,8 @@ class Asked:
     """further models, as `load_model` takes them"""
     draws: int = 1
     """of calibration text that rules have to be good on"""
+    signals: str = SIGNALS[-1]
+    """the dearest that a rule may look at, as `space_content` has it"""
 
     def task(self) -> Task:
         """What the search looks for.
@@ -103,13 +106,15 @@ def asked_for(options: Mapping[str, Any]) -> Asked:
     """What a new search is asked to do.
 
     Args:
-        options: a value for each of OPTIONS that has no usual one; others are left out.
+        options: a value for each of OPTIONS that has no usual one; others are left out. Signals
+            stand in for those of the space.
 
     Raises:
-        RecipeError: no such search space, or faults in its file.
+        RecipeError: no such search space, faults in its file, or nothing left under these signals.
     """
-    content = SearchSpace.load(options["space"]).model_dump(mode="json")
-    return _asked({**options, "space_content": content})
+    space = SearchSpace.load(options["space"], signals=options.get("signals"))
+    content = space.model_dump(mode="json")
+    return _asked({**options, "signals": space.signals, "space_content": content})
 
 
 def goes_on(before: Asked, typed: Mapping[str, Any], folder: Path) -> Asked:
@@ -159,7 +164,7 @@ def _contradiction(before: Asked, key: str, value: Any) -> str:
         is_same = len(was) == len(value) and all(map(_is_same_place, was, value))
         return "" if is_same else f"--also-model {_listed(was)}, now {_listed(value)}"
     if key == "space":
-        content = SearchSpace.load(value).model_dump(mode="json")
+        content = SearchSpace.load(value, signals=before.signals).model_dump(mode="json")
         if content["name"] == before.space_content["name"]:
             told = differences(before.space_content, content)
         return "" if content == before.space_content else told

@@ -48,6 +48,8 @@ class Candidate:
     """spent on it"""
     is_replayed: bool = False
     """whether its last result was read from the journal of an earlier session"""
+    fault: str = ""
+    """why it is invalid; nothing of any other"""
 
     @property
     def rule(self) -> Rule:
@@ -74,4 +76,5 @@ class Candidate:
             "search_perplexity": self.search_perplexity,
             "validation_perplexity": self.validation_perplexity,
             "seconds": self.seconds,
+            "fault": self.fault,
         }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import sympy
@@ -45,21 +47,37 @@ class Memory:
         """Those that reached a rung, best first."""
         return [self._latest[slot] for _, slot in self._ranked[rung]]
 
-    def population(self, size: int, *, island: tuple[int, int] = (0, 1)) -> list[Candidate]:
-        """The best by layer error, one of each skeleton: constants alone make no new formula.
+    def best_of_each(
+        self, family: Callable[[Candidate], Hashable], *, island: tuple[int, int] = (0, 1)
+    ) -> Iterator[Candidate]:
+        """The best by layer error of every family, the best family first.
 
         Args:
+            family: what those have in common of whom only the best counts.
             island: (which, of how many); a candidate lives on island slot modulo their number.
         """
         which, islands = island
-        found: dict[str, Candidate] = {}
+        seen: set[Hashable] = set()
         for _, slot in self._ranked["layer_error"]:
             if slot % islands == which:
                 candidate = self._latest[slot]
-                found.setdefault(skeleton(candidate.criterion), candidate)
-                if len(found) == size:
-                    break
-        return list(found.values())
+                own = family(candidate)
+                if own not in seen:
+                    seen.add(own)
+                    yield candidate
+
+    def population(
+        self, size: int, *, island: tuple[int, int] = (0, 1), oldest: int = 0
+    ) -> list[Candidate]:
+        """The best by layer error, one of each skeleton: constants alone make no new formula.
+
+        Args:
+            island: see `best_of_each`.
+            oldest: generation before which the best of a skeleton was found too long ago to be
+                here; worse numbers that were tried since do not make the skeleton any younger.
+        """
+        best = self.best_of_each(lambda one: skeleton(one.criterion), island=island)
+        return list(islice((one for one in best if one.generation >= oldest), size))
 
     def twin(self, rule: Rule, mask: str = "") -> Candidate | None:
         """A candidate of the same rule, or of the same mask and choices around it."""

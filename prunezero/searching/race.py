@@ -19,6 +19,8 @@ FINALISTS = 3
 _MIN_DIFFERENCE = 0.02
 # How many times the best value of a rung a candidate may have to be promoted by luck.
 _NEAR = 1.3
+# How many times the size of the population are looked at for one that is unlike all others.
+_LOOKED_AT = 4
 
 
 def to_glance(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate]:
@@ -35,7 +37,7 @@ def to_glance(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate
         and one.origin == "choose"
         and one.kl is None
     ]
-    return chosen + [one for one in unseen[: space.glanced] if one not in chosen]
+    return chosen + _unlike(ladder, unseen[: space.glanced], chosen, space.glanced)
 
 
 def to_measure(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate]:
@@ -61,23 +63,32 @@ def _promoted(
 
     The lucky ones are drawn from those that come near the best, this generation's first, so that a
     candidate which the lower rung underrates has a chance, and the rung itself is put to the test.
+    Of those that do nearly the same, one climbs at most.
     """
     lower, upper = rungs
     ranked = memory.ranked(lower)
     there = [one for one in ranked if getattr(one, upper) is not None]
     waiting = [one for one in ranked if getattr(one, upper) is None and one.status == "new"]
     lucky = max(1, count // 3) if count > 1 else 0
-    chosen: list[Candidate] = []
-    for candidate in waiting[: 4 * ladder.task.space.population]:
-        if len(chosen) + lucky >= count:
-            break
-        if _differs(ladder, candidate, [*there, *chosen]):
-            chosen.append(candidate)
+    chosen = _unlike(ladder, waiting, there, count - lucky)
     near = [one for one in waiting if getattr(one, lower) <= _NEAR * getattr(ranked[0], lower)]
-    near = [one for one in near if one not in chosen and _differs(ladder, one, there[:100])]
+    near = [one for one in near if one not in chosen]
     generator(ladder.task.seed, generation, f"promote to {upper}").shuffle(near)
     near.sort(key=lambda one: one.generation != generation)
-    return chosen + near[:lucky]
+    return chosen + _unlike(ladder, near, [*there, *chosen], lucky)
+
+
+def _unlike(
+    ladder: Ladder, candidates: Sequence[Candidate], others: Sequence[Candidate], count: int
+) -> list[Candidate]:
+    """The first of the candidates that do nearly the same as none of the others, nor each other."""
+    found: list[Candidate] = []
+    for candidate in candidates[: _LOOKED_AT * ladder.task.space.population]:
+        if len(found) == count:
+            break
+        if _differs(ladder, candidate, [*others, *found]):
+            found.append(candidate)
+    return found
 
 
 def _differs(ladder: Ladder, candidate: Candidate, others: Sequence[Candidate]) -> bool:

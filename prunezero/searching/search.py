@@ -28,6 +28,8 @@ from prunezero.searching.task import Rule
 _MAX_PROPOSALS = 40
 # Steps of a mask's distance from that of |W| * X.
 _DISTANCES = (0.01, 0.05, 0.15)
+# Why a rule has no mask on the probe.
+_RANKS_NOTHING = "on the probe its scores are not finite, or all alike"
 
 Stop = Callable[[], bool]
 
@@ -73,7 +75,7 @@ class _Run:
         self._strategy = strategy
         self._propose = strategy.start(ladder.task)
         self._stop = stop
-        self._tuned: set[str] = set()
+        self._tuned: set[tuple[str, str]] = set()
         self._value_of_mask: dict[str, float | None] = {}
         self._wanda = ladder.probe(_usual(ladder.task.space.features))
 
@@ -158,7 +160,7 @@ class _Run:
             return self.memory.keep_known(candidate, twin)
         probe = self._ladder.probe(rule)
         if probe is None:
-            return self.memory.keep(replace(candidate, status="invalid"))
+            return self.memory.keep(replace(candidate, status="invalid", fault=_RANKS_NOTHING))
         twin = self.memory.twin(rule, probe.digest)
         if twin is not None:
             return self.memory.keep_known(candidate, twin)
@@ -175,12 +177,13 @@ class _Run:
     def _with_better_numbers(self, generation: int, budget: int | None) -> Iterator[Candidate]:
         """Candidates made of the best skeletons that were not yet tuned."""
         space = self._ladder.task.space
+        best = self.memory.best_of_each(self._family)
         waiting = [
             candidate
-            for candidate in self.memory.population(space.population)
-            if skeleton(candidate.criterion) not in self._tuned
+            for candidate in itertools.islice(best, space.population)
+            if self._family(candidate) not in self._tuned
         ][: min(space.tuned, self._wanted(budget))]
-        self._tuned.update(skeleton(candidate.criterion) for candidate in waiting)
+        self._tuned.update(map(self._family, waiting))
         answers = self._ladder.tunings([candidate.rule for candidate in waiting], space.trials)
         found = []
         for candidate in waiting:
@@ -196,6 +199,10 @@ class _Run:
                 found.append(self._probed(proposal, slot, generation))
         yield from (one for one in found if one.status != "new")
         yield from self._screened([one for one in found if one.status == "new"])
+
+    def _family(self, candidate: Candidate) -> tuple[str, str]:
+        """What is tuned once: other numbers may be the best where other weights compete."""
+        return skeleton(candidate.criterion), self._ladder.task.competing(candidate.choices)
 
     def _measured_on(
         self, split: str, candidates: Sequence[Candidate], field: str
@@ -224,7 +231,8 @@ class _Run:
             )
             if value is None:
                 self.memory.new -= field == "layer_error"
-                yield self.memory.keep(replace(candidate, status="invalid"))
+                fault = answer.get("fault", f"its {field.replace('_', ' ')} is not finite")
+                yield self.memory.keep(replace(candidate, status="invalid", fault=fault))
             else:
                 yield self.memory.keep(replace(candidate, **{field: value}))
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.ranking import ranking_form
 from prunezero.models.calibration import Progress
-from prunezero.pruning.bench import Bench, with_choices
+from prunezero.pruning.bench import Bench
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.searching.benches import fitted
@@ -25,12 +24,10 @@ from prunezero.searching.judging.ladder import Judges, Ladder
 from prunezero.searching.proposing.catalogue import find_strategy
 from prunezero.searching.race import FINALISTS
 from prunezero.searching.regimes import read_regimes
+from prunezero.searching.rivals import rivals
 from prunezero.searching.search import search
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
-
-# What every search is compared with, in this order.
-RIVALS = ("magnitude", "wanda", "ria", "pruner_zero")
+from prunezero.searching.task import Task
 
 
 @dataclass(frozen=True)
@@ -138,40 +135,6 @@ def open_session(
         # A search that could not begin must not stand in the way of its next attempt.
         journal.give_up()
         raise
-
-
-def rivals(task: Task) -> list[Recipe]:
-    """The published recipes that a search is compared with, under the search's conditions.
-
-    A search that uses no gradients is not compared with recipes that would need them collected.
-    """
-    needs_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
-    recipes = [
-        with_choices(Recipe.load(name), pattern=task.pattern, statistics="dense") for name in RIVALS
-    ]
-    return [
-        recipe for recipe in recipes if needs_gradients or recipe.criterion.signal != "gradients"
-    ]
-
-
-def published_twin(task: Task, rule: Rule | Criterion) -> str | None:
-    """The published recipe that does what the rule does; None if it is new.
-
-    Recipes that do more than rank, and those of other comparison groups, are no twins.
-    """
-    own = task.recipe(rule, "own")
-    if own.extras:
-        return None
-    # Inside a row, N of M compete, whatever else the recipe says.
-    compare = own.compare if task.competes_freely else "row"
-    mine = ranking_form(own.criterion.sympy, compare)
-    for name in published_recipes():
-        recipe = Recipe.load(name)
-        competes_alike = not task.competes_freely or recipe.compare == compare
-        if competes_alike and not recipe.extras:
-            if ranking_form(recipe.criterion.sympy, compare) == mine:
-                return name
-    return None
 
 
 def measure_rivals(session: Session, splits: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -70,6 +70,13 @@ class Task:
         """Whether which weights compete matters in some regime; an N:M pattern says it itself."""
         return any(regime.pattern == "free" for regime in self.regimes)
 
+    def competing(self, choices: Mapping[str, Any]) -> str:
+        """The group in which weights compete under a rule of these choices, as a mask sees it.
+
+        Inside an N:M pattern that is a part of a row, whatever the rule says.
+        """
+        return str(choices.get("compare", self.space.compare)) if self.competes_freely else "row"
+
     @cached_property
     def options(self) -> dict[str, tuple[Any, ...]]:
         """Recipe keys that the space leaves open in all regimes, and their values."""

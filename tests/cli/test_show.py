@@ -43,7 +43,7 @@ def test_a_finished_search_is_shown_with_its_counts_front_and_winner(run: Run, m
     assert f"criterion: {recipe.criterion.text}" in result.output
     assert "seed 3" in result.output and "strategy evolution" in result.output
     assert [row["recipe"] for row in data["rows"]] == (
-        ["dense", "magnitude", "wanda", "ria", "pruner_zero", "mine"]
+        ["dense", "magnitude", "wanda", "ria", "gblm", "pruner_zero", "mine"]
     )
     assert all(row["search_perplexity"] and row["test_perplexity"] for row in data["rows"])
     assert data["finished"] and data["asked"]["seed"] == 3
@@ -62,6 +62,25 @@ def test_the_front_holds_what_nothing_of_its_size_beats(run: Run, mine: Path) ->
     run("show mine --top 1 --json o.json")
     (best,) = json.loads(Path("o.json").read_text())["front"]
     assert best["search_perplexity"] == min(one["search_perplexity"] for one in measured)
+
+
+def test_more_than_the_best_of_each_size_is_shown_where_it_was_asked_for(
+    run: Run, mine: Path
+) -> None:
+    fronts = {}
+    for each in (1, 2):
+        result = run(f"show mine --each {each} --json o.json")
+        fronts[each] = json.loads(Path("o.json").read_text())["front"]
+    assert "front: the best 2 of each size on search text" in result.output
+    rows = parquet.read_table(mine / "candidates.parquet").to_pylist()
+    measured = [row for row in rows if row["status"] == "new" and row["search_perplexity"]]
+    assert len(fronts[2]) > len(fronts[1])
+    for size in {row["complexity"] for row in fronts[1]}:
+        alike = sorted(row["search_perplexity"] for row in measured if row["complexity"] == size)
+        of_size = [row["search_perplexity"] for row in fronts[2] if row["complexity"] == size]
+        assert of_size == alike[:2]
+    lines = run("show mine --each 2 --latex").output.splitlines()
+    assert len([line for line in lines if "&" in line]) == len(fronts[2]) + 1
 
 
 def test_the_latex_table_is_balanced_and_holds_the_formulas(run: Run, mine: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from prunezero.formula import Criterion
 from prunezero.pruning.bench import Bench
 from prunezero.report.records import RunRecord
-from prunezero.report.run_folder import (
+from prunezero.report.tracked import (
     tracked_candidate,
     tracked_champion,
     tracked_rows,

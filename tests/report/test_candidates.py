@@ -10,7 +10,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.report.candidates import COLUMNS, READABLE, write_candidates
+from prunezero.formula import Criterion
+from prunezero.report import candidates as tables
+from prunezero.report.candidates import COLUMNS, READABLE, RunningTables, write_candidates
+from prunezero.searching.candidate import Candidate
 
 
 def row(slot: int, perplexity: float | None, **changes: Any) -> dict[str, Any]:
@@ -83,3 +86,81 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         write_candidates(ROWS, tmp_path / "file")
+
+
+def candidate(slot: int, **values: Any) -> Candidate:
+    values = {"status": "new", **values}
+    return Candidate(slot, 0, Criterion.parse("abs(W)"), "random", (), **values)
+
+
+class Clock:
+    """Stands still unless it is moved."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rows_after(running: RunningTables, found: dict[int, Candidate], folder: Path) -> int | None:
+    """How many rows the table has once the last candidate was shown."""
+    running.show(found[max(found)], found)
+    path = folder / "candidates.parquet"
+    return parquet.read_table(path).num_rows if path.is_file() else None
+
+
+def test_tables_of_a_running_search_come_early_and_then_at_longer_intervals(tmp_path: Path) -> None:
+    clock = Clock()
+    running = RunningTables(tmp_path, clock=clock)
+    found: dict[int, Candidate] = {}
+    moments = []
+    seen = None
+    for slot in range(200):
+        found[slot] = candidate(slot, status="invalid" if slot == 0 else "new", fault="no mask")
+        rows = rows_after(running, found, tmp_path)
+        if rows != seen:
+            assert rows == slot + 1
+            moments.append(clock.now)
+            seen = rows
+        clock.now += 1.0
+    # The first is invalid, and nothing is known of a search that has screened nobody.
+    assert moments == [1, 2, 4, 8, 16, 32, 62, 92, 122, 152, 182]
+    assert (tmp_path / "candidates.csv").read_text().count("no mask") == 183
+
+
+def test_a_search_that_goes_on_leaves_the_longer_tables_of_before(tmp_path: Path) -> None:
+    write_candidates(ROWS, tmp_path)
+    running = RunningTables(tmp_path, clock=Clock())
+    found = {0: candidate(0, is_replayed=True), 1: candidate(1, status="known")}
+    assert rows_after(running, found, tmp_path) == len(ROWS)
+    found[2] = candidate(2)
+    assert rows_after(running, found, tmp_path) == 3
+
+
+def test_slow_tables_are_written_more_seldom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    moments = []
+
+    def slow(rows: Any, folder: Path) -> None:
+        moments.append(clock.now)
+        clock.now += 2.0
+
+    monkeypatch.setattr(tables, "write_candidates", slow)
+    running = RunningTables(tmp_path, clock=clock)
+    for slot in range(300):
+        running.show(candidate(slot), {slot: candidate(slot)})
+        clock.now += 1.0
+    assert moments == [0, 102, 204]
+
+
+def test_a_folder_that_could_not_be_written_is_tried_again(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    clock = Clock()
+    running = RunningTables(tmp_path / "run", clock=clock)
+    with pytest.raises(OutputError, match="cannot be written"):
+        running.show(candidate(0), {0: candidate(0)})
+    (tmp_path / "run").unlink()
+    clock.now = 100.0
+    assert rows_after(running, {0: candidate(0)}, tmp_path / "run") == 1

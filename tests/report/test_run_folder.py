@@ -11,6 +11,7 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.models.units import find_layers
+from prunezero.pruning.bench import with_choices
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.run_folder import check_runs_dir, list_runs, write_winner
 from prunezero.report.saved_model import save_pruned
@@ -55,6 +56,18 @@ def test_a_rival_without_a_perplexity_does_not_stop_the_winner_from_being_writte
     page = (tmp_path / "runs" / "one" / "pruner.py").read_text()
     assert "magnitude: test perplexity not finite" in page
     assert "mine: test perplexity 8.25" in page
+
+
+def test_a_winner_that_no_page_can_follow_is_kept_without_one(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "one"
+    saved_run(folder, [row()])
+    assert (folder / "pruner.py").is_file()
+    mending = with_choices(Recipe.load("wanda"), statistics="dense", update="admm")
+    # The page of the winner before it would be that of another rule.
+    write_winner(mending, [row()], folder)
+    assert not (folder / "pruner.py").exists()
+    assert Recipe.load(folder / "recipe.yaml").updates == ("admm",)
+    assert json.loads((folder / "results.json").read_text())["rows"] == [row()]
 
 
 def test_a_pruned_model_without_a_perplexity_is_saved_with_a_report_that_is_json(

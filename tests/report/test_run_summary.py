@@ -81,6 +81,22 @@ def test_the_front_leaves_out_what_a_smaller_formula_beats() -> None:
     assert front(rows, 0) == [] and front([], 3) == []
 
 
+def test_the_best_of_each_size_on_the_front_stand_together_best_first() -> None:
+    rows = [
+        candidate(0, "abs(W)", search_perplexity=30.0).row(),
+        candidate(1, "abs(W)*X", search_perplexity=20.0).row(),
+        candidate(2, "abs(W)*G", search_perplexity=25.0).row(),
+        candidate(3, "abs(W)*F", search_perplexity=35.0).row(),
+        candidate(4, "abs(W)*D", search_perplexity=1.0, status="known").row(),
+        candidate(5, "abs(W)*sqrt(X)*G", search_perplexity=21.0).row(),
+    ]
+    assert [row["slot"] for row in front(rows, each=2)] == [0, 1, 2]
+    assert [row["slot"] for row in front(rows, each=9)] == [0, 1, 2, 3]
+    # One size, however many of it are shown.
+    assert [row["slot"] for row in front(rows, 1, each=2)] == [1, 2]
+    assert front(rows, each=1) == front(rows)
+
+
 def test_latex_escapes_what_is_no_mathematics() -> None:
     row = candidate(0, "row_norm(abs(W)*X)*abs(W)", choices={"update": {"obs": {"damp_to": "5%"}}})
     table = latex_of_front([{**row.row(), "search_perplexity": 12.345}])

@@ -118,3 +118,25 @@ def test_further_models_are_kept_and_moved_ones_are_looked_for(
         goes_on(before, {"also_model": ["demo"], "seed": 2}, tmp_path)
     with pytest.raises(SearchError, match="--also-model nothing, now demo"):
         goes_on(asked, {"also_model": ["demo"]}, tmp_path)
+
+
+def test_signals_are_those_of_the_space_unless_typed(asked: Asked, tmp_path: Path) -> None:
+    assert asked.signals == "second order"
+    few = asked_for({**OPTIONS, "space": "formulas", "signals": "activations"})
+    assert few.signals == few.space_content["signals"] == "activations"
+    assert "G" not in few.space_content["terminals"] and "X" in few.space_content["terminals"]
+    assert few.task().space.features[-1] == "Y"
+    write_asked(few, tmp_path)
+    assert read_asked(tmp_path) == few
+    # The space is named again, and is the same under these signals.
+    assert goes_on(few, {"space": "formulas", "signals": "activations"}, tmp_path) == few
+    with pytest.raises(SearchError, match="--signals activations, now gradients"):
+        goes_on(few, {"signals": "gradients"}, tmp_path)
+
+
+def test_a_file_from_before_signals_were_asked_for_is_read(asked: Asked, tmp_path: Path) -> None:
+    write_asked(asked, tmp_path)
+    path = tmp_path / "search.json"
+    before = {key: value for key, value in json.loads(path.read_text()).items() if key != "signals"}
+    path.write_text(json.dumps(before))
+    assert read_asked(tmp_path) == asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,24 @@ def test_fidelity_is_over_candidates_on_both_rungs_and_the_last_of_them() -> Non
     assert fidelity(candidates([(1.0, None)]), "layer_error", "kl").count == 0
     wrong = [(float(place), float(-place)) for place in range(40)]
     assert fidelity(candidates([*good, *wrong]), "layer_error", "kl").tau == pytest.approx(-1)
+
+
+def test_the_layer_error_is_asked_only_about_what_it_sees() -> None:
+    plain = candidates([(float(place), float(place)) for place in range(9)])
+    # Mended, all are better than what their masks promise.
+    mended = [
+        replace(one, slot=20 + one.slot, kl=-float(one.slot), choices={"update": ["admm"]})
+        for one in plain[:8]
+    ]
+    both = [*plain, *mended]
+    seen = fidelity(both, "layer_error", "kl")
+    assert seen.count == 9 and seen.tau == pytest.approx(1)
+    # Who competes changes the mask, so it is seen.
+    wide = [replace(one, choices={"compare": "model"}) for one in plain]
+    assert fidelity([*plain, *wide], "layer_error", "kl").count == 18
+    # A measurement sees it all.
+    measured = [replace(one, search_perplexity=one.kl) for one in both]
+    assert fidelity(measured, "kl", "search_perplexity").count == 17
 
 
 def test_a_ladder_is_narrow_where_its_rung_is_right_and_wide_where_it_errs() -> None:

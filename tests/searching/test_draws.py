@@ -15,7 +15,7 @@ from prunezero.errors import ScoreError, SearchError
 from prunezero.formula import Criterion
 from prunezero.pruning.bench import Bench, set_up
 from prunezero.pruning.recipe import Recipe
-from prunezero.report.run_folder import tracked_rows, tracked_search
+from prunezero.report.tracked import tracked_rows, tracked_search
 from prunezero.searching.benches import about, drawn
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.conditions import conditions

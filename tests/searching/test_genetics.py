@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
+from typing import Any
 
 import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.catalogue import STRATEGIES
 from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion, tunable
+from prunezero.searching.proposing.strategies import Proposal, _chosen, _moved
+from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace, search_spaces
+from prunezero.searching.task import Task
+from tests.searching.bench import tiny_space
 
 
 def test_the_folder_holds_the_three_spaces() -> None:
@@ -34,6 +43,108 @@ def test_children_are_formulas_of_the_space(name: str) -> None:
         # What no mask can see was taken away before anything was computed.
         assert as_seen(criterion, space) == criterion
     assert len({criterion.text for criterion in found}) > 40
+
+
+# With factors and summands that are the same in each row, and others of a whole layer.
+DRESSED = ("abs(W)*X/R1", "abs(W)*X + R1", "abs(W)*X*layer_norm(W)", "abs(W)*X**0.5*exp(R2)")
+
+
+def task_of(
+    pattern: str = "free", also: tuple[Regime, ...] = (), seed: int = 0, **space: Any
+) -> Task:
+    return Task(tiny_space(**space), 0.5, pattern, seed, (), also=also)
+
+
+def parent_of(text: str, slot: int = 0, **choices: str) -> Candidate:
+    fields: Any = {"choices": choices, "mask": str(slot), "layer_error": 0.1 + slot}
+    return Candidate(slot, 0, Criterion.parse(text), "seed", (), "new", **fields)
+
+
+def bred(task: Task, strategy: str = "evolution", **choices: str) -> list[Proposal]:
+    """Children of formulas in row dress, all under the same choices."""
+    memory = Memory()
+    for slot, text in enumerate(DRESSED):
+        memory.keep(parent_of(text, slot, **choices))
+    memory.slot = len(DRESSED)
+    found = []
+    for proposal in islice(STRATEGIES[strategy].start(task)(memory, 1), 80):
+        memory.slot += 1
+        if proposal is not None and proposal.origin != "choose":
+            found.append(proposal)
+    assert len(found) > 30
+    return found
+
+
+def shows_all_to(group: str, proposals: list[Proposal], space: SearchSpace) -> bool:
+    """Whether nothing is left in any formula that no mask sees where this group competes."""
+    formulas = [one.rule.criterion for one in proposals]
+    return all(as_seen(formula, space, group) == formula for formula in formulas)
+
+
+def test_who_competes_is_what_the_rule_says_unless_every_regime_is_a_pattern() -> None:
+    free, pattern = task_of(), task_of("2:4")
+    mixed = task_of("2:4", also=(Regime(0.7),))
+    assert free.space.widest_group == "model" and free.space.compare == "row"
+    assert free.competing({}) == "row" and free.competing({"compare": "layer"}) == "layer"
+    assert pattern.competing({"compare": "model"}) == "row"
+    assert mixed.competing({"compare": "model"}) == "model"
+
+
+PATTERN = task_of("2:4", compare="model", fresh=0.5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "task", "group"),
+    [
+        ("evolution", PATTERN, "row"),
+        ("random", PATTERN, "row"),
+        ("enumeration", PATTERN, "row"),
+        ("optuna", PATTERN, "row"),
+        ("evolution", task_of("2:4", also=(Regime(0.25, "3:4"),), compare="layer"), "row"),
+        ("evolution", task_of(fresh=0.5), "row"),
+        ("evolution", task_of(compare="layer", fresh=0.5), "layer"),
+    ],
+)
+def test_what_no_mask_of_the_task_sees_is_taken_away(strategy: str, task: Task, group: str) -> None:
+    assert shows_all_to(group, bred(task, strategy), task.space)
+
+
+def test_a_child_shows_all_to_the_group_that_its_mother_chose() -> None:
+    task = task_of(compare="layer", fresh=0)
+    assert shows_all_to("row", bred(task, compare="row"), task.space)
+    among_layers = bred(task, compare="model")
+    assert shows_all_to("model", among_layers, task.space)
+    # there a factor of each row is seen, and stays
+    assert not shows_all_to("row", among_layers, task.space)
+    assert {one.rule.choices["compare"] for one in among_layers} == {"model"}
+
+
+def test_a_rule_that_changes_who_competes_loses_what_is_no_longer_seen() -> None:
+    task = task_of(compare="row")
+    parent = parent_of("abs(W)*X*layer_norm(W)/R1", compare="model")
+    found = [_chosen(task, parent, random.Random(seed)) for seed in range(30)]
+    rules = {one.rule.choices["compare"]: one.rule.criterion.text for one in found if one}
+    assert rules == {"row": "abs(W)*X", "layer": "abs(W)*X/R1"}
+    # the other way round, what was written for a row is right as it is
+    bare = parent_of("abs(W)*X")
+    found = [_chosen(task, bare, random.Random(seed)) for seed in range(30)]
+    rules = {one.rule.choices["compare"]: one.rule.criterion.text for one in found if one}
+    assert rules == {"layer": "abs(W)*X", "model": "abs(W)*X"}
+
+
+def test_a_table_of_shares_takes_a_rule_out_of_the_competition_of_all_layers() -> None:
+    task = Task(tiny_space(), 0.5, "free", 0, (), ratios=("q_proj",))
+    parent = parent_of("abs(W)*X/R1", compare="model")
+    moved = _moved(task, parent, random.Random(0))
+    assert moved is not None and moved.rule.choices["compare"] == "row"
+    assert moved.rule.criterion.text == "abs(W)*X"
+
+
+def test_other_choices_leave_the_formula_as_it_was_written() -> None:
+    task = task_of(choices={"update": [["none"], ["admm"]]}, compare="row")
+    parent = parent_of("abs(W)*X/R1")
+    found = [_chosen(task, parent, random.Random(seed)) for seed in range(5)]
+    assert {one.rule.criterion.text for one in found if one} == {parent.criterion.text}
 
 
 def test_tuning_keeps_a_formula_at_its_own_numbers_and_moves_it_at_others() -> None:

@@ -1,15 +1,22 @@
-"""Who is drawn to have children: the best, and of equal ranks those whose size is rare."""
+"""Who has children: the best, the young, one of every kind, and on every island its own."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from itertools import islice
+from typing import Any
+
+import pytest
 
 from prunezero.formula import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
 from prunezero.searching.proposing.population import Breeders
+from prunezero.searching.proposing.strategies import Proposal, evolve
 from prunezero.searching.space import SearchSpace
+from prunezero.searching.task import Task
+from tests.searching.bench import tiny_space
 
 TOURNAMENT = 5
 DRAWS = 4000
@@ -66,5 +73,112 @@ def test_sizes_are_counted_in_the_pool_of_the_tournament() -> None:
 
 
 def test_breeders_of_an_empty_memory_are_nobody() -> None:
-    pool = Breeders.among(Memory(), SearchSpace.load("tiny"))
+    pool = Breeders.among(Memory(), SearchSpace.load("tiny"), 0)
     assert pool.everyone == [] and pool.glanced == []
+
+
+# Of one size, one signal and one behaviour, and no two of one skeleton.
+ALIKE = [f"abs(W)*X*{word}({name})" for word in ("exp", "tanh") for name in ("R1", "C1", "R2")]
+
+
+def remembered(memory: Memory, text: str, generation: int, error: float, **fields: Any) -> int:
+    """Take in one more candidate with a mask of its own; its slot."""
+    slot = memory.slot
+    fields |= {"mask": str(slot), "layer_error": error}
+    memory.keep(Candidate(slot, generation, Criterion.parse(text), "random", (), "new", **fields))
+    memory.slot += 1
+    return slot
+
+
+def breeding_slots(memory: Memory, generation: int, **space: Any) -> set[int]:
+    pool = Breeders.among(memory, tiny_space(**{"islands": 1, **space}), generation)
+    return {one.slot for one in pool.everyone}
+
+
+def old_best_and_young(born: int) -> Memory:
+    """The best three from the beginning, three that are worse from a later generation."""
+    memory = Memory()
+    for place, text in enumerate(ALIKE):
+        remembered(memory, text, 0 if place < 3 else born, 0.1 + 0.1 * place)
+    return memory
+
+
+def test_the_old_retire_and_younger_ones_take_their_places() -> None:
+    memory = old_best_and_young(100)
+    # the best of all stays, as the best of its kind
+    assert breeding_slots(memory, 101, population=3) == {0, 3, 4, 5}
+    assert breeding_slots(memory, 101, population=2) == {0, 3, 4}
+
+
+def test_age_is_counted_to_the_generation_that_is_bred() -> None:
+    """Though nobody younger was found since."""
+    memory = old_best_and_young(1)
+    assert breeding_slots(memory, 20, population=3) == {0, 1, 2}
+    assert breeding_slots(memory, 21, population=3) == {0, 3, 4, 5}
+    assert breeding_slots(memory, 22, population=3) == {0}
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        (LONG.format(number=2), {}),
+        ("abs(W)*G*exp(R1)", {}),
+        (ALIKE[3], {"behaviour": 2}),
+    ],
+    ids=["size", "signal", "behaviour"],
+)
+def test_the_best_of_every_kind_breeds_however_bad_and_old_it_is(
+    text: str, fields: dict[str, int]
+) -> None:
+    memory = Memory()
+    worst = remembered(memory, text, 0, 0.9, **fields)
+    for place, alike in enumerate(ALIKE[:3]):
+        remembered(memory, alike, 99, 0.1 + 0.1 * place)
+    assert breeding_slots(memory, 100, population=2) == {worst, 1, 2}
+    # and another one like it does not, nor does one more of the crowd
+    remembered(memory, text.replace("R1", "C1"), 0, 0.95, **fields)
+    assert breeding_slots(memory, 100, population=2) == {worst, 1, 2}
+
+
+def children(count: int = 400, **space: Any) -> list[tuple[int, Proposal]]:
+    """Slots and children of one generation, whose parents are of one kind and on two islands."""
+    memory = Memory()
+    for place, text in enumerate(ALIKE):
+        remembered(memory, text, 0, 0.1 + 0.1 * place)
+    fields = {"fresh": 0, "chosen": 0, "crossover": 0.5, "tournament": 1, **space}
+    task = Task(tiny_space(**fields), 0.5, "free", 0, ())
+    found = []
+    for proposal in islice(evolve(task, memory, 1), count):
+        if proposal is not None:
+            found.append((memory.slot, proposal))
+        memory.slot += 1
+    return found
+
+
+# The best of the one kind there is lives on all islands.
+EVERYWHERE = 0
+
+
+def test_a_child_has_its_mother_from_its_own_island() -> None:
+    mothers = {0: Counter[int](), 1: Counter[int]()}
+    for slot, child in children():
+        mothers[slot % 2][child.parents[0]] += 1
+    assert set(mothers[0]) == {0, 2, 4} and set(mothers[1]) == {1, 3, 5, EVERYWHERE}
+    together = {child.parents[0] for slot, child in children(islands=1) if slot % 2}
+    assert together == {0, 1, 2, 3, 4, 5}
+
+
+def test_some_fathers_come_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def foreign() -> tuple[int, int]:
+        """Fathers from another island, and all."""
+        crossed = [(slot, one.parents[1]) for slot, one in children() if one.origin == "cross"]
+        away = [
+            slot for slot, father in crossed if father not in (EVERYWHERE, *range(slot % 2, 6, 2))
+        ]
+        return len(away), len(crossed)
+
+    away, crossed = foreign()
+    # a tenth are drawn from everywhere, of whom about half are from elsewhere
+    assert crossed > 150 and 0 < away < 0.12 * crossed
+    monkeypatch.setattr("prunezero.searching.proposing.strategies._MIGRATION", 0.0)
+    assert foreign()[0] == 0

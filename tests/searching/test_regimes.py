@@ -14,6 +14,7 @@ from prunezero.formula import Criterion
 from prunezero.pruning.recipe import Recipe
 from prunezero.searching.hiring.plan import Plan
 from prunezero.searching.regimes import Regime, geometric_mean, read_regimes
+from prunezero.searching.rivals import published_twin
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
@@ -21,7 +22,6 @@ from prunezero.searching.session import (
     make_task,
     measure_rivals,
     open_session,
-    published_twin,
 )
 from prunezero.searching.task import Rule
 from tests.searching.bench import tiny_bench, tiny_space

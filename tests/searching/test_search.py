@@ -20,6 +20,7 @@ from prunezero.errors import OutputError, SearchError
 from prunezero.formula import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.journal import Journal
+from prunezero.searching.rivals import published_twin
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
@@ -29,7 +30,6 @@ from prunezero.searching.session import (
     make_task,
     measure_rivals,
     open_session,
-    published_twin,
 )
 from tests.searching.bench import tiny_bench, tiny_space
 
@@ -221,6 +221,7 @@ def test_the_winner_is_judged_on_text_that_the_search_never_saw(tmp_path: Path) 
         "magnitude",
         "wanda",
         "ria",
+        "gblm",
         "pruner_zero",
     ]
 

@@ -29,8 +29,9 @@ from prunezero.searching.hiring.workers import Plan, local_crew
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge, Question
 from prunezero.searching.judging.ladder import Judges, Ladder
+from prunezero.searching.rivals import rivals
 from prunezero.searching.search import search
-from prunezero.searching.session import _header, make_task, rivals
+from prunezero.searching.session import _header, make_task
 from prunezero.searching.task import Task
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 from tests.tiny_models import save_tiny_model

@@ -8,10 +8,12 @@ the search now has to tell apart; it decides how many climb.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.memory import beside_mask
 
 # The last candidates on both rungs that are looked at.
 WINDOW = 40
@@ -33,6 +35,11 @@ class Fidelity:
     """candidates on both rungs"""
 
     @property
+    def says_much(self) -> bool:
+        """Whether so many candidates stand on both rungs that something follows."""
+        return self.count >= _FEWEST and not math.isnan(self.tau)
+
+    @property
     def text(self) -> str:
         """The two numbers in a few words."""
         if not self.count or math.isnan(self.tau):
@@ -43,16 +50,22 @@ class Fidelity:
 def fidelity(candidates: Sequence[Candidate], lower: str, upper: str) -> Fidelity:
     """How well the order by one field foretells that by another, over the last that have both.
 
+    The layer error sees masks alone, so it is asked about candidates that mend, permute and
+    allocate alike: those of the commonest kind.
+
     Args:
         candidates: in order of their slots.
         lower: name of the cheap rung's field, such as `layer_error`.
         upper: name of the dear rung's field, such as `kl`.
     """
-    pairs = [
-        (getattr(one, lower), getattr(one, upper))
+    on_both = [
+        one
         for one in candidates
         if getattr(one, lower) is not None and getattr(one, upper) is not None
-    ][-WINDOW:]
+    ]
+    if lower == "layer_error":
+        on_both = _of_one_kind(on_both)
+    pairs = [(getattr(one, lower), getattr(one, upper)) for one in on_both[-WINDOW:]]
     if not pairs:
         return Fidelity(math.nan, math.nan, 0)
     low, high = zip(*pairs, strict=True)
@@ -61,7 +74,7 @@ def fidelity(candidates: Sequence[Candidate], lower: str, upper: str) -> Fidelit
 
 def width(usual: int, seen: Fidelity) -> int:
     """How many candidates climb: the usual number, fewer if the rung is right, more if it errs."""
-    if seen.count < _FEWEST or math.isnan(seen.tau):
+    if not seen.says_much:
         return usual
     if seen.tau >= _TRUSTED:
         return max(1, usual // 2)
@@ -89,6 +102,14 @@ def chance_of_no_gain(losses: Sequence[float], others: Sequence[float]) -> float
     if list(losses) == list(others):
         return 1.0
     return float(wilcoxon(losses, others, alternative="less").pvalue)
+
+
+def _of_one_kind(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those with the commonest choices beside the mask."""
+    kinds = [str(beside_mask(one.rule)) for one in candidates]
+    counts = Counter(kinds)
+    commonest = max(counts, key=lambda kind: counts[kind], default="")
+    return [one for one, kind in zip(candidates, kinds, strict=True) if kind == commonest]
 
 
 def _recall(low: Sequence[float], high: Sequence[float]) -> float:

@@ -109,7 +109,7 @@ def suggest(task: Task) -> Propose:
         waiting.clear()
         while True:
             trial = study.ask()
-            criterion = _written(trial, task.space)
+            criterion = _written(trial, task)
             if criterion is None:
                 study.tell(trial, state=worst)
                 yield None
@@ -127,11 +127,12 @@ def _error(candidate: Candidate | None, errors: dict[str, float | None]) -> floa
     return errors.get(candidate.mask)
 
 
-def _written(trial: Any, space: SearchSpace) -> Criterion | None:
+def _written(trial: Any, task: Task) -> Criterion | None:
     """The formula that a trial spells, word by word; None if it is none of the space."""
+    space = task.space
     try:
         criterion = Criterion.from_sympy(_spelled(trial, space, "n0", space.fresh_depth))
-        criterion = as_seen(criterion, space)
+        criterion = as_seen(criterion, space, task.competing({}))
     except CriterionError:
         return None
     return criterion if space.holds(criterion) else None

@@ -55,9 +55,10 @@ class Enumeration:
     ending = ""
     """one sentence once nothing is left to propose: was that all, and if not, how far it came"""
 
-    def __init__(self, space: SearchSpace, most: int) -> None:
-        self._space = space
-        self._blocks = Blocks(space, most)
+    def __init__(self, task: Task, most: int) -> None:
+        self._space = task.space
+        self._compare = task.competing({})
+        self._blocks = Blocks(task.space, most)
         self._proposals = self._all()
 
     def __call__(self, memory: Memory, generation: int) -> Proposals:
@@ -69,7 +70,7 @@ class Enumeration:
         seen: set[str] = set()
         for block in self._blocks:
             try:
-                criterion = as_seen(block, self._space)
+                criterion = as_seen(block, self._space, self._compare)
             except CriterionError:
                 continue
             if criterion.text not in seen and self._space.holds(criterion):
@@ -84,7 +85,7 @@ def enumerate_formulas(task: Task, *, most: int = MOST_BLOCKS) -> Enumeration:
     Args:
         most: sub-formulas of one size; the proposals end before there are more.
     """
-    return Enumeration(task.space, most)
+    return Enumeration(task, most)
 
 
 class Blocks:

@@ -32,18 +32,23 @@ Path = tuple[int, ...]
 
 
 def draw(
-    build: Callable[[], Any], space: SearchSpace, *, as_ranked: bool = True
+    build: Callable[[], Any],
+    space: SearchSpace,
+    *,
+    compare: str | None = None,
+    as_ranked: bool = True,
 ) -> Criterion | None:
     """The first formula of the space among up to MAX_DRAWS that `build` makes; None if none is.
 
     Args:
+        compare: see `as_seen`.
         as_ranked: take away what no mask can see; else the formula stays as it was built.
     """
     for _ in range(MAX_DRAWS):
         try:
             criterion = Criterion.from_sympy(build())
             if as_ranked:
-                criterion = as_seen(criterion, space)
+                criterion = as_seen(criterion, space, compare)
         except CriterionError:
             continue
         if space.holds(criterion):
@@ -51,32 +56,49 @@ def draw(
     return None
 
 
-def as_seen(criterion: Criterion, space: SearchSpace) -> Criterion:
+def as_seen(criterion: Criterion, space: SearchSpace, compare: str | None = None) -> Criterion:
     """The simplest formula that ranks as this one does; itself where the space cannot write that.
 
+    Args:
+        compare: which weights compete; None takes the widest group of the space, so that nothing
+            is taken away that the mask of any of its rules could see.
+
     Raises:
-        CriterionError: it ranks nothing in the groups of the space.
+        CriterionError: it ranks nothing in such groups.
     """
-    form = Criterion.from_sympy(ranking_form(criterion.sympy, space.widest_group))
+    form = Criterion.from_sympy(ranking_form(criterion.sympy, compare or space.widest_group))
     return form if space.speaks(form) and not space.forbids(form) else criterion
 
 
 def random_criterion(
-    space: SearchSpace, rng: random.Random, *, as_ranked: bool = True
+    space: SearchSpace,
+    rng: random.Random,
+    *,
+    compare: str | None = None,
+    as_ranked: bool = True,
 ) -> Criterion | None:
     """A fresh formula of the space, grown to at most `space.fresh_depth`."""
-    return draw(lambda: random_tree(space, rng, space.fresh_depth), space, as_ranked=as_ranked)
+
+    def fresh() -> Any:
+        return random_tree(space, rng, space.fresh_depth)
+
+    return draw(fresh, space, compare=compare, as_ranked=as_ranked)
 
 
 def mutate(
-    parent: Criterion, space: SearchSpace, rng: random.Random, *, as_ranked: bool = True
+    parent: Criterion,
+    space: SearchSpace,
+    rng: random.Random,
+    *,
+    compare: str | None = None,
+    as_ranked: bool = True,
 ) -> Criterion | None:
     """A formula that differs from its parent in one place."""
 
     def child() -> Any:
         return rng.choice(MUTATIONS)(parent.sympy, space, rng)
 
-    return draw(child, space, as_ranked=as_ranked)
+    return draw(child, space, compare=compare, as_ranked=as_ranked)
 
 
 def cross(
@@ -85,6 +107,7 @@ def cross(
     space: SearchSpace,
     rng: random.Random,
     *,
+    compare: str | None = None,
     as_ranked: bool = True,
 ) -> Criterion | None:
     """The mother with one of her sub-formulas exchanged for one of the father's."""
@@ -93,7 +116,7 @@ def cross(
         scion = _at(father.sympy, _place(father.sympy, space, rng))
         return _replaced(mother.sympy, _place(mother.sympy, space, rng), scion)
 
-    return draw(child, space, as_ranked=as_ranked)
+    return draw(child, space, compare=compare, as_ranked=as_ranked)
 
 
 def random_tree(space: SearchSpace, rng: random.Random, depth: int) -> Any:

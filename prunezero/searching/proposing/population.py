@@ -19,7 +19,7 @@ from prunezero.searching.space import SearchSpace
 
 # Sizes of formulas that are told apart.
 _SIZES = (4, 8, 12)
-# Generations after which a candidate has children only as the best of its kind.
+# Generations after which a candidate has children only as the best of its kind, or by its KL.
 _RETIRES = 20
 # What a crowd costs: a rank counts 1 + 4 times the fraction of the pool that has its size, so twice
 # where a quarter has it, and never five times: the best still loses to its next few rivals at most.
@@ -33,7 +33,8 @@ class Breeders:
     """The candidates that may have children in one generation, the best first in each list."""
 
     islands: tuple[list[Candidate], ...]
-    """by layer error; slot s breeds on island s modulo their number"""
+    """by layer error; slot s breeds on island s modulo their number, and the best of every kind,
+    wherever it was found, on all of them"""
     everyone: list[Candidate]
     """by layer error, of all islands"""
     glanced: list[Candidate]
@@ -42,12 +43,12 @@ class Breeders:
     """how many are drawn to find one parent"""
 
     @classmethod
-    def among(cls, memory: Memory, space: SearchSpace) -> Breeders:
-        """The breeders of the next generation."""
-        best = list(elites(memory).values())
-        count = space.islands
+    def among(cls, memory: Memory, space: SearchSpace, generation: int) -> Breeders:
+        """The breeders of a generation; places of those that retired go to younger ones."""
+        best = list(memory.best_of_each(kind))
+        count, oldest = space.islands, generation - _RETIRES
         islands = tuple(
-            _united(_young(memory.population(space.population, island=(which, count))), best)
+            _united(memory.population(space.population, island=(which, count), oldest=oldest), best)
             for which in range(count)
         )
         everyone = _united(*islands)
@@ -75,23 +76,10 @@ class Breeders:
         return pool[min((rng.randrange(len(pool)) for _ in range(self.tournament)), key=cost)]
 
 
-def elites(memory: Memory) -> dict[Kind, Candidate]:
-    """The best by layer error of every kind."""
-    found: dict[Kind, Candidate] = {}
-    for candidate in memory.ranked("layer_error"):
-        found.setdefault(kind(candidate), candidate)
-    return found
-
-
 def kind(candidate: Candidate) -> Kind:
     """Size, dearest signal, and behaviour of a candidate."""
     size = sum(candidate.criterion.complexity > limit for limit in _SIZES)
     return size, candidate.criterion.signal, candidate.behaviour
-
-
-def _young(candidates: list[Candidate]) -> list[Candidate]:
-    newest = max((candidate.generation for candidate in candidates), default=0)
-    return [one for one in candidates if one.generation > newest - _RETIRES]
 
 
 def _united(*lists: list[Candidate]) -> list[Candidate]:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from prunezero.errors import RecipeError
+from prunezero.errors import CriterionError, RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.genetics import cross, mutate, random_criterion
+from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.task import Rule, Task
 
@@ -86,7 +87,7 @@ def evolve(task: Task, memory: Memory, generation: int) -> Proposals:
     if generation == 0:
         yield from (Proposal(Rule(seed), "seed") for seed in task.seeds)
         yield from fresh(task, memory, generation)
-    breeders = Breeders.among(memory, task.space)
+    breeders = Breeders.among(memory, task.space, generation)
     while True:
         yield _bred(task, memory.slot, breeders)
 
@@ -106,7 +107,7 @@ def child_of(criterion: Criterion | None, origin: str, *parents: Candidate) -> P
 
 
 def _fresh(task: Task, rng: random.Random) -> Proposal | None:
-    return child_of(random_criterion(task.space, rng), "random")
+    return child_of(random_criterion(task.space, rng, compare=task.competing({})), "random")
 
 
 def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
@@ -118,11 +119,12 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     if kind < space.chosen and (task.options or task.ratios):
         return _chosen(task, breeders.parent(slot, rng, glanced=1.0), rng)
     mother = breeders.parent(slot, rng)
+    compare = task.competing(mother.choices)
     if kind > 1 - space.fresh - space.crossover:
         father = breeders.parent(None if rng.random() < _MIGRATION else slot, rng)
-        child = cross(mother.criterion, father.criterion, space, rng)
+        child = cross(mother.criterion, father.criterion, space, rng, compare=compare)
         return child_of(child, "cross", mother, father)
-    return child_of(mutate(mother.criterion, space, rng), "mutate", mother)
+    return child_of(mutate(mother.criterion, space, rng, compare=compare), "mutate", mother)
 
 
 def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None:
@@ -133,7 +135,7 @@ def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | Non
     before = task.recipe(parent.rule, "candidate")
     rules = []
     for value in task.options[key]:
-        rule = Rule(parent.criterion, {**parent.choices, key: value})
+        rule = _with_choices(task, parent, {**parent.choices, key: value})
         # Compared as recipes: a value has several spellings, and one of them is to leave it out.
         with suppress(RecipeError):
             if task.recipe(rule, "candidate") != before:
@@ -154,9 +156,19 @@ def _moved(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None
     if choices.get("compare", task.space.compare) == "model":
         # There all layers compete, and no table says how much each loses.
         choices["compare"] = "row"
-    rule = Rule(parent.criterion, choices)
+    rule = _with_choices(task, parent, choices)
     try:
         task.recipe(rule, "candidate")
     except RecipeError:
         return None
     return Proposal(rule, "choose", (parent.slot,))
+
+
+def _with_choices(task: Task, parent: Candidate, choices: Mapping[str, Any]) -> Rule:
+    """The parent under other choices, without what no mask sees where other weights now compete."""
+    criterion, compare = parent.criterion, task.competing(choices)
+    if compare != task.competing(parent.choices):
+        with suppress(CriterionError):
+            seen = as_seen(criterion, task.space, compare)
+            criterion = seen if task.space.holds(seen) else criterion
+    return Rule(criterion, choices)

@@ -1,0 +1,136 @@
+"""What is recorded in MLflow of a search and of measured recipes: a record for each run there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunezero.pruning.bench import Bench
+from prunezero.pruning.recipe import Recipe
+from prunezero.report.records import RunRecord, candidate_name, run_record
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.regimes import in_words
+from prunezero.searching.session import Session
+
+# Files of a finished or stopped search that are also kept in MLflow.
+_FILES = ("recipe.yaml", "pruner.py", "results.json", "candidates.parquet", "candidates.csv")
+_VIEWS = ("pareto.png", "proxy.png", "progress.png", "optuna.log")
+
+
+def tracked_rows(
+    rows: Sequence[dict[str, Any]],
+    bench: Bench,
+    *,
+    origin: str = "baseline",
+    also_benches: Sequence[Bench] = (),
+) -> Iterator[RunRecord]:
+    """Records of the dense model and of recipes; measuring one again updates its record.
+
+    Args:
+        also_benches: of further models over which the rows are means.
+    """
+    models = [one.language_model.fingerprint[:8] for one in (bench, *also_benches)]
+    for row in rows:
+        is_dense = row["recipe"] == "dense"
+        words = ("sparsity", "pattern", "allocate", "statistics", "seed")
+        conditions = [row[key] for key in words]
+        conditions += [row["sequence_length"], row["calibration_tokens"]]
+        conditions += [f"{row['draws']} draws"] if "draws" in row else []
+        conditions += ["+".join(models), bench.text.fingerprint[:8]]
+        key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])
+        name = (
+            row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
+        )
+        full = {**baseline_row(row), **described(bench, also_benches), "origin": origin}
+        yield run_record(key, name, "dense" if is_dense else "baseline", full)
+
+
+def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunRecord:
+    """The record of a candidate that was measured on the model."""
+    task = session.task
+    recipe = task.recipe(candidate.rule, "candidate")
+    row = {
+        **candidate.row(),
+        **described(session.bench, session.also_benches),
+        "compare": recipe.compare,
+        "allocate": recipe.allocate.text,
+        "update": ", ".join(recipe.updates) or "none",
+        "pattern": in_words(task.regimes),
+        "sparsity": task.sparsity,
+        "statistics": "dense",
+        "seed": task.seed,
+        "draws": task.draws,
+    }
+    key = f"{name}/{candidate.slot:05d}"
+    return run_record(key, candidate_name(row), "candidate", row, parent_key=name)
+
+
+def tracked_champion(
+    recipe: Recipe, row: dict[str, Any], session: Session, name: str, folder: Path
+) -> RunRecord:
+    """The record of the search's winner, with its files."""
+    told = described(session.bench, session.also_benches)
+    full = {**baseline_row(row), **told, "origin": "search"}
+    named = (folder / file for file in ("recipe.yaml", "pruner.py"))
+    files = tuple(path for path in named if path.is_file())
+    perplexity = row["validation_perplexity"]
+    title = f"{name} champion · {'not finite' if perplexity is None else f'{perplexity:.2f}'}"
+    record = run_record(
+        f"{name}/champion", title, "champion", full, parent_key=name, artifacts=files
+    )
+    return record
+
+
+def tracked_search(
+    session: Session, name: str, *, finished: bool, artifacts: tuple[Path, ...] = ()
+) -> RunRecord:
+    """The record of the search itself, the parent of its candidates."""
+    task, bench = session.task, session.bench
+    params: dict[str, Any] = {
+        **described(bench, session.also_benches),
+        "space": task.space.name,
+        "signals": task.space.dearest_signal,
+        "sparsity": task.sparsity,
+        "pattern": in_words(task.regimes),
+        "compare": task.space.compare,
+        "seed": task.seed,
+        "draws": task.draws,
+        "seeds": len(task.seeds),
+        "calibration_tokens": bench.settings.calibration_tokens,
+        "sequence_length": bench.settings.sequence_length,
+    }
+    return RunRecord(
+        key=name, name=name, role="search", params=params, finished=finished, artifacts=artifacts
+    )
+
+
+def kept_files(folder: Path) -> tuple[Path, ...]:
+    """What of a run's folder is also kept in MLflow, as far as it is there."""
+    return tuple(folder / name for name in (*_FILES, *_VIEWS) if (folder / name).is_file())
+
+
+def described(bench: Bench, also_benches: Sequence[Bench] = ()) -> dict[str, str]:
+    """Models, text and dtype, as parameters of a record."""
+    others = ", ".join(one.language_model.name for one in also_benches)
+    return {
+        "model": bench.language_model.name,
+        **({"also_models": others} if others else {}),
+        "text": bench.text.name,
+        "dtype": bench.language_model.dtype_word,
+    }
+
+
+def baseline_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of results with what its formula says about itself."""
+    from prunezero.formula.criterion import Criterion
+
+    named = {**row, "name": row["recipe"]}
+    if row["formula"]:
+        criterion = Criterion.parse(row["formula"])
+        named |= {
+            "complexity": criterion.complexity,
+            "signal": criterion.signal,
+            "fingerprint": criterion.fingerprint,
+        }
+    return named

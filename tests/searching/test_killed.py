@@ -1,0 +1,234 @@
+"""A search whose own process is killed, or whose workers are stopped, ends as one left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunezero.searching.hiring.crew import Crew
+from prunezero.searching.hiring.workers import local_crew
+from prunezero.searching.judging.journal import Journal, read_journal
+from prunezero.searching.judging.judge import Judge, Question
+from prunezero.searching.judging.ladder import Judges, Ladder
+from prunezero.searching.search import search
+from prunezero.searching.session import _header, make_task
+from prunezero.searching.task import Task
+from tests.searching.bench import tiny_bench, tiny_space
+from tests.searching.test_search import outcome, session_in
+from tests.searching.test_workers import Drawing, Stub, asked, fill, is_running, until
+
+BUDGET = 40
+KILLS = 20
+SPENT = ("seconds", "elapsed")
+
+# A process that has imported everything forks the searches, so that each begins at once. It
+# computes on one thread: others would not be there in the fork.
+NURSERY = textwrap.dedent(
+    """
+    import os, sys
+    from pathlib import Path
+    import optuna
+    from prunezero.searching.search import search
+    from tests.searching.test_search import session_in, tiny_bench
+    tiny_bench()
+    for _ in sys.stdin:
+        child = os.fork()
+        if not child:
+            session = session_in(Path(sys.argv[1]), resume=True)
+            for _ in search(session.ladder, budget=int(sys.argv[2])): pass
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    """
+)
+
+
+def answers_in(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
+    """What a journal knows, in its order, but for the time that it took."""
+    return [
+        (one["kind"], one["key"], {k: v for k, v in one["result"].items() if k not in SPENT})
+        for one in read_journal(path)[1:]
+    ]
+
+
+def test_twenty_kills_of_the_search_itself_change_neither_journal_nor_candidates(
+    tmp_path: Path,
+) -> None:
+    session = session_in(tmp_path / "whole")
+    whole = outcome(list(search(session.ladder, budget=BUDGET)))
+    size = session.journal.path.stat().st_size
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", NURSERY, str(tmp_path / "parts"), str(BUDGET)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+    )
+    assert nursery.stdin is not None and nursery.stdout is not None
+    rng = random.Random(7)
+    path = tmp_path / "parts" / "journal.jsonl"
+    sizes = []
+    for kill_number in range(1, KILLS + 1):
+        nursery.stdin.write(b"\n")
+        nursery.stdin.flush()
+        child = int(nursery.stdout.readline())
+        # Anywhere between where the last one ended and its share of the whole journal.
+        share = size * kill_number / (KILLS + 1)
+        goal = rng.uniform(written(path), max(share, written(path)))
+        assert until(lambda goal=goal: written(path) >= goal, 60)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert int(nursery.stdout.readline()) == -signal.SIGKILL
+        sizes.append(written(path))
+    nursery.stdin.close()
+    assert nursery.wait() == 0
+    nursery.stdout.close()
+    # They died while they worked, not all at the same place.
+    assert len(set(sizes)) > KILLS // 2 and sizes[-1] < size
+    again = session_in(tmp_path / "parts", resume=True)
+    assert outcome(list(search(again.ladder, budget=BUDGET))) == whole
+    assert answers_in(path) == answers_in(session.journal.path)
+
+
+def written(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def closed_journals() -> Iterator[None]:
+    from tests.searching.test_search import OPENED
+
+    yield
+    while OPENED:
+        OPENED.pop().journal.close()
+
+
+DEADLINE = 0.6
+STOPS = 4
+
+
+def later(seconds: float, number: signal.Signals, pid: int) -> threading.Timer:
+    """The signal, after so many seconds, to a process that may have ended by then."""
+
+    def send() -> None:
+        if is_running(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    timer = threading.Timer(seconds, send)
+    timer.start()
+    return timer
+
+
+class Told:
+    """Judges in this process that draw as `Drawing` does, and fail where they are told to."""
+
+    def __init__(self, faults: dict[tuple[str, str], dict[str, Any]]) -> None:
+        self.faults = faults
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+        for one in questions:
+            yield self.faults.get((one.kind, one.key)) or Drawing().answer(one)
+
+    def close(self) -> None:
+        pass
+
+
+def searched(
+    folder: Path, task: Task, judges: Judges, disturb: Any = lambda: None
+) -> tuple[list[tuple[object, ...]], list[tuple[str, str, dict[str, Any]]]]:
+    """The candidates of a search, and the answers in its journal."""
+    bench = tiny_bench()
+    journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=False)
+    ladder = Ladder(Judge(task, bench), journal, judges)
+    found = []
+    for one in search(ladder, budget=24):
+        found.append(one)
+        disturb()
+    ladder.close()
+    return outcome(found), answers_in(journal.path)
+
+
+def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
+    tmp_path: Path,
+) -> None:
+    task, rng = make_task(tiny_space(), 0.5), random.Random(5)
+    processes = local_crew(Stub("drawing"), 2, threads=1, deadline=DEADLINE)
+    fill(processes, 2, Question(("search",), None))
+    timers: list[threading.Timer] = []
+
+    def stop_one() -> None:
+        busy = [pid for pid, one in processes.at_work.items() if one is not None]
+        if busy and len(timers) < STOPS and not any(timer.is_alive() for timer in timers):
+            pid = rng.choice(busy)
+            time.sleep(rng.uniform(0, 0.02))
+            os.kill(pid, signal.SIGSTOP)
+            # It wakes shortly before or after its time is up; what it then says is late or just
+            # in time, and the crew may or may not have looked.
+            timers.append(later(DEADLINE + rng.uniform(-0.1, 0.1), signal.SIGCONT, pid))
+
+    candidates, answers = searched(tmp_path / "stopped", task, processes, stop_one)
+    for timer in timers:
+        timer.join()
+    faults = {(kind, key): told for kind, key, told in answers if "fault" in told}
+    assert len(timers) == STOPS and faults
+    assert {told["fault"] for told in faults.values()} == {f"no answer after {DEADLINE} seconds"}
+    # Every other answer is that of its own question, and the search went on as with these faults.
+    assert searched(tmp_path / "told", task, Told(faults)) == (candidates, answers)
+
+
+@pytest.fixture(scope="module")
+def sleepy() -> Iterator[Crew]:
+    processes = local_crew(Stub(), 2, threads=1, deadline=2.0)
+    yield processes
+    processes.close()
+
+
+def test_a_stopped_worker_is_ended_at_its_deadline_and_cannot_answer_any_more(
+    sleepy: Crew,
+) -> None:
+    fill(sleepy, 2, asked("say"))
+    before = set(sleepy.at_work)
+    answers = sleepy.answers([asked("say", "a"), asked("wait", "0.4"), asked("say", "b")])
+    assert next(answers)["said"] == ["a"]
+    (pid,) = [pid for pid, one in sleepy.at_work.items() if one and one.splits[0] == "wait"]
+    os.kill(pid, signal.SIGSTOP)
+    timer = later(2.5, signal.SIGCONT, pid)
+    assert next(answers) == {"fault": "no answer after 2 seconds"}
+    assert next(answers)["said"] == ["b"]
+    timer.join()
+    assert not is_running(pid)
+    expected = [[str(number)] for number in range(6)]
+    found = list(sleepy.answers([asked("say", *words) for words in expected]))
+    assert [one["said"] for one in found] == expected
+    assert pid not in {one["pid"] for one in found} and pid in before
+
+
+def test_a_worker_that_wakes_in_another_batch_answers_into_the_void(sleepy: Crew) -> None:
+    fill(sleepy, 2, asked("say"))
+    answers = sleepy.answers([asked("say", "a"), asked("wait", "0.4")])
+    assert next(answers)["said"] == ["a"]
+    (pid,) = [pid for pid, one in sleepy.at_work.items() if one and one.splits[0] == "wait"]
+    os.kill(pid, signal.SIGSTOP)
+    del answers
+    for number in range(4):
+        (one,) = sleepy.answers([asked("say", str(number))])
+        assert one["said"] == [str(number)] and one["pid"] != pid
+    # Its deadline passes, and nobody has looked when it wakes and speaks.
+    time.sleep(2.1)
+    os.kill(pid, signal.SIGCONT)
+    time.sleep(0.6)
+    expected = [["wait"]] + [[str(number)] for number in range(6)]
+    found = list(sleepy.answers([asked("say", *words) for words in expected]))
+    assert [one["said"] for one in found] == expected
