@@ -53,7 +53,7 @@ def main() -> None:
     plain = [replace(one, row_weights=torch.ones_like(one.row_weights)) for one in samples]
     rng = random.Random(0)
     rows: list[dict[str, float | str]] = []
-    waiting = list(task.seeds)
+    waiting = [seed.criterion for seed in task.seeds]
     seen: set[str] = set()
     while len(rows) < arguments.formulas:
         criterion = waiting.pop(0) if waiting else random_criterion(space, rng)

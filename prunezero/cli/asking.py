@@ -43,11 +43,13 @@ def asked(ctx: typer.Context, folder: Path | None) -> tuple[Asked, Settings]:
     Raises:
         PruneZeroError: options that are faulty, or other than those the search was begun under.
     """
+    from prunezero.report.beginnings import rules_of
     from prunezero.report.search_file import asked_for, goes_on, read_asked
 
     before = None if folder is None else read_asked(folder)
     if folder is None or before is None:
-        found = asked_for(ctx.params)
+        runs_dir, names = ctx.params["runs_dir"], ctx.params["start_from"] or ()
+        found = asked_for(ctx.params, [rule for name in names for rule in rules_of(name, runs_dir)])
     else:
         typed = {key: value for key, value in ctx.params.items() if _is_typed(ctx, key)}
         found = goes_on(before, typed, folder)

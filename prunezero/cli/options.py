@@ -48,6 +48,13 @@ AlsoModel = Annotated[
         "Perplexities are then geometric means over all."
     ),
 ]
+StartFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name or folder of another search, or a recipe, whose rules to start from; may be "
+        "given several times. What the space cannot write is left out."
+    ),
+]
 Draws = Annotated[
     int,
     typer.Option(

@@ -33,6 +33,7 @@ from prunezero.cli.options import (
     Signals,
     Space,
     Sparsity,
+    StartFrom,
     StrategyWord,
     TestTokens,
     TextName,
@@ -71,6 +72,7 @@ def search(
     runs_dir: RunsDir = Path("runs"),
     resume: Resume = False,
     from_scratch: FromScratch = False,
+    start_from: StartFrom = None,
     strategy: StrategyWord = "evolution",
     workers: Workers = 1,
     threads: Threads = None,
@@ -101,6 +103,8 @@ def search(
         prunezero search --model demo --also-model ./mine --sparsity 0.5 --time 30m
 
         prunezero search --model demo --sparsity 0.5 --signals activations --time 10m
+
+        prunezero search --model demo --sparsity 0.5 --space pipeline --start-from first --time 1h
 
         prunezero search --model demo --sparsity 0.5 --space tiny --budget 20 --name quick
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError, differences
+from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.models.whole_files import write_json
 from prunezero.pruning.bench import Bench
@@ -18,7 +19,7 @@ from prunezero.pruning.documents import validated
 from prunezero.searching.regimes import read_regimes
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Task
+from prunezero.searching.task import Rule, Task
 
 FILE = "search.json"
 # A value that leaves the choice to the machine, and so contradicts none; and who takes it.
@@ -70,6 +71,10 @@ class Asked:
     """of calibration text that rules have to be good on"""
     signals: str = SIGNALS[-1]
     """the dearest that a rule may look at, as `space_content` has it"""
+    start_from: tuple[str, ...] = ()
+    """searches and recipes whose rules it starts from"""
+    start: tuple[Mapping[str, Any], ...] = ()
+    """those rules as they were then: `formula` and `choices`"""
 
     def task(self) -> Task:
         """What the search looks for.
@@ -85,6 +90,7 @@ class Asked:
             also=self.also,
             seed=self.seed,
             draws=self.draws,
+            start=[Rule(Criterion.parse(one["formula"]), one["choices"]) for one in self.start],
             from_scratch=self.from_scratch,
             strategy=self.strategy,
         )
@@ -99,22 +105,28 @@ class Asked:
         )
 
 
-OPTIONS = tuple(field.name for field in fields(Asked) if field.name != "space_content")
+# What options lead to, which nobody types.
+_CONTENTS = ("space_content", "start")
+OPTIONS = tuple(field.name for field in fields(Asked) if field.name not in _CONTENTS)
+_LISTS = ("also_model", "start_from", "start")
 
 
-def asked_for(options: Mapping[str, Any]) -> Asked:
+def asked_for(options: Mapping[str, Any], start: Sequence[Rule] = ()) -> Asked:
     """What a new search is asked to do.
 
     Args:
         options: a value for each of OPTIONS that has no usual one; others are left out. Signals
             stand in for those of the space.
+        start: the rules that `start_from` leads to.
 
     Raises:
         RecipeError: no such search space, faults in its file, or nothing left under these signals.
     """
     space = SearchSpace.load(options["space"], signals=options.get("signals"))
     content = space.model_dump(mode="json")
-    return _asked({**options, "signals": space.signals, "space_content": content})
+    begun = [{"formula": one.criterion.text, "choices": dict(one.choices)} for one in start]
+    found = {"signals": space.signals, "space_content": content, "start": begun}
+    return _asked({**options, **found})
 
 
 def goes_on(before: Asked, typed: Mapping[str, Any], folder: Path) -> Asked:
@@ -149,9 +161,9 @@ def _found(was: str, now: str) -> str:
 
 
 def _asked(options: Mapping[str, Any]) -> Asked:
-    """The options, of which a list came from the command line or from JSON."""
+    """The options, whose lists came from the command line or from JSON."""
     known = {field.name: options[field.name] for field in fields(Asked) if field.name in options}
-    return Asked(**{**known, "also_model": tuple(known.get("also_model") or ())})
+    return Asked(**known | {key: tuple(known.get(key) or ()) for key in _LISTS})
 
 
 def _contradiction(before: Asked, key: str, value: Any) -> str:
@@ -160,6 +172,8 @@ def _contradiction(before: Asked, key: str, value: Any) -> str:
     told = f"--{key.replace('_', '-')} {was}, now {value}"
     if key in _PLACES:
         return "" if _is_same_place(was, value) else told
+    if key == "start_from":
+        return "" if was == tuple(value) else f"--start-from {_listed(was)}, now {_listed(value)}"
     if key == "also_model":
         is_same = len(was) == len(value) and all(map(_is_same_place, was, value))
         return "" if is_same else f"--also-model {_listed(was)}, now {_listed(value)}"

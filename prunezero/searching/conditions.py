@@ -76,7 +76,7 @@ def _kernels(bench: Bench) -> dict[str, str]:
 
 def _plugged(task: Task) -> dict[str, str]:
     """What operators of other packages mean that this search may use."""
-    written = [*task.space.terminals, *task.seeds]
+    written = [*task.space.terminals, *(rule.criterion for rule in task.seeds)]
     inside = {step.operator.name for criterion in written for step in steps(criterion)}
     words = inside.union(task.space.operators) - set(OPERATORS.own)
     meanings = OPERATORS.plugged() if words else {}

@@ -79,6 +79,11 @@ def is_usable(key: str, value: Any, pattern: str) -> bool:
     return True
 
 
+def alike(key: str, left: Any, right: Any) -> bool:
+    """Whether two spellings of a value of this key say the same, such as `admm` and `[admm]`."""
+    return _example_of(key, left) == _example_of(key, right)
+
+
 def _example_of(key: str, value: Any) -> Recipe:
     """A recipe with the choice, of a pattern under which it may stand."""
     return example(key, value, "2:4" if key == "permute" else "free")

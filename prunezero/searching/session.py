@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError
-from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.recipe import Recipe, published_recipes
@@ -21,13 +20,14 @@ from prunezero.searching.judging.archive import Archive
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge
 from prunezero.searching.judging.ladder import Judges, Ladder
+from prunezero.searching.offers import alike
 from prunezero.searching.proposing.catalogue import find_strategy
 from prunezero.searching.race import FINALISTS
 from prunezero.searching.regimes import read_regimes
 from prunezero.searching.rivals import rivals
 from prunezero.searching.search import search
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Task
+from prunezero.searching.task import Rule, Task
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def make_task(
     also: str = "",
     seed: int = 0,
     draws: int = 1,
+    start: Sequence[Rule] = (),
     from_scratch: bool = False,
     strategy: str = "evolution",
 ) -> Task:
@@ -67,12 +68,15 @@ def make_task(
     Args:
         also: other regimes that its rules have to serve, such as `0.7,2:4`.
         draws: of calibration text that its rules have to be good on.
+        start: other rules to begin with; choices that the space does not offer are left out, and
+            formulas that it cannot write.
+        from_scratch: whether it starts without published formulas.
         strategy: who proposes rules, see `proposing/catalogue.py`.
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
         SearchError: no such strategy (the message gives the nearest), no such regime, one twice, or
-            one in which nothing goes, or no draw.
+            one in which nothing goes, no draw, or no rule to start with that the space can write.
     """
     find_strategy(strategy)
     if draws < 1:
@@ -80,18 +84,36 @@ def make_task(
     published = [Recipe.load(name).criterion for name in published_recipes()]
     # Simplest first: of formulas with equal masks the first one stands for all.
     published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
-    seeds: list[Criterion] = []
-    for criterion in [] if from_scratch else published:
-        if criterion not in seeds and space.holds(criterion) and space.speaks(criterion):
-            seeds.append(criterion)
     settled = settled_sparsity(pattern, sparsity)
-    regimes = read_regimes(also)
-    task = Task(space, settled, pattern, seed, tuple(seeds), strategy, regimes, draws)
+    task = Task(space, settled, pattern, seed, (), strategy, read_regimes(also), draws)
     if len(set(task.regimes)) < len(task.regimes):
         raise SearchError(f"--also {also}: a regime stands there twice, or is the search's own")
     if not all(regime.sparsity for regime in task.regimes):
         raise SearchError("at sparsity 0 all formulas are alike; give one above 0, such as 0.5")
-    return task
+    begun = _writable(task, start)
+    if start and not begun:
+        raise SearchError(
+            f"none of the {len(start)} rules to start from can be written in search space "
+            f"'{space.name}'; leave them out, or choose another space"
+        )
+    first = [] if from_scratch else [Rule(criterion) for criterion in published]
+    return replace(task, seeds=_writable(task, [*begun, *first]))
+
+
+def _writable(task: Task, rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """What of these rules a task may write: formulas of its space, with choices that it offers."""
+    found: dict[str, Rule] = {}
+    for rule in rules:
+        if task.space.holds(rule.criterion) and task.space.speaks(rule.criterion):
+            offered = {
+                key: one
+                for key, value in rule.choices.items()
+                for one in task.options.get(key, ())
+                if alike(key, one, value)
+            }
+            own = Rule(rule.criterion, offered)
+            found.setdefault(own.text, own)
+    return tuple(found.values())
 
 
 def open_session(
@@ -204,7 +226,7 @@ def _header(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dic
         "space": task.space.model_dump(mode="json"),
         "pattern": task.pattern,
         "seed": task.seed,
-        "seeds": [criterion.text for criterion in task.seeds],
+        "seeds": [rule.text for rule in task.seeds],
         "strategy": task.strategy,
         "rivals": [recipe.criterion.text for recipe in rivals(task)],
     }
@@ -221,6 +243,7 @@ def find(
     also: str = "",
     seed: int = 0,
     draws: int = 1,
+    start: Sequence[Rule] = (),
     budget: int | None = None,
     from_scratch: bool = False,
     strategy: str = "evolution",
@@ -237,6 +260,7 @@ def find(
             settings.
         also: other regimes that a rule has to serve as well, such as `0.7,2:4`.
         draws: of calibration text that a rule has to be good on.
+        start: rules to begin with, beside published formulas.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         strategy: who proposes rules, see `proposing/catalogue.py`.
 
@@ -251,6 +275,7 @@ def find(
         also=also,
         seed=seed,
         draws=draws,
+        start=start,
         from_scratch=from_scratch,
         strategy=strategy,
     )

@@ -49,8 +49,8 @@ class Task:
     """free or N:M"""
     seed: int
     """of every draw"""
-    seeds: tuple[Criterion, ...]
-    """formulas to start from"""
+    seeds: tuple[Rule, ...]
+    """what to start from"""
     strategy: str = "evolution"
     """who proposes rules, see `proposing/catalogue.py`"""
     also: tuple[Regime, ...] = ()

@@ -53,7 +53,7 @@ def test_without_gradients_none_are_collected_for_anybody() -> None:
     sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
     sums |= dense_sums([*space.examples("free"), *rivals(task)])
     assert not sums & GRADIENTS
-    assert all(criterion.signal in ("none", "activations") for criterion in task.seeds)
+    assert all(seed.criterion.signal in ("none", "activations") for seed in task.seeds)
     whole = SearchSpace.load("pipeline")
     assert ladder_sums(whole.features, with_gradients=whole.weighted_by_gradient) & GRADIENTS
 

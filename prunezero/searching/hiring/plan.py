@@ -25,7 +25,7 @@ from prunezero.searching.conditions import conditions
 from prunezero.searching.judging.judge import Judge, Question
 from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Task
+from prunezero.searching.task import Rule, Task
 
 # What a worker says: ready and its process id, refused and why, answer and it, or failed and the
 # error. Whoever listens adds died and why.
@@ -112,7 +112,7 @@ class Plan:
             also=task.also,
             seed=task.seed,
             draws=task.draws,
-            seeds=tuple(seed.text for seed in task.seeds),
+            seeds=tuple(seed.criterion.text for seed in task.seeds),
             rivals=tuple(one.model_dump(mode="json", by_alias=True) for one in rivals),
             also_models=tuple((_from_anywhere(one.name), one.dtype_word) for one in others),
         )
@@ -142,7 +142,7 @@ class Plan:
 
     def _task(self) -> Task:
         space = validated(SearchSpace, dict(self.space), "a plan")
-        seeds = tuple(Criterion.parse(text) for text in self.seeds)
+        seeds = tuple(Rule(Criterion.parse(text)) for text in self.seeds)
         also, draws = self.also, self.draws
         return Task(space, self.sparsity, self.pattern, self.seed, seeds, also=also, draws=draws)
 

@@ -85,7 +85,7 @@ def without_state(propose: Callable[[Task, Memory, int], Proposals]) -> Callable
 def evolve(task: Task, memory: Memory, generation: int) -> Proposals:
     """Seeds first; then children of the best on their islands, other choices, fresh formulas."""
     if generation == 0:
-        yield from (Proposal(Rule(seed), "seed") for seed in task.seeds)
+        yield from (Proposal(seed, "seed") for seed in task.seeds)
         yield from fresh(task, memory, generation)
     breeders = Breeders.among(memory, task.space, generation)
     while True:
