@@ -20,7 +20,7 @@ from tests.cli.conftest import SMALL, Run
 # `prunezero`, but that it stays for long at one call, and says when it is there.
 PROGRAM = textwrap.dedent(
     """
-    import sys, time
+    import signal, sys, time
     from prunezero.cli import main
     from prunezero.searching import session
     from prunezero.searching.judging.ladder import Ladder
@@ -36,6 +36,8 @@ PROGRAM = textwrap.dedent(
         time.sleep(120)
     setattr(owner, name, waits)
     sys.argv = ["prunezero", *words]
+    # Whoever runs tests in the background may have had it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
     """
 )
@@ -62,7 +64,10 @@ def stopped_at(
         if line == "it is there\n":
             process.send_signal(number)
             break
-    told, errors = process.communicate(timeout=110)
+    try:
+        told, errors = process.communicate(timeout=110)
+    finally:
+        process.kill()
     return process.returncode, "".join(lines) + told, errors
 
 

@@ -168,5 +168,6 @@ def _refuse_other_header(first: dict[str, Any], header: dict[str, Any], path: Pa
     if changed:
         raise SearchError(
             f"{path.parent} was searched under other settings ({changed}); "
-            "repeat those, or start anew under another --name"
+            "repeat those, or start anew under another --name, with what this one found by "
+            f"--start-from {path.parent}"
         )
