@@ -5,9 +5,10 @@
     python benchmarks/found.py --report
 
 Each recipe is measured beside the published ones at its own sparsity and pattern, on three draws of
-calibration text, of which the search saw the first. Formulas all have dense statistics; pipelines
-those that they were published with. A paired test compares the windows of test text. Rows are kept
-in docs/results/found-TRACK.jsonl, the table in found-TRACK.md beside it.
+calibration text, of which the search saw the first; after a search with `--draws 3`, take others by
+`--first-seed 3`. Formulas all have dense statistics, pipelines those that they were published with.
+A paired test compares windows of test text. Rows are kept in docs/results/found-TRACK.jsonl, the
+table in found-TRACK.md beside it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RIVALS = {
 # Published formulas where all layers compete, which their papers do not do: most of what a search
 # gains at 50 % and 70 % comes from there.
 WIDENED = ("obd", "fisher")
-SEEDS = (0, 1, 2)
+DRAWS = 3
 # Rows stand in one table only where these are the same.
 CONDITIONS = ("model", "dtype", "calibration_tokens", "test_tokens")
 
@@ -49,12 +50,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--calibration-tokens", type=int, default=8192)
     parser.add_argument("--test-tokens", type=int, default=8192)
+    parser.add_argument("--first-seed", type=int, default=0, help="of the draws, a multiple of 3")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
     path = RESULTS / f"found-{arguments.track}.jsonl"
     files = [run / "recipe.yaml" if run.is_dir() else run for run in arguments.runs]
     found = [Recipe.load(file) for file in files]
-    for seed in () if arguments.report else SEEDS:
+    first = arguments.first_seed
+    if first % DRAWS:
+        parser.error(f"--first-seed {first}: a table holds draws from a multiple of {DRAWS} on")
+    for seed in () if arguments.report else range(first, first + DRAWS):
         settings = Settings(
             calibration_tokens=arguments.calibration_tokens,
             test_tokens=arguments.test_tokens,
@@ -130,8 +135,9 @@ def report(rows: list[dict[str, Any]], track: str) -> list[str]:
     targets: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         conditions = tuple(row[key] for key in CONDITIONS)
-        targets[(*conditions, row["sparsity"], row["pattern"])].append(row)
-    for (model, dtype, tokens, _, sparsity, pattern), inside in sorted(targets.items()):
+        draws = row["seed"] // DRAWS
+        targets[(*conditions, row["sparsity"], row["pattern"], draws)].append(row)
+    for (model, dtype, tokens, _, sparsity, pattern, _), inside in sorted(targets.items()):
         one = inside[0]
         seeds = sorted({row["seed"] for row in inside})
         lines += [
