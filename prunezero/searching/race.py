@@ -28,16 +28,17 @@ def to_glance(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate
     space = ladder.task.space
     count = width(space.glanced, fidelity(memory.candidates, "layer_error", "kl"))
     chosen = _promoted(ladder, memory, ("layer_error", "kl"), count, generation)
-    # What is done beside masking is not seen by the layer error.
-    unseen = [
+    waiting = [
         one
         for one in memory.candidates
-        if one.generation == generation
-        and one.status == "new"
-        and one.origin == "choose"
-        and one.kl is None
+        if one.generation == generation and one.status == "new" and one.kl is None
     ]
-    return chosen + _unlike(ladder, unseen[: space.glanced], chosen, space.glanced)
+    # What others hold good is looked at, whatever the layer error says of it.
+    known = [one for one in waiting if one.origin == "seed"]
+    # What is done beside masking is not seen by the layer error.
+    unseen = [one for one in waiting if one.origin == "choose"][: space.glanced]
+    asked = [*known, *unseen]
+    return chosen + _unlike(ladder, asked, chosen, len(asked))
 
 
 def to_measure(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate]:

@@ -75,6 +75,16 @@ def rising(count: int, step: float = 0.001) -> list[float]:
     return [0.1 + step * place for place in range(count)]
 
 
+def test_what_a_search_starts_from_is_glanced_at_whatever_the_layer_error_says_of_it() -> None:
+    masks = apart(30)
+    masks[29] = near(masks[27], by=10)
+    seeds = dict.fromkeys(range(20, 30), "seed")
+    ladder, memory = race(masks, rising(30, step=0.1), origin=seeds)
+    # The best four; nobody comes near them. Of seeds that do nearly the same only one climbs.
+    assert slots(to_glance(ladder, memory, 0)) == [*range(4), *range(20, 29)]
+    assert slots(to_glance(ladder, memory, 1)) == [*range(4)]
+
+
 def test_the_best_climb_and_a_third_by_luck_from_those_that_come_near() -> None:
     # the last ten are beyond 1.3 times the best
     errors = [*rising(20), *rising(10, step=0.01)[::-1]]
