@@ -6,6 +6,7 @@ before the weights are touched. Only safetensors are read.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ __all__ = [
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # bfloat16 has to be this much faster, so that equal processors choose equally.
 CLEARLY_FASTER = 0.8
-TRIAL_SECONDS = 0.02
+# Together, and products of each dtype at least.
+TRIAL_SECONDS, TRIAL_ROUNDS = 0.2, 3
 # A configuration may name any other by a repository, and transformers would fetch its code.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
@@ -72,18 +74,22 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Langu
 
 
 def trial_dtypes(device: torch.device) -> dict[str, float]:
-    """Seconds that one small matrix product takes in each of `DTYPES`, from a trial of 50 ms."""
-    found = {}
-    for name, dtype in DTYPES.items():
-        left = torch.ones(64, 1024, dtype=dtype, device=device)
-        right = torch.ones(1024, 1024, dtype=dtype, device=device)
-        # The first product also chooses and warms up the code for it.
-        _seconds_of_product(left, right)
-        best = _seconds_of_product(left, right)
-        stop = time.perf_counter() + TRIAL_SECONDS
-        while time.perf_counter() < stop:
-            best = min(best, _seconds_of_product(left, right))
-        found[name] = best
+    """Seconds that one small matrix product takes in each of `DTYPES`: the least of many in turns.
+
+    In turns, since a machine that is busy for a while would decide for the other dtype.
+    """
+    matrices = {
+        name: [torch.ones(size, 1024, dtype=dtype, device=device) for size in (64, 1024)]
+        for name, dtype in DTYPES.items()
+    }
+    found = dict.fromkeys(DTYPES, math.inf)
+    # The first product also chooses and warms up the code for it.
+    stop = time.perf_counter() + TRIAL_SECONDS
+    rounds = 0
+    while rounds < TRIAL_ROUNDS or time.perf_counter() < stop:
+        for name, (left, right) in matrices.items():
+            found[name] = min(found[name], _seconds_of_product(left, right))
+        rounds += 1
     return found
 
 
