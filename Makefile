@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-SEARCH ?= --model demo --text demo --pattern 2:4 --space formulas --budget 160 \
+SEARCH ?= --model demo --text demo --sparsity 0.5 --space formulas --budget 160 \
 	--evaluation-tokens 2048 --test-tokens 4096
 NAME ?= first
 # A search that is there already is gone on with, and finds its results in its journal.
