@@ -19,7 +19,7 @@ def judged(
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.export import no_page
     from prunezero.report.run_folder import pruner_fields, write_winner
-    from prunezero.report.tracked import kept_files, tracked_champion, tracked_rows, tracked_search
+    from prunezero.report.tracked import tracked_champion, tracked_rows
     from prunezero.searching import session as sessions
     from prunezero.searching.rivals import published_twin, rivals
 
@@ -43,7 +43,6 @@ def judged(
         tracker.record(record)
     champion = {**rows[-1], "search_perplexity": best.search_perplexity}
     tracker.record(tracked_champion(recipe, champion, session, name, folder))
-    tracker.record(tracked_search(session, name, finished=True, artifacts=kept_files(folder)))
     print_results(rows, f"search {name}", best="test_perplexity")
     say(conditions(rows, session.models, session.bench))
     say(f"found: {best.rule.text}", style="bold")

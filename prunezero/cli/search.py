@@ -191,14 +191,14 @@ def _run(
         known = _rivals(session, tracker)
         candidates, was_interrupted = _searched(session, tracker, folder, known, budget, seconds)
         write_run(session, folder, candidates, known)
-        if not was_interrupted:
-            return judged(session, tracker, folder, candidates)
+        rows = [] if was_interrupted else judged(session, tracker, folder, candidates)
     except KeyboardInterrupt:
         tracker.record(tracked_search(session, name, finished=True, artifacts=kept_files(folder)))
         raise
-    say(asking.kept(folder, budget, seconds))
+    if was_interrupted:
+        say(asking.kept(folder, budget, seconds))
     tracker.record(tracked_search(session, name, finished=True, artifacts=kept_files(folder)))
-    return []
+    return rows
 
 
 def _rivals(session: Session, tracker: Tracker) -> list[dict[str, Any]]:

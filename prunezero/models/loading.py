@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bf
 # bfloat16 has to be this much faster, so that equal processors choose equally.
 CLEARLY_FASTER = 0.8
 # Together, and products of each dtype at least.
-TRIAL_SECONDS, TRIAL_ROUNDS = 0.2, 3
+TRIAL_SECONDS, TRIAL_ROUNDS = 0.1, 3
 # A configuration may name any other by a repository, and transformers would fetch its code.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")

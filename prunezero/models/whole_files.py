@@ -25,18 +25,35 @@ def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def replace_text(text: str, path: Path) -> None:
+    """Let the file hold this text, in UTF-8.
+
+    Raises:
+        OSError: the folder cannot be written; the file is as it was.
+    """
+
+    def write(beside: Path) -> None:
+        beside.write_text(text, encoding="utf-8")
+
+    replace_whole(path, write)
+
+
+def write_text(text: str, path: Path) -> None:
+    """`replace_text`, for those who answer a user.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    try:
+        replace_text(text, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+
+
 def write_json(data: Any, path: Path) -> None:
     """Write data as JSON, whole or not at all.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    text = json.dumps(data, indent=2) + "\n"
-
-    def write(beside: Path) -> None:
-        beside.write_text(text)
-
-    try:
-        replace_whole(path, write)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    write_text(json.dumps(data, indent=2) + "\n", path)

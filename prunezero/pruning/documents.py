@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from prunezero.errors import OutputError, RecipeError, did_you_mean
-from prunezero.models.whole_files import replace_whole
+from prunezero.errors import RecipeError, did_you_mean
+from prunezero.models.whole_files import write_text
 
 MAX_BYTES = 64 * 1024
 # Keys that people expect in a document, and where they belong.
@@ -122,14 +122,7 @@ def write_document(data: dict[str, Any], path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-
-    def write(beside: Path) -> None:
-        beside.write_text(to_yaml(data), encoding="utf-8")
-
-    try:
-        replace_whole(path, write)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    write_text(to_yaml(data), path)
 
 
 def to_yaml(data: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunezero.errors import OutputError, differences
 from prunezero.models.shards import write_shard
 from prunezero.models.units import Layer
-from prunezero.models.whole_files import replace_whole
+from prunezero.models.whole_files import replace_text
 
 STAGES = ("pruned", "tuned")
 
@@ -51,7 +51,7 @@ class Stages:
     def _open(self, folder: Path, request: dict[str, Any]) -> None:
         path = folder / "request.json"
         if not path.is_file():
-            _write_text(path, json.dumps({"request": request}))
+            replace_text(json.dumps({"request": request}), path)
             return
         try:
             known = json.loads(path.read_text())
@@ -87,9 +87,8 @@ class Stages:
         write_shard(path, tensors)
         try:
             request = json.loads((self._folder / "request.json").read_text())
-            _write_text(
-                self._folder / "request.json", json.dumps(request | {"finished": [step, stage]})
-            )
+            finished = request | {"finished": [step, stage]}
+            replace_text(json.dumps(finished), self._folder / "request.json")
             self._finished = (step, stage)
             used_up = [old for old in self._folder.glob("step-*") if old != path]
             tuning = self.checkpoint(step)
@@ -123,10 +122,3 @@ class Stages:
 
 def _place(stage: str) -> int:
     return STAGES.index(stage) + 1 if stage in STAGES else 0
-
-
-def _write_text(path: Path, text: str) -> None:
-    def write(beside: Path) -> None:
-        beside.write_text(text)
-
-    replace_whole(path, write)

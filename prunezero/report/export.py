@@ -20,7 +20,7 @@ from prunezero.errors import OutputError
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.models.whole_files import replace_whole
+from prunezero.models.whole_files import write_text
 from prunezero.report.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
@@ -56,23 +56,7 @@ def write_pruner(fields: PrunerFields, path: Path) -> None:
         OutputError: the recipe makes a choice that one page cannot follow, or the file cannot be
             written.
     """
-    write_page(pruner_page(fields), path)
-
-
-def write_page(page: str, path: Path) -> None:
-    """Write an exported page, whole or not at all.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-
-    def write(beside: Path) -> None:
-        beside.write_text(page, encoding="utf-8")
-
-    try:
-        replace_whole(path, write)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+    write_text(pruner_page(fields), path)
 
 
 # The body of `masks` where all layers compete.

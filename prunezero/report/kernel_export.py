@@ -16,7 +16,8 @@ from textwrap import fill
 from prunezero.formula.code import split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, Feature
-from prunezero.report.export import PrunerFields, check_page, paragraphs, write_page
+from prunezero.models.whole_files import write_text
+from prunezero.report.export import PrunerFields, check_page, paragraphs
 from prunezero.report.page_lines import FEATURE_LINES
 from prunezero.scoring.kernel_source import Plan, plan
 
@@ -103,7 +104,7 @@ def write_kernel(fields: PrunerFields, path: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    write_page(kernel_page(fields), path)
+    write_text(kernel_page(fields), path)
 
 
 def kernel_page(fields: PrunerFields) -> str:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, RecipeError
-from prunezero.models.whole_files import replace_whole, write_json
+from prunezero.models.whole_files import replace_text, write_json
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, no_page, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth
-from prunezero.report.tracked import baseline_row
+from prunezero.report.tracked import baseline_row, shown
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.mirror import study_journal
 from prunezero.searching.regimes import seeds_of
@@ -94,13 +94,9 @@ def _write_study(text: str, path: Path) -> None:
 
     The tables hold all that it shows, so a disk that does not take it is a warning and no error.
     """
-
-    def write(beside: Path) -> None:
-        beside.write_text(text, encoding="utf-8")
-
     try:
         if text:
-            replace_whole(path, write)
+            replace_text(text, path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
@@ -154,17 +150,13 @@ def pruner_fields(recipe: Recipe) -> PrunerFields:
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    validation, test = (_shown(row.get(key)) for key in _PERPLEXITIES)
+    validation, test = (shown(row.get(key)) for key in _PERPLEXITIES)
     mean = "geometric mean of " if row.get("regimes") else ""
     return (
         f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
         f"{row['sparsity']:g} ({row['pattern']}), windows of "
         f"{row['sequence_length']} tokens, {seeds_of(row)}."
     )
-
-
-def _shown(perplexity: float | None) -> str:
-    return "not finite" if perplexity is None else f"{perplexity:.2f}"
 
 
 def list_runs(runs_dir: Path) -> list[dict[str, Any]]:

@@ -74,12 +74,8 @@ def tracked_champion(
     full = {**baseline_row(row), **told, "origin": "search"}
     named = (folder / file for file in ("recipe.yaml", "pruner.py"))
     files = tuple(path for path in named if path.is_file())
-    perplexity = row["validation_perplexity"]
-    title = f"{name} champion · {'not finite' if perplexity is None else f'{perplexity:.2f}'}"
-    record = run_record(
-        f"{name}/champion", title, "champion", full, parent_key=name, artifacts=files
-    )
-    return record
+    title = f"{name} champion · {shown(row['validation_perplexity'])}"
+    return run_record(f"{name}/champion", title, "champion", full, parent_key=name, artifacts=files)
 
 
 def tracked_search(
@@ -119,6 +115,11 @@ def described(bench: Bench, also_benches: Sequence[Bench] = ()) -> dict[str, str
         "text": bench.text.name,
         "dtype": bench.language_model.dtype_word,
     }
+
+
+def shown(perplexity: float | None) -> str:
+    """A perplexity as text; None is one that was not finite."""
+    return "not finite" if perplexity is None else f"{perplexity:.2f}"
 
 
 def baseline_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,11 @@ def typing(tiny_files: tuple[Path, Path]) -> Run:
     return typed
 
 
+def flat(text: str) -> str:
+    """Text without the ends of lines: names of folders are long."""
+    return " ".join(text.split())
+
+
 def small_space(path: Path, **changes: object) -> None:
     """A search space in generations of four, of which three are measured."""
     fields = SearchSpace.load("formulas").model_dump(mode="json")

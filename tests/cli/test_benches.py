@@ -11,7 +11,7 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.pruning.recipe import Recipe
-from tests.cli.conftest import Run, small_space, typing
+from tests.cli.conftest import Run, flat, small_space, typing
 from tests.tiny_models import save_tiny_model
 
 
@@ -40,11 +40,6 @@ def both(finished: Path, run: Run, tmp_path: Path) -> Path:
     """A copy of it in the folder at hand; the folder of the search."""
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs" / "both"
-
-
-def flat(text: str) -> str:
-    """Text without the ends of lines: names of folders are long."""
-    return " ".join(text.split())
 
 
 def test_a_search_over_models_reports_geometric_means_and_each_model(

@@ -7,12 +7,7 @@ import math
 from pathlib import Path
 
 from prunezero.errors import SearchError
-from tests.cli.conftest import Run, small_space
-
-
-def flat(text: str) -> str:
-    """Text without the ends of lines: names of folders are long."""
-    return " ".join(text.split())
+from tests.cli.conftest import Run, flat, small_space
 
 
 def test_a_search_over_draws_reports_shows_verifies_and_goes_on(run: Run) -> None:

@@ -11,7 +11,7 @@ import pytest
 from prunezero.pruning.bench import with_choices
 from prunezero.pruning.recipe import Recipe
 from prunezero.searching import session
-from tests.cli.conftest import Run, small_space
+from tests.cli.conftest import Run, flat, small_space
 
 
 def test_a_winner_that_mends_weights_ends_the_search_as_any_other(
@@ -26,7 +26,7 @@ def test_a_winner_that_mends_weights_ends_the_search_as_any_other(
     monkeypatch.setattr(session, "found_recipe", mending)
     result = run("search MODEL --sparsity 0.5 --space small.yaml --budget 6 --name mine")
     assert result.exit_code == 0, (result.output, result.exception)
-    told = " ".join(result.output.split())
+    told = flat(result.output)
     assert "no pruner page: mine has update: admm, which a one-page pruner cannot follow" in told
     assert "pruner: runs" not in told
     assert {"recipe.yaml", "results.json"} <= set(os.listdir("runs/mine"))

@@ -176,11 +176,11 @@ def test_a_stage_counts_once_its_note_is_written(
     first = digest(model)
     find_layers(model.model)[0].weight.zero_()
 
-    def full_disk(path: Path, text: str) -> None:
+    def full_disk(text: str, path: Path) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "_write_text", full_disk)
+        patch.setattr(stages, "replace_text", full_disk)
         with pytest.raises(OutputError, match="no space left"):
             known.keep(0, "tuned")
     again = tiny_model()
