@@ -44,6 +44,7 @@ def import_kernels(source: str, folder: Path) -> ModuleType:
     return _import_once(source, folder, _triton_version())
 
 
+@lru_cache(maxsize=1)
 def _triton_version() -> str:
     return importlib.metadata.version("triton")
 

@@ -53,8 +53,8 @@ def _main(folder: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from prunezero.scoring.fused import KERNEL_OPTIONS
     from prunezero.scoring.kernel_files import import_kernels
+    from prunezero.scoring.launches import KERNEL_OPTIONS
 
     found = []
     for wish in json.loads((folder / "wishes.json").read_text()):

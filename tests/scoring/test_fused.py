@@ -17,7 +17,7 @@ from prunezero.formula.canonical import combine, number
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
-from prunezero.scoring import fused, score
+from prunezero.scoring import fused, launches, score
 from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
 from prunezero.scoring.kernel_source import plan
 from prunezero.scoring.request import parse_pattern
@@ -179,12 +179,12 @@ def test_other_groups_select_from_the_kernels_scores(compare: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sparsity", ["0", "0.01", "0.5", "0.99"])
-def test_rows_too_long_for_one_program_go_in_pieces(
-    monkeypatch: pytest.MonkeyPatch, kind: str, sparsity: str
+@pytest.mark.parametrize("widest", [112, 15])
+def test_long_rows_go_in_pieces_held_or_read_again(
+    monkeypatch: pytest.MonkeyPatch, kind: str, sparsity: str, widest: int
 ) -> None:
-    monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", 15)
-    monkeypatch.setattr(fused, "WIDEST_ROW", 15)
-    monkeypatch.setattr(fused, "_PIECE", 16)
+    monkeypatch.setattr(launches, "WIDEST_ROW", widest)
+    monkeypatch.setattr(launches, "PIECE", 16)
     weight = weights(kind, 100)
     expected = reference.keep_rows(in_torch(PLAIN, {"W": weight}).numpy(), sparsity)
     kept = kernel_mask(PLAIN, {"W": weight}, float(sparsity))
@@ -196,10 +196,11 @@ def test_a_formula_on_long_rows_selects_from_its_own_scores(
 ) -> None:
     values = tensors()
     expected = select(in_torch(WANDA, values), 0.5)
-    monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", 39)
+    # Formulas with more inputs and steps than there are registers have only scores in pieces.
+    monkeypatch.setattr(launches, "PIECE", 16)
+    monkeypatch.setattr(launches, "_MOST_SIZE", 1)
     assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
-    monkeypatch.setattr(fused, "WIDEST_ROW", 39)
-    monkeypatch.setattr(fused, "_PIECE", 16)
+    monkeypatch.setattr(launches, "WIDEST_ROW", 39)
     assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
     values["W"][1, 7] = float("nan")
     with pytest.raises(ScoreError, match="1 of 120 scores are NaN"):
@@ -218,9 +219,8 @@ def test_eight_weights_in_a_byte_are_the_same_mask(
     monkeypatch: pytest.MonkeyPatch, columns: int, request_: str
 ) -> None:
     if request_ == "long rows":
-        monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", 6)
-        monkeypatch.setattr(fused, "WIDEST_ROW", 6)
-        monkeypatch.setattr(fused, "_PIECE", 16)
+        monkeypatch.setattr(launches, "WIDEST_ROW", 6)
+        monkeypatch.setattr(launches, "PIECE", 16)
     of = int(request_[-1]) if ":" in request_ else 1
     weight = weights("tied", columns // of * of)
     one = parse_pattern(request_) if of > 1 else weight.shape[1] // 2
@@ -228,8 +228,8 @@ def test_eight_weights_in_a_byte_are_the_same_mask(
     plain = fused.selected(PLAIN, weight.to(DEVICE), {}, one)
     bits = fused.selected(PLAIN, weight.to(DEVICE), {}, one, is_packed=True)
     assert bits.kept.shape == (2, -(-weight.shape[1] // 8)) and bits.kept.dtype == torch.uint8
-    assert torch.equal(fused.unpacked(bits.kept, weight.shape[1]), plain.kept)
-    assert torch.equal(bits.kept, fused.packed(plain.kept))
+    assert torch.equal(launches.unpacked(bits.kept, weight.shape[1]), plain.kept)
+    assert torch.equal(bits.kept, launches.packed(plain.kept))
     assert bits.ties == plain.ties
     ours = np.packbits(plain.kept.cpu().numpy(), axis=1, bitorder="little")
     np.testing.assert_array_equal(bits.kept.cpu().numpy(), ours)
@@ -237,9 +237,8 @@ def test_eight_weights_in_a_byte_are_the_same_mask(
 
 @pytest.mark.parametrize("widest", [64, 6])
 def test_ties_count_where_places_alone_decide(monkeypatch: pytest.MonkeyPatch, widest: int) -> None:
-    monkeypatch.setattr(fused, "WIDEST_FUSED_ROW", widest)
-    monkeypatch.setattr(fused, "WIDEST_ROW", widest)
-    monkeypatch.setattr(fused, "_PIECE", 8)
+    monkeypatch.setattr(launches, "WIDEST_ROW", widest)
+    monkeypatch.setattr(launches, "PIECE", 8)
     rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 4, 5, 6, 7], [1] * 8]).float()
     rows = rows.to(DEVICE)
     assert [fused.selected(PLAIN, rows, {}, count).ties for count in (0, 3, 4, 5)] == [0, 1, 2, 1]

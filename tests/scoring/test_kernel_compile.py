@@ -9,14 +9,16 @@ import pytest
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.scoring.fused import WIDEST_FUSED_ROW, WIDEST_ROW
 from prunezero.scoring.kernel_source import plan
+from prunezero.scoring.launches import PIECE, WIDEST_ROW
 from prunezero.scoring.machine import machine_source
 from prunezero.scoring.sweep_kernel import SOURCE as SWEEP
 from tests.scoring.compiled import Compiled, Wish, compile_all
 
 pytest.importorskip("triton")
 
+WIDEST = WIDEST_ROW // PIECE
+LIGHT = "abs(W)**1.4 * G * sqrt(X)"
 EVERY = "abs(W) * sqrt(G) * X + 0.5 * tanh(G) + exp(-G) / log(G) + G**0.3"
 SIZES = ("columns", "stride", "remove", "groups_per_row")
 MACHINE = machine_source(tuple(name for name, row in OPERATORS.own.items() if row.triton))
@@ -33,21 +35,23 @@ SPEAKS = {
         "keep": "*i1",
     },
 }
-NARROW = {"BLOCK": 1024, "PACKED": False}
-PACKED = {"BLOCK": 4096, "PACKED": True, "a0_column": 1}
-PAIRS = {"OF": 4, "WIDTH": 4, "GROUPS": 256, "PACKED": True}
+NARROW = {"PIECE": 1024, "PIECES": 1, "PACKED": False}
+PACKED = {"PIECE": 4096, "PIECES": 1, "PACKED": True}
+PAIRS = {"OF": 16, "WIDTH": 16, "GROUPS": 16, "PACKED": True}
 ODD = {"OF": 5, "WIDTH": 8, "GROUPS": 64, "PACKED": False}
 
 
 def of_formula(text: str, kernel: str, constants: dict[str, Any], warps: int = 4) -> Wish:
     planned = plan(Criterion.parse(text))
-    kinds = {"scores": "*fp32", "tallies": "*i32", **dict.fromkeys(SIZES, "i32")}
+    kinds = {"scores": "*fp32", "extremes": "*i32", "tied": "*i32", **dict.fromkeys(SIZES, "i32")}
     kinds["kept"] = "*u8" if constants.get("PACKED") else "*i1"
     for place in range(len(planned.inputs)):
         at = f"a{place}"
         # The weights themselves are of 16 bits in most models.
         kinds |= {f"{at}_at": "*bf16" if place == 0 else "*fp32"}
-        kinds |= {f"{at}_row": "i64", f"{at}_column": "i64"}
+        kinds |= {f"{at}_row": "i64"}
+        # As they lie in most models: inputs as large as the weight, or one row for all.
+        constants = {f"{at}_column": 1, **constants}
     kinds |= {f"c{place}": "fp32" for place in range(len(planned.constants))}
     return Wish(planned.source, kernel, kinds, constants, warps)
 
@@ -57,9 +61,12 @@ BUDGETS = [
     (of_formula(EVERY, "score_kernel", {"BLOCK": 1024}), 0),
     (of_formula(EVERY, "row_kernel", NARROW), 0),
     (of_formula(EVERY, "row_kernel", PACKED, 8), 0),
-    (of_formula(EVERY, "row_kernel", {**NARROW, "BLOCK": WIDEST_FUSED_ROW}, 16), 64),
-    (of_formula("W", "row_kernel", {**NARROW, "BLOCK": WIDEST_ROW}, 16), 160),
-    (of_formula("W", "long_row_kernel", PACKED, 8), 0),
+    (of_formula(EVERY, "row_kernel", {**NARROW, "PIECE": PIECE, "PIECES": 2}, 16), 64),
+    (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": PIECE, "PIECES": 3}, 8), 0),
+    (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": PIECE, "PIECES": WIDEST}, 16), 64),
+    (of_formula("W", "long_row_kernel", {"PIECE": PIECE, "PACKED": True}, 8), 0),
+    (of_formula(EVERY, "slot_kernel", {"OF": 4, "SIZE": 1024, "PACKED": False}), 0),
+    (of_formula(EVERY, "slot_kernel", {"OF": 8, "SIZE": 1024, "PACKED": True}), 8),
     (of_formula(EVERY, "pattern_kernel", PAIRS), 0),
     (of_formula(EVERY, "pattern_kernel", ODD), 0),
     (Wish(MACHINE, "machine_kernel", SPEAKS["machine_kernel"], {"BLOCK": 1024}), 0),
