@@ -41,6 +41,10 @@ def _wanda(values: Mapping[str, Tensor]) -> Tensor:
     return torch.abs(values["W"]) * values["X"]
 
 
+def _product(values: Mapping[str, Tensor]) -> Tensor:
+    return torch.abs(values["W"].float()) * values["G"].float()
+
+
 def _mixed(values: Mapping[str, Tensor]) -> Tensor:
     weight, gradient, inputs = values["W"].float(), values["G"].float(), values["X"]
     left = torch.abs(weight) * torch.sqrt(inputs) * torch.log(gradient + 1)
@@ -49,6 +53,7 @@ def _mixed(values: Mapping[str, Tensor]) -> Tensor:
 
 FORMULAS = {
     "wanda": Formula("abs(W)*X", _wanda, ("W",)),
+    "product": Formula("abs(W)*G", _product, ("W", "G")),
     "mixed": Formula("abs(W)*sqrt(X)*log(G + 1) + W**2*tanh(G*X)", _mixed, ("W", "G")),
 }
 

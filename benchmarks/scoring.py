@@ -6,8 +6,9 @@
 
 Four parts. `copy` is the bandwidth of a copy within the memory of the device. `matrix` times score
 and mask of one matrix: as published code makes them in torch, the same with torch.topk, the same
-with a score from torch.compile, and by prunezero; their masks are compared, and what has to be read
-and written at least is set against the copy. `population` scores 1, 8 and 64 formulas at once on
+with a score from torch.compile, and by prunezero, on a GPU also by its kernels alone (replayed as a
+CUDA graph, without what Python spends); their masks are compared, and what has to be read and
+written at least is set against the copy. `population` scores 1, 8 and 64 formulas at once on
 sampled rows of all layers of a model, as a search does. `model` is Wanda on all linear layers of a
 model, one after the other.
 
@@ -165,7 +166,8 @@ def model_heads(arguments: argparse.Namespace) -> Iterator[Row]:
 
 def matrix_names(arguments: argparse.Namespace) -> list[str]:
     """Who makes masks of a matrix."""
-    return ["published", "topk", *["compiled"] * arguments.compile, "prunezero"]
+    kernels = ["kernels"] * (arguments.device == "cuda")
+    return ["published", "topk", *["compiled"] * arguments.compile, "prunezero", *kernels]
 
 
 PARTS = {

@@ -7,8 +7,9 @@ from memory and not from a cache that the call before has filled.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor
 from turns import Call
 
 from prunezero.formula.criterion import Criterion
+from prunezero.scoring.fused import Selected, selected
+from prunezero.scoring.request import checked_request
 from prunezero.scoring.score import keep_mask, mask_from
 from prunezero.scoring.statistics import Statistics
 
@@ -91,7 +94,27 @@ def matrix_work(head: Row, *, with_compile: bool) -> dict[str, Work]:
         {"bytes": moved},
         says_kept=True,
     )
+    if head["device"] == "cuda":
+        request = checked_request(columns, SPARSITY, pattern=pattern)
+        chosen = [partial(selected, criterion, one["W"], one, request) for one in pool]
+        facts = {"bytes": moved, "rounds": len(pool)}
+        works["kernels"] = Work(replayed(chosen), facts, says_kept=True)
     return works
+
+
+def replayed(chosen: Sequence[Callable[[], Selected]]) -> Call:
+    """All these selections as one CUDA graph: what the device does, without what asks it to."""
+    for select in chosen[:2]:
+        select()
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        masks = [select().kept for select in chosen]
+
+    def replay(number: int) -> Tensor:
+        graph.replay()
+        return masks[0]
+
+    return replay
 
 
 def matrix_bytes(head: Row) -> int:

@@ -21,7 +21,7 @@ from prunezero.errors import CriterionError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.score import evaluate, refuse_unusable
 from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
-from prunezero.searching.judging.samples import Stack
+from prunezero.searching.judging.samples import Stack, side_by_side
 
 # How many formulas go at once; one after the other, so many as to even out what they cost.
 TOGETHER = (1, 8, 64)
@@ -91,7 +91,7 @@ def stacks(head: Row) -> Iterator[Stack]:
             "X": torch.linalg.vector_norm(inputs, dim=1, keepdim=True),
         }
         inputs = inputs.to(dtype)
-        grams = tuple(inputs.transpose(1, 2) @ inputs)
+        grams = side_by_side([one.T @ one for one in inputs])
         names = tuple(f"layer {place}" for place in range(layers))
         yield Stack(names, features, grams, draw(layers, rows).square())
 

@@ -19,6 +19,7 @@ KEYS = (*WORK, "contender")
 STYLES = {
     "topk": ("torch.topk", "#e69f00", "s"),
     "compiled": ("torch.compile", "#009e73", "^"),
+    "kernels": ("prunezero's kernels alone", "#cc79a7", "D"),
     "prunezero": ("prunezero", "#0072b2", "o"),
 }
 
@@ -120,7 +121,9 @@ def report(rows: list[Row]) -> list[str]:
         "every call reads other memory. Published is torch as published code uses it: a score "
         "operation by operation, then a stable sort of all scores, or for 2:4 a loop over groups "
         "of columns. topk and compiled change one of both: one `topk` in place of sort or loop, "
-        "which may choose others of equal scores, or a score from `torch.compile`. "
+        "which may choose others of equal scores, or a score from `torch.compile`. prunezero is "
+        "the whole call, with a look for scores that are not finite; kernels, on a GPU, is what "
+        "its device does of it, replayed as a CUDA graph. "
         f"{' and '.join(spelled)}.",
         "",
     ]

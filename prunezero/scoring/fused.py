@@ -165,7 +165,7 @@ def selected(
     columns = weight.shape[1]
     if isinstance(request, int) and columns > launches.widest_row(plan(criterion).size):
         weight = fused_score(criterion, weight, features)
-        criterion, features = _stored(), {}
+        criterion, features = stored(), {}
     planned = plan(criterion)
     kernels = import_kernels(planned.source, kernel_folder())
     arguments = _arguments(criterion, weight, features)
@@ -177,7 +177,7 @@ def selected(
 
 
 @functools.lru_cache(maxsize=1)
-def _stored() -> Criterion:
+def stored() -> Criterion:
     """Scores that lie in memory are a matrix like any other to the kernels."""
     return Criterion.parse("W")
 

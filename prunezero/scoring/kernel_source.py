@@ -153,10 +153,9 @@ def score_kernel(scores, columns, $PARAMETERS, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def note(extremes, tied, program, lowest, highest, ties):
+def note_extremes(extremes, program, lowest, highest):
     tl.store(extremes + 2 * program, lowest)
     tl.store(extremes + 2 * program + 1, highest)
-    tl.store(tied + program, ties)
 
 
 @triton.jit

@@ -10,18 +10,20 @@ import torch
 
 from prunezero.scoring.request import Pattern
 
-# The columns that a program takes at once. Seven pieces are the most whose keys fit its registers
-# (compiled for sm_90), and together as many columns as the widest of common models have; beside the
-# values of a formula with many inputs and steps there is room for two.
-PIECE = 4096
-WIDEST_ROW = 7 * PIECE
-_MOST_SIZE = 14
-_PIECES_BESIDE_MORE = 2
-# Up to here half as many threads are enough, and two programs share a processor.
-_FEW_PIECES, _SMALL_SIZE = 3, 8
+# Columns that a program takes at once: few, because what is counted of a piece costs nothing for
+# the next one; more of them in wide rows, whose text would grow long.
+_PIECES = {4096: 512, 12288: 1024}
+_WIDE_PIECE = 4096
+# Seven wide pieces are as many columns as the widest of common models have.
+WIDEST_ROW = 7 * _WIDE_PIECE
+_WARPS = (4, 8, 16)
+# Scores that a thread holds beside the values of a formula up to a size (compiled for sm_90).
+_HELD = {8: 88, 14: 44}
+_HELD_BESIDE_MORE = 16
 # Group sizes that a thread holds whole, and the scores of a program of those.
 _SLOTS = (4, 8)
 _SCORES = 1024
+_SLOT_WARPS = 2
 # All pairs of a wider group no longer fit.
 WIDEST_PATTERN = 64
 _PAIRS = 4096
@@ -44,7 +46,11 @@ class _Launch:
 
 def widest_row(size: int) -> int:
     """The columns of the widest row that a formula of a size (`Plan.size`) scores and selects."""
-    return WIDEST_ROW if size <= _MOST_SIZE else min(WIDEST_ROW, _PIECES_BESIDE_MORE * PIECE)
+    return min(WIDEST_ROW, 32 * _WARPS[-1] * _held(size))
+
+
+def _held(size: int) -> int:
+    return next((held for most, held in _HELD.items() if size <= most), _HELD_BESIDE_MORE)
 
 
 def fill(
@@ -97,12 +103,14 @@ def fill(
 
 def _rows(kernels: ModuleType, size: int, rows: int, columns: int, remove: int) -> _Launch:
     if columns > WIDEST_ROW:
-        return _Launch(kernels.long_row_kernel, (rows,), columns, remove, {"PIECE": PIECE}, 8)
-    piece = min(_next_power_of_two(max(columns, 8)), PIECE)
-    pieces = -(-columns // piece)
-    is_light = pieces == 1 or (pieces <= _FEW_PIECES and size <= _SMALL_SIZE)
-    warps = max(piece // 512, 4) if is_light else 16
-    sizes = {"PIECE": piece, "PIECES": pieces}
+        sizes = {"PIECE": _WIDE_PIECE}
+        return _Launch(kernels.long_row_kernel, (rows,), columns, remove, sizes, 8)
+    fitting = [warps for warps in _WARPS if columns <= 32 * warps * _held(size)]
+    warps = (fitting or _WARPS[-1:])[0]
+    piece = next((size for most, size in _PIECES.items() if columns <= most), _WIDE_PIECE)
+    # A thread takes one column at least.
+    piece = min(max(piece, 32 * warps), _next_power_of_two(max(columns, 8)))
+    sizes = {"PIECE": piece, "PIECES": -(-columns // piece)}
     return _Launch(kernels.row_kernel, (rows,), columns, remove, sizes, warps)
 
 
@@ -110,7 +118,8 @@ def _slots(kernels: ModuleType, rows: int, columns: int, pattern: Pattern) -> _L
     size = min(_next_power_of_two(max(columns, 8)), _SCORES)
     programs = (rows, -(-columns // size))
     sizes = {"OF": pattern.of, "SIZE": size}
-    return _Launch(kernels.slot_kernel, programs, columns, pattern.of - pattern.keep, sizes, 4)
+    remove = pattern.of - pattern.keep
+    return _Launch(kernels.slot_kernel, programs, columns, remove, sizes, _SLOT_WARPS)
 
 
 def _pairs(kernels: ModuleType, rows: int, columns: int, pattern: Pattern) -> _Launch:

@@ -24,9 +24,10 @@ from prunezero.scoring.fused import on_device_of
 from prunezero.scoring.kernel_files import import_kernels, kernel_folder
 from prunezero.scoring.launches import KERNEL_OPTIONS
 
-# Values that a program may hold at once; what needs more is left to a kernel of its own.
-DEPTH = 8
-_BLOCK = 1024
+# Values that a program may hold at once; what needs more is left to a kernel of its own. A machine
+# of fewer moves fewer at every step, and most programs need no more.
+DEPTHS = 4, 8
+_BLOCK = 512
 _INPUT, _NUMBER = "input", "number"
 
 
@@ -66,7 +67,7 @@ def program(criterion: Criterion) -> Program:
 
 def can_run(criterion: Criterion) -> bool:
     """Whether the machine can hold the formula."""
-    return program(criterion).depth <= DEPTH
+    return program(criterion).depth <= DEPTHS[-1]
 
 
 def scores_of(
@@ -84,7 +85,9 @@ def scores_of(
     tape = _Tape(features, {word: code for code, word in enumerate((_INPUT, _NUMBER, *words))})
     for criterion in criteria:
         tape.write(program(criterion))
-    kernels = import_kernels(machine_source(words), kernel_folder())
+    deepest = max(program(criterion).depth for criterion in criteria)
+    depth = next(one for one in DEPTHS if deepest <= one)
+    kernels = import_kernels(machine_source(words, depth), kernel_folder())
     scores = torch.empty(len(criteria), *shape, dtype=torch.float32, device=device)
     size = scores[0].numel()
     inputs = [value.expand(*shape) for value in tape.values]
@@ -176,7 +179,7 @@ def _is_name(argument: str) -> bool:
 
 
 @lru_cache(maxsize=16)
-def machine_source(words: tuple[str, ...]) -> str:
+def machine_source(words: tuple[str, ...], depth: int) -> str:
     """The machine's kernel for some operators, in the order of their codes."""
     by_arity: dict[int, list[str]] = {1: [], 2: []}
     for code, word in enumerate(words, start=2):
@@ -184,10 +187,12 @@ def machine_source(words: tuple[str, ...]) -> str:
         value = (row.triton or "").format(*("x", "y")[: row.arity])
         by_arity[row.arity].append(f"if code == {code}:\n                value = {value}")
     binary = [code for code, word in enumerate(words, start=2) if OPERATORS[word].arity == 2]
-    deeper = "; ".join(f"s{place} = s{place - 1}" for place in range(DEPTH - 1, 0, -1))
-    higher = "; ".join(f"s{place} = s{place + 1}" for place in range(1, DEPTH - 1))
+    deeper = "; ".join(f"s{place} = s{place - 1}" for place in range(depth - 1, 0, -1))
+    higher = "; ".join(f"s{place} = s{place + 1}" for place in range(1, depth - 1))
+    # Names of one value would be one variable to the compiler, even where they part in the loop.
+    zeros = [f"s{place} = tl.zeros([BLOCK], dtype=tl.float32)" for place in range(depth)]
     return (
-        _TEMPLATE.replace("$ZEROS", "; ".join(f"s{place} = zero" for place in range(DEPTH)))
+        _TEMPLATE.replace("$ZEROS", "\n    ".join(zeros))
         .replace("$IS_BINARY", " | ".join(f"(code == {code})" for code in binary))
         .replace("$BINARY", "\n            ".join(by_arity[2]))
         .replace("$UNARY", "\n            ".join(by_arity[1]))

@@ -29,6 +29,8 @@ def clear(weight: Tensor, keep: Tensor) -> Tensor:
 
 def cleared(weight: Tensor, keep: Tensor) -> Tensor:
     """`clear` on a copy."""
+    if weight.device.type != "cpu":
+        return weight.masked_fill(~keep, 0.0)
     return clear(weight.clone(), keep)
 
 

@@ -82,7 +82,9 @@ def slot_kernel(
         first_kept = tl.minimum(first_kept, tl.where(stays, slots[mine], HIGHEST))
         marks = marks + (stays.to(tl.int8),)
     ties = tl.sum(((last_gone == first_kept) & (last_gone < HIGHEST)).to(tl.int32), axis=0)
-    note(extremes, tied, row * tl.num_programs(1) + tl.program_id(1), lowest, highest, ties)
+    program = row * tl.num_programs(1) + tl.program_id(1)
+    note_extremes(extremes, program, lowest, highest)
+    tl.store(tied + program, ties)
     keep = in_order(marks, SIZE, OF) != 0
     store(kept, row * stride + column, keep, inside, SIZE, PACKED)
 
@@ -110,7 +112,8 @@ def pattern_kernel(
     lowest = tl.min(tl.min(keys, axis=1), axis=0)
     highest = tl.max(tl.max(tl.where(inside, keys, LOWEST), axis=1), axis=0)
     program = row * tl.num_programs(1) + tl.program_id(1)
-    note(extremes, tied, program, lowest, highest, tl.sum(tl.max(ties, axis=1), axis=0))
+    note_extremes(extremes, program, lowest, highest)
+    tl.store(tied + program, tl.sum(tl.max(ties, axis=1), axis=0))
     place = row * stride + column
     flat: tl.constexpr = GROUPS * WIDTH
     if PACKED:

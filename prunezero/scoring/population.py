@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
-from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected
+from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected, stored
 from prunezero.scoring.machine import can_run, program, scores_of
 from prunezero.scoring.request import checked_request, group_columns, parse_pattern
 from prunezero.scoring.score import evaluate
@@ -79,11 +79,16 @@ def _layer_by_layer(
     return torch.stack(layers)
 
 
-def select_stacked(scores: Tensor, sparsity: float, *, compare: str, pattern: str) -> Tensor:
+def select_stacked(
+    scores: Tensor, sparsity: float, *, compare: str, pattern: str, is_finite: bool = False
+) -> Tensor:
     """The masks of a stack of layers, bool [layers, out, in]: True = keep.
 
     Every layer is by itself; which weights compete in it is said as in `selection.select`. The
     group model, which compares layers, is `selection.select_model`'s.
+
+    Args:
+        is_finite: the caller has seen that all scores are; a GPU need not be waited for then.
 
     Raises:
         SelectionError: the request cannot be satisfied.
@@ -94,20 +99,20 @@ def select_stacked(scores: Tensor, sparsity: float, *, compare: str, pattern: st
     if parsed is None and columns is not None:
         blocks = torch.split(scores, columns, dim=2)
         kept = [
-            select_stacked(block.contiguous(), sparsity, compare="layer", pattern=pattern)
+            _select_rows(block.flatten(1), sparsity, pattern, is_finite).view(block.shape)
             for block in blocks
         ]
         return torch.cat(kept, dim=2)
     whole = parsed is None and compare == "layer"
     rows = scores.flatten(1) if whole else scores.flatten(0, 1)
-    return _select_rows(rows, sparsity, pattern).view(scores.shape)
+    return _select_rows(rows, sparsity, pattern, is_finite).view(scores.shape)
 
 
-def _select_rows(rows: Tensor, sparsity: float, pattern: str) -> Tensor:
+def _select_rows(rows: Tensor, sparsity: float, pattern: str, is_finite: bool) -> Tensor:
     if not (has_kernels(rows) and can_fuse("row", pattern)):
         return select(rows, sparsity, pattern=pattern)
     request = checked_request(rows.shape[1], sparsity, pattern=pattern)
-    chosen = selected(Criterion.parse("W"), rows, {}, request)
-    if chosen.has_faults:
+    chosen = selected(stored(), rows, {}, request)
+    if not is_finite and chosen.has_faults:
         refuse_non_finite(rows)
     return chosen.kept

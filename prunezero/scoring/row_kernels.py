@@ -1,10 +1,13 @@
 """The mask of a row whose scores are in registers, as text that joins every generated file.
 
-`row_kernel` holds a whole row as integers that order as the scores do, and narrows down the row's
-threshold by counting what lies under a guess. Guesses follow the counts (the rule of false position
-in its Illinois form, from the mean of the integers on), which takes about half as many counts as
-halving does; after `PATIENCE` of them halving takes over, whatever the scores are. Every guess
-inside the bracket is as right as any other, so none of them can change a mask.
+`row_kernel` holds the scores of a whole row, and narrows its threshold down by counting what lies
+under a guess. Guesses are integers that order as the scores do, and follow the counts (the rule of
+false position in its Illinois form, from the mean of the integers on), which takes about half as
+many counts as halving does; after `PATIENCE` of them halving takes over, whatever the scores are.
+Every guess inside the bracket is as right as any other, so none of them can change a mask.
+
+Counts are sums of floats, exact as far as rows go, because half of that work is done by the units
+for float arithmetic, which would be idle otherwise.
 
 Source: Dowell & Jarratt 1971, A modified regula falsi method for computing the root of an equation.
 """
@@ -18,25 +21,24 @@ PATIENCE = tl.constexpr(12)
 @triton.jit
 def score_at(key):
     # The score that `order_of` makes a key of.
-    bits = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.int32)
-    return bits.to(tl.float32, bitcast=True)
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def guess(low, high, below, above, mean, step):
     # Where to look next. Keys are dense around 0, so between scores of both signs the scores
-    # themselves are divided.
+    # themselves are divided; the difference of such keys would not fit either.
     share = below / (below + above)
-    if step >= PATIENCE:
-        share = 0.5
-    middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
     if (low < 0) & (high > 0):
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
         if (step < PATIENCE) & (low > -INFINITE) & (high < INFINITE):
-            score = score_at(low) * (1 - share) + score_at(high) * share
-            middle = order_of(score).to(tl.int64)
+            middle = order_of(score_at(low) * (1 - share) + score_at(high) * share)
     else:
+        if step >= PATIENCE:
+            share = 0.5
+        middle = low + ((high - low).to(tl.float32) * share).to(tl.int32)
         if step == 0:
-            middle = mean.to(tl.int64)
+            middle = mean
     return tl.minimum(tl.maximum(middle, low), high - 1)
 
 
@@ -62,44 +64,53 @@ def row_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PIECE)
-    keys = ()
-    least, most = tl.full([PIECE], HIGHEST, tl.int32), tl.full([PIECE], LOWEST, tl.int32)
-    total = tl.zeros([PIECE], tl.float32)
+    scores = ()
+    least = tl.full([PIECE], float("inf"), tl.float32)
+    most = tl.full([PIECE], float("-inf"), tl.float32)
+    total = tl.zeros([PIECE], tl.int32)
     for piece in tl.static_range(PIECES):
-        inside = piece * PIECE + place < columns
-        key = key_of(score_of(row, piece * PIECE + place, inside, $ARGUMENTS), inside)
-        least = tl.minimum(least, key)
-        most = tl.maximum(most, tl.where(inside, key, LOWEST))
-        total += tl.where(inside, key.to(tl.float32), 0.0)
-        keys = keys + (key,)
-    lowest, highest = tl.min(least, axis=0), tl.max(most, axis=0)
-    mean = tl.sum(total, axis=0) / columns
-    low, high, under, upto = lowest.to(tl.int64), highest.to(tl.int64), 0, columns
-    below, above, moved = remove + 0.5, columns - remove + 0.5, 0
+        # All pieces but the last are whole.
+        inside = (place < PIECE) if piece < PIECES - 1 else (piece * PIECE + place < columns)
+        score = score_of(row, piece * PIECE + place, inside, $ARGUMENTS)
+        most = tl.maximum(
+            most, tl.where(inside, score, float("-inf")), propagate_nan=tl.PropagateNan.ALL
+        )
+        score = tl.where(inside, score, float("inf"))
+        least = tl.minimum(least, score)
+        # Of the bits so many that their sum fits.
+        total += tl.where(inside, score.to(tl.int32, bitcast=True) >> 15, 0)
+        scores = scores + (score,)
+    low, high = tl.min(order_of(least), axis=0), tl.max(order_of(most), axis=0)
+    note_extremes(extremes, row, low, high)
+    mean = (tl.sum(total, axis=0) // columns) << 15
+    under, upto, below, above, moved = 0, columns, remove + 0.5, columns - remove + 0.5, 0
     count, step = -1, 0
     while (low < high) & (count != remove):
         middle = guess(low, high, below, above, mean, step)
-        lower = (keys[0] <= middle.to(tl.int32)).to(tl.int32)
+        bound = score_at(middle)
+        lower = (scores[0] <= bound).to(tl.float32)
         for piece in tl.static_range(1, PIECES):
-            lower += (keys[piece] <= middle.to(tl.int32)).to(tl.int32)
-        count = tl.sum(lower, axis=0)
+            lower += (scores[piece] <= bound).to(tl.float32)
+        # From 2**23 on a float's last bits are a whole number, read without a conversion.
+        counted = (lower + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+        count = tl.sum(counted, axis=0)
         low, high, under, upto, below, above, moved = narrowed(
             low, high, under, upto, below, above, moved, middle, count, remove
         )
         step += 1
-    bound = high.to(tl.int32)
+    bound = score_at(high)
     # Of the weights at the threshold the first go; where all of them go, no order is needed.
     missing = remove - under
-    note(extremes, tied, row, lowest, highest, ((upto != remove) & (missing > 0)).to(tl.int32))
+    tl.store(tied + row, ((upto != remove) & (missing > 0)).to(tl.int32))
     seen = 0
     for piece in tl.static_range(PIECES):
-        removed = keys[piece] <= bound
+        removed = scores[piece] <= bound
         if upto != remove:
-            equal = (keys[piece] == bound).to(tl.int32)
+            equal = (scores[piece] == bound).to(tl.int32)
             goes = (tl.cumsum(equal, axis=0) + seen <= missing) & (equal > 0)
-            removed = (keys[piece] < bound) | goes
+            removed = (scores[piece] < bound) | goes
             seen += tl.sum(equal, axis=0)
-        inside = piece * PIECE + place < columns
+        inside = (place < PIECE) if piece < PIECES - 1 else (piece * PIECE + place < columns)
         at = row * stride + piece * PIECE + place
         store(kept, at, removed == 0, inside, PIECE, PACKED)
 
@@ -111,16 +122,18 @@ def long_row_kernel(
 ):
     # The same for rows that do not fit one program's registers: every pass reads them in pieces.
     row = tl.program_id(0).to(tl.int64)
-    lowest, highest, mean = HIGHEST, LOWEST, 0.0
+    low, high, mean = HIGHEST, LOWEST, 0
     for start in range(0, columns, PIECE):
         column = start + tl.arange(0, PIECE)
         inside = column < columns
-        key = key_of(score_of(row, column, inside, $ARGUMENTS), inside)
-        lowest = tl.minimum(lowest, tl.min(key, axis=0))
-        highest = tl.maximum(highest, tl.max(tl.where(inside, key, LOWEST), axis=0))
-        mean += tl.sum(tl.where(inside, key.to(tl.float32), 0.0), axis=0) / columns
-    low, high, under, upto = lowest.to(tl.int64), highest.to(tl.int64), 0, columns
-    below, above, moved = remove + 0.5, columns - remove + 0.5, 0
+        key = order_of(score_of(row, column, inside, $ARGUMENTS))
+        low = tl.minimum(low, tl.min(tl.where(inside, key, HIGHEST), axis=0))
+        high = tl.maximum(high, tl.max(tl.where(inside, key, LOWEST), axis=0))
+        # The mean of the means of pieces is near enough.
+        mean += tl.sum(tl.where(inside, key >> 15, 0), axis=0) // PIECE
+    note_extremes(extremes, row, low, high)
+    mean = (mean // ((columns + PIECE - 1) // PIECE)) << 15
+    under, upto, below, above, moved = 0, columns, remove + 0.5, columns - remove + 0.5, 0
     count, step = -1, 0
     while (low < high) & (count != remove):
         middle = guess(low, high, below, above, mean, step)
@@ -128,23 +141,23 @@ def long_row_kernel(
         for start in range(0, columns, PIECE):
             column = start + tl.arange(0, PIECE)
             inside = column < columns
-            key = key_of(score_of(row, column, inside, $ARGUMENTS), inside)
-            count += tl.sum((inside & (key <= middle.to(tl.int32))).to(tl.int32), axis=0)
+            score = score_of(row, column, inside, $ARGUMENTS)
+            count += tl.sum((inside & (score <= score_at(middle))).to(tl.int32), axis=0)
         low, high, under, upto, below, above, moved = narrowed(
             low, high, under, upto, below, above, moved, middle, count, remove
         )
         step += 1
-    bound = high.to(tl.int32)
+    bound = score_at(high)
     missing = remove - under
-    note(extremes, tied, row, lowest, highest, ((upto != remove) & (missing > 0)).to(tl.int32))
+    tl.store(tied + row, ((upto != remove) & (missing > 0)).to(tl.int32))
     seen = 0
     for start in range(0, columns, PIECE):
         column = start + tl.arange(0, PIECE)
         inside = column < columns
-        key = key_of(score_of(row, column, inside, $ARGUMENTS), inside)
-        equal = (inside & (key == bound)).to(tl.int32)
+        score = score_of(row, column, inside, $ARGUMENTS)
+        equal = (inside & (score == bound)).to(tl.int32)
         goes = (tl.cumsum(equal, axis=0) + seen <= missing) & (equal > 0)
-        removed = tl.where(upto == remove, key <= bound, (key < bound) | goes)
+        removed = tl.where(upto == remove, score <= bound, (score < bound) | goes)
         seen += tl.sum(equal, axis=0)
         store(kept, row * stride + column, removed == 0, inside, PIECE, PACKED)
 """

@@ -162,5 +162,6 @@ def test_a_converted_model_computes_what_the_dense_one_does(
     ids = tiny_batches(1, 24).cuda()
     with torch.no_grad():
         dense = model.model(ids).logits.float()
-        assert to_semi_structured(model, layers_of(model)) == len(layers_of(model))
+        layers = layers_of(model)
+        assert to_semi_structured(model, layers) == len(layers)
         torch.testing.assert_close(model.model(ids).logits.float(), dense, rtol=0.05, atol=0.02)

@@ -35,6 +35,8 @@ class Compiled:
     stack: int
     """bytes that a thread spills"""
     ptx: str
+    ttir: str
+    """as Triton saw it before it chose layouts"""
 
 
 def compile_all(wishes: list[Wish], folder: Path) -> list[Compiled]:
@@ -67,7 +69,7 @@ def _main(folder: Path) -> None:
         options = {**KERNEL_OPTIONS, "num_warps": wish["warps"]}
         source = ASTSource(kernel, signature, constexprs=constants)
         asm = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
-        found.append({**_resources(asm["cubin"], folder), "ptx": asm["ptx"]})
+        found.append({**_resources(asm["cubin"], folder), "ptx": asm["ptx"], "ttir": asm["ttir"]})
     (folder / "compiled.json").write_text(json.dumps(found))
 
 

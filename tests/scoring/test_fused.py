@@ -184,7 +184,8 @@ def test_long_rows_go_in_pieces_held_or_read_again(
     monkeypatch: pytest.MonkeyPatch, kind: str, sparsity: str, widest: int
 ) -> None:
     monkeypatch.setattr(launches, "WIDEST_ROW", widest)
-    monkeypatch.setattr(launches, "PIECE", 16)
+    monkeypatch.setattr(launches, "_PIECES", {})
+    monkeypatch.setattr(launches, "_WIDE_PIECE", 16)
     weight = weights(kind, 100)
     expected = reference.keep_rows(in_torch(PLAIN, {"W": weight}).numpy(), sparsity)
     kept = kernel_mask(PLAIN, {"W": weight}, float(sparsity))
@@ -197,8 +198,10 @@ def test_a_formula_on_long_rows_selects_from_its_own_scores(
     values = tensors()
     expected = select(in_torch(WANDA, values), 0.5)
     # Formulas with more inputs and steps than there are registers have only scores in pieces.
-    monkeypatch.setattr(launches, "PIECE", 16)
-    monkeypatch.setattr(launches, "_MOST_SIZE", 1)
+    monkeypatch.setattr(launches, "_PIECES", {})
+    monkeypatch.setattr(launches, "_WIDE_PIECE", 16)
+    monkeypatch.setattr(launches, "_HELD_BESIDE_MORE", 0)
+    monkeypatch.setattr(launches, "_HELD", {1: 88})
     assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
     monkeypatch.setattr(launches, "WIDEST_ROW", 39)
     assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
@@ -220,7 +223,8 @@ def test_eight_weights_in_a_byte_are_the_same_mask(
 ) -> None:
     if request_ == "long rows":
         monkeypatch.setattr(launches, "WIDEST_ROW", 6)
-        monkeypatch.setattr(launches, "PIECE", 16)
+        monkeypatch.setattr(launches, "_PIECES", {})
+        monkeypatch.setattr(launches, "_WIDE_PIECE", 16)
     of = int(request_[-1]) if ":" in request_ else 1
     weight = weights("tied", columns // of * of)
     one = parse_pattern(request_) if of > 1 else weight.shape[1] // 2
@@ -238,7 +242,8 @@ def test_eight_weights_in_a_byte_are_the_same_mask(
 @pytest.mark.parametrize("widest", [64, 6])
 def test_ties_count_where_places_alone_decide(monkeypatch: pytest.MonkeyPatch, widest: int) -> None:
     monkeypatch.setattr(launches, "WIDEST_ROW", widest)
-    monkeypatch.setattr(launches, "PIECE", 8)
+    monkeypatch.setattr(launches, "_PIECES", {})
+    monkeypatch.setattr(launches, "_WIDE_PIECE", 8)
     rows = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 4, 5, 6, 7], [1] * 8]).float()
     rows = rows.to(DEVICE)
     assert [fused.selected(PLAIN, rows, {}, count).ties for count in (0, 3, 4, 5)] == [0, 1, 2, 1]

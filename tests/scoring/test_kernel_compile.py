@@ -10,18 +10,20 @@ import pytest
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.scoring.kernel_source import plan
-from prunezero.scoring.launches import PIECE, WIDEST_ROW
-from prunezero.scoring.machine import machine_source
+from prunezero.scoring.machine import DEPTHS, machine_source
 from prunezero.scoring.sweep_kernel import SOURCE as SWEEP
 from tests.scoring.compiled import Compiled, Wish, compile_all
 
 pytest.importorskip("triton")
 
-WIDEST = WIDEST_ROW // PIECE
+RATIOS = "(abs(W)/R1 + abs(W)/C1) * sqrt(X)"
 LIGHT = "abs(W)**1.4 * G * sqrt(X)"
 EVERY = "abs(W) * sqrt(G) * X + 0.5 * tanh(G) + exp(-G) / log(G) + G**0.3"
 SIZES = ("columns", "stride", "remove", "groups_per_row")
-MACHINE = machine_source(tuple(name for name, row in OPERATORS.own.items() if row.triton))
+MACHINES = {
+    depth: machine_source(tuple(name for name, row in OPERATORS.own.items() if row.triton), depth)
+    for depth in DEPTHS
+}
 SPEAKS = {
     "machine_kernel": {
         **dict.fromkeys(("scores", "numbers"), "*fp32"),
@@ -35,8 +37,8 @@ SPEAKS = {
         "keep": "*i1",
     },
 }
-NARROW = {"PIECE": 1024, "PIECES": 1, "PACKED": False}
-PACKED = {"PIECE": 4096, "PIECES": 1, "PACKED": True}
+NARROW = {"PIECE": 512, "PIECES": 2, "PACKED": False}
+PACKED = {"PIECE": 512, "PIECES": 8, "PACKED": True}
 PAIRS = {"OF": 16, "WIDTH": 16, "GROUPS": 16, "PACKED": True}
 ODD = {"OF": 5, "WIDTH": 8, "GROUPS": 64, "PACKED": False}
 
@@ -56,20 +58,27 @@ def of_formula(text: str, kernel: str, constants: dict[str, Any], warps: int = 4
     return Wish(planned.source, kernel, kinds, constants, warps)
 
 
+def machines() -> list[Wish]:
+    kinds, constants = SPEAKS["machine_kernel"], {"BLOCK": 512}
+    return [Wish(source, "machine_kernel", kinds, constants) for source in MACHINES.values()]
+
+
 # Each with the bytes of stack that a thread may need: none for rows of common models.
 BUDGETS = [
     (of_formula(EVERY, "score_kernel", {"BLOCK": 1024}), 0),
     (of_formula(EVERY, "row_kernel", NARROW), 0),
     (of_formula(EVERY, "row_kernel", PACKED, 8), 0),
-    (of_formula(EVERY, "row_kernel", {**NARROW, "PIECE": PIECE, "PIECES": 2}, 16), 64),
-    (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": PIECE, "PIECES": 3}, 8), 0),
-    (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": PIECE, "PIECES": WIDEST}, 16), 64),
-    (of_formula("W", "long_row_kernel", {"PIECE": PIECE, "PACKED": True}, 8), 0),
-    (of_formula(EVERY, "slot_kernel", {"OF": 4, "SIZE": 1024, "PACKED": False}), 0),
-    (of_formula(EVERY, "slot_kernel", {"OF": 8, "SIZE": 1024, "PACKED": True}), 8),
-    (of_formula(EVERY, "pattern_kernel", PAIRS), 0),
+    (of_formula(EVERY, "row_kernel", {**NARROW, "PIECE": 4096, "PIECES": 2}, 16), 0),
+    (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 512, "PIECES": 8}, 4), 0),
+    (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 1024, "PIECES": 11}, 8), 0),
+    (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": 1024, "PIECES": 11}, 4), 0),
+    (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": 4096, "PIECES": 7}, 16), 0),
+    (of_formula("W", "long_row_kernel", {"PIECE": 4096, "PACKED": True}, 8), 0),
+    (of_formula(EVERY, "slot_kernel", {"OF": 4, "SIZE": 1024, "PACKED": False}, 2), 0),
+    (of_formula(EVERY, "slot_kernel", {"OF": 8, "SIZE": 1024, "PACKED": True}, 2), 8),
+    (of_formula(EVERY, "pattern_kernel", PAIRS), 24),
     (of_formula(EVERY, "pattern_kernel", ODD), 0),
-    (Wish(MACHINE, "machine_kernel", SPEAKS["machine_kernel"], {"BLOCK": 1024}), 0),
+    *((machine, 0) for machine in machines()),
     (Wish(SWEEP, "sweep_kernel", SPEAKS["sweep_kernel"], {"COLUMNS": 128, "ROWS": 32}), 0),
 ]
 
@@ -84,6 +93,14 @@ def test_kernels_compile_for_a_gpu_that_is_not_there_within_their_budgets(tmp_pa
     ):
         print(in_words(wish, made))
         assert made.stack <= budget, in_words(wish, made)
+
+
+def test_a_machine_keeps_every_value_of_its_stack_from_step_to_step(tmp_path: Path) -> None:
+    # A compiler that takes two of them for one would lose both, which no interpreter shows.
+    for depth, made in zip(DEPTHS, compile_all(machines(), tmp_path), strict=True):
+        (loop,) = [line for line in made.ttir.splitlines() if "scf.for" in line]
+        carried = loop.split("iter_args(")[1].split(")")[0]
+        assert carried.count("=") == depth
 
 
 def test_multiply_and_add_stay_two_roundings_as_in_torch(tmp_path: Path) -> None:

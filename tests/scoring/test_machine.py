@@ -79,12 +79,12 @@ def test_a_formula_that_needs_a_deeper_stack_is_not_run(monkeypatch: pytest.Monk
     depths = {"W": 1, "abs(W)": 1, "W*G": 2, "W + G*X": 3, "(W + G)*(X + Y)": 3}
     for text, depth in depths.items():
         assert program(Criterion.parse(text)).depth == depth, text
-    monkeypatch.setattr(machine, "DEPTH", 2)
+    monkeypatch.setattr(machine, "DEPTHS", (1, 2))
     assert can_run(Criterion.parse("W*G")) and not can_run(Criterion.parse("(W + G)*(X + Y)"))
 
 
 def test_the_source_holds_the_vocabulary_and_no_formula() -> None:
-    source = machine_source(("add", "abs", "sqrt"))
+    source = machine_source(("add", "abs", "sqrt"), 4)
     assert "x + y" in source and "tl.sqrt_rn(x)" in source
     assert "tanh" not in source and "$" not in source
 

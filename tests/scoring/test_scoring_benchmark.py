@@ -74,7 +74,10 @@ def test_eager_scores_are_those_of_the_formulas(dtype: str) -> None:
     weight, gradient, inputs = (values[name].float().numpy() for name in ("W", "G", "X"))
     left = abs(weight) * np.sqrt(inputs) * np.log(gradient + 1)
     mixed = left + weight**2 * np.tanh(gradient * inputs)
-    for name, expected in (("wanda", abs(weight) * inputs), ("mixed", mixed)):
+    product = abs(weight) * gradient
+    every = {"wanda": abs(weight) * inputs, "product": product, "mixed": mixed}
+    assert set(every) == set(published.FORMULAS)
+    for name, expected in every.items():
         scores = published.FORMULAS[name].eager(values)
         assert scores.dtype == torch.float32
         assert scores.numpy() == pytest.approx(expected, rel=1e-5), name
@@ -92,7 +95,7 @@ def test_all_contenders_make_one_mask(
     parts, scoring = script("scoring_parts"), script("scoring")
     monkeypatch.setattr(score, "has_kernels", lambda tensor: way == "kernels")
     monkeypatch.setattr(parts, "compiled", lambda eager, device: eager)
-    for formula in ("wanda", "mixed"):
+    for formula in script("published_selection").FORMULAS:
         asked = {"dtype": dtype, "shape": "8x24", "formula": formula, "request": request_word}
         works = parts.matrix_work(HEAD | asked, with_compile=True)
         assert list(works) == ["published", "topk", "compiled", "prunezero"]

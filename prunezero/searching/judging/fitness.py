@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,18 +65,25 @@ def masks_on(
     """
     if scores is None:
         (scores,) = scores_on(stacks, [criterion])
-    for stack, values in zip(stacks, scores, strict=True):
-        _refuse_unusable(values, criterion, stack)
+    _refuse_unusable(scores, criterion, stacks)
     if compare == "model" and pattern == "free":
         return select_model(scores, sparsity)
-    return [select_stacked(values, sparsity, compare=compare, pattern=pattern) for values in scores]
+    request: dict[str, Any] = {"compare": compare, "pattern": pattern, "is_finite": True}
+    return [select_stacked(values, sparsity, **request) for values in scores]
 
 
-def _refuse_unusable(scores: Tensor, criterion: Criterion, stack: Stack) -> None:
-    lowest, highest = torch.aminmax(scores.flatten(1), dim=1)
-    fits = (lowest < highest) & torch.isfinite(lowest) & torch.isfinite(highest)
-    for place in np.flatnonzero(~fits.cpu().numpy()):
-        refuse_unusable(scores[place], criterion, stack.weight[place], stack.names[place])
+def _refuse_unusable(
+    scores: Sequence[Tensor], criterion: Criterion, stacks: Sequence[Stack]
+) -> None:
+    # One wait for the device, whatever the number of stacks.
+    bounds = [torch.stack(torch.aminmax(values.flatten(1), dim=1), dim=1) for values in scores]
+    lowest, highest = torch.cat(bounds).cpu().numpy().T
+    fits = (lowest < highest) & np.isfinite(lowest) & np.isfinite(highest)
+    places = [(nth, place) for nth, one in enumerate(scores) for place in range(len(one))]
+    for at in np.flatnonzero(~fits):
+        nth, place = places[at]
+        stack = stacks[nth]
+        refuse_unusable(scores[nth][place], criterion, stack.weight[place], stack.names[place])
 
 
 def mask_digest(masks: Sequence[Tensor]) -> str:

@@ -42,8 +42,8 @@ class Stack:
     """of the layers"""
     features: Mapping[str, Tensor]
     """by name, `[layers, 1 or rows, 1 or in]`"""
-    grams: tuple[Tensor, ...]
-    """one for each layer; none where only masks are asked for"""
+    grams: Sequence[Tensor] | Tensor
+    """one for each layer, by `side_by_side`; none where only masks are asked for"""
     row_weights: Tensor
     """`[layers, rows]`"""
 
@@ -55,7 +55,11 @@ class Stack:
     def energy(self, rows: Tensor) -> Tensor:
         """What outputs these rows `[layers, rows, in]` make, squared and weighted, `[layers]`."""
         inputs = rows.to(self.grams[0].dtype)
-        products = torch.stack([one @ gram for one, gram in zip(inputs, self.grams, strict=True)])
+        if isinstance(self.grams, Tensor):
+            products = torch.bmm(inputs, self.grams)
+        else:
+            pairs = zip(inputs, self.grams, strict=True)
+            products = torch.stack([one @ gram for one, gram in pairs])
         energy = (products.float() * rows).sum(dim=2) * self.row_weights
         # A layer whose outputs never matter must not divide by zero.
         return energy.sum(dim=1, dtype=torch.float64).clamp_min(1e-30)
@@ -64,6 +68,15 @@ class Stack:
     def whole_energy(self) -> Tensor:
         """The energy of all sampled rows, of which `layer_error` takes a share."""
         return self.energy(self.weight)
+
+
+def side_by_side(grams: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
+    """Gram matrices as a stack has them: on a CPU as they are, for layers to share them.
+
+    Elsewhere as one `[layers, in, in]`, because a call for each layer takes longer than its work.
+    """
+    is_elsewhere = bool(grams) and grams[0].device.type != "cpu"
+    return torch.stack(tuple(grams)) if is_elsewhere else tuple(grams)
 
 
 def stacked(samples: Sequence[Sample]) -> list[Stack]:
@@ -81,7 +94,7 @@ def _stack(samples: Sequence[Sample]) -> Stack:
             name: torch.stack([sample.features[name] for sample in samples])
             for name in samples[0].features
         },
-        tuple(sample.gram for sample in samples if sample.gram is not None),
+        side_by_side([sample.gram for sample in samples if sample.gram is not None]),
         torch.stack([sample.row_weights for sample in samples]),
     )
 
