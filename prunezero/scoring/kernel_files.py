@@ -27,8 +27,12 @@ _MOST_FILES = 512
 
 def kernel_folder() -> Path:
     """The folder for generated kernels, `$XDG_CACHE_HOME/prunezero/kernels` or in `~/.cache`."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return _folder(os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~"))
+
+
+@lru_cache(maxsize=16)
+def _folder(cache: str, home: str) -> Path:
+    root = Path(cache) if os.path.isabs(cache) else Path(home) / ".cache"
     return root / "prunezero" / "kernels"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -33,7 +35,7 @@ KERNEL_OPTIONS = {"enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class _Launch:
-    kernel: Any
+    kernel: str
     programs: tuple[int, ...]
     width: int
     """of a row, in columns or in groups"""
@@ -71,21 +73,16 @@ def fill(
         arguments: the formula's inputs with their strides, and its constants.
     """
     rows, is_packed = kept.shape[0], kept.dtype == torch.uint8
-    if not isinstance(request, Pattern):
-        launch = _rows(kernels, size, rows, columns, request)
-    elif request.of in _SLOTS:
-        launch = _slots(kernels, rows, columns, request)
-    else:
-        launch = _pairs(kernels, rows, columns, request)
-        if is_packed and launch.sizes["WIDTH"] > request.of:
-            whole = torch.empty(rows, columns, dtype=torch.bool, device=kept.device)
-            notes = fill(kernels, size, whole, columns, request, arguments)
-            kept.copy_(packed(whole))
-            return notes
-    count = launch.programs[0] * (launch.programs[1] if len(launch.programs) > 1 else 1)
+    launch = _launch(size, rows, columns, request)
+    if is_packed and launch.sizes.get("WIDTH", 0) > launch.sizes.get("OF", 0):
+        whole = torch.empty(rows, columns, dtype=torch.bool, device=kept.device)
+        notes = fill(kernels, size, whole, columns, request, arguments)
+        kept.copy_(packed(whole))
+        return notes
+    count = math.prod(launch.programs)
     extremes = torch.empty(count, 2, dtype=torch.int32, device=kept.device)
     tied = torch.empty(count, dtype=torch.int32, device=kept.device)
-    launch.kernel[launch.programs](
+    getattr(kernels, launch.kernel)[launch.programs](
         kept,
         extremes,
         tied,
@@ -101,35 +98,43 @@ def fill(
     return extremes, tied
 
 
-def _rows(kernels: ModuleType, size: int, rows: int, columns: int, remove: int) -> _Launch:
+@lru_cache(maxsize=1024)
+def _launch(size: int, rows: int, columns: int, request: Pattern | int) -> _Launch:
+    if not isinstance(request, Pattern):
+        return _rows(size, rows, columns, request)
+    by_slots = request.of in _SLOTS
+    return (_slots if by_slots else _pairs)(rows, columns, request)
+
+
+def _rows(size: int, rows: int, columns: int, remove: int) -> _Launch:
     if columns > WIDEST_ROW:
         sizes = {"PIECE": _WIDE_PIECE}
-        return _Launch(kernels.long_row_kernel, (rows,), columns, remove, sizes, 8)
+        return _Launch("long_row_kernel", (rows,), columns, remove, sizes, 8)
     fitting = [warps for warps in _WARPS if columns <= 32 * warps * _held(size)]
     warps = (fitting or _WARPS[-1:])[0]
     piece = next((size for most, size in _PIECES.items() if columns <= most), _WIDE_PIECE)
     # A thread takes one column at least.
     piece = min(max(piece, 32 * warps), _next_power_of_two(max(columns, 8)))
     sizes = {"PIECE": piece, "PIECES": -(-columns // piece)}
-    return _Launch(kernels.row_kernel, (rows,), columns, remove, sizes, warps)
+    return _Launch("row_kernel", (rows,), columns, remove, sizes, warps)
 
 
-def _slots(kernels: ModuleType, rows: int, columns: int, pattern: Pattern) -> _Launch:
+def _slots(rows: int, columns: int, pattern: Pattern) -> _Launch:
     size = min(_next_power_of_two(max(columns, 8)), _SCORES)
     programs = (rows, -(-columns // size))
     sizes = {"OF": pattern.of, "SIZE": size}
     remove = pattern.of - pattern.keep
-    return _Launch(kernels.slot_kernel, programs, columns, remove, sizes, _SLOT_WARPS)
+    return _Launch("slot_kernel", programs, columns, remove, sizes, _SLOT_WARPS)
 
 
-def _pairs(kernels: ModuleType, rows: int, columns: int, pattern: Pattern) -> _Launch:
+def _pairs(rows: int, columns: int, pattern: Pattern) -> _Launch:
     width = _next_power_of_two(pattern.of)
     in_row = columns // pattern.of
     groups = min(max(_PAIRS // width**2, 8), _next_power_of_two(in_row))
     groups = max(groups, -(-8 // width))
     sizes = {"OF": pattern.of, "WIDTH": width, "GROUPS": groups}
     programs = (rows, -(-in_row // groups))
-    return _Launch(kernels.pattern_kernel, programs, in_row, pattern.of - pattern.keep, sizes, 4)
+    return _Launch("pattern_kernel", programs, in_row, pattern.of - pattern.keep, sizes, 4)
 
 
 def packed(kept: torch.Tensor) -> torch.Tensor:

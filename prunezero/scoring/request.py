@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from prunezero.errors import SelectionError, did_you_mean
 
@@ -96,6 +97,7 @@ def removed_count(size: int, sparsity: float) -> int:
     return math.floor(size * Fraction(str(sparsity)))
 
 
+@lru_cache(maxsize=1024)
 def checked_request(
     columns: int, sparsity: float, *, compare: str = "row", pattern: str = "free"
 ) -> Pattern | int:

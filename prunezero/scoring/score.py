@@ -28,15 +28,25 @@ from prunezero.scoring.tiles import needs_tiles, row_tiles
 
 
 def features_of(
-    criterion: Criterion, weight: Tensor, statistics: Statistics | None, *, layer: str = ""
+    criterion: Criterion,
+    weight: Tensor,
+    statistics: Statistics | None,
+    *,
+    layer: str = "",
+    leave_out: str = "",
 ) -> dict[str, Tensor]:
     """The values that a criterion reads, by feature name; float32, broadcastable to `[out, in]`.
+
+    Args:
+        layer: its name, for error messages.
+        leave_out: a feature that is not asked for.
 
     Raises:
         StatisticsError: a sum that a feature needs was not collected, or nothing follows from it.
     """
     try:
-        return {name: feature(name, weight, statistics) for name in criterion.features}
+        names = [name for name in criterion.features if name != leave_out]
+        return {name: feature(name, weight, statistics) for name in names}
     except StatisticsError as error:
         raise type(error)(f"layer {layer}: {error}" if layer else str(error)) from error
 
@@ -118,7 +128,9 @@ def keep_mask(
         ScoreError, StatisticsError: as `score`.
         SelectionError: no mask satisfies the sparsity, group or pattern.
     """
-    features = features_of(criterion, weight, statistics, layer=layer)
+    # Kernels read the weight as it is, of any dtype.
+    leave_out = "W" if _has_kernels_for(weight, compare, pattern) else ""
+    features = features_of(criterion, weight, statistics, layer=layer, leave_out=leave_out)
     return mask_from(
         criterion, weight, features, sparsity, compare=compare, pattern=pattern, layer=layer
     )
@@ -139,7 +151,7 @@ def mask_from(
     Raises:
         ScoreError, SelectionError: as `keep_mask`.
     """
-    if has_kernels(weight) and can_fuse(compare, pattern) and weight.numel():
+    if _has_kernels_for(weight, compare, pattern):
         request = checked_request(weight.shape[1], sparsity, compare=compare, pattern=pattern)
         chosen = selected(criterion, weight, features, request)
         if chosen.has_faults or chosen.ranks_nothing:
@@ -148,6 +160,10 @@ def mask_from(
     scores = evaluate(criterion, features, weight.shape)
     refuse_unusable(scores, criterion, weight, layer)
     return select(scores, sparsity, compare=compare, pattern=pattern)
+
+
+def _has_kernels_for(weight: Tensor, compare: str, pattern: str) -> bool:
+    return has_kernels(weight) and can_fuse(compare, pattern) and weight.numel() > 0
 
 
 @functools.lru_cache(maxsize=4096)

@@ -6,6 +6,7 @@ Without a GPU the kernels run in Triton's interpreter; with one, on it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,14 @@ def test_every_feature_is_read_by_its_own_shape(name: str) -> None:
 WANDA = Criterion.parse("abs(W) * X")
 MAGNITUDE = Criterion.parse("abs(W)")
 PLAIN = Criterion.parse("W")
+
+
+@pytest.fixture(autouse=True)
+def no_launch_of_another_test() -> Iterator[None]:
+    """Tests set what launches depend on."""
+    launches._launch.cache_clear()
+    yield
+    launches._launch.cache_clear()
 
 
 def weights(kind: str, columns: int) -> torch.Tensor:
