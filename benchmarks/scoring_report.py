@@ -252,8 +252,9 @@ def panel(axes: Any, group: list[Row], rows: list[Row]) -> None:
             found.append(ratio)
             axes.plot(ratio, place, sign, color=colour, ms=8, label=label, ls="none")
             if row["contender"] == "prunezero":
-                place_of = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
-                axes.annotate(times(ratio), (ratio, place), **place_of, fontsize=10, color=INK)
+                beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center"}
+                beside |= {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 10}
+                axes.annotate(f"{short(ratio)} times", (1.0, place), **beside, color=colour)
     words = ("shape", "formula", "request", "dtype")
     names = [" ".join(members[0][key] for key in words) for members in works.values()]
     axes.set_yticks(range(len(names)), names)
