@@ -121,7 +121,10 @@ def matrix_bytes(head: Row) -> int:
     """Bytes that `matrix_work` takes at most."""
     rows, columns = sizes(head["shape"])
     inputs = len(FORMULAS[head["formula"]].matrices) * rows * columns * item_bytes(head)
-    return max(2 * inputs, COLD + inputs) + HELD * rows * columns
+    # The graph of kernels keeps a mask for every copy.
+    copied = max(2 * inputs, COLD + inputs)
+    masks = copied // inputs * rows * columns if head["device"] == "cuda" else 0
+    return copied + masks + HELD * rows * columns
 
 
 def kept(criterion: Criterion, values: Values, pattern: str) -> Tensor:

@@ -21,7 +21,7 @@ from prunezero.errors import CriterionError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.score import evaluate, refuse_unusable
 from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
-from prunezero.searching.judging.samples import Stack, side_by_side
+from prunezero.searching.judging.samples import Stack, grams_of
 
 # How many formulas go at once; one after the other, so many as to even out what they cost.
 TOGETHER = (1, 8, 64)
@@ -91,7 +91,7 @@ def stacks(head: Row) -> Iterator[Stack]:
             "X": torch.linalg.vector_norm(inputs, dim=1, keepdim=True),
         }
         inputs = inputs.to(dtype)
-        grams = side_by_side([one.T @ one for one in inputs])
+        grams = grams_of([one.T @ one for one in inputs])
         names = tuple(f"layer {place}" for place in range(layers))
         yield Stack(names, features, grams, draw(layers, rows).square())
 
@@ -108,7 +108,9 @@ def sampled(model: str) -> list[tuple[int, int, int]]:
 def population_bytes(head: Row) -> int:
     """Bytes that `population_work` takes at most."""
     found = sampled(head["shape"])
-    grams = sum(layers * columns**2 for layers, _, columns in found) * item_bytes(head)
+    squares = [layers * columns**2 for layers, _, columns in found]
+    # Each stack's are put side by side once.
+    grams = (sum(squares) + max(squares)) * item_bytes(head)
     rows = [layers * count * columns for layers, count, columns in found]
     on_the_way = WRITTEN if head["device"] == "cuda" else 0
     return grams + 8 * sum(rows) + 32 * max(rows) + on_the_way

@@ -26,13 +26,22 @@ _MOST_FILES = 512
 
 
 def kernel_folder() -> Path:
-    """The folder for generated kernels, `$XDG_CACHE_HOME/prunezero/kernels` or in `~/.cache`."""
+    """The folder for generated kernels, `$XDG_CACHE_HOME/prunezero/kernels` or in `~/.cache`.
+
+    Raises:
+        OutputError: there is no home folder, and code from the folder at hand is not run.
+    """
     return _folder(os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~"))
 
 
 @lru_cache(maxsize=16)
 def _folder(cache: str, home: str) -> Path:
     root = Path(cache) if os.path.isabs(cache) else Path(home) / ".cache"
+    if not root.is_absolute():
+        raise OutputError(
+            f"there is no folder for generated kernels, because your home folder is '{home}'; set "
+            "XDG_CACHE_HOME to a folder of yours"
+        )
     return root / "prunezero" / "kernels"
 
 

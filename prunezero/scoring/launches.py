@@ -14,10 +14,13 @@ from prunezero.scoring.request import Pattern
 
 # Columns that a program takes at once: few, because what is counted of a piece costs nothing for
 # the next one; more of them in wide rows, whose text would grow long.
-_PIECES = {4096: 512, 12288: 1024}
+_PIECES = {4096: 512, 12288: 1024, 14336: 2048}
 _WIDE_PIECE = 4096
-# Seven wide pieces are as many columns as the widest of common models have.
+# Seven wide pieces are as many columns as the widest of common models have. Beside the values of a
+# formula up to a size a program holds fewer.
 WIDEST_ROW = 7 * _WIDE_PIECE
+_WIDEST = {8: WIDEST_ROW, 14: 14336}
+_WIDEST_BESIDE_MORE = 8192
 _WARPS = (4, 8, 16)
 # Scores that a thread holds beside the values of a formula up to a size (compiled for sm_90).
 _HELD = {8: 88, 14: 44}
@@ -48,11 +51,11 @@ class _Launch:
 
 def widest_row(size: int) -> int:
     """The columns of the widest row that a formula of a size (`Plan.size`) scores and selects."""
-    return min(WIDEST_ROW, 32 * _WARPS[-1] * _held(size))
+    return min(WIDEST_ROW, _up_to(size, _WIDEST, _WIDEST_BESIDE_MORE))
 
 
-def _held(size: int) -> int:
-    return next((held for most, held in _HELD.items() if size <= most), _HELD_BESIDE_MORE)
+def _up_to(size: int, table: dict[int, int], beyond: int) -> int:
+    return next((value for most, value in table.items() if size <= most), beyond)
 
 
 def fill(
@@ -110,9 +113,9 @@ def _rows(size: int, rows: int, columns: int, remove: int) -> _Launch:
     if columns > WIDEST_ROW:
         sizes = {"PIECE": _WIDE_PIECE}
         return _Launch("long_row_kernel", (rows,), columns, remove, sizes, 8)
-    fitting = [warps for warps in _WARPS if columns <= 32 * warps * _held(size)]
-    warps = (fitting or _WARPS[-1:])[0]
-    piece = next((size for most, size in _PIECES.items() if columns <= most), _WIDE_PIECE)
+    held = _up_to(size, _HELD, _HELD_BESIDE_MORE)
+    warps = next((warps for warps in _WARPS if columns <= 32 * warps * held), _WARPS[-1])
+    piece = _up_to(columns, _PIECES, _WIDE_PIECE)
     # A thread takes one column at least.
     piece = min(max(piece, 32 * warps), _next_power_of_two(max(columns, 8)))
     sizes = {"PIECE": piece, "PIECES": -(-columns // piece)}

@@ -97,11 +97,16 @@ def removed_count(size: int, sparsity: float) -> int:
     return math.floor(size * Fraction(str(sparsity)))
 
 
-@lru_cache(maxsize=1024)
 def checked_request(
     columns: int, sparsity: float, *, compare: str = "row", pattern: str = "free"
 ) -> Pattern | int:
     """What `check_request` lets pass: the pattern, or how many weights of a row go."""
+    return _checked_request(columns, sparsity, str(compare), str(pattern))
+
+
+# Typed: 0.29 in float32 equals another float64, but reads as 0.29.
+@lru_cache(maxsize=1024, typed=True)
+def _checked_request(columns: int, sparsity: float, compare: str, pattern: str) -> Pattern | int:
     parsed = check_request(columns, sparsity, compare=compare, pattern=pattern)
     return parsed or removed_count(columns, sparsity)
 

@@ -80,6 +80,8 @@ def row_kernel(
         # Of the bits so many that their sum fits.
         total += tl.where(inside, score.to(tl.int32, bitcast=True) >> 15, 0)
         scores = scores + (score,)
+    # NaN of either sign counts as infinite: as a key, one of them lies below all scores.
+    most = tl.where(most == most, most, float("inf"))
     low, high = tl.min(order_of(least), axis=0), tl.max(order_of(most), axis=0)
     note_extremes(extremes, row, low, high)
     mean = (tl.sum(total, axis=0) // columns) << 15

@@ -209,8 +209,8 @@ def test_a_formula_on_long_rows_selects_from_its_own_scores(
     # Formulas with more inputs and steps than there are registers have only scores in pieces.
     monkeypatch.setattr(launches, "_PIECES", {})
     monkeypatch.setattr(launches, "_WIDE_PIECE", 16)
-    monkeypatch.setattr(launches, "_HELD_BESIDE_MORE", 0)
-    monkeypatch.setattr(launches, "_HELD", {1: 88})
+    monkeypatch.setattr(launches, "_WIDEST_BESIDE_MORE", 0)
+    monkeypatch.setattr(launches, "_WIDEST", {1: 40})
     assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
     monkeypatch.setattr(launches, "WIDEST_ROW", 39)
     assert torch.equal(kernel_mask(WANDA, values, 0.5), expected)
@@ -282,13 +282,21 @@ def test_a_missing_feature_is_named() -> None:
         fused_score(WANDA, torch.ones(2, 4, device=DEVICE), {})
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("pattern", ["free", "2:4"])
-def test_scores_that_are_not_finite_never_become_a_mask(bad: float, pattern: str) -> None:
-    weight = weights("continuous", 64)
-    weight[1, 63] = bad
+# What a processor makes of inf - inf has its sign bit set.
+NEGATIVE_NAN = 0xFFC00000 - (1 << 32)
+
+
+@pytest.mark.parametrize("bad", [0x7FC00000, NEGATIVE_NAN, 0x7F800000, 0xFF800000 - (1 << 32)])
+@pytest.mark.parametrize("pattern", ["free", "2:4", "3:4", "1:2"])
+@pytest.mark.parametrize(("columns", "place"), [(64, 5), (64, 63), (576, 70), (600, 599)])
+def test_scores_that_are_not_finite_never_become_a_mask(
+    bad: int, pattern: str, columns: int, place: int
+) -> None:
+    weight = weights("continuous", columns)
+    weight.view(torch.int32)[1, place] = bad
+    sparsity = 0.25 if pattern == "3:4" else 0.5
     with pytest.raises(ScoreError, match="are NaN and . are infinite"):
-        kernel_mask(PLAIN, {"W": weight}, 0.5, pattern=pattern)
+        kernel_mask(PLAIN, {"W": weight}, sparsity, pattern=pattern)
 
 
 def test_an_impossible_request_is_refused_before_any_work() -> None:

@@ -71,6 +71,7 @@ BUDGETS = [
     (of_formula(EVERY, "row_kernel", {**NARROW, "PIECE": 4096, "PIECES": 2}, 16), 0),
     (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 512, "PIECES": 8}, 4), 0),
     (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 1024, "PIECES": 11}, 8), 0),
+    (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 2048, "PIECES": 7}, 16), 0),
     (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": 1024, "PIECES": 11}, 4), 0),
     (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": 4096, "PIECES": 7}, 16), 0),
     (of_formula("W", "long_row_kernel", {"PIECE": 4096, "PACKED": True}, 8), 0),

@@ -112,6 +112,13 @@ def test_the_folder_follows_the_cache_of_the_user(
     assert kernel_folder() == Path.home() / ".cache" / "prunezero" / "kernels"
 
 
+def test_without_a_home_no_folder_at_hand_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(OutputError, match="your home folder is '~'; set XDG_CACHE_HOME"):
+        kernel_folder()
+
+
 def test_eight_processes_make_one_whole_file(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"

@@ -211,11 +211,12 @@ def test_errors_are_shares_of_the_outputs_of_every_layer(
     for text in ("abs(W)*X", "W**2*G", "abs(W)"):
         shares = []
         for stack in module.stacks(head):
+            grams = [matrices[0].numpy() for matrices, _ in stack.grams.batches]
             values = {name: value.numpy() for name, value in stack.features.items()}
             scores = eval(text, {"abs": abs}, values) * np.ones_like(values["W"])
             for place, weight in enumerate(values["W"]):
                 lost = np.where(lowest(scores[place], weight.shape[1]), weight, 0)
-                gram, importance = stack.grams[place].numpy(), stack.row_weights[place].numpy()
+                gram, importance = grams[place], stack.row_weights[place].numpy()
                 energies = [((rows @ gram) * rows).sum(1) @ importance for rows in (lost, weight)]
                 shares.append(energies[0] / energies[1])
         expected.append(np.mean(shares))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from prunezero.scoring.request import (
     GROUPS,
     Pattern,
     check_request,
+    checked_request,
     group_columns,
     parse_pattern,
     pattern_sparsity,
@@ -288,3 +290,12 @@ def test_double_scores_that_are_infinite_in_float32_never_become_a_mask() -> Non
         select(scores, 0.5)
     with pytest.raises(ScoreError, match="2 are infinite"):
         select_model([scores], 0.5)
+
+
+def test_requests_are_remembered_as_they_read() -> None:
+    number: Any = np.float32(0.29)
+    words: Any = ["2:4"]
+    assert checked_request(100, float(number)) == 28
+    assert checked_request(100, number) == 29
+    with pytest.raises(SelectionError, match="neither free nor N:M"):
+        checked_request(8, 0.5, pattern=words)

@@ -12,7 +12,7 @@ from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
 from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
 from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.samples import Sample, ladder_sums, sample_rows, stacked
+from prunezero.searching.judging.samples import Sample, grams_of, ladder_sums, sample_rows, stacked
 from prunezero.searching.session import make_task
 from tests.searching.bench import tiny_bench, tiny_space
 
@@ -112,3 +112,20 @@ def test_memory_too_short_for_all_formulas_together_is_no_fault_of_each(
 
     monkeypatch.setattr("prunezero.searching.judging.judge.scores_on", greedy)
     assert [plain(answer) for answer in judge.answers(questions())] == expected
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_layers_that_share_a_gram_matrix_share_its_product(side_by_side: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two, three = torch.randn(3, 5, 5, generator=generator)
+    layers = [one, one, two, three, three]
+    inputs = torch.randn(5, 2, 5, generator=generator)
+    grams = grams_of(layers, side_by_side=side_by_side)
+    expected = torch.stack([rows @ gram for rows, gram in zip(inputs, layers, strict=True)])
+    torch.testing.assert_close(grams.times(inputs), expected)
+    assert sum(len(matrices) for matrices, _ in grams.batches) == 3
+    assert len(grams.batches) == (2 if side_by_side else 3)
+    if not side_by_side:
+        assert [matrices.data_ptr() for matrices, _ in grams.batches] == [
+            gram.data_ptr() for gram in (one, two, three)
+        ]

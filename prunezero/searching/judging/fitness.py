@@ -63,6 +63,8 @@ def masks_on(
     Raises:
         ScoreError: the scores are not finite, or rank nothing.
     """
+    if not stacks:
+        return []
     if scores is None:
         (scores,) = scores_on(stacks, [criterion])
     _refuse_unusable(scores, criterion, stacks)
@@ -75,15 +77,18 @@ def masks_on(
 def _refuse_unusable(
     scores: Sequence[Tensor], criterion: Criterion, stacks: Sequence[Stack]
 ) -> None:
+    places = [
+        (values[place], stack.weight[place], stack.names[place])
+        for stack, values in zip(stacks, scores, strict=True)
+        for place in range(len(values))
+    ]
     # One wait for the device, whatever the number of stacks.
     bounds = [torch.stack(torch.aminmax(values.flatten(1), dim=1), dim=1) for values in scores]
-    lowest, highest = torch.cat(bounds).cpu().numpy().T
+    lowest, highest = torch.cat([one.to(bounds[0].device) for one in bounds]).cpu().numpy().T
     fits = (lowest < highest) & np.isfinite(lowest) & np.isfinite(highest)
-    places = [(nth, place) for nth, one in enumerate(scores) for place in range(len(one))]
     for at in np.flatnonzero(~fits):
-        nth, place = places[at]
-        stack = stacks[nth]
-        refuse_unusable(scores[nth][place], criterion, stack.weight[place], stack.names[place])
+        values, weight, name = places[at]
+        refuse_unusable(values, criterion, weight, name)
 
 
 def mask_digest(masks: Sequence[Tensor]) -> str:

@@ -35,6 +35,53 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Grams:
+    """The Gram matrices of some layers, of which those that read the same inputs share one."""
+
+    batches: tuple[tuple[Tensor, Tensor], ...]
+    """matrices `[matrices, in, in]`, and places of their layers `[matrices, layers that share]`"""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all of them."""
+        return self.batches[0][0].dtype
+
+    def times(self, inputs: Tensor) -> Tensor:
+        """What every layer's rows `[layers, rows, in]` make with its matrix, of the same shape."""
+        products = torch.empty_like(inputs)
+        for matrices, places in self.batches:
+            rows = inputs[places].flatten(1, 2)
+            # A product by itself is quicker than a batch of one.
+            one = rows[0] @ matrices[0] if len(matrices) == 1 else torch.bmm(rows, matrices)
+            products[places] = one.view(*places.shape, *inputs.shape[1:])
+        return products
+
+
+def grams_of(layers: Sequence[Tensor], *, side_by_side: bool | None = None) -> Grams:
+    """Matrices of layers, one each, so that few products serve all of them.
+
+    Args:
+        side_by_side: copy matrices that as many layers share into one tensor. By default not on a
+            CPU; elsewhere a product for each would take longer to ask for than to compute.
+    """
+    places: dict[int, list[int]] = {}
+    for place, gram in enumerate(layers):
+        places.setdefault(id(gram), []).append(place)
+    if side_by_side is None:
+        side_by_side = any(gram.device.type != "cpu" for gram in layers)
+    batches: dict[int, list[list[int]]] = {}
+    for sharing in places.values():
+        batches.setdefault(len(sharing) if side_by_side else sharing[0], []).append(sharing)
+    return Grams(tuple(_batch(layers, alike) for alike in batches.values()))
+
+
+def _batch(layers: Sequence[Tensor], alike: list[list[int]]) -> tuple[Tensor, Tensor]:
+    matrices = [layers[sharing[0]] for sharing in alike]
+    together = torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]
+    return together, torch.tensor(alike, device=together.device)
+
+
+@dataclass(frozen=True)
 class Stack:
     """Samples of one shape."""
 
@@ -42,8 +89,8 @@ class Stack:
     """of the layers"""
     features: Mapping[str, Tensor]
     """by name, `[layers, 1 or rows, 1 or in]`"""
-    grams: Sequence[Tensor] | Tensor
-    """one for each layer, by `side_by_side`; none where only masks are asked for"""
+    grams: Grams
+    """of all layers, by `grams_of`; empty where only masks are asked for"""
     row_weights: Tensor
     """`[layers, rows]`"""
 
@@ -54,12 +101,8 @@ class Stack:
 
     def energy(self, rows: Tensor) -> Tensor:
         """What outputs these rows `[layers, rows, in]` make, squared and weighted, `[layers]`."""
-        inputs = rows.to(self.grams[0].dtype)
-        if isinstance(self.grams, Tensor):
-            products = torch.bmm(inputs, self.grams)
-        else:
-            pairs = zip(inputs, self.grams, strict=True)
-            products = torch.stack([one @ gram for one, gram in pairs])
+        inputs = rows.to(self.grams.dtype)
+        products = self.grams.times(inputs)
         energy = (products.float() * rows).sum(dim=2) * self.row_weights
         # A layer whose outputs never matter must not divide by zero.
         return energy.sum(dim=1, dtype=torch.float64).clamp_min(1e-30)
@@ -68,15 +111,6 @@ class Stack:
     def whole_energy(self) -> Tensor:
         """The energy of all sampled rows, of which `layer_error` takes a share."""
         return self.energy(self.weight)
-
-
-def side_by_side(grams: Sequence[Tensor]) -> Sequence[Tensor] | Tensor:
-    """Gram matrices as a stack has them: on a CPU as they are, for layers to share them.
-
-    Elsewhere as one `[layers, in, in]`, because a call for each layer takes longer than its work.
-    """
-    is_elsewhere = bool(grams) and grams[0].device.type != "cpu"
-    return torch.stack(tuple(grams)) if is_elsewhere else tuple(grams)
 
 
 def stacked(samples: Sequence[Sample]) -> list[Stack]:
@@ -94,7 +128,7 @@ def _stack(samples: Sequence[Sample]) -> Stack:
             name: torch.stack([sample.features[name] for sample in samples])
             for name in samples[0].features
         },
-        side_by_side([sample.gram for sample in samples if sample.gram is not None]),
+        grams_of([sample.gram for sample in samples if sample.gram is not None]),
         torch.stack([sample.row_weights for sample in samples]),
     )
 
