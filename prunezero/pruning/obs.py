@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from prunezero.scoring.fused import has_kernels
+from prunezero.scoring.kernels.sweep import MOST_COLUMNS, mend_columns
 from prunezero.scoring.masking import clear
 from prunezero.scoring.second_order import InverseFactor
-from prunezero.scoring.sweep_kernel import MOST_COLUMNS, mend_columns
 
 # Told the weight `[out, in]` as mended so far, a first column and the column behind the last:
 # the keep mask `[out, columns]`, bool, of those columns.

@@ -1,6 +1,6 @@
 """A criterion as a file with its Triton kernel, which needs torch and Triton alone.
 
-The kernel is the engine's own, cut from the text of `scoring/kernel_source.py`; what the engine
+The kernel is the engine's own, cut from the text of `scoring/kernels/source.py`; what the engine
 computes in torch beforehand stands as the same torch lines in front of the launch. The file is
 given features and gives scores: it knows no models, text or masks.
 """
@@ -19,7 +19,7 @@ from prunezero.formula.vocabulary import FEATURES, Feature
 from prunezero.models.whole_files import write_text
 from prunezero.report.export import PrunerFields, check_page, paragraphs
 from prunezero.report.page_lines import FEATURE_LINES
-from prunezero.scoring.kernel_source import Plan, plan
+from prunezero.scoring.kernels.source import Plan, plan
 
 # Of the generated kernels, those that a score needs.
 _KERNELS = ("score_of", "score_kernel")

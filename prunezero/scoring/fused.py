@@ -2,9 +2,9 @@
 
 Scores live in registers, in float32, and are never stored: a bfloat16 score would tie half of all
 rows at their threshold. A row narrows its threshold down on integers that order as the scores do,
-stopping as soon as the count is right (`row_kernels.py`); N:M ranks every group by pairs
-(`pattern_kernels.py`). Both give, bit for bit, the mask that `selection.select` makes from the same
-scores, lower index first.
+stopping as soon as the count is right (`kernels/rows.py`); N:M ranks every group by pairs
+(`kernels/patterns.py`). Both give, bit for bit, the mask that `selection.select` makes from the
+same scores, lower index first.
 
 Rows wider than `launches.widest_row` have their scores written first. Where `can_fuse` says no
 (groups other than rows, very wide patterns) torch selects from the scores.
@@ -12,7 +12,6 @@ Rows wider than `launches.widest_row` have their scores written first. Where `ca
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 from collections.abc import Mapping
@@ -23,10 +22,10 @@ import torch
 
 from prunezero.errors import StatisticsError
 from prunezero.formula.criterion import Criterion
-from prunezero.scoring import launches
-from prunezero.scoring.kernel_files import import_kernels, kernel_folder
-from prunezero.scoring.kernel_source import Plan, plan
-from prunezero.scoring.launches import KERNEL_OPTIONS, WIDEST_PATTERN, fill
+from prunezero.scoring.kernels import launches
+from prunezero.scoring.kernels.files import import_kernels, kernel_folder
+from prunezero.scoring.kernels.launches import KERNEL_OPTIONS, WIDEST_PATTERN, fill, on_device_of
+from prunezero.scoring.kernels.source import Plan, plan
 from prunezero.scoring.request import Pattern, checked_request, parse_pattern
 from prunezero.scoring.selection import refuse_non_finite, select
 
@@ -212,9 +211,3 @@ def _computed_before(planned: Plan, features: dict[str, torch.Tensor]) -> dict[s
     with torch.no_grad():
         exec(planned.before, {"torch": torch}, values)
     return values
-
-
-def on_device_of(weight: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch where the weight lies; the interpreter, which tests use, needs no device."""
-    on_cuda = weight.device.type == "cuda"
-    return torch.cuda.device(weight.device) if on_cuda else contextlib.nullcontext()

@@ -21,7 +21,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import Elementwise, shape_of
 from prunezero.formula.operators import Operator
-from prunezero.scoring.kernel_files import import_kernels, kernel_folder
+from prunezero.scoring.kernels.files import import_kernels, kernel_folder
 
 # The values of an operator: both may be negative, and the second is one row.
 _NAMES = ("W", "X_mean")

@@ -2,7 +2,7 @@
 
 Layers of one shape are stacked, so that one operation, or one kernel, serves all of them. On a CPU
 the formulas go one after the other; on a CUDA device with Triton a machine takes many at once
-(`scoring/machine.py`), and kernels select from their scores. A formula's masks are the same in
+(`kernels/machine.py`), and kernels select from their scores. A formula's masks are the same in
 whatever company they are made.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected, stored
-from prunezero.scoring.machine import can_run, program, scores_of
+from prunezero.scoring.kernels.machine import can_run, program, scores_of
 from prunezero.scoring.request import checked_request, group_columns, parse_pattern
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import refuse_non_finite, select

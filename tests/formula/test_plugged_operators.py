@@ -29,7 +29,7 @@ from prunezero.pruning.recipe import Recipe
 from prunezero.report.export import PrunerFields, write_pruner
 from prunezero.scoring.columns import sees_inputs_alone
 from prunezero.scoring.fused import fused_score
-from prunezero.scoring.kernel_source import plan
+from prunezero.scoring.kernels.source import plan
 from prunezero.scoring.score import evaluate
 from prunezero.searching.proposing.enumeration import Blocks
 from prunezero.searching.proposing.genetics import cross, mutate, random_criterion, tunable

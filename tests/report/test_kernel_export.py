@@ -21,7 +21,7 @@ from prunezero.report.kernel_export import kernel_page, write_kernel
 from prunezero.report.run_folder import pruner_fields
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import fused_score
-from prunezero.scoring.kernel_source import plan
+from prunezero.scoring.kernels.source import plan
 from prunezero.scoring.score import evaluate
 from tests.scoring.compiled import Wish, compile_all
 

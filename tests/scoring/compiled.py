@@ -55,8 +55,8 @@ def _main(folder: Path) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from prunezero.scoring.kernel_files import import_kernels
-    from prunezero.scoring.launches import KERNEL_OPTIONS
+    from prunezero.scoring.kernels.files import import_kernels
+    from prunezero.scoring.kernels.launches import KERNEL_OPTIONS
 
     found = []
     for wish in json.loads((folder / "wishes.json").read_text()):

@@ -18,9 +18,10 @@ from prunezero.formula.canonical import combine, number
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
-from prunezero.scoring import fused, launches, score
+from prunezero.scoring import fused, score
 from prunezero.scoring.fused import can_fuse, fused_mask, fused_score
-from prunezero.scoring.kernel_source import plan
+from prunezero.scoring.kernels import launches
+from prunezero.scoring.kernels.source import plan
 from prunezero.scoring.request import parse_pattern
 from prunezero.scoring.selection import select
 from tests.scoring import reference

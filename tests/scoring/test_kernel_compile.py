@@ -9,9 +9,9 @@ import pytest
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.scoring.kernel_source import plan
-from prunezero.scoring.machine import DEPTHS, machine_source
-from prunezero.scoring.sweep_kernel import SOURCE as SWEEP
+from prunezero.scoring.kernels.machine import DEPTHS, machine_source
+from prunezero.scoring.kernels.source import plan
+from prunezero.scoring.kernels.sweep import SOURCE as SWEEP
 from tests.scoring.compiled import Compiled, Wish, compile_all
 
 pytest.importorskip("triton")

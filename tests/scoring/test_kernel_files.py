@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.scoring import kernel_files
-from prunezero.scoring.kernel_files import import_kernels, kernel_folder
+from prunezero.scoring.kernels import files
+from prunezero.scoring.kernels.files import import_kernels, kernel_folder
 
 SOURCE = "VALUE = 6 * 7\n"
 
 
 def fresh(folder: Path, source: str = SOURCE) -> int:
     """The value in the module, as a new process would get it."""
-    kernel_files._import_once.cache_clear()
+    files._import_once.cache_clear()
     value: int = import_kernels(source, folder).VALUE
     return value
 
@@ -36,7 +36,7 @@ def test_another_triton_version_gets_another_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh(tmp_path / "kernels")
-    monkeypatch.setattr(kernel_files, "_triton_version", lambda: "0.0")
+    monkeypatch.setattr(files, "_triton_version", lambda: "0.0")
     fresh(tmp_path / "kernels")
     assert len(list((tmp_path / "kernels").iterdir())) == 2
 
@@ -122,7 +122,7 @@ def test_without_a_home_no_folder_at_hand_is_taken(monkeypatch: pytest.MonkeyPat
 def test_eight_processes_make_one_whole_file(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from prunezero.scoring.kernel_files import import_kernels\n"
+        "from prunezero.scoring.kernels.files import import_kernels\n"
         f"assert import_kernels({SOURCE!r}, Path(sys.argv[1])).VALUE == 42\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "kernels")]
@@ -135,7 +135,7 @@ def test_eight_processes_make_one_whole_file(tmp_path: Path) -> None:
 def test_a_thousand_formulas_leave_a_bounded_folder_with_the_last_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_files, "_MOST_FILES", 20)
+    monkeypatch.setattr(files, "_MOST_FILES", 20)
     folder = tmp_path / "kernels"
     fresh(folder)
     (often,) = folder.iterdir()
@@ -145,4 +145,4 @@ def test_a_thousand_formulas_leave_a_bounded_folder_with_the_last_used(
         assert fresh(folder) == 42
     assert len(list(folder.iterdir())) == 20
     assert often.stat().st_ino == before  # never removed, so never written anew
-    assert kernel_files._import_once.cache_info().maxsize == 512
+    assert files._import_once.cache_info().maxsize == 512

@@ -10,9 +10,9 @@ import torch
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
-from prunezero.scoring import machine
-from prunezero.scoring.kernel_files import kernel_folder
-from prunezero.scoring.machine import can_run, machine_source, program, scores_of
+from prunezero.scoring.kernels import machine
+from prunezero.scoring.kernels.files import kernel_folder
+from prunezero.scoring.kernels.machine import can_run, machine_source, program, scores_of
 from tests.scoring.test_fused import DEVICE, kernel_score, tensors, with_operator
 
 pytest.importorskip("triton")
@@ -93,7 +93,7 @@ def test_formulas_are_computed_in_a_process_that_has_done_nothing_else() -> None
     code = (
         "import torch\n"
         "from prunezero.formula.criterion import Criterion\n"
-        "from prunezero.scoring.machine import scores_of\n"
+        "from prunezero.scoring.kernels.machine import scores_of\n"
         "from prunezero.scoring.fused import fused_score\n"
         "one, values = Criterion.parse('W**2*minmax(G)'), {n: torch.rand(1, 2, 8) for n in 'WG'}\n"
         "together = scores_of([one], values, (1, 2, 8))[0, 0]\n"

@@ -14,7 +14,7 @@ import torch
 
 from prunezero.formula.criterion import Criterion
 from prunezero.scoring import population, score
-from prunezero.scoring.machine import can_run
+from prunezero.scoring.kernels.machine import can_run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 HEAD = {"device": "cpu", "dtype": "float32", "formula": "wanda", "request": "rows"}

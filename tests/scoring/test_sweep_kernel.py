@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prunezero.pruning import obs
-from prunezero.scoring import sweep_kernel
+from prunezero.scoring.kernels import sweep
 from prunezero.scoring.second_order import InverseFactor, inverse_factor
 from tests.pruning.test_obs import (
     correlated_layer,
@@ -28,7 +28,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 def by_kernel(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """The spans of columns that the kernel was asked for."""
     spans = []
-    real = sweep_kernel.mend_columns
+    real = sweep.mend_columns
 
     def watched(*arguments: object) -> None:
         spans.append(arguments[-2:])
@@ -56,7 +56,7 @@ def test_blocks_of_any_width_equal_the_published_algorithm(
     np.testing.assert_allclose(ours.cpu().numpy(), reference, rtol=1e-3, atol=1e-5)
     assert not torch.signbit(ours[ours == 0]).any()
     assert sum(stop - start for start, stop in by_kernel) == columns
-    assert max(stop - start for start, stop in by_kernel) <= sweep_kernel.MOST_COLUMNS
+    assert max(stop - start for start, stop in by_kernel) <= sweep.MOST_COLUMNS
 
 
 def test_2_4_chosen_on_mended_weights_equals_the_published_algorithm() -> None:

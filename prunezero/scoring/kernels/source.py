@@ -17,8 +17,8 @@ from functools import lru_cache
 from prunezero.formula.code import Step, plain_line, split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
-from prunezero.scoring.pattern_kernels import PATTERNS
-from prunezero.scoring.row_kernels import ROWS
+from prunezero.scoring.kernels.patterns import PATTERNS
+from prunezero.scoring.kernels.rows import ROWS
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -138,6 +139,12 @@ def _pairs(rows: int, columns: int, pattern: Pattern) -> _Launch:
     sizes = {"OF": pattern.of, "WIDTH": width, "GROUPS": groups}
     programs = (rows, -(-in_row // groups))
     return _Launch("pattern_kernel", programs, in_row, pattern.of - pattern.keep, sizes, 4)
+
+
+def on_device_of(weight: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch where the weight lies; the interpreter, which tests use, needs no device."""
+    on_cuda = weight.device.type == "cuda"
+    return torch.cuda.device(weight.device) if on_cuda else contextlib.nullcontext()
 
 
 def packed(kept: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from prunezero.scoring.fused import on_device_of
-from prunezero.scoring.kernel_files import import_kernels, kernel_folder
-from prunezero.scoring.launches import KERNEL_OPTIONS
+from prunezero.scoring.kernels.files import import_kernels, kernel_folder
+from prunezero.scoring.kernels.launches import KERNEL_OPTIONS, on_device_of
 
 # More columns no longer fit the registers of one program (compiled for sm_90).
 MOST_COLUMNS = 128

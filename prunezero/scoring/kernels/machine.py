@@ -20,9 +20,8 @@ import torch
 from prunezero.formula.code import Step, split_steps, written_out
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import OPERATORS, Operator
-from prunezero.scoring.fused import on_device_of
-from prunezero.scoring.kernel_files import import_kernels, kernel_folder
-from prunezero.scoring.launches import KERNEL_OPTIONS
+from prunezero.scoring.kernels.files import import_kernels, kernel_folder
+from prunezero.scoring.kernels.launches import KERNEL_OPTIONS, on_device_of
 
 # Values that a program may hold at once; what needs more is left to a kernel of its own. A machine
 # of fewer moves fewer at every step, and most programs need no more.

@@ -1,0 +1,1 @@
+"""Triton kernels: their text, made from a formula, the files they live in, and their launches."""
