@@ -56,6 +56,8 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "# What a search costs",
         "",
+        "![curves](search_efficiency.png)",
+        "",
         f"{rows[0]['model']} in {rows[0]['dtype']}, {rows[0]['evaluation_tokens']} tokens of "
         "search and of validation text; made by `python benchmarks/search_efficiency.py`. Medians "
         "over seeds, with the smallest and largest in brackets. The target is the median of the "

@@ -62,6 +62,8 @@ def report(rows: list[Row]) -> list[str]:
     lines = [
         "# Seconds and memory of a whole pruning",
         "",
+        "![seconds and peak memory](pruning.png)",
+        "",
         f"{one['model']} in {one['dtype']} on a CPU ({one['cpu']}, {threads}); "
         f"{one['calibration_tokens']} tokens of calibration text in windows of "
         f"{one['sequence_length']}, seed {one['seed']}; {one['test_tokens']} tokens of test text "
@@ -69,10 +71,11 @@ def report(rows: list[Row]) -> list[str]:
         f"`python benchmarks/pruning.py`. {software(rows)}",
         "",
         "Medians over repeats, for seconds with the smallest and largest in brackets. Seconds are "
-        "those of calibration and pruning, from the loaded model on. The ratio is how many times "
-        "the seconds of prunezero they are. Peak is the most memory that the process held "
-        "meanwhile, and behind it how much more that is than when pruning began. All contenders "
-        "see the model as pruned so far, except `prunezero, dense`, on the same token windows.",
+        "those of calibration and pruning, from the loaded model on, and the ratio is theirs to "
+        "prunezero's. `straightforward` is a plain torch loop (`rivals_in_torch.py`). Peak is the "
+        "most memory that the process held meanwhile, and behind it how much more that is than "
+        "when pruning began. All contenders see the model as pruned so far, except "
+        "`prunezero, dense`, on the same token windows.",
         "",
         "| target | method | contender | repeats | seconds | ratio | peak MiB | more than loaded "
         "| seconds to load | zeros | test perplexity |",

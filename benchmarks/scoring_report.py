@@ -111,20 +111,22 @@ def share(number: float | None) -> str:
 
 
 def report(rows: list[Row]) -> list[str]:
-    """The tables as Markdown, by device."""
-    spelled = [f"`{name}` is `{formula.text}`" for name, formula in FORMULAS.items()]
+    """The picture and the tables as Markdown, by device."""
+    spelled = ", ".join(f"`{name}` is `{formula.text}`" for name, formula in FORMULAS.items())
     lines = [
         "# Scores and masks beside published code and the hardware's limit",
         "",
+        "![how many times as fast as published code](scoring.png)",
+        "",
         "Made by `python benchmarks/scoring.py` from random weights. Medians over repeats, with "
         "the smallest and largest in brackets; contenders of one measurement took turns, and "
-        "every call reads other memory. Published is torch as published code uses it: a score "
+        "every call reads other memory. `published` is torch as published code uses it: a score "
         "operation by operation, then a stable sort of all scores, or for 2:4 a loop over groups "
-        "of columns. topk and compiled change one of both: one `topk` in place of sort or loop, "
-        "which may choose others of equal scores, or a score from `torch.compile`. prunezero is "
-        "the whole call, with a look for scores that are not finite; kernels, on a GPU, is what "
-        "its device does of it, replayed as a CUDA graph. "
-        f"{' and '.join(spelled)}.",
+        "of columns. `topk` replaces sort or loop by one `torch.topk`, which may choose others of "
+        "equal scores, and `compiled` the score by one from `torch.compile`. `prunezero` is the "
+        "whole call, with a check for NaN and infinity; `kernels`, on a GPU, is what its device "
+        "does of it, replayed as a CUDA graph. "
+        f"{spelled}.",
         "",
     ]
     for place, group in by(rows, PLACE).items():
@@ -157,7 +159,8 @@ def matrix_table(rows: list[Row], group: list[Row]) -> list[str]:
     """One line per contender."""
     lines = [
         "Bandwidth is what has to be moved at least (weights, gradients and the mask, a byte for "
-        "each weight), by seconds, as a share of the copy's. The first call compiles.",
+        "each weight), by seconds, as a share of the copy's. Masks differ on so many weights from "
+        "published code's: where scores are equal, or end in another last bit.",
         "",
         "| shape | dtype | formula | request | contender | milliseconds | times as fast "
         "| bandwidth | masks differ | first call, seconds |",
