@@ -223,14 +223,16 @@ def draw(rows: list[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     raced = [row for row in rows if row["contender"] in STYLES and speed_up(row, rows) is not None]
-    places = by(raced, PLACE)
+    places = by(raced, (*PLACE, "dtype", "request"))
     heights = [1 + len(by(group, WORK)) for group in places.values()] or [1]
     figure = Figure(figsize=(10, 1.9 + 0.32 * sum(heights)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (place, group) in zip(panels, places.items(), strict=False):
         panel(axes, group, rows)
-        axes.set_title(named(place), loc="left", fontsize=12, color=INK)
+        *device, dtype, request = place
+        title = f"{named(tuple(device))}, {dtype}: {REQUESTS[request][1]}"
+        axes.set_title(title, loc="left", fontsize=12, color=INK)
     figure.suptitle(
         "Scores and masks: how many times as fast as published code",
         x=0.01,
@@ -260,8 +262,10 @@ def panel(axes: Any, group: list[Row], rows: list[Row]) -> None:
                 beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center"}
                 beside |= {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 10}
                 axes.annotate(f"{short(ratio)} times", (1.0, place), **beside, color=colour)
-    words = ("shape", "formula", "request", "dtype")
-    names = [" ".join(members[0][key] for key in words) for members in works.values()]
+    # Of a model it is all layers, one after the other.
+    kinds = {"model": "all layers of "}
+    firsts = [members[0] for members in works.values()]
+    names = [f"{kinds.get(row['part'], '')}{row['shape']} {row['formula']}" for row in firsts]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
