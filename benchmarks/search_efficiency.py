@@ -40,6 +40,8 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SCRATCH = "-from-scratch"
 KEYS = ("model", "dtype", "text", "pattern", "sparsity", "strategy", "seed", "limit")
 KEYS += ("evaluation_tokens",)
+# Rows stand in one report where these are the same.
+SETTINGS = ("model", "dtype", "text", "evaluation_tokens")
 
 
 def main() -> None:
@@ -68,8 +70,7 @@ def main() -> None:
     if not arguments.report:
         for pattern, group in itertools.groupby(heads, lambda head: head["pattern"]):
             run_pattern(arguments, pattern, list(group), path)
-    asked = {key_of(head) for head in heads}
-    rows = [row for row in read(path) if key_of(row) in asked]
+    rows = shown(read(path), heads[0])
     if not any(row["strategy"] == REFERENCE for row in rows):
         raise SystemExit(f"{path} holds no finished run of {REFERENCE} to compare with")
     text = "\n".join(report(rows))
@@ -95,6 +96,15 @@ def wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "limit": arguments.evaluations if is_reference else arguments.ours,
                 "evaluation_tokens": arguments.evaluation_tokens,
             }
+
+
+def shown(rows: list[dict[str, Any]], like: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows under the same settings, of runs that differ in their limit the longest."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: int(row["limit"])):
+        if all(row[name] == like[name] for name in SETTINGS):
+            found[tuple(row[key] for key in KEYS if key != "limit")] = row
+    return list(found.values())
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
