@@ -78,7 +78,7 @@ def _refuse_unusable(
     scores: Sequence[Tensor], criterion: Criterion, stacks: Sequence[Stack]
 ) -> None:
     places = [
-        (values[place], stack.weight[place], stack.names[place])
+        (stack, values, place)
         for stack, values in zip(stacks, scores, strict=True)
         for place in range(len(values))
     ]
@@ -87,8 +87,8 @@ def _refuse_unusable(
     lowest, highest = torch.cat([one.to(bounds[0].device) for one in bounds]).cpu().numpy().T
     fits = (lowest < highest) & np.isfinite(lowest) & np.isfinite(highest)
     for at in np.flatnonzero(~fits):
-        values, weight, name = places[at]
-        refuse_unusable(values, criterion, weight, name)
+        stack, values, place = places[at]
+        refuse_unusable(values[place], criterion, stack.weight[place], stack.names[place])
 
 
 def mask_digest(masks: Sequence[Tensor]) -> str:
