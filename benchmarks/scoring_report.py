@@ -262,10 +262,11 @@ def panel(axes: Any, group: list[Row], rows: list[Row]) -> None:
                 beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center"}
                 beside |= {"xytext": (6, 0), "textcoords": "offset points", "fontsize": 10}
                 axes.annotate(f"{short(ratio)} times", (1.0, place), **beside, color=colour)
-    # Of a model it is all layers, one after the other.
-    kinds = {"model": "all layers of "}
     firsts = [members[0] for members in works.values()]
-    names = [f"{kinds.get(row['part'], '')}{row['shape']} {row['formula']}" for row in firsts]
+    names = [
+        ("all layers of " if row["part"] == "model" else "") + f"{row['shape']} {row['formula']}"
+        for row in firsts
+    ]
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xscale("log")
