@@ -96,7 +96,7 @@ def test_an_exploding_constant_or_exponent_is_refused_at_once(text: str) -> None
     begin = time.process_time()
     with pytest.raises(CriterionError):
         Criterion.parse(text)
-    assert time.process_time() - begin < 0.5
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize("text", NOT_FINITE)

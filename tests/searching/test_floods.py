@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import random
 import sys
-import time
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_faults import candidate
 
 MANY = 5000
+# Python calls, about half a second: five times what the largest formula below takes.
+AT_ONCE = 1_000_000
 
 
 def many() -> Iterator[Criterion]:
@@ -123,31 +125,47 @@ def drawn(rng: random.Random, words: int, depth: int) -> str:
     return f"{rng.choice(['abs', 'sqrt', 'log', 'exp', 'tanh', 'minmax', 'row_sum'])}({inside})"
 
 
-def seconds_to_rank(text: str) -> tuple[float, int]:
-    """Seconds for everything that a search does to a formula; its words, 0 if it is refused."""
-    begin, words = time.thread_time(), 0
+@contextmanager
+def python_calls() -> Iterator[list[int]]:
+    """Counts, in its one item, calls of Python functions inside.
+
+    Unlike seconds, they do not depend on the machine nor on what else lies in its memory.
+    """
+    count = [0]
+
+    def called(frame: types.FrameType, event: str, argument: object) -> None:
+        count[0] += event == "call"
+
+    sys.setprofile(called)
     try:
+        yield count
+    finally:
+        sys.setprofile(None)
+
+
+def calls_to_rank(text: str) -> tuple[int, int]:
+    """Python calls for all that a search does to a formula; its words, 0 if it is refused."""
+    words = 0
+    with python_calls() as count, suppress(CriterionError):
         criterion = Criterion.parse(text)
         for compare in ("row", "layer", "model"):
             ranking_form(criterion.sympy, compare)
         memories.skeleton(criterion)
         words = criterion.complexity
-    except CriterionError:
-        pass
-    return time.thread_time() - begin, words
+    return count[0], words
 
 
 @pytest.mark.parametrize("text", MONSTERS)
-def test_a_formula_made_to_stall_simplification_is_ranked_within_a_second(text: str) -> None:
-    seconds, words = seconds_to_rank(text)
+def test_a_formula_made_to_stall_simplification_is_ranked_at_once(text: str) -> None:
+    calls, words = calls_to_rank(text)
     assert words
-    assert seconds < 1.0
+    assert calls < AT_ONCE
 
 
-def test_drawn_formulas_of_the_largest_size_are_ranked_or_refused_within_a_second() -> None:
+def test_drawn_formulas_of_the_largest_size_are_ranked_or_refused_at_once() -> None:
     rng = random.Random(0)
-    found = [seconds_to_rank(drawn(rng, size, MAX_DEPTH)) for size in (40, 60, 80) * 12]
-    assert max(seconds for seconds, _ in found) < 1.0
+    found = [calls_to_rank(drawn(rng, size, MAX_DEPTH)) for size in (40, 60, 80) * 12]
+    assert max(calls for calls, _ in found) < AT_ONCE
     assert max(words for _, words in found) > 50
 
 
@@ -156,7 +174,6 @@ def test_a_rule_is_found_again_among_thousands_without_looking_at_them() -> None
     for slot, criterion in enumerate(many()):
         memory.keep(replace(candidate(slot, "abs(W)"), criterion=criterion))
     wanted = Rule(memory.candidates[-1].criterion)
-    begin = time.thread_time()
-    for _ in range(1000):
+    with python_calls() as count:
         assert memory.twin(wanted) is not None
-    assert time.thread_time() - begin < 0.5
+    assert count[0] < 100
