@@ -66,7 +66,7 @@ def export(
     # What a page cannot follow is told before the other file is written.
     if output is not None:
         write_pruner(fields, output)
-        say(f"wrote {output}: {fields.criterion.text}")
+        say(f"wrote {output}: {fields.text}")
         fraction = "--sparsity 0.5 " if fields.pattern == "free" else ""
         say(f"run it: python {output} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")
     if kernel is not None:

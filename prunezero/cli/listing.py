@@ -66,7 +66,7 @@ def _recipes(runs_dir: Path) -> Rows:
     return [
         {
             "name": recipe.name,
-            "formula": recipe.criterion.text,
+            "formula": recipe.text,
             "compare": recipe.compare,
             "around it": ", ".join(_around(recipe)),
             "needs": recipe.signal,

@@ -170,7 +170,7 @@ class SearchView:
             table.add_row(
                 "best so far" if place == 0 else "",
                 *numbers,
-                str(candidate.criterion.complexity),
+                str(candidate.complexity),
                 candidate.rule.text,
                 style="bold" if place == 0 else "",
             )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, did_you_mean
+from prunezero.models.patterns import fits
 
 # The modules that choose experts; their few rows decide where tokens go.
 ROUTERS = ("gate", "router")
@@ -182,33 +184,21 @@ def _kind(path: str, paths: list[str]) -> str:
     words = path.split(".")
     for start in range(len(words) - 1, 0, -1):
         ending = ".".join(words[start:])
-        if sum(_ends_with(other, ending) for other in paths) == 1:
+        if sum(fits(ending, other) for other in paths) == 1:
             return ending
     return path
 
 
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
-
-
 def _matcher(pattern: str, known: list[str], layers: list[str]) -> Callable[[str], bool]:
     """A test of names; refused when no known name passes it."""
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except re.error as error:
-            raise ModelError(
-                f"layer pattern '{pattern}' is not a regular expression: {error}"
-            ) from error
-
-        def matches(name: str) -> bool:
-            return expression.search(name) is not None
-    else:
-
-        def matches(name: str) -> bool:
-            return _ends_with(name, pattern)
-
-    if not any(map(matches, known)):
+    matches = partial(fits, pattern)
+    try:
+        is_found = any(map(matches, known))
+    except re.error as error:
+        raise ModelError(
+            f"layer pattern '{pattern}' is not a regular expression: {error}"
+        ) from error
+    if not is_found:
         last_words = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise ModelError(
             f"layer pattern '{pattern}' matches no layer{did_you_mean(pattern, last_words)}; "

@@ -15,7 +15,7 @@ from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.dense_weights import DenseWeights
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
@@ -29,8 +29,8 @@ GLANCE = "glance"
 def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a dense model, from what was measured on it."""
     head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
-    tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "compare": ""}
-    return {**head, **measured, **tail, "allocate": "", "update": ""}
+    tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "criteria": ""}
+    return {**head, **measured, **tail, "compare": "", "allocate": "", "update": ""}
 
 
 def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) ->
         "sparsity_reached": outcome.sparsity_reached,
         "seconds": outcome.seconds,
         "formula": recipe.criterion.text,
+        "criteria": "; ".join(with_patterns(recipe.criteria)),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
@@ -167,10 +168,11 @@ def compare(
     """Measure recipes one after another, the dense model first; yields one flat row for each.
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
-    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, its
-    comparison group, allocation and updates. Perplexity is exp of the mean nats per token, kl is
-    in nats per token on validation text, seconds are those of pruning alone; `window_losses` holds
-    the nats per token of each window by split, so that recipes can be compared in pairs.
+    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, those
+    of some layers, their comparison group, allocation and updates. Perplexity is exp of the mean
+    nats per token, kl is in nats per token on validation text, seconds are those of pruning alone;
+    `window_losses` holds the nats per token of each window by split, so that recipes can be
+    compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.

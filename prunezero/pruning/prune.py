@@ -229,7 +229,8 @@ class _Job:
         known = self.known.get(layer.name)
         if known is not None:
             set_damping(known, self.recipe.damping)
-        return score(self.recipe.criterion, layer.weight, known, layer=layer.name)
+        criterion = self.recipe.criterion_of(layer.name)
+        return score(criterion, layer.weight, known, layer=layer.name)
 
     def _walk(self) -> BlockWalk | None:
         sums = layer_sums(self.recipe) & FORWARD_SUMS

@@ -9,6 +9,7 @@ takes either. The sparsity is an argument, never part of a recipe.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from pydantic import (
 from prunezero.errors import CriterionError, PruneZeroError, RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
+from prunezero.models.patterns import fitting
 from prunezero.pruning.choices import (
     WORDS,
     Allocate,
@@ -85,6 +87,8 @@ class Recipe(BaseModel):
     source: str = ""
     # the formula: the lowest values go first
     criterion: Formula
+    # formulas of some layers instead: full name, last parts of it, or re:PATTERN; none fits two
+    criteria: dict[str, Formula] = Field(default_factory=dict)
     # what may be removed
     unit: Literal["weight"] = "weight"
     # which weights compete: row, layer, model or N columns
@@ -136,11 +140,13 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _can_rank(self) -> Recipe:
         # Ties would go from the left: a mask that looks like one and says nothing.
-        if self.criterion.shape == "row" and (self.compare == "row" or self.pattern != "free"):
-            raise ValueError(
-                f"criterion {self.criterion.text} is the same for all weights of a row, so it "
-                "ranks nothing there; use a feature that varies along the row, or compare: layer"
-            )
+        for criterion in self.formulas:
+            if criterion.shape == "row" and (self.compare == "row" or self.pattern != "free"):
+                raise ValueError(
+                    f"criterion {criterion.text} is the same for all weights of a row, so it "
+                    "ranks nothing there; use a feature that varies along the row, or compare: "
+                    "layer"
+                )
         return self
 
     @model_validator(mode="after")
@@ -175,6 +181,20 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def formulas(self) -> tuple[Criterion, ...]:
+        """The criterion, and then those that some layers have instead."""
+        return tuple(dict.fromkeys((self.criterion, *self.criteria.values())))
+
+    @property
+    def text(self) -> str:
+        """All its formulas on one line."""
+        return "; ".join([self.criterion.text, *with_patterns(self.criteria)])
+
+    def criterion_of(self, layer: str) -> Criterion:
+        """The formula that ranks the weights of the layer of this name."""
+        return fitting(self.criteria, layer, self.criterion)
+
+    @property
     def updates(self) -> tuple[str, ...]:
         """The words of the updates, in their order; none is no word."""
         return tuple(choice.word for choice in self.update if choice.word != "none")
@@ -193,7 +213,8 @@ class Recipe(BaseModel):
         signals = [
             WORDS[arrow][choice.word].signal for arrow, found in words.items() for choice in found
         ]
-        return max([self.criterion.signal, *signals], key=SIGNALS.index)
+        signals += [criterion.signal for criterion in self.formulas]
+        return max(signals, key=SIGNALS.index)
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -243,6 +264,11 @@ class Recipe(BaseModel):
     def _fields(self) -> dict[str, Any]:
         fields = self.model_dump(mode="json", by_alias=True)
         return {key: value for key, value in fields.items() if value not in ("", [], {})}
+
+
+def with_patterns(criteria: Mapping[str, Criterion]) -> list[str]:
+    """Each formula of some layers behind their pattern."""
+    return [f"{pattern}: {criterion.text}" for pattern, criterion in criteria.items()]
 
 
 def folder(name: Literal["baselines", "search_spaces"]) -> Path:

@@ -39,8 +39,8 @@ def settled_sparsity(pattern: str, sparsity: float | None) -> float:
 
 
 def layer_sums(recipe: Recipe) -> frozenset[str]:
-    """Names of the sums of a layer that the recipe's criterion and updates look at."""
-    sums = needed_sums([recipe.criterion])
+    """Names of the sums of a layer that the recipe's formulas and updates look at."""
+    sums = needed_sums(recipe.formulas)
     return sums.union(*(UPDATE_SUMS[word] for word in recipe.updates))
 
 
@@ -84,8 +84,9 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
     """The layers that a recipe prunes, after every check that needs no computation.
 
     Raises:
-        RecipeError: choices that exclude each other.
-        ModelError: `targets`, `ignore` or ratios match nothing, or a bias cannot be had.
+        RecipeError: choices that exclude each other, or two formulas for one layer.
+        ModelError: `targets`, `ignore`, `criteria` or ratios match nothing, or a bias cannot be
+            had.
         SelectionError: the sparsity, group or pattern fits no mask of some layer.
     """
     if recipe.compare == "model" and recipe.statistics == "sequential":
@@ -103,6 +104,19 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
             raise SelectionError(f"layer {layer.name}: {error}") from error
     for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
         matching(pattern, layers)
+    _refuse_two_formulas(recipe, layers)
     if "bias" in recipe.updates:
         refuse_without_bias(language_model, layers)
     return layers
+
+
+def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Layer]) -> None:
+    taken: dict[str, str] = {}
+    for pattern in recipe.criteria:
+        for name in sorted(matching(pattern, layers)):
+            if name in taken:
+                raise RecipeError(
+                    f"recipe {recipe.name}: criteria '{taken[name]}' and '{pattern}' both match "
+                    f"layer {name}; leave one of them out, or make it match fewer layers"
+                )
+            taken[name] = pattern

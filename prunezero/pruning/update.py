@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, StatisticsError
+from prunezero.formula.criterion import Criterion
 from prunezero.models.biases import compensate
 from prunezero.models.units import Layer
 from prunezero.pruning.admm import refit
@@ -55,6 +56,11 @@ class Work:
         self._before = self.weight.clone() if asked & set(self.recipe.updates) else None
 
     @property
+    def criterion(self) -> Criterion:
+        """The formula that ranks its weights."""
+        return self.recipe.criterion_of(self.layer.name)
+
+    @property
     def weight(self) -> Tensor:
         """`[out, in]`, of the model itself."""
         return self.layer.weight
@@ -69,7 +75,7 @@ class Work:
         """The mask as chosen before, or chosen now on the weights as they are."""
         if self.mask is None:
             self.mask = keep_mask(
-                self.recipe.criterion,
+                self.criterion,
                 self.weight,
                 self.statistics,
                 self.sparsity,
@@ -126,7 +132,7 @@ def obs(works: Sequence[Work], options: Any) -> None:
     else:
         for work in works:
             # What ranks nothing, or is not finite, is told of the whole layer at once.
-            score(recipe.criterion, work.weight, work.statistics, layer=work.layer.name)
+            score(work.criterion, work.weight, work.statistics, layer=work.layer.name)
         choose = _chooser(works)
     for work in works:
         _refuse_not_finite(work)
@@ -141,10 +147,11 @@ def obs(works: Sequence[Work], options: Any) -> None:
 
 def _chooser(works: Sequence[Work]) -> Choose:
     """What chooses a group of columns in all rows of stacked layers."""
-    recipe = works[0].recipe
-    if recipe.pattern != "free" and sees_inputs_alone(recipe.criterion):
+    first, *others = works
+    is_shared = all(work.criterion == first.criterion for work in others)
+    if is_shared and first.recipe.pattern != "free" and sees_inputs_alone(first.criterion):
         # Rows do not compete, and a score says nothing of its layer: one call serves all.
-        return _scored_by(works[0])
+        return _scored_by(first)
     heights = [work.weight.shape[0] for work in works]
     choosers = [_scored_by(work) for work in works]
 
@@ -156,7 +163,7 @@ def _chooser(works: Sequence[Work]) -> Choose:
 
 
 def _scored_by(work: Work) -> Choose:
-    scores_of = ColumnScores(work.recipe.criterion, work.weight, work.statistics)
+    scores_of = ColumnScores(work.criterion, work.weight, work.statistics)
     pattern = parse_pattern(work.recipe.pattern)
 
     def choose(weight: Tensor, start: int, stop: int) -> Tensor:

@@ -29,5 +29,5 @@ def rules_of(source: str, runs_dir: Path) -> list[Rule]:
 
 def _rule_of(recipe: Recipe) -> Rule:
     fields = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    choices = {key: fields[key] for key in CHOOSABLE if key in fields}
+    choices = {key: fields[key] for key in (*CHOOSABLE, "criteria") if key in fields}
     return Rule(recipe.criterion, choices)

@@ -28,6 +28,7 @@ def model_card(
     criterion: Criterion,
     results: Sequence[Mapping[str, Any]],
     *,
+    criteria: Mapping[str, Criterion] | None = None,
     recipe: str = "",
     license_id: str = "",
     note: str = "",
@@ -38,6 +39,7 @@ def model_card(
         base_model: hub id or folder of the dense model.
         results: one row per measured model, with keys of `COLUMNS` (`method` names the row);
             columns that no row fills are left out.
+        criteria: formulas of some layers instead, by pattern.
         recipe: the recipe's YAML, shown whole.
         license_id: the base model's license when it is known, such as "apache-2.0".
         note: Markdown to add at the end.
@@ -49,6 +51,11 @@ def model_card(
         f"# {base_model.rstrip('/').split('/')[-1]}, pruned\n\n"
         "Pruned by prunezero: the weights with the lowest value of this formula are exact zeros."
         f"\n\n$$ {criterion.latex} $$\n\nAs text: `{criterion.text}`",
+    ]
+    parts += [
+        f"Layers `{layers}` have a formula of their own:\n\n$$ {own.latex} $$\n\n"
+        f"As text: `{own.text}`"
+        for layers, own in (criteria or {}).items()
     ]
     if results:
         parts.append(f"## Results\n\n{results_table(results)}\n\nPerplexity: lower is better.")

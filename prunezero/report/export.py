@@ -11,7 +11,7 @@ import ast
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill, indent
 from typing import Any
@@ -21,6 +21,7 @@ from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.models.whole_files import write_text
+from prunezero.pruning.recipe import with_patterns
 from prunezero.report.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
@@ -32,6 +33,8 @@ class PrunerFields:
 
     name: str
     criterion: Criterion
+    criteria: Mapping[str, Criterion] = field(default_factory=dict)
+    """formulas of some layers instead, by pattern"""
     compare: str = "row"
     pattern: str = "free"
     targets: tuple[str, ...] = ()
@@ -47,6 +50,16 @@ class PrunerFields:
     """the paper, or the search that found it"""
     results: tuple[str, ...] = ()
     """measured results, one sentence each, for the page's docstring"""
+
+    @property
+    def formulas(self) -> tuple[Criterion, ...]:
+        """The criterion, and then those that some layers have instead."""
+        return (self.criterion, *self.criteria.values())
+
+    @property
+    def text(self) -> str:
+        """All formulas on one line."""
+        return "; ".join([self.criterion.text, *with_patterns(self.criteria)])
 
 
 def write_pruner(fields: PrunerFields, path: Path) -> None:
@@ -83,9 +96,9 @@ def pruner_page(fields: PrunerFields) -> str:
     """
     refuse_unfit(fields)
     source = TEMPLATE.read_text(encoding="utf-8")
-    sums = frozenset(s for name in fields.criterion.features for s in FEATURES[name].sums)
+    sums = frozenset(s for name in _features(fields) for s in FEATURES[name].sums)
     new = {
-        "score": _score_body(fields.criterion),
+        "score": _score_body(fields),
         "listen": _listen_body(sums),
         "read": _read_body(sums),
         "COMPARE": fields.compare,
@@ -111,7 +124,7 @@ def no_page(fields: PrunerFields) -> str:
     """Why no page of one dense pass could do what the recipe says; nothing where one can."""
     wanted: dict[str, object] = {"allocate": "uniform", "update": "none", "permute": "none"}
     wanted |= {"schedule": "one-shot", "recover": "none"}
-    if {"U", "V"} & set(fields.criterion.features):
+    if {"U", "V"} & set(_features(fields)):
         wanted["damping"] = 0.01
     found = [
         f"{choice}: {getattr(fields, choice)}"
@@ -128,13 +141,28 @@ def no_page(fields: PrunerFields) -> str:
             f"{fields.name} has statistics: {fields.statistics}, but a one-page pruner looks at "
             "the dense model alone; add --statistics dense to export it so"
         )
-    unknown = [name for name in fields.criterion.features if name not in FEATURE_LINES]
+    unknown = [name for name in _features(fields) if name not in FEATURE_LINES]
     return (
         f"{fields.name} uses the feature {unknown[0]}, which has no export yet" if unknown else ""
     )
 
 
-def _score_body(criterion: Criterion) -> list[str]:
+def _features(fields: PrunerFields) -> list[str]:
+    """All that some formula looks at, each once."""
+    return list(dict.fromkeys(name for one in fields.formulas for name in one.features))
+
+
+def _score_body(fields: PrunerFields) -> list[str]:
+    """The body of `score`: formulas of some layers first, then that of all others."""
+    lines = []
+    for pattern, own in fields.criteria.items():
+        expression = json.dumps(_name_expression((pattern,), nothing=""))
+        lines.append(f"if re.search({expression}, layer):")
+        lines += [f"    {line}" for line in _score_lines(own)]
+    return [*lines, *_score_lines(fields.criterion)]
+
+
+def _score_lines(criterion: Criterion) -> list[str]:
     lines = []
     for name in criterion.features:
         lines += [*PREPARATION.get(name, ()), f"{name} = {FEATURE_LINES[name]}"]
@@ -211,7 +239,7 @@ def _name_expression(patterns: tuple[str, ...], *, nothing: str) -> str:
 
 def _docstring(fields: PrunerFields) -> str:
     """The page's docstring, safe to stand between triple quotes."""
-    head = f"{fields.name}: prune a language model with the criterion `{fields.criterion.text}`."
+    head = f"{fields.name}: prune a language model with the criterion `{fields.text}`."
     body = f"Source: {fields.source}" if fields.source else ""
     zeros = "Zeroes the lowest scores of each group. Zeros alone make no model smaller or faster."
     command = "    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
+from prunezero.errors import OutputError
 from prunezero.formula.code import split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, Feature
@@ -102,8 +103,13 @@ def write_kernel(fields: PrunerFields, path: Path) -> None:
     """Write the file, whole or not at all; of the recipe it takes the formula alone.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: it cannot be written, or the recipe has several formulas.
     """
+    if fields.criteria:
+        raise OutputError(
+            f"{fields.name} has formulas of its own for {', '.join(fields.criteria)}, but a kernel "
+            "file holds one; write a recipe of the formula that you want, and export that"
+        )
     write_text(kernel_page(fields), path)
 
 

@@ -21,8 +21,8 @@ TARGETS = ""  # a regular expression for the names of the layers to prune
 IGNORE = "^$"  # and one for those to leave alone
 
 
-def score(weight: Tensor, stats: dict[str, Any]) -> Tensor:
-    """How much each weight [out, in] matters, float32; the lowest go first."""
+def score(weight: Tensor, stats: dict[str, Any], layer: str = "") -> Tensor:
+    """How much each weight [out, in] of a layer matters, float32; the lowest go first."""
     W = weight.float()
     X = (stats["input_square_sum"] / stats["sequences"]).sqrt().float()[None]
     score = torch.abs(W) * X
@@ -56,7 +56,7 @@ def prune_(model: Any, batches: Any, sparsity: float = 0.5, pattern: str = PATTE
         weights = {
             n: m.weight if isinstance(m, nn.Linear) else m.weight.T for n, m in layers.items()
         }
-        scores = {name: score(weight.detach(), stats[name]) for name, weight in weights.items()}
+        scores = {n: score(weight.detach(), stats[n], n) for n, weight in weights.items()}
         for name, kept in masks(scores, sparsity, pattern).items():
             gone = ~kept
             weights[name].masked_fill_(gone, 0.0)

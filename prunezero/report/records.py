@@ -28,6 +28,7 @@ METRIC_NAMES = {
 }
 PARAM_NAMES = (
     "formula",
+    "criteria",
     "fingerprint",
     "complexity",
     "signal",

@@ -133,6 +133,7 @@ def pruner_fields(recipe: Recipe) -> PrunerFields:
     return PrunerFields(
         name=recipe.name,
         criterion=recipe.criterion,
+        criteria=recipe.criteria,
         compare=recipe.compare,
         pattern=recipe.pattern,
         targets=recipe.targets,
@@ -180,4 +181,4 @@ def list_runs(runs_dir: Path) -> list[dict[str, Any]]:
 def _winner(recipe: Recipe) -> dict[str, str]:
     last = recipe.provenance["measured"][-1]
     validation, test = (f"{last[key]:.2f}" if key in last else "" for key in _PERPLEXITIES)
-    return {"formula": recipe.criterion.text, "validation": validation, "test": test}
+    return {"formula": recipe.text, "validation": validation, "test": test}

@@ -243,7 +243,10 @@ def latex_of_front(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         formula = f"${Criterion.parse(row['formula']).latex}$"
-        around = ", ".join(rule_of(row).around)
+        rule = rule_of(row)
+        for pattern, own in rule.choices.get("criteria", {}).items():
+            formula += rf"; \texttt{{{_escaped(pattern)}}}: ${Criterion.parse(own).latex}$"
+        around = ", ".join(word for word in rule.around if not word.startswith("criteria: "))
         if around:
             formula += f" ({_escaped(around)})"
         numbers = [_number(row[key]) for key in ("search_perplexity", "validation_perplexity")]

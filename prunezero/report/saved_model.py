@@ -28,7 +28,9 @@ def companions(model: str, recipe: Recipe, rows: Sequence[Mapping[str, Any]]) ->
     plain = [finite_row(row) for row in rows]
     results = [{**row, "method": row["recipe"], "model": model} for row in plain]
     return {
-        "README.md": model_card(model, recipe.criterion, results, recipe=recipe.to_yaml()),
+        "README.md": model_card(
+            model, recipe.criterion, results, criteria=recipe.criteria, recipe=recipe.to_yaml()
+        ),
         "recipe.yaml": recipe.to_yaml(),
         "report.json": json.dumps({"rows": plain}, indent=2, allow_nan=False) + "\n",
     }

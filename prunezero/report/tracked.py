@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.pruning.bench import Bench
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.report.records import RunRecord, candidate_name, run_record
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.regimes import in_words
@@ -53,6 +53,7 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
     row = {
         **candidate.row(),
         **described(session.bench, session.also_benches),
+        "criteria": "; ".join(with_patterns(recipe.criteria)),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
@@ -125,13 +126,15 @@ def shown(perplexity: float | None) -> str:
 def baseline_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of results with what its formula says about itself."""
     from prunezero.formula.criterion import Criterion
+    from prunezero.formula.features import SIGNALS
 
     named = {**row, "name": row["recipe"]}
     if row["formula"]:
-        criterion = Criterion.parse(row["formula"])
+        own = [text.rpartition(": ")[2] for text in row["criteria"].split("; ") if text]
+        criterion, *others = map(Criterion.parse, dict.fromkeys([row["formula"], *own]))
         named |= {
-            "complexity": criterion.complexity,
-            "signal": criterion.signal,
+            "complexity": sum(one.complexity for one in (criterion, *others)),
+            "signal": max((one.signal for one in (criterion, *others)), key=SIGNALS.index),
             "fingerprint": criterion.fingerprint,
         }
     return named

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import SIGNALS
 from prunezero.searching.task import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
@@ -56,6 +58,16 @@ class Candidate:
         """The formula and the choices around it."""
         return Rule(self.criterion, self.choices)
 
+    @cached_property
+    def complexity(self) -> int:
+        """Words of all its formulas together."""
+        return sum(criterion.complexity for criterion in self.rule.formulas)
+
+    @cached_property
+    def signal(self) -> str:
+        """The dearest signal that one of its formulas looks at."""
+        return max((one.signal for one in self.rule.formulas), key=SIGNALS.index)
+
     def row(self) -> dict[str, Any]:
         """The candidate as one flat row of a table."""
         return {
@@ -66,9 +78,9 @@ class Candidate:
             "status": self.status,
             "formula": self.criterion.text,
             "choices": json.dumps(self.choices, sort_keys=True) if self.choices else "",
-            "complexity": self.criterion.complexity,
+            "complexity": self.complexity,
             "depth": self.criterion.depth,
-            "signal": self.criterion.signal,
+            "signal": self.signal,
             "fingerprint": self.criterion.fingerprint,
             "mask": self.mask,
             "layer_error": self.layer_error,

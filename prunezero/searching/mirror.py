@@ -134,14 +134,14 @@ def _parameters(candidate: Candidate, task: Task, chosen: Sequence[str]) -> dict
     Args:
         chosen: keys of a recipe that not all candidates share.
     """
-    criterion = candidate.criterion
+    features = {name for one in candidate.rule.formulas for name in one.features}
     recipe = task.recipe(candidate.rule, "candidate").model_dump(mode="json")
     return {
         **{key: _word(recipe[key]) for key in chosen},
-        "complexity": criterion.complexity,
-        "depth": criterion.depth,
-        "signal": criterion.signal,
-        **{f"uses {name}": name in criterion.features for name in task.space.features},
+        "complexity": candidate.complexity,
+        "depth": candidate.criterion.depth,
+        "signal": candidate.signal,
+        **{f"uses {name}": name in features for name in task.space.features},
     }
 
 

@@ -39,7 +39,7 @@ def published_twin(task: Task, rule: Rule | Criterion) -> str | None:
     Recipes that do more than rank, and those of other comparison groups, are no twins.
     """
     own = task.recipe(rule, "own")
-    if own.extras:
+    if own.extras or own.criteria:
         return None
     compare = task.competing({"compare": own.compare})
     mine = ranking_form(own.criterion.sympy, compare)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError
+from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.recipe import Recipe, published_recipes
@@ -102,15 +103,23 @@ def make_task(
 
 def _writable(task: Task, rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """What of these rules a task may write: formulas of its space, with choices that it offers."""
+    space = task.space
+
+    def is_writable(criterion: Criterion) -> bool:
+        return space.holds(criterion) and space.speaks(criterion)
+
     found: dict[str, Rule] = {}
     for rule in rules:
-        if task.space.holds(rule.criterion) and task.space.speaks(rule.criterion):
+        if is_writable(rule.criterion):
             offered = {
                 key: one
                 for key, value in rule.choices.items()
                 for one in task.options.get(key, ())
                 if alike(key, one, value)
             }
+            own_of_some = rule.choices.get("criteria", {})
+            if set(own_of_some) <= set(space.criteria) and all(map(is_writable, rule.formulas)):
+                offered |= {"criteria": dict(sorted(own_of_some.items()))} if own_of_some else {}
             own = Rule(rule.criterion, offered)
             found.setdefault(own.text, own)
     return tuple(found.values())

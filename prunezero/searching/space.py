@@ -73,6 +73,9 @@ class SearchSpace(BaseModel):
     # layers, by pattern, whose share of the sparsity the search may change, in an allocation table;
     # those that the model lacks are left out, and N:M patterns have no shares
     ratios: LayerPatterns = ()
+    # layers, by pattern, that the search may give a formula of their own; those that the model
+    # lacks are left out, and of two patterns that match one layer the later one
+    criteria: LayerPatterns = ()
     # candidates with a new mask in one generation
     generation: PositiveInt = 32
     # candidates that breed, the best by screening

@@ -27,6 +27,12 @@ class Rule:
     """values of recipe keys, as their YAML spells them"""
 
     @property
+    def formulas(self) -> tuple[Criterion, ...]:
+        """The formula, and those that some layers have instead."""
+        own = map(Criterion.parse, self.choices.get("criteria", {}).values())
+        return tuple(dict.fromkeys((self.criterion, *own)))
+
+    @property
     def text(self) -> str:
         """The rule on one line, equal for equal rules."""
         return "; ".join([self.criterion.text, *self.around])
@@ -59,6 +65,8 @@ class Task:
     """of calibration text that its rules have to be good on, see `benches.drawn`"""
     ratios: tuple[str, ...] = ()
     """layers, by pattern, whose share of the sparsity its rules may change; see `on`"""
+    criteria: tuple[str, ...] = ()
+    """layers, by pattern, that its rules may have other formulas for; see `on`"""
 
     @cached_property
     def regimes(self) -> tuple[Regime, ...]:
@@ -93,18 +101,23 @@ class Task:
         return found
 
     def on(self, *models: Sequence[Layer]) -> Task:
-        """The task on models with these layers, some of which its rules may take more from.
+        """The task on models with these layers, some of which its rules may treat apart.
 
-        Every table has to fit every model, so a pattern that one of them lacks is left out.
+        Every rule has to fit every model, so a pattern that one of them lacks is left out, and so
+        are rules to start with that speak of such layers.
         """
-        found = []
-        if all(regime.pattern == "free" for regime in self.regimes):
-            for pattern in self.space.ratios:
-                with suppress(ModelError):
-                    for layers in models:
-                        matching(pattern, layers)
-                    found.append(pattern)
-        return replace(self, ratios=tuple(found))
+        is_free = all(regime.pattern == "free" for regime in self.regimes)
+        ratios = tuple(_found(self.space.ratios, models)) if is_free else ()
+        criteria: list[str] = []
+        taken: set[tuple[int, str]] = set()
+        for pattern, names in _found(self.space.criteria, models).items():
+            if not names & taken:
+                criteria.append(pattern)
+                taken |= names
+        seeds = tuple(
+            seed for seed in self.seeds if set(seed.choices.get("criteria", ())) <= set(criteria)
+        )
+        return replace(self, ratios=ratios, criteria=tuple(criteria), seeds=seeds)
 
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.
@@ -117,3 +130,18 @@ class Task:
         fields = {"compare": self.space.compare, "pattern": self.pattern, **rule.choices}
         fields |= {"name": name, "criterion": rule.criterion}
         return validated(Recipe, fields, f"candidate {rule.text}")
+
+
+def _found(
+    patterns: Sequence[str], models: Sequence[Sequence[Layer]]
+) -> dict[str, set[tuple[int, str]]]:
+    """Of each pattern that no model lacks, which layers of which models it matches."""
+    found = {}
+    for pattern in patterns:
+        with suppress(ModelError):
+            found[pattern] = {
+                (place, name)
+                for place, layers in enumerate(models)
+                for name in matching(pattern, layers)
+            }
+    return found

@@ -17,9 +17,11 @@ from prunezero.errors import OutputError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.models.calibration import calibrate
+from prunezero.models.patterns import fitting
 from prunezero.models.units import find_layers
 from prunezero.report import pruner_template
 from prunezero.report.export import PrunerFields, pruner_page, write_pruner
+from prunezero.report.kernel_export import write_kernel
 from prunezero.report.page_lines import FEATURE_LINES
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
@@ -51,7 +53,7 @@ def engine_masks(family: str, fields: PrunerFields, sparsity: float) -> dict[str
     layers = find_layers(
         language_model.model, targets=list(fields.targets), ignore=list(fields.ignore)
     )
-    sums = needed_sums([fields.criterion])
+    sums = needed_sums(fields.formulas)
     statistics = calibrate(language_model, tiny_batches(), layers, sums)
     if fields.compare == "model" and fields.pattern == "free":
         scores = [score(fields.criterion, one.weight, statistics.get(one.name)) for one in layers]
@@ -59,7 +61,7 @@ def engine_masks(family: str, fields: PrunerFields, sparsity: float) -> dict[str
         return {layer.name: mask for layer, mask in zip(layers, chosen, strict=True)}
     return {
         layer.name: keep_mask(
-            fields.criterion,
+            fitting(fields.criteria, layer.name, fields.criterion),
             layer.weight,
             statistics.get(layer.name),
             sparsity,
@@ -102,6 +104,18 @@ def test_page_prunes_the_very_weights_that_the_engine_prunes(
 ) -> None:
     fields = PrunerFields(name=name, criterion=Criterion.parse(FORMULAS[name]))
     assert_page_equals_engine(family, fields, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["free", "2:4"])
+def test_page_ranks_some_layers_by_formulas_of_their_own(pattern: str, tmp_path: Path) -> None:
+    own = {"down_proj": "abs(W)*sqrt(G)", "re:attn.[kv]_proj": "abs(W)/C1"}
+    criteria = {layers: Criterion.parse(text) for layers, text in own.items()}
+    fields = PrunerFields("w", Criterion.parse("abs(W)*X"), criteria, pattern=pattern)
+    assert_page_equals_engine("llama", fields, tmp_path)
+    page = pruner_page(fields).replace("\n", " ")
+    assert "`abs(W)*X; down_proj: abs(W)*sqrt(G); re:attn.[kv]_proj: abs(W)/C1`" in page
+    with pytest.raises(OutputError, match="formulas of its own for down_proj, re:attn"):
+        write_kernel(fields, tmp_path / "kernel.py")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

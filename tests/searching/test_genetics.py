@@ -14,6 +14,7 @@ from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
 from prunezero.searching.proposing.catalogue import STRATEGIES
 from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion, tunable
+from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.proposing.strategies import Proposal, _chosen, _moved
 from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace, search_spaces
@@ -45,6 +46,8 @@ def test_children_are_formulas_of_the_space(name: str) -> None:
     assert len({criterion.text for criterion in found}) > 40
 
 
+# Nobody else to take a formula from.
+ALONE = Breeders((), [], [], 1)
 # With factors and summands that are the same in each row, and others of a whole layer.
 DRESSED = ("abs(W)*X/R1", "abs(W)*X + R1", "abs(W)*X*layer_norm(W)", "abs(W)*X**0.5*exp(R2)")
 
@@ -122,12 +125,12 @@ def test_a_child_shows_all_to_the_group_that_its_mother_chose() -> None:
 def test_a_rule_that_changes_who_competes_loses_what_is_no_longer_seen() -> None:
     task = task_of(compare="row")
     parent = parent_of("abs(W)*X*layer_norm(W)/R1", compare="model")
-    found = [_chosen(task, parent, random.Random(seed)) for seed in range(30)]
+    found = [_chosen(task, parent, ALONE, random.Random(seed)) for seed in range(30)]
     rules = {one.rule.choices["compare"]: one.rule.criterion.text for one in found if one}
     assert rules == {"row": "abs(W)*X", "layer": "abs(W)*X/R1"}
     # the other way round, what was written for a row is right as it is
     bare = parent_of("abs(W)*X")
-    found = [_chosen(task, bare, random.Random(seed)) for seed in range(30)]
+    found = [_chosen(task, bare, ALONE, random.Random(seed)) for seed in range(30)]
     rules = {one.rule.choices["compare"]: one.rule.criterion.text for one in found if one}
     assert rules == {"layer": "abs(W)*X", "model": "abs(W)*X"}
 
@@ -143,7 +146,7 @@ def test_a_table_of_shares_takes_a_rule_out_of_the_competition_of_all_layers() -
 def test_other_choices_leave_the_formula_as_it_was_written() -> None:
     task = task_of(choices={"update": [["none"], ["admm"]]}, compare="row")
     parent = parent_of("abs(W)*X/R1")
-    found = [_chosen(task, parent, random.Random(seed)) for seed in range(5)]
+    found = [_chosen(task, parent, ALONE, random.Random(seed)) for seed in range(5)]
     assert {one.rule.criterion.text for one in found if one} == {parent.criterion.text}
 
 

@@ -30,6 +30,7 @@ from prunezero.searching.proposing.catalogue import STRATEGIES
 from prunezero.searching.proposing.controls import POPULATION, suggest
 from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
 from prunezero.searching.proposing.genetics import random_criterion
+from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.proposing.strategies import _chosen, generator
 from prunezero.searching.search import search
 from prunezero.searching.session import find, make_task
@@ -38,6 +39,8 @@ from prunezero.searching.task import Rule, Task
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.tiny_models import tiny_model
 
+# Nobody else to take a formula from.
+ALONE = Breeders((), [], [], 1)
 PLANTED = Criterion.parse("abs(W)*sqrt(X)")
 SPACE = tiny_space(
     terminals=["abs(W)", "X", "R1", "C1"],
@@ -264,7 +267,7 @@ def test_another_choice_is_another_recipe_and_never_the_parents_own_in_other_wor
     space = tiny_space(choices={"update": [["none"], ["admm"]], "allocate": ["uniform", "owl"]})
     task = make_task(space, 0.5)
     parent = Candidate(0, 0, PLANTED, "seed", (), "new")
-    found = [_chosen(task, parent, random.Random(seed)) for seed in range(40)]
+    found = [_chosen(task, parent, ALONE, random.Random(seed)) for seed in range(40)]
     choices = [dict(one.rule.choices) for one in found if one is not None]
     assert len(choices) == 40
     assert {"update": ["admm"]} in choices and {"allocate": "owl"} in choices
@@ -280,7 +283,7 @@ def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
     parent = Candidate(0, 0, PLANTED, "seed", (), "new", {"compare": "model"})
     tables = []
     for seed in range(40):
-        found = _chosen(task, parent, random.Random(seed))
+        found = _chosen(task, parent, ALONE, random.Random(seed))
         assert found is not None and found.rule.choices["compare"] == "row"
         recipe = task.recipe(found.rule, "it")
         shares = ALLOCATIONS["table"](
@@ -292,7 +295,7 @@ def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
         tables.append(found.rule.choices["allocate"]["table"]["ratios"])
         parent = replace(parent, choices=found.rule.choices)
     spread = replace(parent, choices={"allocate": {"owl": {"spread": 0.1}}})
-    found = _chosen(task, spread, random.Random(0))
+    found = _chosen(task, spread, ALONE, random.Random(0))
     assert found is not None and list(found.rule.choices["allocate"]) == ["table"]
     # A child goes on from its parent's table.
     assert {"q_proj", "down_proj"} == set(tables[-1])

@@ -20,7 +20,7 @@ On 4 % of the rows it orders formulas as on all of them (tau 0.996 over 56 formu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
+from prunezero.models.patterns import fitting
 from prunezero.scoring.masking import cleared
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import refuse_unusable
@@ -53,11 +54,13 @@ def masks_on(
     compare: str,
     pattern: str,
     *,
+    criteria: Mapping[str, Criterion] | None = None,
     scores: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The masks of a formula on sampled rows, each bool `[layers, rows, in]`, True = keep.
 
     Args:
+        criteria: formulas of some layers instead, by pattern.
         scores: what `scores_on` says of the formula, where that is known.
 
     Raises:
@@ -67,16 +70,38 @@ def masks_on(
         return []
     if scores is None:
         (scores,) = scores_on(stacks, [criterion])
-    _refuse_unusable(scores, criterion, stacks)
+    for own in dict.fromkeys((criteria or {}).values()):
+        scores = _put_in(stacks, scores, own, criteria or {})
+    for stack, values, place in _unusable(scores, stacks):
+        name = stack.names[place]
+        formula = fitting(criteria or {}, name, criterion)
+        refuse_unusable(values[place], formula, stack.weight[place], name)
     if compare == "model" and pattern == "free":
         return select_model(scores, sparsity)
     request: dict[str, Any] = {"compare": compare, "pattern": pattern, "is_finite": True}
     return [select_stacked(values, sparsity, **request) for values in scores]
 
 
-def _refuse_unusable(
-    scores: Sequence[Tensor], criterion: Criterion, stacks: Sequence[Stack]
-) -> None:
+def _put_in(
+    stacks: Sequence[Stack],
+    scores: Sequence[Tensor],
+    own: Criterion,
+    criteria: Mapping[str, Criterion],
+) -> list[Tensor]:
+    """The scores, with those of a formula on the layers that have it of their own."""
+    (others,) = scores_on(stacks, [own])
+    merged = []
+    for stack, values, instead in zip(stacks, scores, others, strict=True):
+        is_own = [fitting(criteria, name, None) == own for name in stack.names]
+        here = torch.tensor(is_own, device=values.device)[:, None, None]
+        merged.append(torch.where(here, instead, values))
+    return merged
+
+
+def _unusable(
+    scores: Sequence[Tensor], stacks: Sequence[Stack]
+) -> Iterator[tuple[Stack, Tensor, int]]:
+    """Stack, its scores and the place in it of each layer whose scores may be of no use."""
     places = [
         (stack, values, place)
         for stack, values in zip(stacks, scores, strict=True)
@@ -86,9 +111,7 @@ def _refuse_unusable(
     bounds = [torch.stack(torch.aminmax(values.flatten(1), dim=1), dim=1) for values in scores]
     lowest, highest = torch.cat([one.to(bounds[0].device) for one in bounds]).cpu().numpy().T
     fits = (lowest < highest) & np.isfinite(lowest) & np.isfinite(highest)
-    for at in np.flatnonzero(~fits):
-        stack, values, place = places[at]
-        refuse_unusable(values[place], criterion, stack.weight[place], stack.names[place])
+    yield from (places[at] for at in np.flatnonzero(~fits))
 
 
 def mask_digest(masks: Sequence[Tensor]) -> str:

@@ -144,10 +144,11 @@ class Judge:
     def _probed(self, criterion: Criterion, compare: str) -> ProbeMask | None:
         """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
         try:
+            recipe = Recipe(name="probe", criterion=criterion, compare=compare)
             masks = [
                 mask
                 for post in self._posts
-                for of_regime in self._masks(post.probe, criterion, compare)
+                for of_regime in self._masks(post.probe, recipe)
                 for mask in of_regime
             ]
         except ScoreError:
@@ -203,9 +204,8 @@ class Judge:
         begin: float | None = None,
     ) -> dict[str, Any]:
         begin = time.perf_counter() if begin is None else begin
-        recipe = _recipe(question)
         samples = [post.samples for post in self._posts]
-        error = self._lost(samples, recipe.criterion, recipe.compare, scores)
+        error = self._lost(samples, _recipe(question), scores)
         if not math.isfinite(error):
             return {"fault": "its layer error is not finite"}
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
@@ -218,8 +218,7 @@ class Judge:
     def _lost(
         self,
         of_posts: Sequence[Sequence[Stack]],
-        criterion: Criterion,
-        compare: str,
+        recipe: Recipe,
         scores: Sequence[Sequence[Tensor]] | None = None,
     ) -> float:
         """The layer error, of several posts and regimes the geometric mean."""
@@ -227,21 +226,21 @@ class Judge:
         lost: list[float] = []
         for bench, samples, own in zip(self._benches, of_posts, known, strict=True):
             with about(bench, self._benches):
-                for of_regime in self._masks(samples, criterion, compare, own):
+                for of_regime in self._masks(samples, recipe, own):
                     lost.append(layer_error(samples, of_regime))
         return geometric_mean(lost)
 
     def _masks(
         self,
         samples: Sequence[Stack],
-        criterion: Criterion,
-        compare: str,
+        recipe: Recipe,
         scores: Sequence[Tensor] | None = None,
     ) -> Iterator[list[Tensor]]:
         """The masks of all samples in each regime, one regime after the other."""
         for regime in self.task.regimes:
-            request = regime.sparsity, compare, regime.pattern
-            yield masks_on(samples, criterion, *request, scores=scores)
+            request = regime.sparsity, recipe.compare, regime.pattern
+            given: dict[str, Any] = {"criteria": recipe.criteria, "scores": scores}
+            yield masks_on(samples, recipe.criterion, *request, **given)
 
     def _tuned(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
@@ -250,7 +249,7 @@ class Judge:
 
         def error(criterion: Criterion) -> float | None:
             try:
-                found = self._lost(samples, criterion, recipe.compare)
+                found = self._lost(samples, recipe.model_copy(update={"criterion": criterion}))
             except ScoreError:
                 return None
             return found if math.isfinite(found) else None

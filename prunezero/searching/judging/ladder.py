@@ -167,4 +167,4 @@ class Ladder:
 
 
 def _of_mask(rule: Rule) -> dict[str, Any]:
-    return {key: value for key, value in rule.choices.items() if key == "compare"}
+    return {key: rule.choices[key] for key in ("compare", "criteria") if key in rule.choices}

@@ -64,7 +64,7 @@ def _judged(proposal: Proposal, slot: int, generation: int) -> Candidate:
 
 def _faults(proposal: Proposal, task: Task) -> Iterator[str]:
     rule = proposal.rule
-    if not task.space.holds(rule.criterion):
+    if not all(map(task.space.holds, rule.formulas)):
         yield f"{rule.text} is too large for the space, nests what it forbids, or ranks nothing"
     try:
         if Criterion.parse(rule.criterion.text) != rule.criterion:

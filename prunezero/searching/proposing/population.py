@@ -67,10 +67,10 @@ class Breeders:
         if len(self.glanced) > 1 and rng.random() < glanced:
             pool = self.glanced
         pool = pool or self.everyone
-        crowds = Counter(one.criterion.complexity for one in pool)
+        crowds = Counter(one.complexity for one in pool)
 
         def cost(rank: int) -> tuple[int, int]:
-            crowd = crowds[pool[rank].criterion.complexity]
+            crowd = crowds[pool[rank].complexity]
             return (rank + 1) * (len(pool) + _CROWDING * crowd), rank
 
         return pool[min((rng.randrange(len(pool)) for _ in range(self.tournament)), key=cost)]
@@ -78,8 +78,8 @@ class Breeders:
 
 def kind(candidate: Candidate) -> Kind:
     """Size, dearest signal, and behaviour of a candidate."""
-    size = sum(candidate.criterion.complexity > limit for limit in _SIZES)
-    return size, candidate.criterion.signal, candidate.behaviour
+    size = sum(candidate.complexity > limit for limit in _SIZES)
+    return size, candidate.signal, candidate.behaviour
 
 
 def _united(*lists: list[Candidate]) -> list[Candidate]:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from prunezero.errors import CriterionError, RecipeError
+from prunezero.formula.canonical import number
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
@@ -22,7 +23,7 @@ from prunezero.searching.proposing.genetics import as_seen, cross, mutate, rando
 from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.task import Rule, Task
 
-# By what the share of some layers in the sparsity is multiplied.
+# By what the share of some layers in the sparsity is multiplied, or their scores.
 _SHARES = (0.8, 0.9, 1.1, 1.25)
 # Share of fathers from the whole archipelago.
 _MIGRATION = 0.1
@@ -116,8 +117,8 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     kind = rng.random() - space.fresh
     if kind < 0 or not breeders.everyone:
         return _fresh(task, rng)
-    if kind < space.chosen and (task.options or task.ratios):
-        return _chosen(task, breeders.parent(slot, rng, glanced=1.0), rng)
+    if kind < space.chosen and (task.options or task.ratios or task.criteria):
+        return _chosen(task, breeders.parent(slot, rng, glanced=1.0), breeders, rng)
     mother = breeders.parent(slot, rng)
     compare = task.competing(mother.choices)
     if kind > 1 - space.fresh - space.crossover:
@@ -127,11 +128,16 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     return child_of(mutate(mother.criterion, space, rng, compare=compare), "mutate", mother)
 
 
-def _chosen(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None:
+def _chosen(
+    task: Task, parent: Candidate, breeders: Breeders, rng: random.Random
+) -> Proposal | None:
     """The parent with another value at one of the keys that the space leaves open."""
-    key = rng.choice([*sorted(task.options), *(["ratios"] if task.ratios else [])])
+    apart = [key for key in ("ratios", "criteria") if getattr(task, key)]
+    key = rng.choice([*sorted(task.options), *apart])
     if key == "ratios":
         return _moved(task, parent, rng)
+    if key == "criteria":
+        return _specialised(task, parent, breeders, rng)
     before = task.recipe(parent.rule, "candidate")
     rules = []
     for value in task.options[key]:
@@ -162,6 +168,35 @@ def _moved(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None
     except RecipeError:
         return None
     return Proposal(rule, "choose", (parent.slot,))
+
+
+def _specialised(
+    task: Task, parent: Candidate, breeders: Breeders, rng: random.Random
+) -> Proposal | None:
+    """The parent with another formula for some layers: that of another candidate, or a mutant.
+
+    Where all layers compete, scores of two formulas do not compare; there it is the formula that
+    these layers have, times a factor.
+    """
+    own = dict(parent.choices.get("criteria", {}))
+    pattern = rng.choice(task.criteria)
+    before = Criterion.parse(own.pop(pattern)) if pattern in own else parent.criterion
+    compare = task.competing(parent.choices)
+    after = before
+    if compare == "model":
+        with suppress(CriterionError):
+            after = Criterion.from_sympy(number(rng.choice(_SHARES)) * before.sympy)
+    elif rng.random() < 0.5:
+        after = breeders.parent(None, rng, glanced=1.0).criterion
+    else:
+        after = mutate(before, task.space, rng, compare=compare) or before
+    if after != parent.criterion:
+        own[pattern] = after.text
+    choices = {key: value for key, value in parent.choices.items() if key != "criteria"}
+    if own:
+        choices["criteria"] = dict(sorted(own.items()))
+    rule = Rule(parent.criterion, choices)
+    return None if rule == parent.rule else Proposal(rule, "choose", (parent.slot,))
 
 
 def _with_choices(task: Task, parent: Candidate, choices: Mapping[str, Any]) -> Rule:

@@ -1,0 +1,162 @@
+"""Searches that may give kinds of projection a formula of their own."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunezero.errors import ScoreError
+from prunezero.formula import Criterion
+from prunezero.models.units import find_layers
+from prunezero.report.beginnings import rules_of
+from prunezero.report.run_summary import latex_of_front
+from prunezero.searching.candidate import Candidate
+from prunezero.searching.judging.fitness import masks_on
+from prunezero.searching.judging.judge import Judge
+from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.population import Breeders
+from prunezero.searching.proposing.strategies import _specialised
+from prunezero.searching.rivals import published_twin
+from prunezero.searching.session import find, make_task
+from prunezero.searching.space import SearchSpace
+from prunezero.searching.task import Rule, Task
+from tests.searching.bench import tiny_bench, tiny_space
+from tests.tiny_models import tiny_model
+
+WANDA = Criterion.parse("abs(W)*X")
+OWN = {"down_proj": "abs(W)", "q_proj": "abs(W)*sqrt(G)"}
+
+
+def task_of(sparsity: float | None = 0.5, pattern: str = "free", **space: Any) -> Task:
+    layers = find_layers(tiny_model().model)
+    fields = {"criteria": ["q_proj", "down_proj", "c_attn"], **space}
+    return make_task(tiny_space(**fields), sparsity, pattern=pattern).on(layers)
+
+
+def candidate(text: str, slot: int, **choices: Any) -> Candidate:
+    fields: Any = {"mask": str(slot), "layer_error": 0.1 + slot, "kl": 1.0 + slot}
+    return Candidate(slot, 0, Criterion.parse(text), "seed", (), "new", choices, **fields)
+
+
+def test_kinds_that_the_model_lacks_and_those_taken_already_are_left_out() -> None:
+    assert task_of().criteria == ("q_proj", "down_proj")
+    assert task_of(None, "2:4").criteria == ("q_proj", "down_proj")
+    twice = task_of(criteria=["mlp.down_proj", "down_proj", "re:self_attn"])
+    assert twice.criteria == ("mlp.down_proj", "re:self_attn")
+    both = make_task(tiny_space(criteria=["q_proj", "c_attn"]), 0.5).on(
+        find_layers(tiny_model().model), find_layers(tiny_model("gpt2").model)
+    )
+    assert both.criteria == ()
+
+
+@pytest.mark.parametrize("name", ["projections"])
+def test_the_space_of_projections_names_each_kind_of_every_family(name: str) -> None:
+    space = SearchSpace.load(name)
+    for family in ("llama", "gpt2", "opt"):
+        layers = find_layers(tiny_model(family).model)
+        task = make_task(space, None, pattern="2:4").on(layers)
+        named = {layer.name for layer in layers for kind in task.criteria if kind in layer.name}
+        assert named == {layer.name for layer in layers}
+
+
+@pytest.mark.parametrize("compare", ["row", "model"])
+def test_a_child_has_another_formula_for_one_kind(compare: str) -> None:
+    task = task_of()
+    memory = Memory()
+    for slot, text in enumerate(("abs(W)*X", "abs(W)*G", "W**2*minmax(G)")):
+        memory.keep(candidate(text, slot, compare=compare))
+    breeders = Breeders.among(memory, task.space, 0)
+    parent = candidate("abs(W)*X", 0, compare=compare, criteria={"q_proj": "abs(W)*G1"})
+    seen = set()
+    for seed in range(60):
+        found = _specialised(task, parent, breeders, random.Random(seed))
+        if found is None:
+            continue
+        assert found.rule.criterion == parent.criterion and found.rule != parent.rule
+        recipe = task.recipe(found.rule, "it")
+        assert recipe.compare == compare and set(recipe.criteria) <= {"q_proj", "down_proj"}
+        assert all(map(task.space.holds, found.rule.formulas))
+        seen.add(found.rule.text)
+        if compare == "model":
+            # Only factors: scores of other formulas would not compare.
+            scaled = {"q_proj": "abs(W)*G1", "down_proj": "abs(W)*X"}
+            for kind, own in recipe.criteria.items():
+                ratio = own.sympy / Criterion.parse(scaled[kind]).sympy
+                assert ratio.is_number and ratio > 0
+    assert len(seen) == 8 if compare == "model" else len(seen) > 10, seen
+
+
+def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
+    bench, task = tiny_bench(), task_of()
+    judge = Judge(task, bench)
+    stacks = judge._posts[0].samples
+    formulas = {kind: Criterion.parse(text) for kind, text in OWN.items()}
+    mixed = masks_on(stacks, WANDA, 0.5, "row", "free", criteria=formulas)
+    names = [name for stack in stacks for name in stack.names]
+    masks = dict(zip(names, (mask for of_stack in mixed for mask in of_stack), strict=True))
+    for text in ("abs(W)*X", *OWN.values()):
+        alone = masks_on(stacks, Criterion.parse(text), 0.5, "row", "free")
+        flat = (mask for of_stack in alone for mask in of_stack)
+        for name, mask in zip(names, flat, strict=True):
+            if OWN.get(name.rsplit(".", 1)[-1], "abs(W)*X") == text:
+                assert torch.equal(masks[name], mask)
+
+
+def test_a_formula_that_ranks_nothing_where_it_counts_is_told_by_layer_and_formula() -> None:
+    stacks = Judge(task_of(), tiny_bench())._posts[0].samples
+    # Beyond what exp can tell apart.
+    own = {"down_proj": Criterion.parse("exp(abs(W) + 100)")}
+    with pytest.raises(ScoreError, match=r"exp\(.*\) gives every weight of .*down_proj the same"):
+        masks_on(stacks, WANDA, 0.5, "row", "free", criteria=own)
+
+
+def test_its_size_and_signal_are_those_of_all_formulas() -> None:
+    one = candidate("abs(W)*X", 0, criteria=OWN)
+    words = [Criterion.parse(text).complexity for text in ("abs(W)*X", *OWN.values())]
+    assert one.complexity == sum(words) == one.row()["complexity"]
+    assert one.signal == "gradients" == one.row()["signal"]
+    assert candidate("abs(W)*X", 0).complexity == words[0]
+
+
+def test_it_is_no_twin_of_a_published_recipe() -> None:
+    task = task_of()
+    assert published_twin(task, Rule(WANDA)) == "wanda"
+    assert published_twin(task, Rule(WANDA, {"criteria": OWN})) is None
+
+
+def test_the_front_in_latex_names_the_layers_of_each_formula() -> None:
+    row = candidate("abs(W)*X", 0, criteria={"down_proj": "abs(W)"}).row()
+    table = latex_of_front([{**row, "search_perplexity": 12.0}])
+    assert r"; \texttt{down\_proj}: $" in table and "criteria" not in table
+
+
+def test_a_search_finds_them_goes_on_and_hands_them_on(tmp_path: Path) -> None:
+    space = tiny_space(criteria=["q_proj", "down_proj", "up_proj"], chosen=0.8, tuned=0)
+
+    def searched(name: str, budget: int, **options: Any) -> list[Candidate]:
+        folder = tmp_path / name
+        return list(find(tiny_bench(), space, 0.5, folder=folder, budget=budget, **options))
+
+    whole = searched("whole", 30)
+    own = [one for one in whole if "criteria" in one.choices and one.kl is not None]
+    assert len(own) > 3
+    assert all(one.fault == "" for one in own)
+    searched("parts", 14)
+    again = searched("parts", 30, resume=True)
+    assert [one.rule.text for one in again] == [one.rule.text for one in whole]
+    assert [one.layer_error for one in again] == [one.layer_error for one in whole]
+
+    task = make_task(space, 0.5).on(find_layers(tiny_model().model))
+    recipe = task.recipe(own[0].rule, "mine")
+    recipe.save(tmp_path / "mine.yaml")
+    start = rules_of(str(tmp_path / "mine.yaml"), tmp_path)
+    begun = make_task(space, 0.5, start=start).on(find_layers(tiny_model().model))
+    assert begun.seeds[0] == own[0].rule
+    # Another space, or a model without those layers, cannot write it.
+    assert make_task(tiny_space(), 0.5, start=start).seeds[0].choices.get("criteria") is None
+    other = make_task(space, 0.5, start=start).on(find_layers(tiny_model("gpt2").model))
+    assert all("criteria" not in seed.choices for seed in other.seeds)
