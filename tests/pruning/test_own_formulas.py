@@ -40,7 +40,7 @@ def pruned(chosen: Recipe) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("update", ["none", "obs", "admm"])
 @pytest.mark.parametrize("choices", [{}, {"pattern": "2:4"}, {"compare": "16 columns"}])
 def test_each_layer_is_pruned_as_if_its_formula_were_that_of_all(
-    update: str, choices: dict[str, str]
+    update: str, choices: dict[str, Any]
 ) -> None:
     # On dense statistics, layers know nothing of each other; k shares its sweep with q and v.
     mixed = pruned(recipe(OWN, update=update, **choices))
