@@ -19,6 +19,7 @@ from prunezero.pruning.compare import GLANCE
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.ladder import Ladder
 from prunezero.searching.memory import Memory, skeleton
+from prunezero.searching.proposing.apart import around
 from prunezero.searching.proposing.catalogue import find_strategy
 from prunezero.searching.proposing.strategies import Proposal, Strategy, ending
 from prunezero.searching.race import to_glance, to_judge, to_measure
@@ -191,7 +192,9 @@ class _Run:
                 return
             # One that could not be tuned stays as it is, and so is known.
             formula = next(answers).get("formula", candidate.criterion.text)
-            rule = Rule(Criterion.parse(formula), candidate.choices)
+            criterion = Criterion.parse(formula)
+            compare = self._ladder.task.competing(candidate.choices)
+            rule = Rule(criterion, around(candidate.rule, criterion, compare))
             if space.holds(rule.criterion):
                 slot = self.memory.slot
                 self.memory.slot += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from prunezero.errors import ModelError
+from prunezero.errors import CriterionError, ModelError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.units import Layer, matching
 from prunezero.pruning.documents import validated
@@ -41,6 +41,22 @@ class Rule:
     def around(self) -> list[str]:
         """Each choice in words, in the order of their keys."""
         return [f"{key}: {value}" for key, value in sorted(self.choices.items())]
+
+
+def rescaled(
+    own: Mapping[str, Criterion], before: Criterion, after: Criterion
+) -> dict[str, Criterion]:
+    """Formulas that were `before` times a factor, as `after` times it; others are left out."""
+    found = {}
+    share, rest = before.sympy.as_content_primitive()
+    for pattern, criterion in own.items():
+        factor, same = criterion.sympy.as_content_primitive()
+        if same == rest:
+            with suppress(CriterionError):
+                scaled = Criterion.from_sympy(factor / share * after.sympy)
+                if scaled != after:
+                    found[pattern] = scaled
+    return found
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,15 @@ def test_the_card_shows_the_formula_and_the_recipe() -> None:
     assert body.endswith("Found last night.")
 
 
+def test_the_card_shows_formulas_of_some_layers_behind_that_of_the_others() -> None:
+    _, body = card(criteria={"down_proj": Criterion.parse("abs(W)/C1")})
+    usual, own = (
+        body.index("`abs(W)*X`"),
+        body.index("Layers `down_proj` have a formula of their own"),
+    )
+    assert usual < own < body.index("`abs(W)/C1`") < body.index("## Results")
+
+
 @pytest.mark.parametrize("name", ["/home/me/model", "demo", "./a/b", "a/b/c", "a b/c", "x.gguf"])
 def test_a_folder_is_never_named_as_a_hub_model(name: str) -> None:
     assert not is_hub_id(name)

@@ -14,12 +14,14 @@ from prunezero.formula import Criterion
 from prunezero.models.units import find_layers
 from prunezero.report.beginnings import rules_of
 from prunezero.report.run_summary import latex_of_front
+from prunezero.report.tracked import baseline_row
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.fitness import masks_on
-from prunezero.searching.judging.judge import Judge
+from prunezero.searching.judging.judge import Judge, _with_formula
 from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.apart import around, specialised
 from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import _specialised
+from prunezero.searching.proposing.strategies import _with_choices
 from prunezero.searching.rivals import published_twin
 from prunezero.searching.session import find, make_task
 from prunezero.searching.space import SearchSpace
@@ -73,21 +75,54 @@ def test_a_child_has_another_formula_for_one_kind(compare: str) -> None:
     parent = candidate("abs(W)*X", 0, compare=compare, criteria={"q_proj": "abs(W)*G1"})
     seen = set()
     for seed in range(60):
-        found = _specialised(task, parent, breeders, random.Random(seed))
-        if found is None:
-            continue
-        assert found.rule.criterion == parent.criterion and found.rule != parent.rule
-        recipe = task.recipe(found.rule, "it")
+        rule = specialised(task, parent, breeders, random.Random(seed))
+        assert rule.criterion == parent.criterion
+        recipe = task.recipe(rule, "it")
         assert recipe.compare == compare and set(recipe.criteria) <= {"q_proj", "down_proj"}
-        assert all(map(task.space.holds, found.rule.formulas))
-        seen.add(found.rule.text)
+        assert all(map(task.space.holds, rule.formulas))
+        seen.add(rule.text)
         if compare == "model":
             # Only factors: scores of other formulas would not compare.
             scaled = {"q_proj": "abs(W)*G1", "down_proj": "abs(W)*X"}
             for kind, own in recipe.criteria.items():
                 ratio = own.sympy / Criterion.parse(scaled[kind]).sympy
                 assert ratio.is_number and ratio > 0
+    # At a factor once more, or at the parent's own formula.
     assert len(seen) == 8 if compare == "model" else len(seen) > 10, seen
+
+
+def test_where_all_layers_compete_a_kind_keeps_its_factor_when_the_formula_changes() -> None:
+    own = {"q_proj": "0.8*abs(W)*(100*G1 + X)", "down_proj": "abs(W)*G", "up_proj": "2*abs(W)*X"}
+    rule = Rule(Criterion.parse("abs(W)*(100*G1 + X)"), {"compare": "model", "criteria": own})
+    after = Criterion.parse("abs(W)*sqrt(F)")
+    # Of another formula nobody knows what it would be now.
+    assert around(rule, after, "model") == {
+        "compare": "model",
+        "criteria": {"q_proj": "0.8*abs(W)*sqrt(F)"},
+    }
+    assert around(rule, after, "row")["criteria"] == own
+    assert around(Rule(WANDA, {"compare": "model"}), after, "model") == {"compare": "model"}
+
+
+def test_numbers_are_tuned_with_the_factors_in_place() -> None:
+    judge = Judge(task_of(), tiny_bench())
+    recipe = judge.task.recipe(
+        Rule(WANDA, {"compare": "model", "criteria": {"q_proj": "0.5*abs(W)*X"}}), "it"
+    )
+    changed = _with_formula(recipe, Criterion.parse("abs(W)*X**0.5"))
+    assert changed.text == "abs(W)*sqrt(X); q_proj: 0.5*abs(W)*sqrt(X)"
+    by_rows = _with_formula(recipe.model_copy(update={"compare": "row"}), WANDA)
+    assert by_rows.text == "abs(W)*X; q_proj: 0.5*abs(W)*X"
+
+
+def test_formulas_of_some_layers_are_dropped_where_other_weights_now_compete() -> None:
+    task = task_of(criteria=["q_proj"])
+    parent = candidate("abs(W)*X", 0, compare="row", criteria={"q_proj": "abs(W)*G"})
+    assert _with_choices(task, parent, {**parent.choices, "compare": "model"}).choices == {
+        "compare": "model"
+    }
+    other = _with_choices(task, parent, {**parent.choices, "update": "admm"})
+    assert other.choices["criteria"] == {"q_proj": "abs(W)*G"}
 
 
 def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
@@ -120,6 +155,18 @@ def test_its_size_and_signal_are_those_of_all_formulas() -> None:
     assert one.complexity == sum(words) == one.row()["complexity"]
     assert one.signal == "gradients" == one.row()["signal"]
     assert candidate("abs(W)*X", 0).complexity == words[0]
+
+
+def test_mlflow_is_told_of_all_formulas() -> None:
+    row = {
+        "recipe": "mine",
+        "formula": "abs(W)*X",
+        "criteria": "re:a|b: abs(W); down_proj: abs(W)*G",
+    }
+    told = baseline_row(row)
+    words = [Criterion.parse(text).complexity for text in ("abs(W)*X", "abs(W)", "abs(W)*G")]
+    assert told["complexity"] == sum(words) and told["signal"] == "gradients"
+    assert baseline_row({**row, "criteria": ""})["complexity"] == words[0]
 
 
 def test_it_is_no_twin_of_a_published_recipe() -> None:

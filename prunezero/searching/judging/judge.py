@@ -34,7 +34,7 @@ from prunezero.searching.judging.post import Post
 from prunezero.searching.judging.samples import Stack, ladder_sums
 from prunezero.searching.judging.tuning import tune
 from prunezero.searching.regimes import Regime, geometric_mean, over_regimes
-from prunezero.searching.task import Task
+from prunezero.searching.task import Task, rescaled
 
 # Keys of a recipe that change no result.
 _WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}
@@ -249,7 +249,7 @@ class Judge:
 
         def error(criterion: Criterion) -> float | None:
             try:
-                found = self._lost(samples, recipe.model_copy(update={"criterion": criterion}))
+                found = self._lost(samples, _with_formula(recipe, criterion))
             except ScoreError:
                 return None
             return found if math.isfinite(found) else None
@@ -289,3 +289,10 @@ def _is_short_of_memory(error: Exception) -> bool:
 
 def _recipe(question: Question) -> Recipe:
     return validated(Recipe, {"name": "candidate", **(question.recipe or {})}, "a question")
+
+
+def _with_formula(recipe: Recipe, criterion: Criterion) -> Recipe:
+    own = dict(recipe.criteria)
+    if recipe.compare == "model":
+        own = rescaled(own, recipe.criterion, criterion)
+    return recipe.model_copy(update={"criterion": criterion, "criteria": own})

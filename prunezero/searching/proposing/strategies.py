@@ -15,15 +15,15 @@ from functools import partial
 from typing import Any
 
 from prunezero.errors import CriterionError, RecipeError
-from prunezero.formula.canonical import number
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
+from prunezero.searching.proposing.apart import around, specialised
 from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.task import Rule, Task
 
-# By what the share of some layers in the sparsity is multiplied, or their scores.
+# By what the share of some layers in the sparsity is multiplied.
 _SHARES = (0.8, 0.9, 1.1, 1.25)
 # Share of fathers from the whole archipelago.
 _MIGRATION = 0.1
@@ -99,11 +99,17 @@ def fresh(task: Task, memory: Memory, generation: int) -> Proposals:
         yield _fresh(task, generator(task.seed, memory.slot, "breed"))
 
 
-def child_of(criterion: Criterion | None, origin: str, *parents: Candidate) -> Proposal | None:
-    """A formula made from these candidates, the first of which gives the choices around it."""
+def child_of(
+    criterion: Criterion | None, origin: str, *parents: Candidate, compare: str = "row"
+) -> Proposal | None:
+    """A formula made from these candidates, the first of which gives the choices around it.
+
+    Args:
+        compare: which weights compete under those choices.
+    """
     if criterion is None:
         return None
-    choices = parents[0].choices if parents else {}
+    choices = around(parents[0].rule, criterion, compare) if parents else {}
     return Proposal(Rule(criterion, choices), origin, tuple(parent.slot for parent in parents))
 
 
@@ -124,8 +130,9 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     if kind > 1 - space.fresh - space.crossover:
         father = breeders.parent(None if rng.random() < _MIGRATION else slot, rng)
         child = cross(mother.criterion, father.criterion, space, rng, compare=compare)
-        return child_of(child, "cross", mother, father)
-    return child_of(mutate(mother.criterion, space, rng, compare=compare), "mutate", mother)
+        return child_of(child, "cross", mother, father, compare=compare)
+    mutant = mutate(mother.criterion, space, rng, compare=compare)
+    return child_of(mutant, "mutate", mother, compare=compare)
 
 
 def _chosen(
@@ -137,7 +144,8 @@ def _chosen(
     if key == "ratios":
         return _moved(task, parent, rng)
     if key == "criteria":
-        return _specialised(task, parent, breeders, rng)
+        rule = specialised(task, parent, breeders, rng)
+        return None if rule == parent.rule else Proposal(rule, "choose", (parent.slot,))
     before = task.recipe(parent.rule, "candidate")
     rules = []
     for value in task.options[key]:
@@ -170,39 +178,12 @@ def _moved(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None
     return Proposal(rule, "choose", (parent.slot,))
 
 
-def _specialised(
-    task: Task, parent: Candidate, breeders: Breeders, rng: random.Random
-) -> Proposal | None:
-    """The parent with another formula for some layers: that of another candidate, or a mutant.
-
-    Where all layers compete, scores of two formulas do not compare; there it is the formula that
-    these layers have, times a factor.
-    """
-    own = dict(parent.choices.get("criteria", {}))
-    pattern = rng.choice(task.criteria)
-    before = Criterion.parse(own.pop(pattern)) if pattern in own else parent.criterion
-    compare = task.competing(parent.choices)
-    after = before
-    if compare == "model":
-        with suppress(CriterionError):
-            after = Criterion.from_sympy(number(rng.choice(_SHARES)) * before.sympy)
-    elif rng.random() < 0.5:
-        after = breeders.parent(None, rng, glanced=1.0).criterion
-    else:
-        after = mutate(before, task.space, rng, compare=compare) or before
-    if after != parent.criterion:
-        own[pattern] = after.text
-    choices = {key: value for key, value in parent.choices.items() if key != "criteria"}
-    if own:
-        choices["criteria"] = dict(sorted(own.items()))
-    rule = Rule(parent.criterion, choices)
-    return None if rule == parent.rule else Proposal(rule, "choose", (parent.slot,))
-
-
 def _with_choices(task: Task, parent: Candidate, choices: Mapping[str, Any]) -> Rule:
     """The parent under other choices, without what no mask sees where other weights now compete."""
     criterion, compare = parent.criterion, task.competing(choices)
     if compare != task.competing(parent.choices):
+        # What some layers have of their own was chosen for the other competition.
+        choices = {key: value for key, value in choices.items() if key != "criteria"}
         with suppress(CriterionError):
             seen = as_seen(criterion, task.space, compare)
             criterion = seen if task.space.holds(seen) else criterion
