@@ -17,7 +17,7 @@ from prunezero.searching.judging.samples import ROW_WEIGHTS, ladder_sums
 from prunezero.searching.task import Task
 
 # Counts changes to what a search draws, asks or writes; what is older is then refused.
-FORMAT = 6
+FORMAT = 7
 
 
 def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dict[str, Any]:

@@ -91,6 +91,18 @@ def test_a_child_has_another_formula_for_one_kind(compare: str) -> None:
     assert len(seen) == 8 if compare == "model" else len(seen) > 10, seen
 
 
+def test_what_another_candidate_has_for_a_kind_is_taken_over_for_that_kind() -> None:
+    task, memory = task_of(criteria=["q_proj"]), Memory()
+    memory.keep(candidate("abs(W)", 1, criteria={"q_proj": "W**2*F"}))
+    memory.keep(candidate("abs(W)", 2, criteria={"q_proj": "W**2*F"}))
+    breeders = Breeders.among(memory, task.space, 0)
+    parent = candidate("abs(W)*X", 0)
+    seen = {
+        str(specialised(task, parent, breeders, random.Random(seed)).choices) for seed in range(20)
+    }
+    assert "{'criteria': {'q_proj': 'W**2*F'}}" in seen
+
+
 def test_where_all_layers_compete_a_kind_keeps_its_factor_when_the_formula_changes() -> None:
     own = {"q_proj": "0.8*abs(W)*(100*G1 + X)", "down_proj": "abs(W)*G", "up_proj": "2*abs(W)*X"}
     rule = Rule(Criterion.parse("abs(W)*(100*G1 + X)"), {"compare": "model", "criteria": own})

@@ -24,22 +24,28 @@ _FACTORS = (0.8, 0.9, 1.1, 1.25)
 
 
 def specialised(task: Task, parent: Candidate, breeders: Breeders, rng: random.Random) -> Rule:
-    """The parent's rule with another formula for one kind: another candidate's, or a mutant."""
+    """The parent with another formula for one kind: another candidate's for it, or a mutant."""
     own = dict(parent.choices.get("criteria", {}))
     pattern = rng.choice(task.criteria)
-    before = Criterion.parse(own.pop(pattern)) if pattern in own else parent.criterion
+    before = _formula_for(pattern, parent)
+    own.pop(pattern, None)
     compare = task.competing(parent.choices)
     after = before
     if compare == "model":
         with suppress(CriterionError):
             after = Criterion.from_sympy(number(rng.choice(_FACTORS)) * before.sympy)
     elif rng.random() < 0.5:
-        after = breeders.parent(None, rng, glanced=1.0).criterion
+        after = _formula_for(pattern, breeders.parent(None, rng, glanced=1.0))
     else:
         after = mutate(before, task.space, rng, compare=compare) or before
     if after != parent.criterion:
         own[pattern] = after.text
     return Rule(parent.criterion, _with(parent.choices, own))
+
+
+def _formula_for(pattern: str, candidate: Candidate) -> Criterion:
+    text = candidate.choices.get("criteria", {}).get(pattern)
+    return candidate.criterion if text is None else Criterion.parse(text)
 
 
 def around(rule: Rule, criterion: Criterion, compare: str) -> dict[str, Any]:
