@@ -59,12 +59,13 @@ def main() -> None:
         criterion = waiting.pop(0) if waiting else random_criterion(space, rng)
         if criterion is None:
             continue
-        choices = (task.sparsity, space.compare, task.pattern)
+        recipe = task.recipe(criterion, "formula")
+        choices = (task.sparsity, task.pattern)
         try:
             begin = time.perf_counter()
-            digest = mask_digest(masks_on(probe, criterion, *choices))
+            digest = mask_digest(masks_on(probe, recipe, *choices))
             probed = time.perf_counter()
-            masks = masks_on(samples, criterion, *choices)
+            masks = masks_on(samples, recipe, *choices)
             weighted = layer_error(samples, masks)
             screened = time.perf_counter()
         except ScoreError:
@@ -73,7 +74,6 @@ def main() -> None:
         if digest in seen or weighted > 0.5:
             continue
         seen.add(digest)
-        recipe = task.recipe(criterion, "formula")
         glance = stand.row(recipe, task.sparsity, (GLANCE,))
         glanced = time.perf_counter()
         row = stand.row(recipe, task.sparsity, ("search",))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prunezero.errors import CriterionError, ScoreError
 from prunezero.formula.criterion import Criterion
+from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.score import evaluate, refuse_unusable
 from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
 from prunezero.searching.judging.samples import Stack, grams_of
@@ -75,7 +76,8 @@ def _errors(
 
 def _masks(found: list[Stack], group: Sequence[Criterion], pattern: str) -> Iterator[list[Tensor]]:
     for criterion, scores in zip(group, scores_on(found, group), strict=True):
-        yield masks_on(found, criterion, SPARSITY, "row", pattern, scores=scores)
+        recipe = Recipe(name="one", criterion=criterion)
+        yield masks_on(found, recipe, SPARSITY, pattern, scores=scores)
 
 
 def stacks(head: Row) -> Iterator[Stack]:

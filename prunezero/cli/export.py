@@ -30,8 +30,8 @@ def export(
     """Write a recipe as a one-page pruner that needs torch and nothing of prunezero.
 
     `--kernel` writes the formula as a Triton kernel: from a layer's weight and features to its
-    scores. It needs torch and Triton, and is there for every recipe, since it takes of it the
-    formula alone.
+    scores. It needs torch and Triton, and is there for every recipe of one formula, since it takes
+    of it the formula alone.
 
     Examples:
 
@@ -48,7 +48,7 @@ def export(
     from prunezero.pruning.bench import with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.report.export import write_pruner
-    from prunezero.report.kernel_export import write_kernel
+    from prunezero.report.kernel_export import refuse_several, write_kernel
     from prunezero.report.run_folder import pruner_fields
 
     check_statistics(statistics)
@@ -63,7 +63,9 @@ def export(
     found = runs_dir / recipe / "recipe.yaml"
     chosen = Recipe.load(found if os.path.isfile(found) else recipe)
     fields = pruner_fields(with_choices(chosen, pattern=pattern, statistics=statistics))
-    # What a page cannot follow is told before the other file is written.
+    # What one file cannot follow is told before the other is written.
+    if kernel is not None:
+        refuse_several(fields)
     if output is not None:
         write_pruner(fields, output)
         say(f"wrote {output}: {fields.text}")

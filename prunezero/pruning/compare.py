@@ -8,6 +8,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+from prunezero.formula.features import SIGNALS
 from prunezero.models.calibration import Progress
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.units import Layer, find_layers
@@ -30,6 +31,7 @@ def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
     """The row of a dense model, from what was measured on it."""
     head = {"recipe": "dense", "sparsity": 0.0, "pattern": "free", "statistics": "none"}
     tail = {"sparsity_reached": 0.0, "seconds": 0.0, "formula": "", "criteria": ""}
+    tail |= {"complexity": None, "signal": None}
     return {**head, **measured, **tail, "compare": "", "allocate": "", "update": ""}
 
 
@@ -45,6 +47,8 @@ def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) ->
         "seconds": outcome.seconds,
         "formula": recipe.criterion.text,
         "criteria": "; ".join(with_patterns(recipe.criteria)),
+        "complexity": sum(criterion.complexity for criterion in recipe.formulas),
+        "signal": max((one.signal for one in recipe.formulas), key=SIGNALS.index),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
@@ -169,10 +173,10 @@ def compare(
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
     sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, those
-    of some layers, their comparison group, allocation and updates. Perplexity is exp of the mean
-    nats per token, kl is in nats per token on validation text, seconds are those of pruning alone;
-    `window_losses` holds the nats per token of each window by split, so that recipes can be
-    compared in pairs.
+    of some layers, the words of all of them and the dearest signal they look at, their comparison
+    group, allocation and updates. Perplexity is exp of the mean nats per token, kl is in nats per
+    token on validation text, seconds are those of pruning alone; `window_losses` holds the nats per
+    token of each window by split, so that recipes can be compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prunezero.errors import RecipeError, SelectionError
+from prunezero.errors import ModelError, RecipeError, SelectionError
 from prunezero.models.biases import refuse_without_bias
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer, find_layers, matching
@@ -113,7 +113,13 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
 def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Layer]) -> None:
     taken: dict[str, str] = {}
     for pattern in recipe.criteria:
-        for name in sorted(matching(pattern, layers)):
+        try:
+            found = sorted(matching(pattern, layers))
+        except ModelError as error:
+            raise ModelError(
+                f"recipe {recipe.name}: criteria: {error}, of those that the recipe prunes"
+            ) from error
+        for name in found:
             if name in taken:
                 raise RecipeError(
                     f"recipe {recipe.name}: criteria '{taken[name]}' and '{pattern}' both match "

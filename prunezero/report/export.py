@@ -104,6 +104,7 @@ def pruner_page(fields: PrunerFields) -> str:
         "COMPARE": fields.compare,
         "PATTERN": fields.pattern,
         "TARGETS": _name_expression(fields.targets, nothing=""),
+        "OWN": [_name_expression((pattern,), nothing="") for pattern in fields.criteria],
         "IGNORE": _name_expression(fields.ignore, nothing="^$"),
     }
     if fields.compare == "model" and fields.pattern == "free":
@@ -155,9 +156,8 @@ def _features(fields: PrunerFields) -> list[str]:
 def _score_body(fields: PrunerFields) -> list[str]:
     """The body of `score`: formulas of some layers first, then that of all others."""
     lines = []
-    for pattern, own in fields.criteria.items():
-        expression = json.dumps(_name_expression((pattern,), nothing=""))
-        lines.append(f"if re.search({expression}, layer):")
+    for place, own in enumerate(fields.criteria.values()):
+        lines.append(f"if re.search(OWN[{place}], layer):")
         lines += [f"    {line}" for line in _score_lines(own)]
     return [*lines, *_score_lines(fields.criterion)]
 
@@ -264,11 +264,10 @@ def _exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:
         first, last = node.lineno - 1, node.end_lineno or node.lineno
         if isinstance(node, ast.Expr):
             lines[first:last] = f'"""{docstring}\n"""'.splitlines()
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if name in new:
-                _, _, comment = lines[first].partition("  # ")
-                lines[first] = f"{name} = {json.dumps(new[name])}  # {comment}"
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) in new:
+            head, _, _ = lines[first].partition(" = ")
+            _, _, comment = lines[first].partition("  # ")
+            lines[first] = f"{head} = {json.dumps(new[_target(node)])}  # {comment}"
         elif isinstance(node, ast.FunctionDef) and node.name in new:
             body = new[node.name]
             # The first statement of every function of the template is its docstring.
@@ -276,6 +275,12 @@ def _exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:
             body = [line if len(line) <= 96 else f"{line}  # noqa: E501" for line in body]
             lines[start:last] = indent("\n".join(body), "    ").splitlines()
     return "\n".join(lines) + "\n"
+
+
+def _target(node: ast.Assign | ast.AnnAssign) -> str:
+    """The name that a line of constants gives its value to."""
+    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+    return target.id if isinstance(target, ast.Name) else ""
 
 
 def check_page(page: str) -> None:

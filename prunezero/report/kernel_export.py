@@ -105,16 +105,25 @@ def write_kernel(fields: PrunerFields, path: Path) -> None:
     Raises:
         OutputError: it cannot be written, or the recipe has several formulas.
     """
+    write_text(kernel_page(fields), path)
+
+
+def refuse_several(fields: PrunerFields) -> None:
+    """Raise OutputError where a recipe has formulas of some layers beside the one of all others."""
     if fields.criteria:
         raise OutputError(
             f"{fields.name} has formulas of its own for {', '.join(fields.criteria)}, but a kernel "
             "file holds one; write a recipe of the formula that you want, and export that"
         )
-    write_text(kernel_page(fields), path)
 
 
 def kernel_page(fields: PrunerFields) -> str:
-    """The file's text: it compiles, and it imports nothing of prunezero."""
+    """The file's text: it compiles, and it imports nothing of prunezero.
+
+    Raises:
+        OutputError: the recipe has several formulas.
+    """
+    refuse_several(fields)
     criterion, planned = fields.criterion, plan(fields.criterion)
     given = _given(criterion)
     names = [feature.name for feature in given]

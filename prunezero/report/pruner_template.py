@@ -19,6 +19,7 @@ COMPARE = "row"  # which weights compete: "row", "layer", "model" or "N columns"
 PATTERN = "free"  # "free", or "N:M" to keep N of every M consecutive weights
 TARGETS = ""  # a regular expression for the names of the layers to prune
 IGNORE = "^$"  # and one for those to leave alone
+OWN: list[str] = []  # some for layers that `score` ranks by formulas of their own
 
 
 def score(weight: Tensor, stats: dict[str, Any], layer: str = "") -> Tensor:
@@ -50,6 +51,9 @@ def prune_(model: Any, batches: Any, sparsity: float = 0.5, pattern: str = PATTE
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be at least 0 and below 1 but got {sparsity}")
     layers = find_layers(model)
+    for own in OWN:
+        if not any(re.search(own, name) for name in layers):
+            raise ValueError(f"no layer matches {own}, which has a formula of its own")
     stats = measure(model.eval(), layers, list(batches))
     layer_sparsity, removed, total = {}, 0, 0
     with torch.no_grad():

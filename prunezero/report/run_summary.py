@@ -244,9 +244,9 @@ def latex_of_front(rows: Sequence[Row]) -> str:
     for row in rows:
         formula = f"${Criterion.parse(row['formula']).latex}$"
         rule = rule_of(row)
-        for pattern, own in rule.choices.get("criteria", {}).items():
-            formula += rf"; \texttt{{{_escaped(pattern)}}}: ${Criterion.parse(own).latex}$"
-        around = ", ".join(word for word in rule.around if not word.startswith("criteria: "))
+        for pattern, own in rule.own.items():
+            formula += rf"; \texttt{{{_escaped(pattern)}}}: ${own.latex}$"
+        around = ", ".join(rule.with_own({}).around)
         if around:
             formula += f" ({_escaped(around)})"
         numbers = [_number(row[key]) for key in ("search_perplexity", "validation_perplexity")]

@@ -124,17 +124,10 @@ def shown(perplexity: float | None) -> str:
 
 
 def baseline_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of results with what its formula says about itself."""
+    """A row of results with the fingerprint of its formula."""
     from prunezero.formula.criterion import Criterion
-    from prunezero.formula.features import SIGNALS
 
     named = {**row, "name": row["recipe"]}
     if row["formula"]:
-        own = [text.rpartition(": ")[2] for text in row["criteria"].split("; ") if text]
-        criterion, *others = map(Criterion.parse, dict.fromkeys([row["formula"], *own]))
-        named |= {
-            "complexity": sum(one.complexity for one in (criterion, *others)),
-            "signal": max((one.signal for one in (criterion, *others)), key=SIGNALS.index),
-            "fingerprint": criterion.fingerprint,
-        }
+        named["fingerprint"] = Criterion.parse(row["formula"]).fingerprint
     return named

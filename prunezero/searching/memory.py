@@ -116,8 +116,9 @@ def _mask_key(rule: Rule, mask: str) -> str:
 
 
 def beside_mask(rule: Rule) -> list[tuple[str, str]]:
-    """The choices of a rule that its mask on the probe does not show."""
-    return sorted((key, str(value)) for key, value in rule.choices.items() if key != "compare")
+    """The choices of a rule that its mask does not show."""
+    shown = ("compare", "criteria")
+    return sorted((key, str(value)) for key, value in rule.choices.items() if key not in shown)
 
 
 def skeleton(criterion: Criterion) -> str:

@@ -35,7 +35,8 @@ def to_glance(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate
     ]
     # What others hold good is looked at, whatever the layer error says of it.
     known = [one for one in waiting if one.origin == "seed"]
-    # What is done beside masking is not seen by the layer error.
+    # What is done beside masking is not seen by the layer error, and formulas of some layers move
+    # it little.
     unseen = [one for one in waiting if one.origin == "choose"][: space.glanced]
     asked = [*known, *unseen]
     return chosen + _unlike(ladder, asked, chosen, len(asked))

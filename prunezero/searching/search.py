@@ -23,7 +23,6 @@ from prunezero.searching.proposing.apart import around
 from prunezero.searching.proposing.catalogue import find_strategy
 from prunezero.searching.proposing.strategies import Proposal, Strategy, ending
 from prunezero.searching.race import to_glance, to_judge, to_measure
-from prunezero.searching.task import Rule
 
 # Proposals for one new mask before a space counts as exhausted.
 _MAX_PROPOSALS = 40
@@ -192,9 +191,7 @@ class _Run:
                 return
             # One that could not be tuned stays as it is, and so is known.
             formula = next(answers).get("formula", candidate.criterion.text)
-            criterion = Criterion.parse(formula)
-            compare = self._ladder.task.competing(candidate.choices)
-            rule = Rule(criterion, around(candidate.rule, criterion, compare))
+            rule = around(self._ladder.task, candidate.rule, Criterion.parse(formula))
             if space.holds(rule.criterion):
                 slot = self.memory.slot
                 self.memory.slot += 1

@@ -22,6 +22,7 @@ from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge
 from prunezero.searching.judging.ladder import Judges, Ladder
 from prunezero.searching.offers import alike
+from prunezero.searching.proposing.apart import settled
 from prunezero.searching.proposing.catalogue import find_strategy
 from prunezero.searching.race import FINALISTS
 from prunezero.searching.regimes import read_regimes
@@ -117,10 +118,9 @@ def _writable(task: Task, rules: Sequence[Rule]) -> tuple[Rule, ...]:
                 for one in task.options.get(key, ())
                 if alike(key, one, value)
             }
-            own_of_some = rule.choices.get("criteria", {})
-            if set(own_of_some) <= set(space.criteria) and all(map(is_writable, rule.formulas)):
-                offered |= {"criteria": dict(sorted(own_of_some.items()))} if own_of_some else {}
             own = Rule(rule.criterion, offered)
+            if set(rule.own) <= set(space.criteria) and all(map(is_writable, rule.formulas)):
+                own = settled(task, own.with_own(rule.own))
             found.setdefault(own.text, own)
     return tuple(found.values())
 

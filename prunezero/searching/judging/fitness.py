@@ -20,7 +20,7 @@ On 4 % of the rows it orders formulas as on all of them (tau 0.996 over 56 formu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
-from prunezero.models.patterns import fitting
+from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.masking import cleared
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import refuse_unusable
@@ -47,55 +47,54 @@ def scores_on(stacks: Sequence[Stack], criteria: Sequence[Criterion]) -> Iterato
     )
 
 
-def masks_on(
-    stacks: Sequence[Stack],
-    criterion: Criterion,
-    sparsity: float,
-    compare: str,
-    pattern: str,
-    *,
-    criteria: Mapping[str, Criterion] | None = None,
-    scores: Sequence[Tensor] | None = None,
+def merged_scores(
+    stacks: Sequence[Stack], recipe: Recipe, scores: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """The masks of a formula on sampled rows, each bool `[layers, rows, in]`, True = keep.
+    """The scores of a recipe on sampled rows, those of each layer by the formula that it has.
 
     Args:
-        criteria: formulas of some layers instead, by pattern.
-        scores: what `scores_on` says of the formula, where that is known.
+        scores: what `scores_on` says of its criterion, where that is known.
+    """
+    if not stacks:
+        return []
+    merged = list(next(scores_on(stacks, [recipe.criterion])) if scores is None else scores)
+    for own in dict.fromkeys(recipe.criteria.values()):
+        for place, stack in enumerate(stacks):
+            here = [recipe.criterion_of(name) == own for name in stack.names]
+            if any(here):
+                ((instead,),) = scores_on([stack], [own])
+                chosen = torch.tensor(here, device=instead.device)[:, None, None]
+                merged[place] = torch.where(chosen, instead, merged[place])
+    return merged
+
+
+def masks_on(
+    stacks: Sequence[Stack],
+    recipe: Recipe,
+    sparsity: float,
+    pattern: str,
+    *,
+    scores: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """The masks of a recipe on sampled rows, each bool `[layers, rows, in]`, True = keep.
+
+    Args:
+        pattern: in place of the recipe's own.
+        scores: what `merged_scores` says of the recipe, where that is known.
 
     Raises:
         ScoreError: the scores are not finite, or rank nothing.
     """
     if not stacks:
         return []
-    if scores is None:
-        (scores,) = scores_on(stacks, [criterion])
-    for own in dict.fromkeys((criteria or {}).values()):
-        scores = _put_in(stacks, scores, own, criteria or {})
+    scores = merged_scores(stacks, recipe) if scores is None else scores
     for stack, values, place in _unusable(scores, stacks):
         name = stack.names[place]
-        formula = fitting(criteria or {}, name, criterion)
-        refuse_unusable(values[place], formula, stack.weight[place], name)
-    if compare == "model" and pattern == "free":
+        refuse_unusable(values[place], recipe.criterion_of(name), stack.weight[place], name)
+    if recipe.compare == "model" and pattern == "free":
         return select_model(scores, sparsity)
-    request: dict[str, Any] = {"compare": compare, "pattern": pattern, "is_finite": True}
+    request: dict[str, Any] = {"compare": recipe.compare, "pattern": pattern, "is_finite": True}
     return [select_stacked(values, sparsity, **request) for values in scores]
-
-
-def _put_in(
-    stacks: Sequence[Stack],
-    scores: Sequence[Tensor],
-    own: Criterion,
-    criteria: Mapping[str, Criterion],
-) -> list[Tensor]:
-    """The scores, with those of a formula on the layers that have it of their own."""
-    (others,) = scores_on(stacks, [own])
-    merged = []
-    for stack, values, instead in zip(stacks, scores, others, strict=True):
-        is_own = [fitting(criteria, name, None) == own for name in stack.names]
-        here = torch.tensor(is_own, device=values.device)[:, None, None]
-        merged.append(torch.where(here, instead, values))
-    return merged
 
 
 def _unusable(

@@ -29,12 +29,18 @@ from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.searching.benches import about, drawn, told_of
-from prunezero.searching.judging.fitness import layer_error, mask_digest, masks_on, scores_on
+from prunezero.searching.judging.fitness import (
+    layer_error,
+    mask_digest,
+    masks_on,
+    merged_scores,
+    scores_on,
+)
 from prunezero.searching.judging.post import Post
 from prunezero.searching.judging.samples import Stack, ladder_sums
 from prunezero.searching.judging.tuning import tune
 from prunezero.searching.regimes import Regime, geometric_mean, over_regimes
-from prunezero.searching.task import Task, rescaled
+from prunezero.searching.task import Task
 
 # Keys of a recipe that change no result.
 _WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}
@@ -127,7 +133,7 @@ class Judge:
             # Draws of one model stand side by side, and share all that calibration does not change.
             stand = self._posts[-1].stand if place % task.draws else None
             told = told_of(one, self._benches, progress)
-            self._posts.append(Post.of(one, sums, space.features, told, stand=stand))
+            self._posts.append(Post.of(one, sums, space, told, stand=stand))
         self.probe = lru_cache(maxsize=_PROBES)(self._probed)
         self._rungs = {
             "layer error": self._layer_error,
@@ -141,10 +147,12 @@ class Judge:
         models = [bench.language_model for bench in self._benches]
         return {model.fingerprint: model.name for model in models}
 
-    def _probed(self, criterion: Criterion, compare: str) -> ProbeMask | None:
+    def _probed(
+        self, criterion: Criterion, compare: str, own: tuple[tuple[str, Criterion], ...] = ()
+    ) -> ProbeMask | None:
         """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
         try:
-            recipe = Recipe(name="probe", criterion=criterion, compare=compare)
+            recipe = Recipe(name="it", criterion=criterion, criteria=dict(own), compare=compare)
             masks = [
                 mask
                 for post in self._posts
@@ -237,10 +245,9 @@ class Judge:
         scores: Sequence[Tensor] | None = None,
     ) -> Iterator[list[Tensor]]:
         """The masks of all samples in each regime, one regime after the other."""
+        merged = merged_scores(samples, recipe, scores)
         for regime in self.task.regimes:
-            request = regime.sparsity, recipe.compare, regime.pattern
-            given: dict[str, Any] = {"criteria": recipe.criteria, "scores": scores}
-            yield masks_on(samples, recipe.criterion, *request, **given)
+            yield masks_on(samples, recipe, regime.sparsity, regime.pattern, scores=merged)
 
     def _tuned(self, question: Question) -> dict[str, Any]:
         recipe = _recipe(question)
@@ -249,7 +256,7 @@ class Judge:
 
         def error(criterion: Criterion) -> float | None:
             try:
-                found = self._lost(samples, _with_formula(recipe, criterion))
+                found = self._lost(samples, self.task.with_formula(recipe, criterion))
             except ScoreError:
                 return None
             return found if math.isfinite(found) else None
@@ -289,10 +296,3 @@ def _is_short_of_memory(error: Exception) -> bool:
 
 def _recipe(question: Question) -> Recipe:
     return validated(Recipe, {"name": "candidate", **(question.recipe or {})}, "a question")
-
-
-def _with_formula(recipe: Recipe, criterion: Criterion) -> Recipe:
-    own = dict(recipe.criteria)
-    if recipe.compare == "model":
-        own = rescaled(own, recipe.criterion, criterion)
-    return recipe.model_copy(update={"criterion": criterion, "criteria": own})

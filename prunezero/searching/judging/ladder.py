@@ -78,7 +78,7 @@ class Ladder:
         """Rung 0: the mask on the probe; None for a rule whose scores rank nothing there."""
         rule = Rule(rule) if isinstance(rule, Criterion) else rule
         compare = rule.choices.get("compare", self.task.space.compare)
-        return self._judge.probe(rule.criterion, compare)
+        return self._judge.probe(rule.criterion, compare, tuple(sorted(rule.own.items())))
 
     def errors(self, rules: Sequence[Rule]) -> Iterator[dict[str, Any]]:
         """Rung 1: `layer_error` and `seconds`, or a `fault`."""

@@ -13,6 +13,7 @@ from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
 from prunezero.searching.judging.samples import Stack, probe_of, sample_rows, stacked
+from prunezero.searching.space import SearchSpace
 
 # Numbers of a formula are tried on every third layer; a Llama block has seven kinds.
 _TUNED_ON = 3
@@ -36,7 +37,7 @@ class Post:
         cls,
         bench: Bench,
         sums: Iterable[str],
-        features: Sequence[str],
+        space: SearchSpace,
         progress: Progress | None = None,
         *,
         stand: Stand | None = None,
@@ -45,7 +46,7 @@ class Post:
 
         Args:
             sums: over calibration text, of every layer.
-            features: all that a formula may look at.
+            space: what a formula may look at, and which layers may have one of their own.
             stand: of the same model under another draw of calibration text.
 
         Raises:
@@ -57,6 +58,6 @@ class Post:
             stand = Stand(bench, statistics, splits=("search", "validation", "test"))
         else:
             stand = stand.redrawn(bench, statistics)
-        samples = sample_rows(layers, statistics, features)
-        of_some = (samples, samples[::_TUNED_ON], probe_of(samples))
+        samples = sample_rows(layers, statistics, space.features)
+        of_some = (samples, samples[::_TUNED_ON], probe_of(samples, kinds=space.criteria))
         return cls(stand, *map(stacked, of_some))

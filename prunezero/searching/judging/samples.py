@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from prunezero.models.patterns import fits
 from prunezero.models.units import Layer
 from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.statistics import Statistics
@@ -181,11 +182,22 @@ def sample_rows(
     return samples
 
 
-def probe_of(samples: Sequence[Sample], *, layers: int = 14, rows: int = 8) -> list[Sample]:
-    """The few rows of a few layers on which masks are told apart."""
+def probe_of(
+    samples: Sequence[Sample], *, layers: int = 14, rows: int = 8, kinds: Sequence[str] = ()
+) -> list[Sample]:
+    """The few rows of a few layers on which masks are told apart.
+
+    Args:
+        kinds: patterns, of each of which the first layer is among them.
+    """
     step = max(1, len(samples) // layers)
     # An odd step walks through the kinds of projection, of which a Llama block has seven.
     step += step % 2 == 0
+    chosen = {sample.name for sample in samples[::step]}
+    for kind in kinds:
+        alike = [sample.name for sample in samples if fits(kind, sample.name)]
+        if chosen.isdisjoint(alike):
+            chosen.update(alike[:1])
     return [
         Sample(
             sample.name,
@@ -196,5 +208,6 @@ def probe_of(samples: Sequence[Sample], *, layers: int = 14, rows: int = 8) -> l
             None,
             sample.row_weights[:rows],
         )
-        for sample in samples[::step]
+        for sample in samples
+        if sample.name in chosen
     ]

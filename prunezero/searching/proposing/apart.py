@@ -7,17 +7,15 @@ the others times a factor, and keeps that factor when the formula changes.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from prunezero.errors import CriterionError
-from prunezero.formula.canonical import number
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.ranking import ranking_form
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.proposing.genetics import mutate
+from prunezero.searching.proposing.genetics import as_seen, mutate
 from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.task import Rule, Task, rescaled
+from prunezero.searching.task import Rule, Task, factor_of, rescaled, scaled
 
 # By what the scores of a kind are multiplied.
 _FACTORS = (0.8, 0.9, 1.1, 1.25)
@@ -25,39 +23,49 @@ _FACTORS = (0.8, 0.9, 1.1, 1.25)
 
 def specialised(task: Task, parent: Candidate, breeders: Breeders, rng: random.Random) -> Rule:
     """The parent with another formula for one kind: another candidate's for it, or a mutant."""
-    own = dict(parent.choices.get("criteria", {}))
-    pattern = rng.choice(task.criteria)
-    before = _formula_for(pattern, parent)
-    own.pop(pattern, None)
-    compare = task.competing(parent.choices)
-    after = before
+    rule, pattern = parent.rule, rng.choice(task.criteria)
+    before = rule.own.get(pattern, rule.criterion)
+    compare = task.competing(rule.choices)
     if compare == "model":
-        with suppress(CriterionError):
-            after = Criterion.from_sympy(number(rng.choice(_FACTORS)) * before.sympy)
+        now = factor_of(before, rule.criterion) or 1.0
+        after = scaled(rule.criterion, now * rng.choice(_FACTORS))
     elif rng.random() < 0.5:
-        after = _formula_for(pattern, breeders.parent(None, rng, glanced=1.0))
+        donor = breeders.parent(None, rng, glanced=1.0).rule
+        after = donor.own.get(pattern, donor.criterion)
     else:
-        after = mutate(before, task.space, rng, compare=compare) or before
-    if after != parent.criterion:
-        own[pattern] = after.text
-    return Rule(parent.criterion, _with(parent.choices, own))
+        after = mutate(before, task.space, rng, compare=compare)
+    return settled(task, rule.with_own({**rule.own, pattern: after or before}))
 
 
-def _formula_for(pattern: str, candidate: Candidate) -> Criterion:
-    text = candidate.choices.get("criteria", {}).get(pattern)
-    return candidate.criterion if text is None else Criterion.parse(text)
+def around(task: Task, rule: Rule, criterion: Criterion) -> Rule:
+    """The rule with another formula, and the choices around it as they fit that one."""
+    own = rule.own
+    if task.competing(rule.choices) == "model":
+        own = rescaled(own, rule.criterion, criterion)
+    return settled(task, Rule(criterion, rule.choices).with_own(own))
 
 
-def around(rule: Rule, criterion: Criterion, compare: str) -> dict[str, Any]:
-    """The choices of a rule, for another formula in its place."""
-    if compare != "model":
-        return dict(rule.choices)
-    given = rule.choices.get("criteria", {})
-    parsed = {pattern: Criterion.parse(text) for pattern, text in given.items()}
-    own = rescaled(parsed, rule.criterion, criterion)
-    return _with(rule.choices, {pattern: one.text for pattern, one in own.items()})
+def settled(task: Task, rule: Rule) -> Rule:
+    """The rule without what no mask sees of its kinds' formulas, nor what the space cannot hold.
+
+    So a rule whose kinds rank as all others do is that of its formula alone.
+    """
+    compare = task.competing(rule.choices)
+    own = {}
+    for pattern, criterion in rule.own.items():
+        if compare != "model":
+            # One that ranks nothing is kept, and fails by name.
+            with suppress(CriterionError):
+                criterion = as_seen(criterion, task.space, compare)
+        if task.space.holds(criterion) and not _ranks_alike(criterion, rule.criterion, compare):
+            own[pattern] = criterion
+    return rule.with_own(own)
 
 
-def _with(choices: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
-    others = {key: value for key, value in choices.items() if key != "criteria"}
-    return {**others, "criteria": dict(sorted(own.items()))} if own else others
+def _ranks_alike(one: Criterion, other: Criterion, compare: str) -> bool:
+    if one == other or compare == "model":
+        return one == other
+    try:
+        return bool(ranking_form(one.sympy, compare) == ranking_form(other.sympy, compare))
+    except CriterionError:
+        return False

@@ -46,7 +46,7 @@ def breed_plainly(task: Task, memory: Memory, generation: int) -> Proposals:
     """
     parents = _parents(memory, generation)
     while True:
-        yield _plain_child(task.space, generator(task.seed, memory.slot, "breed"), parents)
+        yield _plain_child(task, generator(task.seed, memory.slot, "breed"), parents)
 
 
 def _parents(memory: Memory, generation: int) -> list[Candidate]:
@@ -62,17 +62,16 @@ def _fitness(candidate: Candidate) -> tuple[float, int]:
     return math.inf if perplexity is None else perplexity, candidate.slot
 
 
-def _plain_child(
-    space: SearchSpace, rng: random.Random, parents: list[Candidate]
-) -> Proposal | None:
+def _plain_child(task: Task, rng: random.Random, parents: list[Candidate]) -> Proposal | None:
+    space = task.space
     if not parents:
-        return child_of(random_criterion(space, rng, as_ranked=False), "random")
+        return child_of(task, random_criterion(space, rng, as_ranked=False), "random")
     mother = _winner(parents, rng)
     if rng.random() < _CROSSOVER:
         father = _winner(parents, rng)
         child = cross(mother.criterion, father.criterion, space, rng, as_ranked=False)
-        return child_of(child, "cross", mother, father)
-    return child_of(mutate(mother.criterion, space, rng, as_ranked=False), "mutate", mother)
+        return child_of(task, child, "cross", mother, father)
+    return child_of(task, mutate(mother.criterion, space, rng, as_ranked=False), "mutate", mother)
 
 
 def _winner(parents: list[Candidate], rng: random.Random) -> Candidate:

@@ -143,9 +143,11 @@ class Blocks:
     @property
     def ending(self) -> str:
         """How iteration ended, in one sentence."""
-        name, most = self._space.name, self._space.max_complexity
+        space = self._space
+        name, most = space.name, space.max_complexity
         if self.is_complete:
-            choices = " at its default choices" if self._space.choices else ""
+            is_open = space.choices or space.criteria or space.ratios
+            choices = " at its default choices" if is_open else ""
             return (
                 f"space '{name}' is certified: every ranking that its formulas of up to {most} "
                 f"words make{choices} was proposed, as far as random numbers tell formulas apart, "

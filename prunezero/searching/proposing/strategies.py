@@ -100,21 +100,17 @@ def fresh(task: Task, memory: Memory, generation: int) -> Proposals:
 
 
 def child_of(
-    criterion: Criterion | None, origin: str, *parents: Candidate, compare: str = "row"
+    task: Task, criterion: Criterion | None, origin: str, *parents: Candidate
 ) -> Proposal | None:
-    """A formula made from these candidates, the first of which gives the choices around it.
-
-    Args:
-        compare: which weights compete under those choices.
-    """
+    """A formula made from these candidates, the first of which gives the choices around it."""
     if criterion is None:
         return None
-    choices = around(parents[0].rule, criterion, compare) if parents else {}
-    return Proposal(Rule(criterion, choices), origin, tuple(parent.slot for parent in parents))
+    rule = around(task, parents[0].rule, criterion) if parents else Rule(criterion)
+    return Proposal(rule, origin, tuple(parent.slot for parent in parents))
 
 
 def _fresh(task: Task, rng: random.Random) -> Proposal | None:
-    return child_of(random_criterion(task.space, rng, compare=task.competing({})), "random")
+    return child_of(task, random_criterion(task.space, rng, compare=task.competing({})), "random")
 
 
 def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
@@ -130,9 +126,8 @@ def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
     if kind > 1 - space.fresh - space.crossover:
         father = breeders.parent(None if rng.random() < _MIGRATION else slot, rng)
         child = cross(mother.criterion, father.criterion, space, rng, compare=compare)
-        return child_of(child, "cross", mother, father, compare=compare)
-    mutant = mutate(mother.criterion, space, rng, compare=compare)
-    return child_of(mutant, "mutate", mother, compare=compare)
+        return child_of(task, child, "cross", mother, father)
+    return child_of(task, mutate(mother.criterion, space, rng, compare=compare), "mutate", mother)
 
 
 def _chosen(
@@ -180,11 +175,11 @@ def _moved(task: Task, parent: Candidate, rng: random.Random) -> Proposal | None
 
 def _with_choices(task: Task, parent: Candidate, choices: Mapping[str, Any]) -> Rule:
     """The parent under other choices, without what no mask sees where other weights now compete."""
-    criterion, compare = parent.criterion, task.competing(choices)
+    rule, compare = Rule(parent.criterion, choices), task.competing(choices)
     if compare != task.competing(parent.choices):
         # What some layers have of their own was chosen for the other competition.
-        choices = {key: value for key, value in choices.items() if key != "criteria"}
+        rule = rule.with_own({})
         with suppress(CriterionError):
-            seen = as_seen(criterion, task.space, compare)
-            criterion = seen if task.space.holds(seen) else criterion
-    return Rule(criterion, choices)
+            seen = as_seen(rule.criterion, task.space, compare)
+            rule = Rule(seen, rule.choices) if task.space.holds(seen) else rule
+    return rule
