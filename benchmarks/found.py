@@ -189,9 +189,10 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def around(row: dict[str, Any]) -> str:
-    """Who competes, and the choices that are not the usual ones."""
+    """Who competes, formulas of some layers, and the choices that are not the usual ones."""
     words = {"uniform": row["allocate"], "none": row["update"], "dense": row["statistics"]}
-    return "; ".join([row["compare"], *(one for usual, one in words.items() if one != usual)])
+    own = [f"`{row['criteria']}`"] if row.get("criteria") else []
+    return "; ".join([row["compare"], *own, *(one for usual, one in words.items() if one != usual)])
 
 
 def losses(rows: list[dict[str, Any]]) -> list[float]:
