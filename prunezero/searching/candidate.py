@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import SIGNALS
+from prunezero.searching.offers import dearest
 from prunezero.searching.task import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
@@ -53,7 +53,7 @@ class Candidate:
     fault: str = ""
     """why it is invalid; nothing of any other"""
 
-    @property
+    @cached_property
     def rule(self) -> Rule:
         """The formula and the choices around it."""
         return Rule(self.criterion, self.choices)
@@ -66,7 +66,7 @@ class Candidate:
     @cached_property
     def signal(self) -> str:
         """The dearest signal that one of its formulas looks at."""
-        return max((one.signal for one in self.rule.formulas), key=SIGNALS.index)
+        return dearest(one.signal for one in self.rule.formulas)
 
     def row(self) -> dict[str, Any]:
         """The candidate as one flat row of a table."""

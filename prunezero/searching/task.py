@@ -27,7 +27,7 @@ class Rule:
     choices: Mapping[str, Any] = field(default_factory=dict)
     """values of recipe keys, as their YAML spells them"""
 
-    @property
+    @cached_property
     def own(self) -> dict[str, Criterion]:
         """The formulas that some layers have instead, by pattern."""
         given = self.choices.get("criteria", {})
