@@ -8,12 +8,18 @@ collects just those.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
 
 # What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse.
 SIGNALS = ("none", "activations", "gradients", "second order")
+
+
+def dearest(signals: Iterable[str]) -> str:
+    """The one of them that costs most."""
+    return max(signals, key=SIGNALS.index, default=SIGNALS[0])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from prunezero.formula.features import SIGNALS
+from prunezero.formula.features import dearest
 from prunezero.models.calibration import Progress
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.units import Layer, find_layers
@@ -48,7 +48,7 @@ def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) ->
         "formula": recipe.criterion.text,
         "criteria": "; ".join(with_patterns(recipe.criteria)),
         "complexity": sum(criterion.complexity for criterion in recipe.formulas),
-        "signal": max((one.signal for one in recipe.formulas), key=SIGNALS.index),
+        "signal": dearest(one.signal for one in recipe.formulas),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",

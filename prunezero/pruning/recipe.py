@@ -26,7 +26,7 @@ from pydantic import (
 
 from prunezero.errors import CriterionError, PruneZeroError, RecipeError
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import SIGNALS
+from prunezero.formula.features import dearest
 from prunezero.models.patterns import fitting
 from prunezero.pruning.choices import (
     WORDS,
@@ -214,7 +214,7 @@ class Recipe(BaseModel):
             WORDS[arrow][choice.word].signal for arrow, found in words.items() for choice in found
         ]
         signals += [criterion.signal for criterion in self.formulas]
-        return max(signals, key=SIGNALS.index)
+        return dearest(signals)
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
-from prunezero.searching.offers import dearest
+from prunezero.formula.features import dearest
 from prunezero.searching.task import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.

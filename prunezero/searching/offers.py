@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from prunezero.errors import RecipeError, did_you_mean
@@ -53,11 +53,6 @@ def within(choices: Choices, signal: str) -> dict[str, tuple[Any, ...]]:
 def is_within(signal: str, dearest: str) -> bool:
     """Whether a signal costs no more than another one."""
     return SIGNALS.index(signal) <= SIGNALS.index(dearest)
-
-
-def dearest(signals: Iterable[str]) -> str:
-    """The one of them that costs most."""
-    return max(signals, key=SIGNALS.index, default=SIGNALS[0])
 
 
 def example(key: str, value: Any, pattern: str) -> Recipe:
