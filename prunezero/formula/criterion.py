@@ -16,7 +16,7 @@ import sympy
 
 from prunezero.errors import CriterionError, did_you_mean
 from prunezero.formula.canonical import canonical, combine
-from prunezero.formula.features import FEATURES, SIGNALS
+from prunezero.formula.features import FEATURES, dearest
 from prunezero.formula.functions import shape_of
 from prunezero.formula.printing import is_negated, latex_of, split_quotient, split_sum, text_of
 from prunezero.formula.reading import check_readable, read
@@ -117,7 +117,7 @@ class Criterion:
     @cached_property
     def signal(self) -> str:
         """The dearest signal it needs, one of SIGNALS."""
-        return max((FEATURES[name].signal for name in self.features), key=SIGNALS.index)
+        return dearest(FEATURES[name].signal for name in self.features)
 
     @cached_property
     def shape(self) -> str:
