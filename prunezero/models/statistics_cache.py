@@ -20,6 +20,7 @@ from torch import Tensor
 from prunezero.errors import StatisticsError
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer
+from prunezero.models.whole_files import follow_umask
 from prunezero.scoring.statistics import SUMS, Statistics
 
 # Raise it when a sum changes its meaning: older files are then never read.
@@ -122,6 +123,7 @@ def write_sums(folder: Path, statistics: Mapping[str, Statistics], names: frozen
         tensors = {layer: tensor.contiguous().clone() for layer, tensor in tensors.items()}
         unfinished = folder / f".{name}.{os.getpid()}.tmp"
         save_file(tensors, unfinished, metadata={"counts": json.dumps(counts)})
+        follow_umask(unfinished)
         unfinished.replace(folder / f"{name}.safetensors")
 
 
