@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -60,6 +61,14 @@ class Shards:
                 f"the files in '{folder}' lack {len(lacking)} tensors of their index, "
                 f"'{lacking[0]}' among them; get the files again"
             )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of most of the numbers; None where it is none that weights are stored in."""
+        sizes: Counter[str] = Counter()
+        for stored in self.tensors.values():
+            sizes[stored.dtype] += prod(stored.shape)
+        return STORED_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None
 
     def read(self, name: str) -> Tensor:
         """A copy of the named tensor on the CPU, in its stored dtype.

@@ -7,10 +7,8 @@ model: a parameter changes places with a real one, and back.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from prunezero.errors import ModelError
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.loading import (
-    DTYPES,
+    check_dtype,
     checked_configuration,
+    computing_dtype,
     device_of,
     explained,
     load_tokenizer,
@@ -42,8 +41,7 @@ class StreamedModel:
 
         Args:
             source: folder with configuration, tokenizer and safetensors, one file or several.
-            dtype: of every forward pass: "float32", "bfloat16", or "auto": as stored, with float32
-                for weights stored as float16.
+            dtype: of every forward pass: "float32", "bfloat16", or "auto", see `computing_dtype`.
             device: where blocks work; a torch device, or "auto": the GPU where there is one.
             name: what the user calls the model; that of the folder if empty.
 
@@ -220,25 +218,15 @@ def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
 
 
 def _on_meta_device(name: str, shards: Shards, dtype: str, device: str) -> LanguageModel:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
+    check_dtype(dtype)
     place = device_of(device)
     folder = str(shards.folder)
     with quiet(), explained(name):
         configuration = checked_configuration(folder, name)
-        chosen = DTYPES[dtype] if dtype != "auto" else _stored_dtype(shards)
+        chosen = computing_dtype(dtype, place, folder, configuration)
         model = _without_weights(configuration, chosen)
         tokenizer = load_tokenizer(folder)
     return LanguageModel(model, tokenizer, name, shards.fingerprint(), chosen, place)
-
-
-def _stored_dtype(shards: Shards) -> torch.dtype:
-    """The dtype of most of the numbers; float32 for float16, whose range is too small here."""
-    sizes: Counter[str] = Counter()
-    for stored in shards.tensors.values():
-        sizes[stored.dtype] += prod(stored.shape)
-    most = sizes.most_common(1)[0][0] if sizes else "F32"
-    return torch.bfloat16 if most == "BF16" else torch.float32
 
 
 def _without_weights(configuration: Any, dtype: torch.dtype) -> Any:

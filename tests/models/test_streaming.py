@@ -57,7 +57,7 @@ def test_a_walk_over_streamed_blocks_equals_the_walk_over_the_loaded_model(
     family: str, dtype: str, tmp_path: Path
 ) -> None:
     folder = save_sharded(family, tmp_path / "model", dtype=getattr(torch, dtype))
-    streamed = StreamedModel(folder, device="cpu")
+    streamed = StreamedModel(folder, dtype=dtype, device="cpu")
     whole = load_model(str(folder), dtype=dtype, device="cpu")
     assert streamed.language_model.dtype == whole.dtype
     with streamed.outlined():

@@ -66,8 +66,10 @@ def source(tmp_path: Path) -> Path:
     return save_sharded(tmp_path / "dense", "llama", dtype=torch.float32, **changes)
 
 
-def run(source: Path, output: Path, chosen: Recipe = RECIPES["inputs"]) -> StreamedOutcome:
-    return prune_streamed(source, chosen, 0.5, output, windows=WINDOWS, device="cpu")
+def run(
+    source: Path, output: Path, chosen: Recipe = RECIPES["inputs"], dtype: str = "auto"
+) -> StreamedOutcome:
+    return prune_streamed(source, chosen, 0.5, output, windows=WINDOWS, dtype=dtype, device="cpu")
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -93,7 +95,7 @@ def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> No
 
 
 def assert_streamed_as_in_memory(folder: Path, dtype: str, chosen: Recipe, work: Path) -> None:
-    result = run(folder, work / "streamed", chosen)
+    result = run(folder, work / "streamed", chosen, dtype)
     whole = load_model(str(folder), dtype=dtype, device="cpu")
     layers = find_layers(whole.model, targets=chosen.targets)
     known = calibrate(whole, WINDOWS, layers, dense_sums([chosen]))
