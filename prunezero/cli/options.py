@@ -102,9 +102,9 @@ TestTokens = Annotated[int, typer.Option(help="Tokens of test text.", rich_help_
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Of forward passes: `float32`, `bfloat16`, or `auto`, which is float32 on a CPU, and on "
-        "a GPU bfloat16 where the files hold it; `doctor` tells which is faster. A saved model "
-        "keeps the dtype of its files."
+        help="Of forward passes: `float32`, `bfloat16`, or `auto`, which is float32 on a CPU and "
+        "bfloat16 on a GPU where the files hold that; `doctor` tells which is faster. A saved "
+        "model keeps the dtype of its files."
     ),
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1` ...")]

@@ -21,6 +21,7 @@ from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wra
 from prunezero.models.names import is_spelled_as_path
 from prunezero.models.saving import check_writable, save_model
 from prunezero.models.shards import Shards
+from prunezero.models.source import Source, names_in_files
 
 __all__ = [
     "DTYPES",
@@ -69,7 +70,16 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Langu
         chosen = computing_dtype(dtype, place, source, configuration)
         model = _load_network(source, name, configuration, chosen)
         tokenizer = load_tokenizer(source)
-    return wrap_model(model.to(place), tokenizer, name=name)
+        shards = Shards(_folder_of(source))
+    files = Source(shards, names_in_files(model, shards.tensors))
+    return wrap_model(model.to(place), tokenizer, name=name, source=files)
+
+
+def _folder_of(source: str) -> Path:
+    from transformers.utils import cached_file
+
+    folder = Path(source)
+    return folder if folder.is_dir() else Path(cached_file(source, "config.json") or "").parent
 
 
 def trial_dtypes(device: torch.device) -> dict[str, float]:

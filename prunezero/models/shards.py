@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError
-from prunezero.models.saving import files_of_tensors
 from prunezero.models.whole_files import follow_umask
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
@@ -39,6 +39,31 @@ class StoredTensor:
     def bytes(self) -> int:
         """Size of its numbers; only for the dtypes of `STORED_DTYPES`."""
         return prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def files_of_tensors(folder: Path) -> dict[str, str]:
+    """File name by tensor name, in a folder of one safetensors file or of several with an index.
+
+    Where both are there it is the one file, which transformers reads.
+
+    Raises:
+        ModelError: there is no such file, or one is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index, single = folder / INDEX, folder / SINGLE
+    try:
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single.name)
+        if not index.is_file():
+            raise ModelError(f"'{folder}' holds no saved model: model.safetensors is missing")
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the saved model in '{folder}' is damaged ({error})") from error
 
 
 class Shards:
