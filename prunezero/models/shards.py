@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError
+from prunezero.models.digests import joined_digest
+from prunezero.models.file_digests import digests_of_files
 from prunezero.models.saving import files_of_tensors
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Two checkpoints of one architecture have equal headers; so much of each file tells them apart.
-SAMPLES, SAMPLE_BYTES = 64, 4096
+_ABOUT_NUMBERS = ("config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,19 @@ class Shards:
         return Shard(self.folder / self.tensors[name].file).read(name)
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest over names, sizes and headers of the files, and samples of each."""
-        digest = hashlib.blake2b(digest_size=16)
-        for file in sorted({stored.file for stored in self.tensors.values()}):
-            path = self.folder / file
-            size = path.stat().st_size
-            digest.update(f"{file} {size}".encode())
-            with path.open("rb") as opened:
-                header_bytes = int.from_bytes(opened.read(8), "little")
-                digest.update(opened.read(header_bytes))
-                for place in range(SAMPLES):
-                    opened.seek(place * size // SAMPLES)
-                    digest.update(opened.read(SAMPLE_BYTES))
-        return digest.hexdigest()
+        """Hexadecimal digest over names and bytes of the files, their index and configuration.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        names = sorted({stored.file for stored in self.tensors.values()})
+        # What the numbers are for: a checkpoint of blocks that turn otherwise is another.
+        names += [name for name in _ABOUT_NUMBERS if (self.folder / name).is_file()]
+        try:
+            digests = digests_of_files([self.folder / name for name in names])
+        except OSError as error:
+            raise ModelError(f"the files in '{self.folder}' cannot be read ({error})") from error
+        return joined_digest(f"{name} {one}" for name, one in zip(names, digests, strict=True))
 
 
 @dataclass(frozen=True)

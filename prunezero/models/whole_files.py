@@ -25,17 +25,26 @@ def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def replace_text(text: str, path: Path) -> None:
-    """Let the file hold this text, in UTF-8.
+def replace_bytes(data: bytes, path: Path) -> None:
+    """Let the file hold these bytes.
 
     Raises:
         OSError: the folder cannot be written; the file is as it was.
     """
 
     def write(beside: Path) -> None:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(data)
 
     replace_whole(path, write)
+
+
+def replace_text(text: str, path: Path) -> None:
+    """Let the file hold this text, in UTF-8.
+
+    Raises:
+        OSError: the folder cannot be written; the file is as it was.
+    """
+    replace_bytes(text.encode(), path)
 
 
 def write_text(text: str, path: Path) -> None:
