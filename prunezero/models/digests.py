@@ -25,7 +25,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """Hexadecimal digest of a tensor's shape, dtype and bytes."""
     whole = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(whole.shape)} {whole.dtype}".encode())
-    digest.update(whole.reshape(-1).view(torch.uint8).numpy())
+    digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
