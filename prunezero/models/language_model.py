@@ -16,6 +16,7 @@ from torch import nn
 
 from prunezero.errors import ModelError
 from prunezero.models.digests import joined_digest, tensor_digests
+from prunezero.models.source import Source
 
 # Written on the way to and from a disk; they change nothing in what the model computes, and the
 # tensors carry their dtype.
@@ -40,6 +41,8 @@ class LanguageModel:
     """of the weights and of every forward pass"""
     device: torch.device
     """where the weights are"""
+    source: Source | None = None
+    """the files that it came from; None for one that was handed over in memory"""
 
     @property
     def dtype_word(self) -> str:
@@ -47,10 +50,15 @@ class LanguageModel:
         return str(self.dtype).removeprefix("torch.")
 
 
-def wrap_model(model: nn.Module, tokenizer: Any, *, name: str) -> LanguageModel:
+def wrap_model(
+    model: nn.Module, tokenizer: Any, *, name: str, source: Source | None = None
+) -> LanguageModel:
     """A `LanguageModel` around a transformers model that is already in memory.
 
     Puts the model in evaluation mode and stops gradients of its weights.
+
+    Args:
+        source: the files that it was loaded from, which a saved model mirrors.
 
     Raises:
         ModelError: weights are on the meta device, on several devices, or no floats.
@@ -60,7 +68,7 @@ def wrap_model(model: nn.Module, tokenizer: Any, *, name: str) -> LanguageModel:
     model.requires_grad_(False)
     first = next(model.parameters())
     fingerprint = model_fingerprint(model, tokenizer)
-    return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device)
+    return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device, source)
 
 
 def check_weights(model: nn.Module, name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +17,7 @@ from torch import Tensor
 from prunezero.errors import ModelError, OutputError
 from prunezero.models.digests import joined_digest
 from prunezero.models.file_digests import digests_of_files
-from prunezero.models.saving import files_of_tensors
+from prunezero.models.whole_files import follow_umask
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -39,6 +41,31 @@ class StoredTensor:
         return prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
 
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def files_of_tensors(folder: Path) -> dict[str, str]:
+    """File name by tensor name, in a folder of one safetensors file or of several with an index.
+
+    Where both are there it is the one file, which transformers reads.
+
+    Raises:
+        ModelError: there is no such file, or one is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index, single = folder / INDEX, folder / SINGLE
+    try:
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single.name)
+        if not index.is_file():
+            raise ModelError(f"'{folder}' holds no saved model: model.safetensors is missing")
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the saved model in '{folder}' is damaged ({error})") from error
+
+
 class Shards:
     """The tensors of a folder of safetensors files, read one by one when they are asked for."""
 
@@ -59,6 +86,14 @@ class Shards:
                 f"the files in '{folder}' lack {len(lacking)} tensors of their index, "
                 f"'{lacking[0]}' among them; get the files again"
             )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of most of the numbers; None where it is none that weights are stored in."""
+        sizes: Counter[str] = Counter()
+        for stored in self.tensors.values():
+            sizes[stored.dtype] += prod(stored.shape)
+        return STORED_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None
 
     def read(self, name: str) -> Tensor:
         """A copy of the named tensor on the CPU, in its stored dtype.
@@ -138,6 +173,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        follow_umask(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
