@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, reason
 from prunezero.models.language_model import LanguageModel, quiet
 
 
@@ -55,9 +55,8 @@ def check_writable(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise OutputError(
-            f"folder '{folder}' cannot be written ({reason}); choose another folder"
+            f"folder '{folder}' cannot be written ({reason(error, folder)}); choose another folder"
         ) from error
     return path
 
@@ -95,7 +94,7 @@ def save_model(
             path.rmdir()
         os.replace(unfinished, path)
     except OSError as error:
-        raise OutputError(f"folder '{folder}' cannot be written ({error})") from error
+        raise OutputError(f"folder '{folder}' cannot be written ({reason(error, path)})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return path
@@ -110,8 +109,7 @@ def _save_network(model: Any, folder: Path) -> None:
         if settings is None:
             raise
         # Sampling settings that transformers refuses to write say nothing about the weights.
-        reason = " ".join(str(error).split())
-        warnings.warn(f"generation settings are left out: {reason}", stacklevel=3)
+        warnings.warn(f"generation settings are left out: {reason(error)}", stacklevel=3)
         model.generation_config = type(settings)()
         try:
             model.save_pretrained(folder)
@@ -154,7 +152,7 @@ def _saved_weights(folder: Path, layer_names: list[str]) -> Iterator[Tensor]:
                 yield file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} is damaged: weight '{name}' cannot be read ({error})"
+                f"{path} is damaged: weight '{name}' cannot be read ({reason(error)})"
             ) from error
 
 
@@ -175,4 +173,4 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), single.name)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the saved model in '{folder}' is damaged ({error})") from error
+        raise ModelError(f"the saved model in '{folder}' is damaged ({reason(error)})") from error

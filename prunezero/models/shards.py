@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, reason
 from prunezero.models.saving import files_of_tensors
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
@@ -122,7 +122,8 @@ class Shard:
             return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{self.path} is damaged or missing ({error}); get the file again"
+                f"{self.path} is damaged or missing ({reason(error, self.path)}); get the file "
+                "again"
             ) from error
 
 
@@ -143,4 +144,4 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise OutputError(f"'{path}' cannot be written ({error})") from error
+        raise OutputError(f"'{path}' cannot be written ({reason(error, path)})") from error

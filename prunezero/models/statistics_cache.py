@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunezero.errors import StatisticsError
+from prunezero.errors import StatisticsError, reason
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer
 from prunezero.scoring.statistics import SUMS, Statistics
@@ -75,7 +75,7 @@ def read_sums(
             raise
         # Whatever a damaged file makes a reader do.
         except Exception as error:
-            warnings.warn(f"{path} is damaged and is made anew ({error})", stacklevel=3)
+            warnings.warn(f"{path} is damaged and is made anew ({reason(error)})", stacklevel=3)
     if found:
         os.utime(folder)
     return found

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError, differences
+from prunezero.errors import ModelError, OutputError, differences, reason
 from prunezero.models.saving import check_writable
 from prunezero.models.shards import Shard, StoredTensor, write_shard
 
@@ -161,7 +161,9 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise OutputError(f"folder '{folder}' cannot be written or read ({error})") from error
+        raise OutputError(
+            f"folder '{folder}' cannot be written or read ({reason(error, folder)})"
+        ) from error
 
 
 def _refuse_other_request(

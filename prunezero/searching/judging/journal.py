@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, SearchError, differences
+from prunezero.errors import OutputError, SearchError, differences, reason
 
 
 class Journal:
@@ -40,7 +40,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+            raise OutputError(f"{path} cannot be written: {reason(error, path)}") from error
         try:
             self._begin(json.loads(json.dumps(header)), resume)
         except BaseException:
@@ -99,7 +99,9 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+            raise OutputError(
+                f"{self.path} cannot be written: {reason(error, self.path)}"
+            ) from error
 
     def _read(self) -> list[dict[str, Any]]:
         self._file.seek(0)
@@ -129,7 +131,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise SearchError(f"{path} cannot be read: {error.strerror}") from error
+        raise SearchError(f"{path} cannot be read: {reason(error, path)}") from error
     records = [record for record in map(record_of, lines) if record is not None]
     if not records or "header" not in records[0]:
         raise SearchError(f"{path} holds no search; its first line is missing or damaged")
