@@ -28,6 +28,8 @@ from typing import Any
 _LONGEST_REASON = 700
 # Where a library goes on with its own stack.
 _STACKS = re.compile(r"\s*(Exception raised from |C\+\+ CapturedTraceback|Traceback \(most recent)")
+# What a terminal would obey: control characters but for line ends and tabs, turns of direction.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # What exceptions mean that seldom carry a message of their own.
 _WORDLESS: dict[type[BaseException], str] = {
     MemoryError: "there is not enough memory",
@@ -127,6 +129,11 @@ def _wordless(error: BaseException) -> str:
     meanings = (words for kind, words in _WORDLESS.items() if isinstance(error, kind))
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     return next(meanings, f"an error of the kind {kind}, which says nothing else")
+
+
+def printable(text: str) -> str:
+    """Text of others as a terminal shows it and does not obey it: control characters escaped."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -25,8 +25,7 @@ def doctor(json_file: JsonFile = None, runs_dir: RunsDir = Path("runs")) -> None
 
         prunezero doctor --json doctor.json
     """
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.cli.tables import console
 
     check_json(json_file)
