@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunezero.errors import OutputError, RecipeError
+from prunezero.errors import OutputError, RecipeError, reason
 
 if TYPE_CHECKING:
     from prunezero.pruning.bench import Bench, Settings
@@ -249,7 +249,7 @@ def check_json(path: Path | None) -> None:
         with path.open("a"):
             pass
     except OSError as error:
-        raise OutputError(f"--json {path} cannot be written: {error.strerror}") from error
+        raise OutputError(f"--json {path} cannot be written: {reason(error, path)}") from error
 
 
 def write_json(data: Any, path: Path | None) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError
+from prunezero.errors import ModelError, reason
 from prunezero.models.digests import joined_digest
 from prunezero.models.file_digests import digest_of_file, is_sealed, seal
 from prunezero.models.language_model import cache_dir
@@ -116,8 +116,9 @@ def _unpack(path: Path, folder: Path) -> None:
         )
     # Whatever an unknown architecture or a damaged file makes a reader do.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"'{path}' cannot be read as a language model ({reason})") from error
+        raise ModelError(
+            f"'{path}' cannot be read as a language model ({reason(error)})"
+        ) from error
     _forget_quantization(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -155,7 +156,7 @@ def check_header(path: Path) -> None:
         try:
             _Header(data).check()
         except (ValueError, struct.error) as error:
-            raise ModelError(f"'{path}' is not a sound GGUF file: {error}") from error
+            raise ModelError(f"'{path}' is not a sound GGUF file: {reason(error)}") from error
 
 
 class _Header:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, reason
 from prunezero.models.biases import note_opened_biases
 from prunezero.models.companions import copy_companions
 from prunezero.models.language_model import LanguageModel, quiet
@@ -61,9 +61,8 @@ def check_writable(folder: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise OutputError(
-            f"folder '{folder}' cannot be written ({reason}); choose another folder"
+            f"folder '{folder}' cannot be written ({reason(error, folder)}); choose another folder"
         ) from error
     return path
 
@@ -104,7 +103,7 @@ def save_model(
             path.rmdir()
         os.replace(unfinished, path)
     except OSError as error:
-        raise OutputError(f"folder '{folder}' cannot be written ({error})") from error
+        raise OutputError(f"folder '{folder}' cannot be written ({reason(error, path)})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return path
@@ -203,8 +202,7 @@ def _save_network(model: Any, folder: Path) -> None:
         if settings is None:
             raise
         # Sampling settings that transformers refuses to write say nothing about the weights.
-        reason = " ".join(str(error).split())
-        warnings.warn(f"generation settings are left out: {reason}", stacklevel=3)
+        warnings.warn(f"generation settings are left out: {reason(error)}", stacklevel=3)
         model.generation_config = type(settings)()
         try:
             model.save_pretrained(folder)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, reason
 from prunezero.models.digests import joined_digest
 from prunezero.models.file_digests import digests_of_files
 from prunezero.models.whole_files import follow_umask
@@ -63,7 +63,7 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
             raise ModelError(f"'{folder}' holds no saved model: model.safetensors is missing")
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the saved model in '{folder}' is damaged ({error})") from error
+        raise ModelError(f"the saved model in '{folder}' is damaged ({reason(error)})") from error
 
 
 class Shards:
@@ -115,7 +115,9 @@ class Shards:
         try:
             digests = digests_of_files([self.folder / name for name in names])
         except OSError as error:
-            raise ModelError(f"the files in '{self.folder}' cannot be read ({error})") from error
+            raise ModelError(
+                f"the files in '{self.folder}' cannot be read ({reason(error)})"
+            ) from error
         return joined_digest(f"{name} {one}" for name, one in zip(names, digests, strict=True))
 
 
@@ -157,7 +159,8 @@ class Shard:
             return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{self.path} is damaged or missing ({error}); get the file again"
+                f"{self.path} is damaged or missing ({reason(error, self.path)}); get the file "
+                "again"
             ) from error
 
 
@@ -179,4 +182,4 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise OutputError(f"'{path}' cannot be written ({error})") from error
+        raise OutputError(f"'{path}' cannot be written ({reason(error, path)})") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
 
 
 def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -76,7 +76,7 @@ def write_text(text: str, path: Path) -> None:
     try:
         replace_text(text, path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        raise OutputError(f"{path} cannot be written: {reason(error, path)}") from error
 
 
 def write_json(data: Any, path: Path) -> None:

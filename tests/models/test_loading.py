@@ -151,7 +151,8 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(
     with pytest.raises(ModelError) as caught:
         load_model("someone/something")
     assert str(caught.value) == (
-        "model 'someone/something' cannot be loaded (We couldn't connect to the hub)"
+        "model 'someone/something' cannot be loaded (We couldn't connect to the hub. "
+        "Check your internet connection)"
     )
 
 
