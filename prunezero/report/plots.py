@@ -8,7 +8,6 @@ left out of it. Colours are Okabe and Ito's, and shapes repeat what colours say.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -151,10 +150,7 @@ def _along(front: Sequence[Row]) -> list[tuple[float, float]]:
 def _save(figure: Any, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            # A name in letters that the font lacks is drawn as boxes.
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")
-            replace_whole(path, lambda beside: figure.savefig(beside, format="png"))
+        replace_whole(path, lambda beside: figure.savefig(beside, format="png"))
     except OSError as error:
         raise OutputError(f"the picture {path} cannot be written: {error.strerror}") from error
 

@@ -39,7 +39,7 @@ def python_docstring(text: str) -> str:
     lines = text.split("\n")
     spelled = "\n".join(visible(line.replace("\\", r"\\")) for line in lines)
     # Neither three quotes in a row nor one at the end.
-    return re.sub(r'"(?=""|$)', r"\"", spelled.replace('"""', r"\"\"\""))
+    return re.sub(r'"(?="")|"\Z', r"\"", spelled)
 
 
 def markdown_text(text: object) -> str:
@@ -77,8 +77,15 @@ def latex_text(text: object) -> str:
 
 
 def picture_text(text: object) -> str:
-    """Words on a picture of matplotlib, which takes what stands between dollars for a formula."""
-    return one_line(text).replace("$", r"\$")
+    """Words on a picture of matplotlib, which takes what stands between dollars for a formula.
+
+    Letters that its font lacks, of which it would warn, are replacement characters.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    known = get_font(findfont(FontProperties())).get_charmap()
+    shown = "".join(letter if ord(letter) in known else "\ufffd" for letter in one_line(text))
+    return shown.replace("$", r"\$")
 
 
 def _code(letter: str) -> str:
