@@ -17,7 +17,7 @@ _PACKAGES = (
 
 
 def doctor(json_file: JsonFile = None, runs_dir: RunsDir = Path("runs")) -> None:
-    """Show versions, devices, the compute dtype that is faster here, and where things are kept.
+    """Show versions, devices, which `--dtype` is faster here, and where things are kept.
 
     Examples:
 

@@ -131,8 +131,9 @@ TestTokens = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="`auto`, `float32` or `bfloat16`; auto takes the faster of the two on a CPU, and "
-        "under a memory limit what the files hold."
+        help="Of forward passes: `float32`, `bfloat16`, or `auto`, which is float32 on a CPU and "
+        "bfloat16 on a GPU where the files hold that; `doctor` tells which is faster. A saved "
+        "model keeps the dtype of its files."
     ),
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1` ...")]

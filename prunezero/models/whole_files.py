@@ -31,6 +31,7 @@ def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}")
     try:
         write(temporary)
+        follow_umask(temporary)
         _move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -54,17 +55,45 @@ def _append(path: Path, write: Callable[[Path], None]) -> None:
             file.write(whole.read_bytes())
 
 
-def replace_text(text: str, path: Path) -> None:
-    """Let the file hold this text, in UTF-8.
+def replace_bytes(data: bytes, path: Path) -> None:
+    """Let the file hold these bytes.
 
     Raises:
         OSError: the folder cannot be written; the file is as it was.
     """
 
     def write(beside: Path) -> None:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(data)
 
     replace_whole(path, write)
+
+
+def replace_text(text: str, path: Path) -> None:
+    """Let the file hold this text, in UTF-8.
+
+    Raises:
+        OSError: the folder cannot be written; the file is as it was.
+    """
+    replace_bytes(text.encode(), path)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or a folder with all in it, the permissions that new files of the user have.
+
+    Temporary folders, and the files that safetensors writes, are made for their owner alone.
+
+    Raises:
+        OSError: it is not ours to change.
+    """
+    allowed = 0o777 & ~_umask()
+    for each in [path, *path.rglob("*")]:
+        each.chmod(allowed if each.is_dir() else allowed & 0o666)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def write_text(text: str, path: Path) -> None:

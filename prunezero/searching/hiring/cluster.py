@@ -56,7 +56,8 @@ def ray_crew(
     try:
         machines = [one["Resources"] for one in ray.nodes() if one["Alive"]]
         each = _share(machines, plan.device, count, threads)
-        return Crew(_Cluster(ray, plan, count, each, is_ours=is_ours), count, deadline)
+        cluster = _Cluster(ray, plan, count, each, is_ours=is_ours)
+        return Crew(cluster, count, deadline, threads=each)
     except BaseException:
         if is_ours:
             ray.shutdown()

@@ -42,8 +42,9 @@ def local_crew(
             numbers of threads.
         deadline: seconds for one question.
     """
-    office = _Here(plan, count, threads or max(1, usable_cores() // count))
-    crew = Crew(office, count, deadline)
+    each = threads or max(1, usable_cores() // count)
+    office = _Here(plan, count, each)
+    crew = Crew(office, count, deadline, threads=each)
     # Before multiprocessing waits at exit for processes that wait for questions.
     office.at_exit = crew.close
     atexit.register(crew.close)
