@@ -94,8 +94,9 @@ def pruner_page(fields: PrunerFields) -> str:
         "DAMPING": repr(fields.damping),
         "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in fields.formulas)),
     }
-    page = _exchange(source, new, _docstring(fields))
-    page += "".join(dict.fromkeys(HELPERS[name] for name in features if name in HELPERS))
+    helpers = dict.fromkeys(HELPERS[name] for name in features if name in HELPERS)
+    more = [line for text in helpers for line in [*text.splitlines(), "", ""]]
+    page = _exchange(source, new, _docstring(fields), more)
     check_page(page)
     return page
 
@@ -235,13 +236,18 @@ def paragraphs(head: str, *others: str) -> str:
     return python_docstring(text)
 
 
-def _exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:
-    """The source with constants, function bodies and the module docstring replaced by name."""
+def _exchange(source: str, new: Mapping[str, Any], docstring: str, helpers: list[str]) -> str:
+    """The source with constants, function bodies and the module docstring replaced by name.
+
+    Lines of more functions come before the program.
+    """
     lines = source.splitlines()
     # From the end, so that earlier line numbers stay true.
     for node in reversed(ast.parse(source).body):
         first, last = node.lineno - 1, node.end_lineno or node.lineno
-        if isinstance(node, ast.Expr):
+        if isinstance(node, ast.If):
+            lines[first:first] = helpers
+        elif isinstance(node, ast.Expr):
             lines[first:last] = [f'"""{docstring}', '"""']
         elif isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) in new:
             head, _, _ = lines[first].partition(" = ")

@@ -336,10 +336,15 @@ if __name__ == "__main__":
     if count < 1:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
     batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
+    # Computed in float32, saved as it was stored.
+    exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     try:
-        report = prune_(model, batches, options.sparsity, options.pattern)
+        report = prune_(exact, batches, options.sparsity, options.pattern)
     except RefusalError as error:
         raise SystemExit(f"refused: {error}") from error
+    for name in report["layers"]:
+        gone = matrix(exact.get_submodule(name)) == 0
+        matrix(model.get_submodule(name)).masked_fill_(gone, 0.0)
     print(f"{report['zeros']} weights are zero, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

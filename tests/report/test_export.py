@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,16 +18,29 @@ from prunezero.errors import OutputError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.models.calibration import calibrate
+from prunezero.models.loading import load_model
 from prunezero.models.patterns import fitting
 from prunezero.models.units import find_layers
+from prunezero.pruning.documents import validated
+from prunezero.pruning.prune import prune
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
 from prunezero.report import pruner_template
 from prunezero.report.export import PrunerFields, pruner_page, write_pruner
 from prunezero.report.kernel_export import write_kernel
 from prunezero.report.page_lines import FEATURE_LINES
+from prunezero.report.run_folder import pruner_fields
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.selection import select_model
-from tests.tiny_models import FAMILIES, save_tiny_model, tiny_batches, tiny_model
+from tests.tiny_models import (
+    FAMILIES,
+    save_tiny_model,
+    tiny_batches,
+    tiny_model,
+    tiny_network,
+    tiny_tokenizer,
+)
 
 FORMULAS = {
     "magnitude": "abs(W)",
@@ -240,12 +254,93 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> N
 
 
 def test_page_is_clean_by_our_own_linter(tmp_path: Path) -> None:
-    criterion = Criterion.parse("abs(W)*(X + 100*G1)*D + abs(X_mean)*Y + X_var")
+    criterion = Criterion.parse("abs(W)*(X + 100*G1)*D + abs(X_mean)*Y + X_var/U + V")
     write_pruner(PrunerFields("all sums", criterion, source="s " * 90), tmp_path / "pruner.py")
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100"]
     command += ["--select", "E,F,I,UP,B", str(tmp_path / "pruner.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_page(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """The names of the program after it pruned the model `dense` of the folder into `pruned`."""
+    (folder / "text.txt").write_text("every cat sat on a warm mat. " * 30)
+    write_pruner(pruner_fields(recipe), folder / "pruner.py")
+    options = ["--output", "pruned", "--sequences", "4", "--length", "32", *words]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["pruner.py", "dense", "text.txt", *options])
+    return runpy.run_path("pruner.py", run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("family", "criterion", "choices", "sparsity", "told"),
+    [
+        ("gpt2", "X", {"compare": "model"}, 0.5, "0.5000"),
+        ("gpt2", "R2/D", {"compare": "layer"}, 0.29, "0.2897"),
+        ("llama", "abs(W)*sqrt(V)", {"pattern": "1:4"}, None, "0.7500"),
+        ("opt", "abs(W)*X", {"ignore": ["re:(?i)FC1"], "compare": "7 columns"}, 0.3, "0.2988"),
+    ],
+)
+def test_page_as_a_program_saves_what_the_engine_would(
+    family: str,
+    criterion: str,
+    choices: dict[str, Any],
+    sparsity: float | None,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safetensors.torch import load_file
+
+    save_tiny_model(family, tmp_path / "dense")
+    fields = {"name": "mine", "criterion": criterion, **choices}
+    recipe = validated(Recipe, fields, "mine.yaml")
+    words = [] if sparsity is None else ["--sparsity", str(sparsity)]
+    names = run_page(recipe, tmp_path, monkeypatch, *words)
+    dense = load_model(str(tmp_path / "dense"), dtype="float32")
+    layers, sums = find_layers(dense.model), dense_sums([recipe])
+    statistics = calibrate(dense, torch.cat(list(names["batches"])), layers, sums)
+    outcome = prune(dense, recipe, sparsity, statistics=statistics)
+    saved = load_file(tmp_path / "pruned" / "model.safetensors")
+    wanted = dense.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in saved.items())
+    assert f"{outcome.zeros} weights are zero, sparsity {told}" in capsys.readouterr().out
+
+
+def test_page_computes_in_float32_and_keeps_the_dtype_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    network = tiny_network("llama").half()
+    network.save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    recipe = Recipe.load("magnitude")
+    run_page(recipe, tmp_path, monkeypatch, "--sparsity", "0.5")
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("dense", "pruned"))
+    for name, value in before.items():
+        assert after[name].dtype == torch.float16
+        assert torch.equal(after[name], torch.where(after[name] == 0, 0.0, value).half())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "say how much to remove"),
+        (["--sparsity", "1"], "below 1"),
+        (["--pattern", "3:5"], "needs a multiple of 5 columns, but model.layers.0.*32"),
+        (["--pattern", "4:2"], "neither free nor N:M"),
+        (["--pattern", "2:4", "--sparsity", "0.6"], "2:4 removes 0.5 of the weights, not 0.6"),
+    ],
+)
+def test_page_as_a_program_refuses_in_a_sentence_and_leaves_nothing(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path / "dense")
+    with pytest.raises(SystemExit, match=f"^refused: .*{sentence}"):
+        run_page(Recipe.load("magnitude"), tmp_path, monkeypatch, *words)
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_page_runs_as_a_program_and_saves_the_pruned_model(tmp_path: Path) -> None:
