@@ -201,9 +201,9 @@ def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
 
 
 def _read_body(sums: frozenset[str]) -> list[str]:
-    """The body of `read`: the forward pass, the backward pass, both, or neither."""
+    """The body of `read`: a forward pass, one with a backward pass, or both."""
     lines = []
-    if sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
+    if not sums or sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
         lines += ["with torch.no_grad():", "    model(ids, use_cache=False)"]
     if sums & {*SUM_LINES["gradient"], *SUM_LINES["output gradients"]}:
         lines += [
@@ -211,10 +211,10 @@ def _read_body(sums: frozenset[str]) -> list[str]:
             "    logits = model(ids, use_cache=False).logits[0, :-1].float()",
             "    loss = nn.functional.cross_entropy(logits, ids[0, 1:])",
             "    if not torch.isfinite(loss):",
-            '        raise RefusalError(f"the loss of a sequence is {float(loss)}")',
+            '        raise RefusalError(f"the loss of a sequence is {float(loss.detach())}")',
             "    loss.backward()",
         ]
-    return lines or ["# The formula looks at nothing but the weights.", "return None"]
+    return lines
 
 
 def _docstring(fields: PrunerFields) -> str:

@@ -35,6 +35,7 @@ from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.selection import select_model
 from tests.tiny_models import (
     FAMILIES,
+    VOCABULARY,
     save_tiny_model,
     tiny_batches,
     tiny_model,
@@ -231,20 +232,83 @@ def test_all_that_a_page_cannot_follow_is_told_at_once_and_what_an_option_mends_
         pruner_page(replace(fields, update="none"))
 
 
-def test_hostile_words_stay_words(tmp_path: Path) -> None:
-    fields = PrunerFields(
-        name='x"""\nimport os\n"""',
-        criterion=Criterion.parse("abs(W)"),
-        source="C:\\new \\x41 '''",
-        targets=('q"""_proj',),
-    )
-    page = pruner_page(fields)
-    assert not any(
-        alias.name == "os"
-        for node in ast.walk(ast.parse(page))
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    )
+def network_of(configuration: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(configuration, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("formula", ["abs(W)", "abs(W)*X", "abs(W)*G*D"])
+def test_layers_that_nothing_calls_are_named_once_and_left_alone(
+    formula: str, tmp_path: Path
+) -> None:
+    from transformers import MambaConfig
+
+    sizes = {"state_size": 8, "time_step_rank": 4, "hidden_size": 32, "num_hidden_layers": 2}
+    network = network_of(MambaConfig(vocab_size=VOCABULARY, **sizes))
+    before = network.backbone.layers[1].mixer.dt_proj.weight.clone()
+    page = page_module(PrunerFields("m", Criterion.parse(formula)), tmp_path)
+    with pytest.warns(UserWarning, match=r"layers\.0.*dt_proj, .*layers\.1.*dt_proj$") as told:
+        report = page.prune_(network, torch.split(tiny_batches(), 1), 0.5)
+    assert len([one for one in told if "left alone" in str(one.message)]) == 1
+    assert torch.equal(network.backbone.layers[1].mixer.dt_proj.weight, before)
+    assert len(report["layers"]) == 6 and report["sparsity"] == 0.5
+
+
+def test_a_model_that_changes_its_own_weights_is_refused(tmp_path: Path) -> None:
+    from transformers import RwkvConfig
+
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    network = network_of(RwkvConfig(vocab_size=VOCABULARY, rescale_every=1, **sizes))
+    page = page_module(PrunerFields("m", Criterion.parse("abs(W)")), tmp_path)
+    with pytest.raises(page.RefusalError, match="own forward pass changes its weights"):
+        page.prune_(network, [], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("batches", "sentence"),
+    [
+        ([], "0 sequences"),
+        ([torch.tensor([[5]])], "1 tokens; the model takes 2 to 64"),
+        ([torch.full((1, 65), 5)], "65 tokens; the model takes 2 to 64"),
+        ([torch.tensor([[5, VOCABULARY]])], "not in the model's vocabulary"),
+        ([torch.tensor([5, 6])], r"must be int64 \[1, length\]"),
+        ([torch.ones(1, 4)], r"must be int64 \[1, length\] but are torch.float32"),
+    ],
+)
+def test_page_refuses_text_that_the_model_cannot_be_run_on(
+    batches: list[torch.Tensor], sentence: str, tmp_path: Path
+) -> None:
+    page = page_module(PrunerFields("w", Criterion.parse("abs(W)*X")), tmp_path)
+    with pytest.raises(page.RefusalError, match=sentence):
+        page.prune_(tiny_model().model, batches, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("formula", "where", "sentence"),
+    [
+        ("abs(W)*X", "model.embed_tokens", "the inputs of .*q_proj hold NaN"),
+        ("abs(W)*G", "lm_head", "the loss of a sequence is nan"),
+        ("W**2/U", "model.embed_tokens", "the inputs of .*q_proj hold NaN"),
+        ("C1", "model.layers.0.mlp.up_proj", "up_proj scores that are NaN"),
+        ("X", "model.layers.1.mlp.down_proj", "weight of .*1.mlp.down_proj holds NaN"),
+    ],
+)
+def test_page_refuses_models_with_numbers_that_are_none(
+    formula: str, where: str, sentence: str, tmp_path: Path
+) -> None:
+    network = tiny_network("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        network.get_submodule(where).weight[:, 0] = float("nan")  # type: ignore[index]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fields = PrunerFields("w", Criterion.parse(formula), compare="layer")
+    page = page_module(fields, tmp_path)
+    with pytest.raises(page.RefusalError, match=sentence):
+        page.prune_(network, torch.split(tiny_batches(), 1), 0.001)
+    after = network.state_dict()
+    assert all(torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7)) for name in after)
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
