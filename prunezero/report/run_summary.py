@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import RecipeError, SearchError, did_you_mean
+from prunezero.errors import RecipeError, SearchError, did_you_mean, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
@@ -155,8 +155,7 @@ def read_candidates(folder: Path) -> list[Row] | None:
     try:
         return list(parquet.read_table(path).to_pylist())
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SearchError(f"{path} cannot be read: {reason}") from error
+        raise SearchError(f"{path} cannot be read: {reason(error, path)}") from error
 
 
 def counted(candidates: Sequence[Row]) -> dict[str, int]:
