@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError, PruneZeroError
+from prunezero.errors import ModelError, PruneZeroError, reason
+from prunezero.models.cache import cache_dir
 from prunezero.models.gguf import demo_file, unpacked_gguf
-from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wrap_model
+from prunezero.models.language_model import LanguageModel, quiet, wrap_model
 from prunezero.models.names import is_spelled_as_path
 from prunezero.models.saving import check_writable, save_model
 from prunezero.models.shards import Shards
@@ -153,8 +154,7 @@ def device_of(word: str) -> torch.device:
         device = torch.device(word)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ModelError(f"device '{word}' cannot be used here ({reason})") from error
+        raise ModelError(f"device '{word}' cannot be used here ({reason(error)})") from error
     return device
 
 
@@ -283,6 +283,4 @@ def explained(name: str) -> Iterator[None]:
     except PruneZeroError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise ModelError(f"model '{name}' cannot be loaded ({reason})") from error
+        raise ModelError(f"model '{name}' cannot be loaded ({reason(error)})") from error

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, reason
 from prunezero.models.shards import INDEX, SINGLE, Shards, StoredTensor
 
 _CHUNK_BYTES = 2**24
@@ -166,7 +166,9 @@ class Mirror:
         try:
             yield
         except OSError as error:
-            raise OutputError(f"'{self.folder / name}' cannot be written ({error})") from error
+            raise OutputError(
+                f"'{self.folder / name}' cannot be written ({reason(error)})"
+            ) from error
 
 
 def _planned(path: Path, added: Mapping[str, StoredTensor]) -> _File:
@@ -182,7 +184,9 @@ def _planned(path: Path, added: Mapping[str, StoredTensor]) -> _File:
             if name != "__metadata__"
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged or missing ({error}); get the file again") from error
+        raise ModelError(
+            f"{path} is damaged or missing ({reason(error)}); get the file again"
+        ) from error
     end = max((sum(place) for place in places.values()), default=0)
     for name, one in added.items():
         header[name] = _entry(one, end)

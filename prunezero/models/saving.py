@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, reason
 from prunezero.models.biases import note_opened_biases
 from prunezero.models.companions import copy_companions
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.mirror import Mirror
+from prunezero.models.places import try_folder
 from prunezero.models.shards import STORED_DTYPES, Shards, StoredTensor
 from prunezero.models.source import Source, holds, names_in_files
 from prunezero.models.units import Layer, find_layers
@@ -43,28 +44,13 @@ class SavedSparsity:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """The folder, once it is sure that a model can be saved there; ask before long work.
+    """The folder, once it is sure that a model can be saved there, with its parent made.
 
     Raises:
-        OutputError: it exists and is not empty, or its parent cannot be written.
+        OutputError: it exists and is not empty, or cannot be written.
     """
-    try:
-        path = Path(folder).expanduser()
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"'{folder}' is a file; choose a folder that is new or empty")
-        if path.is_dir() and any(path.iterdir()):
-            raise OutputError(
-                f"folder '{folder}' is not empty; choose a folder that is new or empty"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: the disk may be read-only, or full.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise OutputError(
-            f"folder '{folder}' cannot be written ({reason}); choose another folder"
-        ) from error
+    path = try_folder(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -104,7 +90,7 @@ def save_model(
             path.rmdir()
         os.replace(unfinished, path)
     except OSError as error:
-        raise OutputError(f"folder '{folder}' cannot be written ({error})") from error
+        raise OutputError(f"folder '{folder}' cannot be written ({reason(error, path)})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return path
@@ -203,8 +189,7 @@ def _save_network(model: Any, folder: Path) -> None:
         if settings is None:
             raise
         # Sampling settings that transformers refuses to write say nothing about the weights.
-        reason = " ".join(str(error).split())
-        warnings.warn(f"generation settings are left out: {reason}", stacklevel=3)
+        warnings.warn(f"generation settings are left out: {reason(error)}", stacklevel=3)
         model.generation_config = type(settings)()
         try:
             model.save_pretrained(folder)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.errors import OutputError, differences
+from prunezero.errors import OutputError, differences, reason
 from prunezero.models.companions import copy_companions
 from prunezero.models.mirror import Mirror
 from prunezero.models.saving import check_writable
@@ -168,7 +168,9 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise OutputError(f"folder '{folder}' cannot be written or read ({error})") from error
+        raise OutputError(
+            f"folder '{folder}' cannot be written or read ({reason(error, folder)})"
+        ) from error
 
 
 def _refuse_other_request(
