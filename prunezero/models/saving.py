@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError
 from prunezero.models.language_model import LanguageModel, quiet
+from prunezero.models.shards import files_of_tensors
 
 
 @dataclass(frozen=True)
@@ -156,23 +156,3 @@ def _saved_weights(folder: Path, layer_names: list[str]) -> Iterator[Tensor]:
             raise ModelError(
                 f"{path} is damaged: weight '{name}' cannot be read ({error})"
             ) from error
-
-
-def files_of_tensors(folder: Path) -> dict[str, str]:
-    """File name by tensor name, in a folder of one safetensors file or of several with an index.
-
-    Raises:
-        ModelError: there is no such file, or one is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    try:
-        if index.is_file():
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        if not single.is_file():
-            raise ModelError(f"'{folder}' holds no saved model: model.safetensors is missing")
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), single.name)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the saved model in '{folder}' is damaged ({error})") from error

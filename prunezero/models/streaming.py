@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from prunezero.errors import ModelError
+from prunezero.models.checkpoints import Checkpoint, checked_checkpoint
+from prunezero.models.checks import check_finite
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.loading import (
     DTYPES,
-    checked_configuration,
     device_of,
     explained,
     load_tokenizer,
@@ -38,7 +39,7 @@ class StreamedModel:
     def __init__(
         self, source: str | Path, *, dtype: str = "auto", device: str = "auto", name: str = ""
     ) -> None:
-        """Build the model, and compare it with the headers of its files; no weight is read yet.
+        """Build the model, after all checks of its files; no weight is kept yet.
 
         Args:
             source: folder with configuration, tokenizer and safetensors, one file or several.
@@ -56,8 +57,12 @@ class StreamedModel:
                 f"'{source}' is not a model folder: config.json is missing; a streamed model is "
                 "read from a folder of safetensors files"
             )
-        self.shards = Shards(self.folder)
-        self.language_model = _on_meta_device(name or str(source), self.shards, dtype, device)
+        called = name or str(source)
+        with quiet(), explained(called):
+            checkpoint = checked_checkpoint(str(self.folder), called)
+        self.shards = checkpoint.shards
+        self._layout = checkpoint.layout
+        self.language_model = _on_meta_device(called, self.folder, checkpoint, dtype, device)
         model = self.language_model.model
         self.blocks = find_blocks(model)
         names_of = _names_of_parameters(model)
@@ -69,37 +74,26 @@ class StreamedModel:
                 f"model '{self.language_model.name}' shares weights between its blocks, so they "
                 "cannot be pruned one by one; load it whole"
             )
-        self._names = {
-            parameter: self._stored_name(names, parameter) for parameter, names in names_of.items()
-        }
+        self._names = {parameter: self._stored_name(names) for parameter, names in names_of.items()}
         parameters = {name for names in names_of.values() for name in names}
-        self._stored_buffers = [
-            self._stored_name([name], buffer)
+        self._stored_buffers = {
+            name: self._stored_name([name])
             for name, buffer in model.state_dict().items()
             if name not in parameters
-        ]
+        }
+        check_finite(
+            ((name, self.shards.read(name)) for name in self._layout.stored.values()), called
+        )
 
-    def _stored_name(self, names: list[str], parameter: Tensor) -> str:
-        """The name that a parameter has in the files."""
-        found = [name for name in names if name in self.shards.tensors]
+    def _stored_name(self, names: list[str]) -> str:
+        """The name that a parameter or buffer has in the files."""
+        found = [self._layout.stored[name] for name in names if name in self._layout.stored]
         where = self.language_model.name
         if not found:
             raise ModelError(
-                f"the files of model '{where}' lack the weight '{names[0]}'; get the files again, "
-                "or load the model whole and save it by save_pretrained"
+                f"the files of model '{where}' hold '{names[0]}' in another layout than the model "
+                "has it, so it cannot be pruned block by block; leave out the memory limit"
             )
-        for name in found:
-            stored = self.shards.tensors[name]
-            if stored.dtype not in STORED_DTYPES:
-                raise ModelError(
-                    f"model '{where}': weight '{name}' is stored as {stored.dtype}, which is a "
-                    "quantized or packed format; prune the full-precision checkpoint, then quantize"
-                )
-            if stored.shape != tuple(parameter.shape):
-                raise ModelError(
-                    f"model '{where}': weight '{name}' has shape {list(stored.shape)} in its file "
-                    f"but {list(parameter.shape)} by config.json; get the files again"
-                )
         for other in found[1:]:
             if not torch.equal(self.shards.read(found[0]), self.shards.read(other)):
                 raise ModelError(
@@ -120,8 +114,8 @@ class StreamedModel:
         """
         model = self.language_model.model
         body = set(model.base_model.parameters())
-        for name in self._stored_buffers:
-            model.get_buffer(name).copy_(self.shards.read(name))
+        for name, stored in self._stored_buffers.items():
+            model.get_buffer(name).copy_(self.shards.read(stored))
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.language_model.device)
@@ -178,7 +172,8 @@ class StreamedModel:
 
     def stored_outside(self) -> dict[str, Tensor]:
         """All that is not in a block, the head and stored buffers included, as `stored_block`."""
-        names = [self._names[parameter] for parameter in self._outside] + self._stored_buffers
+        names = [self._names[parameter] for parameter in self._outside]
+        names += self._stored_buffers.values()
         return {name: self.shards.read(name).add_(0.0) for name in names}
 
     @contextmanager
@@ -219,16 +214,17 @@ def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
     torch.utils.swap_tensors(left, right)  # type: ignore[no-untyped-call]
 
 
-def _on_meta_device(name: str, shards: Shards, dtype: str, device: str) -> LanguageModel:
+def _on_meta_device(
+    name: str, folder: Path, checkpoint: Checkpoint, dtype: str, device: str
+) -> LanguageModel:
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
     place = device_of(device)
-    folder = str(shards.folder)
+    shards = checkpoint.shards
     with quiet(), explained(name):
-        configuration = checked_configuration(folder, name)
         chosen = DTYPES[dtype] if dtype != "auto" else _stored_dtype(shards)
-        model = _without_weights(configuration, chosen)
-        tokenizer = load_tokenizer(folder)
+        model = _without_weights(checkpoint.configuration, chosen)
+        tokenizer = load_tokenizer(str(folder))
     return LanguageModel(model, tokenizer, name, shards.fingerprint(), chosen, place)
 
 
