@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import ModelError
-from prunezero.models.checks import Layout, check_layout
+from prunezero.models.checks import check_layout
 from prunezero.models.shards import INDEX, SINGLE, Shards, files_of_tensors
 from prunezero.models.sizes import check_sizes
+from prunezero.models.source import Source
 
 # A configuration may name any other by a repository, and transformers would fetch its code.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -28,10 +29,8 @@ class Checkpoint:
 
     configuration: Any
     """of the model, by transformers"""
-    shards: Shards
-    """its tensors, of which only the headers were read"""
-    layout: Layout
-    """what they become in the model"""
+    source: Source
+    """its files, of which only the headers were read"""
 
 
 def checked_checkpoint(source: str, name: str) -> Checkpoint:
@@ -55,8 +54,8 @@ def checked_checkpoint(source: str, name: str) -> Checkpoint:
     shards = Shards(_folder_of(source))
     check_sizes(raw, getattr(kind, "attribute_map", {}), len(shards.tensors), name)
     configuration = kind.from_dict(raw)
-    layout = check_layout(configuration, shards.tensors, name)
-    return Checkpoint(configuration, shards, layout)
+    names = check_layout(configuration, shards.tensors, name)
+    return Checkpoint(configuration, Source(shards, names))
 
 
 def _folder_of(source: str) -> Path:

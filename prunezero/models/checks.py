@@ -10,16 +10,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunezero.errors import ModelError, PruneZeroError
+from prunezero.errors import ModelError, PruneZeroError, reason
 from prunezero.models.shards import STORED_DTYPES, StoredTensor
 from prunezero.models.sizes import building_at_most
+from prunezero.models.source import names_in_files, targets_of
 from prunezero.models.units import block_prefix
 
 # What is computed and not stored may take this much, and twice the room of weights in float32.
@@ -30,20 +30,13 @@ _HARMLESS = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the tensors of the files become those of the model."""
+def check_layout(
+    configuration: Any, stored: Mapping[str, StoredTensor], name: str
+) -> dict[str, str]:
+    """Names in the files by name in the model, once headers and configuration agree.
 
-    stored: Mapping[str, str]
-    """name in the files by name in the model, of tensors that become one each, as they are"""
-    converted: frozenset[str]
-    """names in the model of tensors that are made of stored ones by a change of layout"""
-
-
-def check_layout(configuration: Any, stored: Mapping[str, StoredTensor], name: str) -> Layout:
-    """Compare the network that a configuration describes with what the headers of files hold.
-
-    Nothing is read or allocated: transformers loads tensors without numbers, and reports.
+    Nothing is read or allocated: transformers loads tensors without numbers, and reports. Tensors
+    that change their layout have no such name.
 
     Args:
         configuration: of a causal language model.
@@ -55,7 +48,7 @@ def check_layout(configuration: Any, stored: Mapping[str, StoredTensor], name: s
             stored that the model does not have; or no network can be built of the configuration.
     """
     model, report = _loaded_without_numbers(configuration, stored, name)
-    targets = _targets(model, stored)
+    targets = targets_of(model, stored)
     parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     for key, (target, _) in sorted(targets.items()):
         if target in parameters and stored[key].dtype not in STORED_DTYPES:
@@ -70,7 +63,7 @@ def check_layout(configuration: Any, stored: Mapping[str, StoredTensor], name: s
             f"model '{name}': config.json asks for {computed / 2**30:.0f} GiB of tables that no "
             "file holds; get the file again"
         )
-    return _layout(model, targets, name)
+    return names_in_files(model, stored)
 
 
 def _loaded_without_numbers(
@@ -96,9 +89,8 @@ def _loaded_without_numbers(
         raise
     # Whatever a size of zero, or one that no tensor can have, makes a network do.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"model '{name}': no network can be built as config.json says ({reason})"
+            f"model '{name}': no network can be built as config.json says ({reason(error)})"
         ) from error
     return model, report
 
@@ -152,43 +144,6 @@ def check_unused(keys: Iterable[str], prefix: str, name: str) -> None:
             f"'{unused[0]}' among them; they are left alone",
             stacklevel=2,
         )
-
-
-def _targets(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """What each stored tensor becomes by transformers' own table, and whether by a renaming alone.
-
-    Those that the model does not use are left out.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    wanted = model.state_dict()
-    known = model.base_model_prefix, wanted
-    found = {}
-    for key in stored:
-        target, pattern = rename_source_key(key, renamings, converters, *known)
-        if target not in wanted and key in wanted:
-            target, pattern = rename_source_key(key, [], [], *known)
-        if target in wanted:
-            found[key] = target, pattern is None
-    return found
-
-
-def _layout(model: nn.Module, targets: Mapping[str, tuple[str, bool]], name: str) -> Layout:
-    renamed: dict[str, str] = {}
-    for key, (target, is_same) in targets.items():
-        if not is_same:
-            continue
-        if target in renamed:
-            raise ModelError(
-                f"the files of model '{name}' hold '{target}' twice, as '{renamed[target]}' and as "
-                f"'{key}'; get the files again"
-            )
-        renamed[target] = key
-    return Layout(renamed, frozenset(target for target, is_same in targets.values() if not is_same))
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], name: str) -> None:

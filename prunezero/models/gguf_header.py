@@ -8,7 +8,7 @@ import struct
 from math import prod
 from pathlib import Path
 
-from prunezero.errors import ModelError
+from prunezero.errors import ModelError, reason
 
 # Bytes of the fixed-size metadata types, by their number in the format; 8 is text, 9 an array.
 # Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -43,7 +43,7 @@ def check_header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         header.compare()
     except ValueError as error:
-        raise ModelError(f"'{path}' is not a sound GGUF file: {error}") from error
+        raise ModelError(f"'{path}' is not a sound GGUF file: {reason(error)}") from error
     return header.tensors
 
 
@@ -59,7 +59,7 @@ def read_header(path: Path) -> Header:
         try:
             return Header(data)
         except (ValueError, struct.error) as error:
-            raise ModelError(f"'{path}' is not a sound GGUF file: {error}") from error
+            raise ModelError(f"'{path}' is not a sound GGUF file: {reason(error)}") from error
 
 
 class Header:

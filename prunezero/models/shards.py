@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
+from prunezero.errors import ModelError, OutputError, reason
+from prunezero.models.digests import joined_digest
+from prunezero.models.file_digests import digests_of_files
+from prunezero.models.whole_files import follow_umask
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
 STORED_DTYPES = {
@@ -23,8 +26,7 @@ STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-# Two checkpoints of one architecture have equal headers; so much of each file tells them apart.
-SAMPLES, SAMPLE_BYTES = 64, 4096
+_ABOUT_NUMBERS = ("config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,8 @@ def files_of_tensors(folder: Path) -> dict[str, str]:
             raise ValueError("it names no tensor, or its metadata are none")
         return {name: _inside(file) for name, file in files.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"{path} is no index of safetensors files ({reason}); get the file again"
+            f"{path} is no index of safetensors files ({reason(error, path)}); get the file again"
         ) from error
 
 
@@ -115,6 +116,14 @@ class Shards:
                 f"'{lacking[0]}' in '{files[lacking[0]]}' among them; get the files again"
             )
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of most of the numbers; None where it is none that weights are stored in."""
+        sizes: Counter[str] = Counter()
+        for stored in self.tensors.values():
+            sizes[stored.dtype] += prod(stored.shape)
+        return STORED_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None
+
     def read(self, name: str) -> Tensor:
         """A copy of the named tensor on the CPU, in its stored dtype.
 
@@ -124,19 +133,21 @@ class Shards:
         return Shard(self.folder / self.tensors[name].file).read(name)
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest over names, sizes and headers of the files, and samples of each."""
-        digest = hashlib.blake2b(digest_size=16)
-        for file in sorted({stored.file for stored in self.tensors.values()}):
-            path = self.folder / file
-            size = path.stat().st_size
-            digest.update(f"{file} {size}".encode())
-            with path.open("rb") as opened:
-                header_bytes = int.from_bytes(opened.read(8), "little")
-                digest.update(opened.read(header_bytes))
-                for place in range(SAMPLES):
-                    opened.seek(place * size // SAMPLES)
-                    digest.update(opened.read(SAMPLE_BYTES))
-        return digest.hexdigest()
+        """Hexadecimal digest over names and bytes of the files, their index and configuration.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        names = sorted({stored.file for stored in self.tensors.values()})
+        # What the numbers are for: a checkpoint of blocks that turn otherwise is another.
+        names += [name for name in _ABOUT_NUMBERS if (self.folder / name).is_file()]
+        try:
+            digests = digests_of_files([self.folder / name for name in names])
+        except OSError as error:
+            raise ModelError(
+                f"the files in '{self.folder}' cannot be read ({reason(error)})"
+            ) from error
+        return joined_digest(f"{name} {one}" for name, one in zip(names, digests, strict=True))
 
 
 @dataclass(frozen=True)
@@ -177,11 +188,11 @@ class Shard:
 
         try:
             return safe_open(self.path, framework="pt")
-        # A path that no file can have, or a file without a byte.
+        # The last are of a path that no file can have.
         except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
             raise ModelError(
-                f"{self.path} is damaged or missing ({reason}); get the file again"
+                f"{self.path} is damaged or missing ({reason(error, self.path)}); get the file "
+                "again"
             ) from error
 
 
@@ -197,9 +208,10 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        follow_umask(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise OutputError(f"'{path}' cannot be written ({error})") from error
+        raise OutputError(f"'{path}' cannot be written ({reason(error, path)})") from error

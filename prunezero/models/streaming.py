@@ -7,10 +7,8 @@ model: a parameter changes places with a real one, and back.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from prunezero.models.checkpoints import Checkpoint, checked_checkpoint
 from prunezero.models.checks import check_finite
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.loading import (
-    DTYPES,
+    check_dtype,
+    computing_dtype,
     device_of,
     explained,
     load_tokenizer,
@@ -43,8 +42,7 @@ class StreamedModel:
 
         Args:
             source: folder with configuration, tokenizer and safetensors, one file or several.
-            dtype: of every forward pass: "float32", "bfloat16", or "auto": as stored, with float32
-                for weights stored as float16.
+            dtype: of every forward pass: "float32", "bfloat16", or "auto", see `computing_dtype`.
             device: where blocks work; a torch device, or "auto": the GPU where there is one.
             name: what the user calls the model; that of the folder if empty.
 
@@ -60,9 +58,8 @@ class StreamedModel:
         called = name or str(source)
         with quiet(), explained(called):
             checkpoint = checked_checkpoint(str(self.folder), called)
-        self.shards = checkpoint.shards
-        self._layout = checkpoint.layout
-        self.language_model = _on_meta_device(called, self.folder, checkpoint, dtype, device)
+        self.shards = checkpoint.source.shards
+        self.language_model = _on_meta_device(called, checkpoint, dtype, device)
         model = self.language_model.model
         self.blocks = find_blocks(model)
         names_of = _names_of_parameters(model)
@@ -75,19 +72,19 @@ class StreamedModel:
                 "cannot be pruned one by one; load it whole"
             )
         self._names = {parameter: self._stored_name(names) for parameter, names in names_of.items()}
+        self._model_names = {parameter: names[0] for parameter, names in names_of.items()}
         parameters = {name for names in names_of.values() for name in names}
         self._stored_buffers = {
-            name: self._stored_name([name])
-            for name, buffer in model.state_dict().items()
-            if name not in parameters
+            name: self._stored_name([name]) for name in model.state_dict().keys() - parameters
         }
-        check_finite(
-            ((name, self.shards.read(name)) for name in self._layout.stored.values()), called
-        )
+        stored = sorted(checkpoint.source.names.values())
+        check_finite(((name, self.shards.read(name)) for name in stored), called)
 
     def _stored_name(self, names: list[str]) -> str:
         """The name that a parameter or buffer has in the files."""
-        found = [self._layout.stored[name] for name in names if name in self._layout.stored]
+        source = self.language_model.source
+        assert source is not None  # for the type checker: it was made of files
+        found = [source.names[name] for name in names if name in source.names]
         where = self.language_model.name
         if not found:
             raise ModelError(
@@ -155,26 +152,24 @@ class StreamedModel:
         _exchange(parameter, twin)
         return twin
 
-    def stored_block(self, index: int) -> dict[str, Tensor]:
-        """The weights of a block that is in memory as its file will hold them, by name.
+    def stored_block(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a block that is in memory as its files will hold them, one by one.
 
-        They have the dtype they had in the source, no -0.0, and are on the CPU. The block itself is
-        rounded likewise, so that it computes what a model read from the files would.
+        Each with its name in the files, on the CPU; see `Source.saved`.
+
+        Raises:
+            ModelError: a number is too large for the stored dtype.
         """
-        tensors = {}
+        source = self.language_model.source
+        assert source is not None  # for the type checker: it was made of files
         for parameter in self._inside[index]:
-            name = self._names[parameter]
-            # Adding +0.0 turns -0.0 into +0.0 and leaves every other number alone.
-            weight = parameter.detach().add_(0.0)
-            tensors[name] = weight.to("cpu", STORED_DTYPES[self.shards.tensors[name].dtype])
-            weight.copy_(tensors[name])
-        return tensors
+            name = self._model_names[parameter]
+            yield source.names[name], source.saved(name, parameter)
 
-    def stored_outside(self) -> dict[str, Tensor]:
-        """All that is not in a block, the head and stored buffers included, as `stored_block`."""
-        names = [self._names[parameter] for parameter in self._outside]
-        names += self._stored_buffers.values()
-        return {name: self.shards.read(name).add_(0.0) for name in names}
+    def names_outside(self) -> list[str]:
+        """Names of all tensors in the files that no block has, also of those that nobody uses."""
+        inside = {self._names[parameter] for block in self._inside for parameter in block}
+        return [name for name in self.shards.tensors if name not in inside]
 
     @contextmanager
     def outlined(self) -> Iterator[None]:
@@ -214,27 +209,15 @@ def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
     torch.utils.swap_tensors(left, right)  # type: ignore[no-untyped-call]
 
 
-def _on_meta_device(
-    name: str, folder: Path, checkpoint: Checkpoint, dtype: str, device: str
-) -> LanguageModel:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
+def _on_meta_device(name: str, checkpoint: Checkpoint, dtype: str, device: str) -> LanguageModel:
+    check_dtype(dtype)
     place = device_of(device)
-    shards = checkpoint.shards
+    source = checkpoint.source
     with quiet(), explained(name):
-        chosen = DTYPES[dtype] if dtype != "auto" else _stored_dtype(shards)
+        chosen = computing_dtype(dtype, place, source.shards)
         model = _without_weights(checkpoint.configuration, chosen)
-        tokenizer = load_tokenizer(str(folder))
-    return LanguageModel(model, tokenizer, name, shards.fingerprint(), chosen, place)
-
-
-def _stored_dtype(shards: Shards) -> torch.dtype:
-    """The dtype of most of the numbers; float32 for float16, whose range is too small here."""
-    sizes: Counter[str] = Counter()
-    for stored in shards.tensors.values():
-        sizes[stored.dtype] += prod(stored.shape)
-    most = sizes.most_common(1)[0][0] if sizes else "F32"
-    return torch.bfloat16 if most == "BF16" else torch.float32
+        tokenizer = load_tokenizer(str(source.folder))
+    return LanguageModel(model, tokenizer, name, source.shards.fingerprint(), chosen, place, source)
 
 
 def _without_weights(configuration: Any, dtype: torch.dtype) -> Any:

@@ -327,5 +327,5 @@ def test_what_an_older_version_unpacked_of_a_gguf_file_is_never_read(
 ) -> None:
     path = write_gguf(tmp_path / "model.gguf", *tiny_llama())
     now = gguf.unpacked_gguf(path)
-    monkeypatch.setattr(gguf, "CACHE_VERSION", gguf.CACHE_VERSION - 1)
+    monkeypatch.setattr(gguf, "FORMAT_VERSION", gguf.FORMAT_VERSION - 1)
     assert gguf.unpacked_gguf(path) != now
