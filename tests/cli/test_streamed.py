@@ -128,7 +128,7 @@ def test_a_run_stopped_while_measuring_goes_on_measuring(
     ("changes", "kind", "sentence"),
     [
         ("--output out", OutputError, "needs an --output folder"),
-        ("900MiB", RecipeError, "--memory-limit must be a size such as 900MiB or 16GiB but is '9'"),
+        ("900MiB", RecipeError, "such as 900MiB or 16GiB, but is '9'"),
         ("MODEL", ModelError, "hf download some/model --local-dir FOLDER"),
         ("--statistics sequential", RecipeError, "its formula takes gradients"),
         ("--memory-limit 900MiB", ModelError, "takes about"),
