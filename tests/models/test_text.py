@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from prunezero.errors import TextError
-from prunezero.models import demo_text, text_sources
+from prunezero.models import demo_text, text_rows
 from prunezero.models.demo_text import clean
-from prunezero.models.text import SPLITS, Text, divide, load_text, windows
-from prunezero.models.text_sources import cut_running_text, read_documents
+from prunezero.models.running_text import cut_running_text
+from prunezero.models.text import SPLITS, Text, distinct, divide, load_text, windows
+from prunezero.models.text_sources import read_source
 from tests.tiny_models import LONGEST, tiny_model
 
 DOCUMENTS = [f"Document number {place} is about pruning." for place in range(40)]
@@ -20,6 +21,10 @@ def write_jsonl(path: Path, documents: list[str], column: str = "text") -> Path:
     rows = [json.dumps({column: document, "url": "x"}) + "\n" for document in documents]
     path.write_text("".join(rows))
     return path
+
+
+def read_documents(name: str) -> dict[str, list[str]]:
+    return read_source(name).documents
 
 
 def simple(**documents: tuple[str, ...]) -> Text:
@@ -43,7 +48,7 @@ def test_the_same_documents_are_always_divided_alike_and_not_in_their_order() ->
 
 
 def test_a_document_that_comes_twice_is_in_one_split_only() -> None:
-    parts = divide({"train": DOCUMENTS * 3})
+    parts = divide(distinct({"train": DOCUMENTS * 3}))
     assert sum(map(len, parts.values())) == len(DOCUMENTS)
 
 
@@ -82,7 +87,7 @@ def test_a_text_file_is_cut_between_paragraphs_and_nothing_is_lost(tmp_path: Pat
 
 
 def test_one_endless_line_is_cut_into_pieces_of_whole_words() -> None:
-    pieces = cut_running_text("prune the model " * 2000)
+    pieces, _ = cut_running_text("prune the model " * 2000)
     assert len(pieces) > 15
     assert " ".join(pieces).split() == ["prune", "the", "model"] * 2000
 
@@ -102,7 +107,7 @@ def test_rows_that_are_lines_of_wikitext_become_articles(tmp_path: Path) -> None
 def test_reading_stops_when_there_is_more_than_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_sources, "MOST_CHARACTERS", 100)
+    monkeypatch.setattr(text_rows, "MOST_CHARACTERS", 100)
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     assert read_documents(str(path)) == {"train": DOCUMENTS[:3]}
 
