@@ -93,11 +93,11 @@ def _notes(source: Source, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """What was guessed and left out, in words."""
     yield from source.guesses
     if source.left_out:
-        yield f"{source.left_out:,} without text (null, empty or missing) left out"
+        yield f"rows without text (null, empty or missing) are left out: {source.left_out:,}"
     several = sum(map(len, source.documents.values())) - sum(map(len, own.values()))
     if several:
         places = "once" if len(own) == 1 else "once, in the latest split that holds them"
-        yield f"documents that come several times are kept {places}: {several:,} left out"
+        yield f"documents that come again are kept {places}: {several:,} left out"
     if len(own) > 1 and not own.get("train"):
         yield "no training documents are left, so all are divided anew"
 

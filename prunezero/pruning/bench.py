@@ -17,6 +17,7 @@ from prunezero.models.language_model import LanguageModel, cache_dir
 from prunezero.models.loading import load_model
 from prunezero.models.text import Text, load_text, windows
 from prunezero.models.units import Layer
+from prunezero.models.windows import begin_with
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.statistics import Statistics
@@ -54,6 +55,11 @@ class Bench:
     settings: Settings
     """how much of the text is used"""
 
+    @property
+    def begin_with(self) -> str:
+        """What the tokenizer begins every window with, such as "<bos>"; empty for most models."""
+        return begin_with(self.language_model.tokenizer)
+
     def windows(self, split: str) -> Tensor:
         """Token ids `[count, length]` of one split.
 
@@ -87,6 +93,16 @@ class Bench:
             text_fingerprint=self.text.fingerprint,
             progress=progress,
         )
+
+
+def beginning(words: Iterable[str]) -> dict[str, str]:
+    """What windows begin with, as a column of results; no column where that is text alone.
+
+    Args:
+        words: `Bench.begin_with` of each model.
+    """
+    named = dict.fromkeys(word or "text" for word in words)
+    return {} if list(named) in ([], ["text"]) else {"windows_begin_with": " or ".join(named)}
 
 
 def set_up(

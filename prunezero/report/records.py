@@ -43,6 +43,7 @@ PARAM_NAMES = (
     "text",
     "calibration_tokens",
     "sequence_length",
+    "windows_begin_with",
     "seed",
     "draws",
     "generation",

@@ -57,7 +57,7 @@ def test_a_row_without_text_is_left_out_told_once_and_changes_no_other(
     rows = [*ROWS[:place], odd, odd, *ROWS[place:]]
     text = load_text(write_rows(tmp_path / "odd.jsonl", rows))
     assert text.documents == clean.documents
-    assert text.notes == ("2 without text (null, empty or missing) left out",)
+    assert text.notes == ("rows without text (null, empty or missing) are left out: 2",)
     assert clean.notes == ()
 
 
@@ -223,8 +223,7 @@ def test_the_later_split_keeps_what_several_hold(tmp_path: Path) -> None:
     assert sorted(trained) == sorted({*DOCUMENTS} - {*DOCUMENTS[:3], DOCUMENTS[200]})
     assert text.notes == (
         "test split: Test.jsonl; train split: train.jsonl; validation split: valid.jsonl",
-        "documents that come several times are kept once, in the latest split that holds them: "
-        "6 left out",
+        "documents that come again are kept once, in the latest split that holds them: 6 left out",
     )
 
 
