@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunezero.errors import OutputError, RecipeError
+from prunezero.errors import OutputError, RecipeError, reason
 
 if TYPE_CHECKING:
     from prunezero.models.text import Text
@@ -103,8 +103,9 @@ TestTokens = Annotated[int, typer.Option(help="Tokens of test text.", rich_help_
 Dtype = Annotated[
     str,
     typer.Option(
-        help="`auto`, `float32` or `bfloat16`; auto takes the faster of the two on a CPU, and "
-        "under a memory limit what the files hold."
+        help="Of forward passes: `float32`, `bfloat16`, or `auto`, which is float32 on a CPU and "
+        "bfloat16 on a GPU where the files hold that; `doctor` tells which is faster. A saved "
+        "model keeps the dtype of its files."
     ),
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1` ...")]
@@ -249,7 +250,7 @@ def check_json(path: Path | None) -> None:
         with path.open("a"):
             pass
     except OSError as error:
-        raise OutputError(f"--json {path} cannot be written: {error.strerror}") from error
+        raise OutputError(f"--json {path} cannot be written: {reason(error, path)}") from error
 
 
 def write_json(data: Any, path: Path | None) -> None:

@@ -12,8 +12,7 @@ from prunezero.cli.asking import way_on
 from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.report.run_summary import Run
 
 # Columns of the front, by the key of a candidate's row.
@@ -64,7 +63,7 @@ def show(
     best = front(found.candidates or (), top, each=each)
     write_json(_data(found, best), json_file)
     if latex:
-        typer.echo(latex_of_front(best))
+        print(latex_of_front(best))
     else:
         _print(found, best, each)
 
@@ -130,13 +129,12 @@ def _counts(run: Run) -> str:
 
 
 def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.cli.tables import cell
     from prunezero.report.run_summary import rule_of
 
     those = "the best" if each == 1 else f"the best {each}"
-    table = Table(title=f"front: {those} of each size on search text", title_justify="left")
+    table = Table(title=f"front: {those} of each size on search text")
     shown = [key for key in _FRONT if any(row[key] not in (None, "") for row in front)]
     for key in shown:
         is_word = key in ("signal", "formula", "choices")

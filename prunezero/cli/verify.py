@@ -13,8 +13,7 @@ from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.report.verification import Check
 
 
@@ -64,9 +63,9 @@ def verify(
 
 
 def _table(checks: Sequence[Check], title: str) -> Table:
-    from rich.table import Table
+    from prunezero.cli.fitting import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     table.add_column("recipe")
     table.add_column("text")
     for column in ("reported", "recomputed", "difference"):

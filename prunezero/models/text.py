@@ -20,7 +20,7 @@ from torch import Tensor, tensor
 from prunezero.errors import TextError, did_you_mean
 from prunezero.models.demo_text import demo_documents
 from prunezero.models.language_model import LanguageModel
-from prunezero.models.text_sources import OWN_SPLITS, Source, read_source
+from prunezero.models.text_sources import OWN_SPLITS, TextSource, read_source
 from prunezero.models.windows import check_length, check_windows, first_tokens
 
 __all__ = ["SPLITS", "Text", "load_text", "windows"]
@@ -61,7 +61,7 @@ def load_text(name: str) -> Text:
     Raises:
         TextError: the source cannot be found or read, or holds no text.
     """
-    source = Source({"train": demo_documents()}) if name == "demo" else read_source(name)
+    source = TextSource({"train": demo_documents()}) if name == "demo" else read_source(name)
     own = distinct(source.documents)
     if not any(own.values()):
         raise TextError(f"text '{name}' is empty; give a source with text in it")
@@ -89,7 +89,7 @@ def distinct(own: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     return {split: kept[split] for split in own}
 
 
-def _notes(source: Source, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _notes(source: TextSource, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """What was guessed and left out, in words."""
     yield from source.guesses
     if source.left_out:

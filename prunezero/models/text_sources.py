@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import TextError, did_you_mean
+from prunezero.errors import TextError, did_you_mean, reason
 from prunezero.models.names import is_spelled_as_path
 from prunezero.models.running_text import FEWEST_DOCUMENTS, are_lines, cut_running_text
 from prunezero.models.text_rows import (
@@ -38,7 +38,7 @@ _MOST_NAMES = 3
 
 
 @dataclass
-class Source:
+class TextSource:
     """Documents, and what a reader should know of how they came about."""
 
     documents: dict[str, list[str]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Source:
             self.guesses.append(words)
 
 
-def read_source(name: str) -> Source:
+def read_source(name: str) -> TextSource:
     """The documents of a source.
 
     Args:
@@ -63,12 +63,12 @@ def read_source(name: str) -> Source:
     Raises:
         TextError: the source cannot be found or read.
     """
-    source = Source()
+    source = TextSource()
     _explained(name, lambda: _read(name, source))
     return source
 
 
-def _read(name: str, source: Source) -> None:
+def _read(name: str, source: TextSource) -> None:
     path = Path(name).expanduser()
     if path.is_file():
         source.documents["train"] = _read_file(path, source)
@@ -82,7 +82,7 @@ def _read(name: str, source: Source) -> None:
         _read_hub(name, source)
 
 
-def _read_folder(folder: Path, source: Source) -> None:
+def _read_folder(folder: Path, source: TextSource) -> None:
     files = _text_files(folder.iterdir())
     if not files:
         files = _text_files(folder.rglob("*"))
@@ -133,7 +133,7 @@ def _own_split(path: Path) -> str:
     return "train"
 
 
-def _read_file(path: Path, source: Source, *, is_one: bool = False) -> list[str]:
+def _read_file(path: Path, source: TextSource, *, is_one: bool = False) -> list[str]:
     ending = ending_of(path)
     if ending not in SUFFIXES or (ending == ".parquet" and is_compressed(path)):
         raise TextError(
@@ -146,7 +146,7 @@ def _read_file(path: Path, source: Source, *, is_one: bool = False) -> list[str]
         with open_text(path) as file:
             text = file.read()
     except (UnicodeError, OSError, EOFError) as error:
-        raise TextError(f"'{path}' cannot be read as UTF-8 text ({error})") from error
+        raise TextError(f"'{path}' cannot be read as UTF-8 text ({reason(error, path)})") from error
     if is_one:
         source.guess("each .txt file is a document")
         return _with_text([text], source)
@@ -155,7 +155,7 @@ def _read_file(path: Path, source: Source, *, is_one: bool = False) -> list[str]
     return documents
 
 
-def _read_hub(name: str, source: Source) -> None:
+def _read_hub(name: str, source: TextSource) -> None:
     from datasets import load_dataset
 
     dataset, _, configuration = name.partition(":")
@@ -170,7 +170,7 @@ def _read_hub(name: str, source: Source) -> None:
         source.documents[place] = _documents_of(name, splits[split], source)
 
 
-def _documents_of(name: str, rows: Iterable[Any], source: Source) -> list[str]:
+def _documents_of(name: str, rows: Iterable[Any], source: TextSource) -> list[str]:
     """Rows as documents; rows that are lines of one running text are joined and cut anew."""
     read = _explained(name, lambda: read_rows(name, rows))
     if read.column != COLUMNS[0]:
@@ -185,7 +185,7 @@ def _documents_of(name: str, rows: Iterable[Any], source: Source) -> list[str]:
     return documents
 
 
-def _with_text(texts: Sequence[str], source: Source) -> list[str]:
+def _with_text(texts: Sequence[str], source: TextSource) -> list[str]:
     """Those with text in them; the others are counted."""
     found = [text for text in texts if text.strip()]
     source.left_out += len(texts) - len(found)
@@ -199,6 +199,4 @@ def _explained(name: str, read: Callable[[], Any]) -> Any:
     except TextError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise TextError(f"text '{name}' cannot be read ({reason})") from error
+        raise TextError(f"text '{name}' cannot be read ({reason(error, name)})") from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
 
 
 def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -20,9 +20,23 @@ def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        follow_umask(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace_bytes(data: bytes, path: Path) -> None:
+    """Let the file hold these bytes.
+
+    Raises:
+        OSError: the folder cannot be written; the file is as it was.
+    """
+
+    def write(beside: Path) -> None:
+        beside.write_bytes(data)
+
+    replace_whole(path, write)
 
 
 def replace_text(text: str, path: Path) -> None:
@@ -31,11 +45,26 @@ def replace_text(text: str, path: Path) -> None:
     Raises:
         OSError: the folder cannot be written; the file is as it was.
     """
+    replace_bytes(text.encode(), path)
 
-    def write(beside: Path) -> None:
-        beside.write_text(text, encoding="utf-8")
 
-    replace_whole(path, write)
+def follow_umask(path: Path) -> None:
+    """Give a file, or a folder with all in it, the permissions that new files of the user have.
+
+    Temporary folders, and the files that safetensors writes, are made for their owner alone.
+
+    Raises:
+        OSError: it is not ours to change.
+    """
+    allowed = 0o777 & ~_umask()
+    for each in [path, *path.rglob("*")]:
+        each.chmod(allowed if each.is_dir() else allowed & 0o666)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def write_text(text: str, path: Path) -> None:
@@ -47,7 +76,7 @@ def write_text(text: str, path: Path) -> None:
     try:
         replace_text(text, path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+        raise OutputError(f"{path} cannot be written: {reason(error, path)}") from error
 
 
 def write_json(data: Any, path: Path) -> None:

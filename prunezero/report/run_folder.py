@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, RecipeError
+from prunezero.errors import OutputError, RecipeError, reason
 from prunezero.models.whole_files import replace_text, write_json
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
@@ -71,7 +71,9 @@ def check_runs_dir(runs_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=runs_dir):
             pass
     except OSError as error:
-        raise OutputError(f"--runs-dir {runs_dir} cannot be written: {error.strerror}") from error
+        raise OutputError(
+            f"--runs-dir {runs_dir} cannot be written: {reason(error, runs_dir)}"
+        ) from error
 
 
 def write_run(
@@ -102,7 +104,7 @@ def _write_study(text: str, path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be written, so Optuna is shown nothing new: {error.strerror}",
+            f"{path} cannot be written, so Optuna is shown nothing new: {reason(error, path)}",
             stacklevel=3,
         )
 

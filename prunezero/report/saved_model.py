@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError
-from prunezero.models.evaluation import SavedSparsity, count_sparsity
-from prunezero.models.saving import save_model
+from prunezero.models.saving import SavedSparsity, count_sparsity, save_model, stored_layers
 from prunezero.models.units import Layer
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import finite_row
@@ -53,7 +52,7 @@ def save_pruned(
     """
     files = companions(bench.language_model.name, recipe, rows)
     save_model(bench.language_model, folder, files=files)
-    saved = count_sparsity(folder, [layer.name for layer in layers])
+    saved = count_sparsity(folder, stored_layers(bench.language_model, layers, folder))
     in_memory = sum(count_zeros(layer.weight) for layer in layers)
     if saved.zeros != in_memory or saved.negative_zeros:
         raise OutputError(
