@@ -141,6 +141,7 @@ def _prune_in_memory(
         say_conditions,
         waiting,
     )
+    from prunezero.models.saving import check_names
     from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums
@@ -150,7 +151,9 @@ def _prune_in_memory(
     say_about([bench])
     layers = check_recipe(bench.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
-    Reordering(bench.language_model, recipe, layers)
+    reordering = Reordering(bench.language_model, recipe, layers)
+    if output is not None:
+        check_names(bench.language_model, moves=reordering.moves)
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
         sums = bench.statistics(layers, dense_sums([recipe]), bars)

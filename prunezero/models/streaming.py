@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from prunezero.models.loading import (
     load_tokenizer,
 )
 from prunezero.models.observing import removing
+from prunezero.models.own_changes import refuse_own_changes
 from prunezero.models.shards import STORED_DTYPES, Shard, Shards
 from prunezero.models.source import Source, names_in_files
 from prunezero.models.units import find_blocks
+from prunezero.models.walk import record_calls
 
 
 class StreamedModel:
@@ -38,7 +41,7 @@ class StreamedModel:
     def __init__(
         self, source: str | Path, *, dtype: str = "auto", device: str = "auto", name: str = ""
     ) -> None:
-        """Build the model, and compare it with the headers of its files; no weight is read yet.
+        """Build the model, and compare it with the headers of its files; no weight is kept yet.
 
         Args:
             source: folder with configuration, tokenizer and safetensors, one file or several.
@@ -78,6 +81,10 @@ class StreamedModel:
             for name, buffer in model.state_dict().items()
             if name not in parameters
         ]
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.language_model.device)
+        run = partial(record_calls, model.base_model, self.blocks, ids)
+        with self.outside(), self.block(0):
+            refuse_own_changes(model, self.language_model.name, run)
 
     def _stored_name(self, names: list[str], parameter: Tensor) -> str:
         """The name that a parameter has in the files."""
