@@ -82,11 +82,19 @@ def distinct(own: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     for split in sorted(own, key=OWN_SPLITS.index, reverse=True):
         kept[split] = []
         for text in own[split]:
-            key = hashlib.blake2b("".join(text.split()).encode(), digest_size=16).digest()
+            key = _without_blanks(text)
             if key not in seen:
                 seen.add(key)
                 kept[split].append(text)
     return {split: kept[split] for split in own}
+
+
+def _without_blanks(text: str) -> bytes:
+    """A digest of all but white space, in parts because words take far more memory than text."""
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(text), PIECE_CHARACTERS):
+        digest.update("".join(text[start : start + PIECE_CHARACTERS].split()).encode())
+    return digest.digest()
 
 
 def _notes(source: TextSource, own: Mapping[str, Sequence[str]]) -> Iterator[str]:

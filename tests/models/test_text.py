@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from prunezero.errors import TextError
 from prunezero.models import demo_text, text_rows
+from prunezero.models import text as text_module
 from prunezero.models.demo_text import clean
 from prunezero.models.running_text import cut_running_text
 from prunezero.models.text import SPLITS, Text, distinct, divide, load_text, windows
 from prunezero.models.text_sources import read_source
-from tests.tiny_models import LONGEST, tiny_model
+from prunezero.models.windows import begin_with
+from prunezero.report import pruner_template
+from tests.tiny_models import LONGEST, tiny_model, tiny_tokenizer
 
 DOCUMENTS = [f"Document number {place} is about pruning." for place in range(40)]
 
@@ -147,6 +152,66 @@ def test_windows_are_the_first_tokens_with_an_end_between_documents() -> None:
     # 1 is </s>; "a" is 68.
     assert found.tolist() == [[68, 69, 1], [70, 71, 72], [1, 73, 74]]
     assert found.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("around", "first", "word"),
+    [
+        ("<s> $A", [0], "<s>"),
+        ("<s> $A </s>", [0], "<s>"),
+        ("<s> <unk> $A", [0, 2], "<s> <unk>"),
+        ("$A </s>", [], ""),
+    ],
+)
+def test_windows_of_every_split_begin_as_the_tokenizer_begins_a_text(
+    around: str, first: list[int], word: str
+) -> None:
+    tokenizer = tiny_tokenizer(around)
+    model = replace(tiny_model(), tokenizer=tokenizer)
+    text = simple(**dict.fromkeys(SPLITS, ("abcde", "fghij" * 9)))
+    # 1 is </s>, between documents; "a" is 68.
+    follow = [68, 69, 70, 71, 72, 1, 73, 74, 75]
+    each = 4 - len(first)
+    for split in SPLITS:
+        found = windows(text, split, model, length=4, count=51 // each).tolist()
+        assert found[:2] == [[*first, *follow[at : at + each]] for at in (0, each)]
+        assert all(window[: len(first)] == first for window in found)
+    assert begin_with(tokenizer) == word
+    # The exported page cuts one text, which ends nowhere inside.
+    page = pruner_template.windows(tokenizer, "abcdefgh", 4)
+    plain = list(range(68, 76))
+    assert torch.cat(page[:2]).tolist() == [[*first, *plain[at : at + each]] for at in (0, each)]
+    with pytest.raises(TextError, match=f"need {(51 // each + 1) * each}"):
+        windows(text, "test", model, length=4, count=51 // each + 1)
+
+
+def test_windows_too_short_for_text_behind_the_first_tokens_are_refused() -> None:
+    model = replace(tiny_model(), tokenizer=tiny_tokenizer("<s> <unk> $A"))
+    with pytest.raises(TextError, match="no text behind the 2 that .* use a length of at least 3"):
+        windows(simple(test=("abc",)), "test", model, length=2, count=1)
+    assert pruner_template.windows(model.tokenizer, "abc", 2) == []
+
+
+def test_long_documents_are_tokenized_in_pieces_with_the_ids_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    document, model = "prune the model " * 8, tiny_model()
+    given: list[int] = []
+    whole = windows(simple(test=(document,)), "test", model, length=32, count=4)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    tokenizer = model.tokenizer
+
+    class Counting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            given.append(len(text))
+            return tokenizer(text, **options)
+
+    counting = replace(model, tokenizer=Counting())
+    found = windows(simple(test=(document,)), "test", counting, length=32, count=4)
+    assert torch.equal(found, whole)
+    assert max(given) <= 20 and len(given) > 7
 
 
 def test_calibration_windows_are_drawn_from_the_whole_split_by_the_seed() -> None:

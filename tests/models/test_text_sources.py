@@ -6,6 +6,9 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,12 +126,6 @@ def test_parquet_holds_text_as_bytes_too_and_one_bad_row_is_left_out(tmp_path: P
     parquet.write_table(pyarrow.table(table), tmp_path / "A.PARQUET")
     source = read_source(str(tmp_path / "A.PARQUET"))
     assert (source.documents, source.left_out) == ({"train": DOCUMENTS}, 2)
-
-
-def packed_zstandard(data: bytes) -> bytes:
-    import pyarrow
-
-    return pyarrow.Codec("zstd").compress(data, asbytes=True)
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -279,10 +276,31 @@ def test_endless_lines_and_words_are_cut_and_nothing_is_lost(text: str) -> None:
     assert "".join("".join(pieces).split()) == "".join(text.split())
 
 
-READ = """
+MEASURE = """
 import resource, sys
-sys.argv.append(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
-from prunezero.models.text import load_text
-load_text(sys.argv[1])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+from prunezero.models.text import load_text, windows
+from tests.tiny_models import tiny_model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+text = load_text(sys.argv[1])
+for split in ("calibration", "test"):
+    windows(text, split, tiny_model(), length=32, count=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+
+
+def test_a_long_line_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("prune" * 800_000)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "a.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Kibibytes for 4 MB.
+    assert int(done.stdout) < 250_000
+
+
+def test_local_text_needs_no_cache_of_the_hub(tmp_path: Path) -> None:
+    name = write_rows(tmp_path / "a.jsonl", ROWS)
+    program = "import sys; from prunezero.models.text import load_text; load_text(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", program, name],
+        check=True,
+        env={**os.environ, "HF_HOME": "/proc/none"},
+    )
