@@ -146,16 +146,41 @@ def one_line(row: dict[str, Any]) -> str:
 
 def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     """The line under a table that says how its numbers were measured."""
+    from prunezero.searching.regimes import seeds_of, windows_of
+
     row = rows[-1]
-    from prunezero.searching.regimes import seeds_of
 
     what = "geometric mean of the perplexities" if row.get("regimes") else "perplexity"
     return (
         f"{what} of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
-        f"windows of {row['sequence_length']} tokens; "
+        f"{windows_of(row)}; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
         f"pattern {row['pattern']}, {seeds_of(row)}"
     )
+
+
+def say_about(benches: Sequence[Bench]) -> None:
+    """A line on each model at hand, and one on what was guessed about their text, if anything."""
+    from prunezero.cli.options import about_model, about_text
+
+    for bench in benches:
+        say(about_model(bench))
+    if told := about_text(benches[0].text):
+        say(told)
+
+
+def say_conditions(rows: Sequence[dict[str, Any]], model: str, benches: Sequence[Bench]) -> None:
+    """The line under a table, and what is to be doubted of its first row, the dense model's.
+
+    Args:
+        model: its name, or the names of several.
+        benches: on which the rows were measured.
+    """
+    from prunezero.pruning.soundness import dense_warnings
+
+    say(conditions(rows, model, benches[0]))
+    for warning in dense_warnings(rows[0], benches):
+        say(f"warning: {warning}", style="yellow")
 
 
 class Bars:

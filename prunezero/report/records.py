@@ -45,6 +45,7 @@ PARAM_NAMES = (
     "text",
     "calibration_tokens",
     "sequence_length",
+    "windows_begin_with",
     "seed",
     "draws",
     "generation",

@@ -18,7 +18,7 @@ from prunezero.report.plots import pareto, progress, proxy_against_truth
 from prunezero.report.tracked import baseline_row, shown
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.mirror import study_journal
-from prunezero.searching.regimes import seeds_of
+from prunezero.searching.regimes import seeds_of, windows_of
 from prunezero.searching.session import Session
 
 # The file that `optuna-dashboard` opens.
@@ -33,6 +33,7 @@ _MEASURED = (
     "draws",
     "calibration_tokens",
     "sequence_length",
+    "windows_begin_with",
     "sparsity_reached",
     *_PERPLEXITIES,
     "kl",
@@ -148,8 +149,7 @@ def _sentence(row: dict[str, Any]) -> str:
     mean = "geometric mean of " if row.get("regimes") else ""
     return (
         f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
-        f"{row['sparsity']:g} ({row['pattern']}), windows of "
-        f"{row['sequence_length']} tokens, {seeds_of(row)}."
+        f"{row['sparsity']:g} ({row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
     )
 
 
