@@ -29,6 +29,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import dearest
 from prunezero.models.patterns import fitting
 from prunezero.pruning.choices import (
+    MENDING,
     WORDS,
     Allocate,
     Choice,
@@ -198,6 +199,11 @@ class Recipe(BaseModel):
     def updates(self) -> tuple[str, ...]:
         """The words of the updates, in their order; none is no word."""
         return tuple(choice.word for choice in self.update if choice.word != "none")
+
+    @property
+    def mends(self) -> bool:
+        """Whether weights that stay are solved for, so that rounding is seen in the result."""
+        return not MENDING.isdisjoint(self.updates)
 
     @property
     def extras(self) -> tuple[Choice, ...]:
