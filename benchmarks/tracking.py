@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prunezero.report.mlflow_store import open_client
+from prunezero.report.tracking_database import open_client
 from prunezero.report.track import ENVIRONMENT, tracking_uri
 
 EXPERIMENT = "benchmarks"
