@@ -69,9 +69,8 @@ def compare(
 
         prunezero compare --model demo --recipes wanda,sparsegpt --sparsity 0.7 --allocate owl
     """
-    from prunezero.cli.tables import conditions, console, results_table, say, waiting
+    from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
     from prunezero.pruning.bench import set_up, with_choices
-    from prunezero.pruning.published import warning_of
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir
     from prunezero.report.track import Tracker
@@ -90,7 +89,7 @@ def compare(
     check_runs_dir(runs_dir)
     with waiting(f"loading {model}"):
         bench = set_up(model, text, settings, dtype=dtype, device=device)
-    say(options.about_model(bench))
+    say_about([bench])
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
@@ -101,10 +100,7 @@ def compare(
         if rows:
             title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
-            say(conditions(rows, bench.language_model.name, bench))
-            warning = warning_of(model, text, rows[0])
-            if warning:
-                say(f"warning: {warning}", style="yellow")
+            say_conditions(rows, bench.language_model.name, [bench])
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")

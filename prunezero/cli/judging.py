@@ -15,7 +15,7 @@ def judged(
     session: Session, tracker: Tracker, folder: Path, candidates: list[Candidate]
 ) -> list[dict[str, Any]]:
     """Judge the finalists on validation text, report the winner and its rivals on test text."""
-    from prunezero.cli.tables import Bars, conditions, print_results, say
+    from prunezero.cli.tables import Bars, print_results, say, say_conditions
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.export import no_page
     from prunezero.report.run_folder import pruner_fields, write_winner
@@ -44,7 +44,7 @@ def judged(
     champion = {**rows[-1], "search_perplexity": best.search_perplexity}
     tracker.record(tracked_champion(recipe, champion, session, name, folder))
     print_results(rows, f"search {name}", best="test_perplexity")
-    say(conditions(rows, session.models, session.bench))
+    say_conditions(rows, session.models, [session.bench, *session.also_benches])
     say(f"found: {best.rule.text}", style="bold")
     twin = published_twin(session.task, best.rule)
     if twin is not None:

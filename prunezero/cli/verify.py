@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.report.verification import Check
 
 
 def verify(
     run: Annotated[str, typer.Argument(help="Name of a search in the runs folder, or its path.")],
     top: Annotated[
-        int, typer.Option(help="How many of the best by size to measure beside the winner.", min=0)
+        int,
+        typer.Option(
+            help="How many of the best by size to measure beside the winner.", min=0, max=MOST_ROWS
+        ),
     ] = 3,
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
@@ -37,8 +39,7 @@ def verify(
 
         prunezero verify runs/first --top 10 --json verified.json
     """
-    from prunezero.cli import options
-    from prunezero.cli.tables import Bars, console, say, waiting
+    from prunezero.cli.tables import Bars, console, say, say_about, waiting
     from prunezero.errors import SearchError
     from prunezero.report import verification
     from prunezero.report.run_summary import find_run, read_run
@@ -48,8 +49,7 @@ def verify(
     claimed = verification.claims(found, top)
     with waiting(f"loading model and text of {found.folder}"):
         benches = verification.benches_of(found)
-    for bench in benches:
-        say(options.about_model(bench))
+    say_about(benches)
     checks: list[Check] = []
     with Bars() as bars:
         total = len(claimed) * len(verification.SPLITS)
@@ -66,9 +66,9 @@ def verify(
 
 
 def _table(checks: Sequence[Check], title: str) -> Table:
-    from rich.table import Table
+    from prunezero.cli.fitting import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     table.add_column("recipe")
     table.add_column("text")
     for column in ("reported", "recomputed", "difference"):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,8 @@ from torch import nn
 
 from prunezero.errors import ModelError
 from prunezero.models.digests import joined_digest, tensor_digests
+from prunezero.models.own_changes import refuse_own_changes
+from prunezero.models.source import Source
 
 # Written on the way to and from a disk; they change nothing in what the model computes, and the
 # tensors carry their dtype.
@@ -40,6 +40,8 @@ class LanguageModel:
     """of the weights and of every forward pass"""
     device: torch.device
     """where the weights are"""
+    source: Source | None = None
+    """the files that it came from; None for one that was handed over in memory"""
 
     @property
     def dtype_word(self) -> str:
@@ -47,20 +49,28 @@ class LanguageModel:
         return str(self.dtype).removeprefix("torch.")
 
 
-def wrap_model(model: nn.Module, tokenizer: Any, *, name: str) -> LanguageModel:
+def wrap_model(
+    model: nn.Module, tokenizer: Any, *, name: str, source: Source | None = None
+) -> LanguageModel:
     """A `LanguageModel` around a transformers model that is already in memory.
 
     Puts the model in evaluation mode and stops gradients of its weights.
 
+    Args:
+        source: the files that it was loaded from, which a saved model mirrors.
+
     Raises:
-        ModelError: weights are on the meta device, on several devices, or no floats.
+        ModelError: weights are on the meta device, on several devices, or no floats; or a forward
+            pass changes them.
     """
     check_weights(model, name)
     model.eval()
     model.requires_grad_(False)
     first = next(model.parameters())
+    ids = torch.zeros((1, 2), dtype=torch.long, device=first.device)
+    refuse_own_changes(model, name, lambda: model(ids))
     fingerprint = model_fingerprint(model, tokenizer)
-    return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device)
+    return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device, source)
 
 
 def check_weights(model: nn.Module, name: str) -> None:
@@ -104,12 +114,6 @@ def vocabulary_digest(tokenizer: Any) -> str:
     """Hexadecimal digest of the words and ids of a tokenizer."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda word: (word[1], word[0]))
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
-
-
-def cache_dir() -> Path:
-    """Where prunezero keeps what it can make again: $PRUNEZERO_CACHE, or ~/.cache/prunezero."""
-    chosen = os.environ.get("PRUNEZERO_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "prunezero"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How does a model come in: as a hub id, a folder, a .gguf file or the word "demo"?
 
-The configuration is read first, and whatever could run foreign code or cannot be pruned is refused
-before the weights are touched. Only safetensors are read.
+Whatever could run foreign code or cannot be pruned is refused before the weights are touched
+(`checkpoints.py`). Only safetensors are read.
 """
 
 from __future__ import annotations
@@ -15,18 +15,25 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError, PruneZeroError
+from prunezero.errors import ModelError, PruneZeroError, reason
+from prunezero.models.cache import cache_dir
+from prunezero.models.checkpoints import Checkpoint, checked_checkpoint
+from prunezero.models.checks import check_finite, check_report
 from prunezero.models.gguf import demo_file, unpacked_gguf
-from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wrap_model
+from prunezero.models.language_model import LanguageModel, quiet, wrap_model
 from prunezero.models.names import is_spelled_as_path
 from prunezero.models.saving import check_writable, save_model
+from prunezero.models.shards import Shards
 
 __all__ = [
     "DTYPES",
+    "Checkpoint",
     "LanguageModel",
     "cache_dir",
+    "check_dtype",
     "check_writable",
-    "checked_configuration",
+    "checked_checkpoint",
+    "computing_dtype",
     "device_of",
     "explained",
     "load_model",
@@ -39,14 +46,8 @@ __all__ = [
 
 # float16 is left out: squares of its gradients are zero, its Gram matrices infinite.
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# bfloat16 has to be this much faster, so that equal processors choose equally.
-CLEARLY_FASTER = 0.8
 # Together, and products of each dtype at least.
 TRIAL_SECONDS, TRIAL_ROUNDS = 0.1, 3
-# A configuration may name any other by a repository, and transformers would fetch its code.
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_CODE_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> LanguageModel:
@@ -54,23 +55,21 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Langu
 
     Args:
         name: hub id, folder, .gguf file, or "demo".
-        dtype: "float32", "bfloat16", or "auto": on a CPU the faster of the two, elsewhere that of
-            the checkpoint.
+        dtype: of every forward pass: "float32", "bfloat16", or "auto", see `computing_dtype`.
         device: a torch device, or "auto": the GPU where there is one.
 
     Raises:
         ModelError: the model cannot be found, read or pruned; nothing was loaded then.
     """
     place = device_of(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
+    check_dtype(dtype)
     with quiet(), explained(name):
         source = _source(name)
-        configuration = checked_configuration(source, name)
-        chosen = DTYPES[dtype] if dtype != "auto" else _best_dtype(place, configuration)
-        model = _load_network(source, name, configuration, chosen)
+        checkpoint = checked_checkpoint(source, name)
+        chosen = computing_dtype(dtype, place, checkpoint.source.shards)
+        model = _load_network(source, name, checkpoint.configuration, chosen)
         tokenizer = load_tokenizer(source)
-    return wrap_model(model.to(place), tokenizer, name=name)
+    return wrap_model(model.to(place), tokenizer, name=name, source=checkpoint.source)
 
 
 def trial_dtypes(device: torch.device) -> dict[str, float]:
@@ -100,13 +99,32 @@ def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _best_dtype(device: torch.device, configuration: Any) -> torch.dtype:
+def check_dtype(word: str) -> None:
+    """Refuse a word that names no dtype to compute in.
+
+    Raises:
+        ModelError: it is neither "auto" nor one of `DTYPES`.
+    """
+    if word != "auto" and word not in DTYPES:
+        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{word}'")
+
+
+def computing_dtype(word: str, device: torch.device, shards: Shards) -> torch.dtype:
+    """The dtype of every forward pass; "auto" depends on the kind of device, never on its speed.
+
+    On a CPU that is float32, elsewhere bfloat16 where the checkpoint stores most numbers in it,
+    and float32 where it does not.
+
+    Args:
+        word: "auto", or one of `DTYPES`.
+        device: where forward passes run.
+        shards: the files of the model.
+    """
+    if word != "auto":
+        return DTYPES[word]
     if device.type == "cpu":
-        seconds = trial_dtypes(device)
-        faster = seconds["bfloat16"] < CLEARLY_FASTER * seconds["float32"]
-        return torch.bfloat16 if faster else torch.float32
-    stored = getattr(configuration, "dtype", None)
-    return torch.bfloat16 if stored in (torch.float16, torch.bfloat16) else torch.float32
+        return torch.float32
+    return torch.bfloat16 if shards.dtype == torch.bfloat16 else torch.float32
 
 
 def device_of(word: str) -> torch.device:
@@ -121,8 +139,7 @@ def device_of(word: str) -> torch.device:
         device = torch.device(word)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ModelError(f"device '{word}' cannot be used here ({reason})") from error
+        raise ModelError(f"device '{word}' cannot be used here ({reason(error)})") from error
     return device
 
 
@@ -161,57 +178,6 @@ def local_folder(name: str) -> Path:
     return folder
 
 
-def checked_configuration(source: str, name: str) -> Any:
-    """The configuration, once it is sure that the model can be loaded safely and pruned.
-
-    Args:
-        source: folder or hub id.
-        name: of the model, as the user wrote it.
-
-    Raises:
-        ModelError: it asks for foreign code, is quantized, or is no causal language model.
-    """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
-
-    raw, _ = PreTrainedConfig.get_config_dict(source)
-    if not isinstance(raw, dict):
-        raise ModelError(f"config.json of model '{name}' holds no settings; get the file again")
-    _refuse_foreign_code(raw, name)
-    if any(raw.get(key) for key in _QUANTIZATION_KEYS):
-        raise ModelError(
-            f"model '{name}' is quantized; prune the full-precision checkpoint, then quantize"
-        )
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ModelError(f"model '{name}' has the type '{kind}', which transformers does not know")
-    configuration = CONFIG_MAPPING[kind].from_dict(raw)
-    written = raw.get("architectures") or []
-    written = [written] if isinstance(written, str) else [str(word) for word in written]
-    causal = not written or any(word.endswith(("ForCausalLM", "LMHeadModel")) for word in written)
-    known = type(configuration) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if raw.get("is_encoder_decoder") or not causal or not known:
-        raise ModelError(
-            f"model '{name}' is a {', '.join(written) or kind}; only decoder-only language models "
-            "(...ForCausalLM) can be pruned"
-        )
-    return configuration
-
-
-def _refuse_foreign_code(raw: dict[str, Any], name: str) -> None:
-    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        if part.get("auto_map"):
-            raise ModelError(
-                f"model '{name}' comes with its own Python code (auto_map in config.json), which "
-                "prunezero never runs; choose a model that transformers knows by itself"
-            )
-        for key in _CODE_KEYS:
-            if part.get(key) not in (None, *ATTENTIONS):
-                raise ModelError(
-                    f"model '{name}' asks for the attention code {part[key]!r} ({key} in "
-                    f"config.json), which prunezero never fetches; known: {', '.join(ATTENTIONS)}"
-                )
-
-
 def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -223,12 +189,8 @@ def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype
         trust_remote_code=False,
         output_loading_info=True,
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"the files of model '{name}' lack {len(missing)} weights, '{missing[0]}' among them; "
-            "they would be random numbers, so get the files again"
-        )
+    check_report(report, model, name)
+    check_finite(model.state_dict().items(), name)
     return model
 
 
@@ -251,6 +213,4 @@ def explained(name: str) -> Iterator[None]:
     except PruneZeroError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise ModelError(f"model '{name}' cannot be loaded ({reason})") from error
+        raise ModelError(f"model '{name}' cannot be loaded ({reason(error)})") from error

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from prunezero.models.cache import cache_dir
 from prunezero.models.calibration import Progress, calibrate
-from prunezero.models.language_model import LanguageModel, cache_dir
+from prunezero.models.language_model import LanguageModel
 from prunezero.models.loading import load_model
 from prunezero.models.text import Text, load_text, windows
 from prunezero.models.units import Layer
+from prunezero.models.windows import begin_with
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.statistics import Statistics
@@ -54,6 +56,11 @@ class Bench:
     """documents by split"""
     settings: Settings
     """how much of the text is used"""
+
+    @property
+    def begin_with(self) -> str:
+        """What the tokenizer begins every window with, such as "<bos>"; empty for most models."""
+        return begin_with(self.language_model.tokenizer)
 
     @cached_property
     def _cut(self) -> dict[str, Tensor]:
@@ -110,6 +117,16 @@ class Bench:
             text_fingerprint=self.text.fingerprint,
             progress=progress,
         )
+
+
+def beginning(words: Iterable[str]) -> dict[str, str]:
+    """What windows begin with, as a column of results; no column where that is text alone.
+
+    Args:
+        words: `Bench.begin_with` of each model.
+    """
+    named = dict.fromkeys(word or "text" for word in words)
+    return {} if list(named) in ([], ["text"]) else {"windows_begin_with": " or ".join(named)}
 
 
 def set_up(

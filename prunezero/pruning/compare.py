@@ -12,7 +12,7 @@ from prunezero.formula.features import dearest
 from prunezero.models.calibration import Progress
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.units import Layer, find_layers
-from prunezero.pruning.bench import Bench, with_choices
+from prunezero.pruning.bench import Bench, beginning, with_choices
 from prunezero.pruning.dense_weights import DenseWeights
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
@@ -144,6 +144,7 @@ class Stand:
             "seed": settings.seed,
             "calibration_tokens": self._calibration.numel(),
             "sequence_length": settings.sequence_length,
+            **beginning([self.bench.begin_with]),
             "window_losses": {},
         }
         for split in splits:
@@ -172,11 +173,12 @@ def compare(
     """Measure recipes one after another, the dense model first; yields one flat row for each.
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
-    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, those
-    of some layers, the words of all of them and the dearest signal they look at, their comparison
-    group, allocation and updates. Perplexity is exp of the mean nats per token, kl is in nats per
-    token on validation text, seconds are those of pruning alone; `window_losses` holds the nats per
-    token of each window by split, so that recipes can be compared in pairs.
+    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`,
+    `windows_begin_with` where the tokenizer does so by itself, and the formula, those of some
+    layers, the words of all of them and the dearest signal they look at, their comparison group,
+    allocation and updates. Perplexity is exp of the mean nats per token, kl is in nats per token on
+    validation text, seconds are those of pruning alone; `window_losses` holds the nats per token of
+    each window by split, so that recipes can be compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.models.digests import joined_digest
+from prunezero.report.quoting import markdown_code
 
 # Row key -> metric name. Section names before the slash group the charts of the web page.
 METRIC_NAMES = {
@@ -45,6 +46,7 @@ PARAM_NAMES = (
     "text",
     "calibration_tokens",
     "sequence_length",
+    "windows_begin_with",
     "seed",
     "draws",
     "generation",
@@ -106,7 +108,7 @@ def run_record(
         metrics=row_metrics(row),
         tags={tag: _joined(row[tag]) for tag in TAG_NAMES if row.get(tag) not in (None, "", ())},
         parent_key=parent_key,
-        note=f"`{formula}`" if formula else "",
+        note=markdown_code(formula) if formula else "",
         artifacts=artifacts,
     )
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, RecipeError
+from prunezero.errors import OutputError, RecipeError, reason
+from prunezero.models.places import try_inside
 from prunezero.models.whole_files import replace_text, write_json
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
@@ -19,7 +18,7 @@ from prunezero.report.plots import pareto, progress, proxy_against_truth
 from prunezero.report.tracked import baseline_row, shown
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.mirror import study_journal
-from prunezero.searching.regimes import seeds_of
+from prunezero.searching.regimes import seeds_of, windows_of
 from prunezero.searching.session import Session
 
 # The file that `optuna-dashboard` opens.
@@ -34,6 +33,7 @@ _MEASURED = (
     "draws",
     "calibration_tokens",
     "sequence_length",
+    "windows_begin_with",
     "sparsity_reached",
     *_PERPLEXITIES,
     "kl",
@@ -53,7 +53,9 @@ def run_folder(runs_dir: Path, name: str) -> Path:
             "with a letter or digit"
         )
     check_runs_dir(runs_dir)
-    return runs_dir / name
+    folder = runs_dir / name
+    try_inside(folder, "the folder of the search,")
+    return folder
 
 
 def check_runs_dir(runs_dir: Path) -> None:
@@ -62,15 +64,7 @@ def check_runs_dir(runs_dir: Path) -> None:
     Raises:
         OutputError: it cannot.
     """
-    if os.path.isfile(runs_dir):
-        raise OutputError(f"--runs-dir {runs_dir} is a file; name a folder")
-    try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: the disk may be read-only, or full.
-        with tempfile.TemporaryFile(dir=runs_dir):
-            pass
-    except OSError as error:
-        raise OutputError(f"--runs-dir {runs_dir} cannot be written: {error.strerror}") from error
+    try_inside(runs_dir, "--runs-dir")
 
 
 def write_run(
@@ -101,7 +95,7 @@ def _write_study(text: str, path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be written, so Optuna is shown nothing new: {error.strerror}",
+            f"{path} cannot be written, so Optuna is shown nothing new: {reason(error, path)}",
             stacklevel=3,
         )
 
@@ -155,8 +149,7 @@ def _sentence(row: dict[str, Any]) -> str:
     mean = "geometric mean of " if row.get("regimes") else ""
     return (
         f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
-        f"{row['sparsity']:g} ({row['pattern']}), windows of "
-        f"{row['sequence_length']} tokens, {seeds_of(row)}."
+        f"{row['sparsity']:g} ({row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
     )
 
 

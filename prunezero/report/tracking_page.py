@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
 
 
 def tracking_uri(runs_dir: Path, uri: str | None = None) -> str:
@@ -49,7 +49,7 @@ def view_links(runs_dir: Path, *, port: int = 5000) -> dict[str, str]:
         experiment = MlflowClient(tracking_uri=uri).get_experiment_by_name(EXPERIMENT)
     # Whatever a server, a database or a wrong address makes the library do.
     except Exception as error:
-        raise OutputError(f"MLflow at {uri} does not answer ({error})") from error
+        raise OutputError(f"MLflow at {uri} does not answer ({reason(error)})") from error
     if experiment is None:
         return {}
     page = f"http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs"

@@ -10,7 +10,7 @@ from typing import Any
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
-from prunezero.pruning.bench import Bench
+from prunezero.pruning.bench import Bench, beginning
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.searching.benches import fitted
@@ -224,6 +224,7 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
                 "text_fingerprint": bench.text.fingerprint,
                 "calibration_tokens": bench.settings.calibration_tokens,
                 "sequence_length": bench.settings.sequence_length,
+                **beginning(one.begin_with for one in (bench, *session.also_benches)),
                 "dtype": bench.language_model.dtype_word,
             },
         }

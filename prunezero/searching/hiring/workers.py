@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import SearchError
+from prunezero.errors import SearchError, reason
 from prunezero.searching.hiring.crew import DEADLINE, Crew, Worker
 from prunezero.searching.hiring.plan import Desk, JudgePlan, Message, Plan
 from prunezero.searching.judging.judge import Question
@@ -101,7 +101,7 @@ class _Process:
         except OSError as error:
             self.handle.close()
             raise SearchError(
-                f"a worker process cannot be started ({error.strerror}); ask for fewer --workers"
+                f"a worker process cannot be started ({reason(error)}); ask for fewer --workers"
             ) from error
         finally:
             # The process has its own; as long as this one is open, its death is not heard.

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
 from prunezero.models.checked_lines import line_of, record_of
 from prunezero.models.digests import joined_digest
 
@@ -77,4 +77,6 @@ class Archive:
                 file.seek(0)
                 yield file
         except OSError as error:
-            raise OutputError(f"{self._path} cannot be written: {error.strerror}") from error
+            raise OutputError(
+                f"{self._path} cannot be written: {reason(error, self._path)}"
+            ) from error

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, SearchError, differences
+from prunezero.errors import OutputError, SearchError, differences, reason
 from prunezero.models.checked_lines import line_of, record_of
 
 # How the line of a header begins, of which a full disk may have kept no more.
@@ -53,7 +53,7 @@ class Journal:
                 raise SearchError(f"{path} is no file; move it away, or choose another --name")
             self._file = path.open("a+b")
         except OSError as error:
-            raise OutputError(f"{path} cannot be written: {error.strerror}") from error
+            raise OutputError(f"{path} cannot be written: {reason(error, path)}") from error
         try:
             self._begin(json.loads(json.dumps(header)), resume)
         except BaseException:
@@ -149,7 +149,9 @@ class Journal:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror}") from error
+            raise OutputError(
+                f"{self.path} cannot be written: {reason(error, self.path)}"
+            ) from error
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
@@ -161,7 +163,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise SearchError(f"{path} cannot be read: {error.strerror}") from error
+        raise SearchError(f"{path} cannot be read: {reason(error, path)}") from error
     # What follows the last line's end is not written yet.
     return [record for record in _records(lines[:-1], path) if record]
 
