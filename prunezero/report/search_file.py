@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -246,6 +247,14 @@ def write_asked(asked: Asked, folder: Path) -> None:
         OutputError: the folder cannot be written.
     """
     write_json({"prunezero": version("prunezero"), **asdict(asked)}, folder / FILE)
+
+
+def forget_asked(folder: Path) -> None:
+    """Take `search.json` away where no search has begun, and the folder if nothing is left."""
+    if not (folder / "journal.jsonl").exists():
+        with suppress(OSError):
+            (folder / FILE).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def read_asked(folder: Path) -> Asked | None:
