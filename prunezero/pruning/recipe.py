@@ -47,6 +47,7 @@ from prunezero.pruning.documents import (
     validated,
     write_document,
 )
+from prunezero.pruning.provenance import check_provenance
 from prunezero.scoring.request import group_columns, parse_pattern
 
 STATISTICS = ("dense", "sequential")
@@ -125,6 +126,12 @@ class Recipe(BaseModel):
     @classmethod
     def _list_as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("provenance")
+    @classmethod
+    def _with_rows(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_provenance(value)
+        return value
 
     @field_validator("compare")
     @classmethod
