@@ -66,6 +66,10 @@ class OutputError(PruneZeroError):
     """A folder that cannot be written."""
 
 
+class FormulaWarning(UserWarning):
+    """A formula means its simplified form, which somewhere differs from the text as typed."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known word as the tail of a sentence, or nothing when none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

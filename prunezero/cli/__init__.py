@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -20,7 +23,7 @@ from prunezero.cli.search import search
 from prunezero.cli.show import show
 from prunezero.cli.ui import ui
 from prunezero.cli.verify import verify
-from prunezero.errors import PruneZeroError
+from prunezero.errors import FormulaWarning, PruneZeroError
 
 app = typer.Typer(
     name="prunezero",
@@ -44,6 +47,7 @@ app.command()(doctor)
 def main() -> None:
     """Run the command line; exit code 1 for a mistake that the user can mend."""
     _quiet_libraries()
+    warnings.showwarning = _one_sentence(warnings.showwarning)
     try:
         app()
     except PruneZeroError as error:
@@ -52,6 +56,18 @@ def main() -> None:
     except KeyboardInterrupt:
         print("prunezero: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _one_sentence(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How a warning is shown: ours about a formula as one sentence, others as before."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, FormulaWarning):
+            print(f"prunezero: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where, **more)
+
+    return show
 
 
 def _quiet_libraries() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import sympy
 
+from prunezero.formula.algebra import negated, power
 from prunezero.formula.features import FEATURES
 
 # How tightly text binds, so that only the brackets that are needed are written.
@@ -22,9 +23,11 @@ def text_of(expression: Any) -> str:
 def latex_of(expression: Any) -> str:
     """The formula in LaTeX, features in the letters of the papers, long constants rounded."""
     long = [value for value in expression.atoms(sympy.Rational) if value.q > 10]
-    expression = expression.xreplace({value: sympy.Float(value, 4) for value in long})
     symbols = {row.symbol: row.latex for row in FEATURES.values()}
-    return str(sympy.latex(expression, symbol_names=symbols))
+    # SymPy would rewrite as it goes.
+    with sympy.evaluate(False):
+        expression = expression.xreplace({value: sympy.Float(value, 4) for value in long})
+        return str(sympy.latex(expression, symbol_names=symbols))
 
 
 def split_quotient(product: Any) -> tuple[list[Any], list[Any]]:
@@ -37,7 +40,7 @@ def split_quotient(product: Any) -> tuple[list[Any], list[Any]]:
         if isinstance(factor, sympy.Pow) and not isinstance(factor, sympy.exp):
             base, exponent = factor.args
             if exponent.is_negative:
-                below.append(sympy.Pow(base, -exponent))
+                below.append(power(base, -exponent))
                 continue
         above.append(factor)
     return above, below
@@ -48,7 +51,7 @@ def split_sum(total: Any) -> tuple[list[Any], list[Any]]:
     added, taken = [], []
     for term in sorted(total.args, key=_reading_order):
         if is_negated(term):
-            taken.append(-term)
+            taken.append(negated(term))
         else:
             added.append(term)
     return added, taken
@@ -108,7 +111,7 @@ def _sum(node: Any) -> str:
 
 def _product(node: Any) -> tuple[str, int]:
     if is_negated(node):
-        return f"-{_text(-node, _PRODUCT)}", _SUM
+        return f"-{_text(negated(node), _PRODUCT)}", _SUM
     above, below = split_quotient(node)
     text = "*".join(_text(factor, _POWER) for factor in above) or "1"
     for factor in below:
