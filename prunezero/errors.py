@@ -18,8 +18,29 @@ The message says what is wrong with the value, where it stands and what to do ab
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import shlex
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
+
+# Longer ones lose their middle: what failed stands first in a message, the remedy often last.
+_LONGEST_REASON = 700
+# Where a library goes on with its own stack.
+_STACKS = re.compile(r"\s*(Exception raised from |C\+\+ CapturedTraceback|Traceback \(most recent)")
+# What a terminal would obey: control characters but for line ends and tabs, turns of direction.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# What exceptions mean that seldom carry a message of their own.
+_WORDLESS: dict[type[BaseException], str] = {
+    MemoryError: "there is not enough memory",
+    RecursionError: "it is nested too deeply",
+    StopIteration: "it holds nothing",
+    EOFError: "it ends too early",
+    TimeoutError: "no answer in time",
+    BrokenPipeError: "the other end is closed",
+    KeyboardInterrupt: "somebody stopped it",
+}
 
 
 class PruneZeroError(Exception):
@@ -72,8 +93,65 @@ class FormulaWarning(UserWarning):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known word as the tail of a sentence, or nothing when none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    # A word that is known is not there for another reason, which its likeness would hide.
+    others = [one for one in known if one != word]
+    near = difflib.get_close_matches(word, others, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def reason(error: BaseException, path: str | PathLike[str] | None = None) -> str:
+    """What an exception says, as one line that fits into a sentence of ours.
+
+    The whole message but for line ends, a stop at its end, and stacks. One without a message is
+    told by what caused it, else by what its kind means.
+
+    Args:
+        path: of the file that our sentence names; an error of the system repeats no path there.
+    """
+    if isinstance(error, RecursionError):
+        return _WORDLESS[RecursionError]
+    said = " ".join(_STACKS.split(_said(error, path), maxsplit=1)[0].split()).rstrip(".")
+    if not said:
+        return _wordless(error)
+    half = _LONGEST_REASON // 2
+    return said if len(said) <= _LONGEST_REASON else f"{said[:half]} ... {said[-half:]}"
+
+
+def _said(error: BaseException, path: str | PathLike[str] | None) -> str:
+    if isinstance(error, KeyError) and len(error.args) == 1:
+        return f"{error.args[0]!r} is missing"
+    if not isinstance(error, OSError) or not isinstance(error.errno, int):
+        return str(error)
+    said = str(error.strerror or os.strerror(error.errno))
+    if error.filename is None or (path is not None and _beside(f"{error.filename}", path)):
+        return said
+    return f"{said}: '{error.filename}'"
+
+
+def _beside(one: str | PathLike[str], other: str | PathLike[str]) -> bool:
+    """Whether two paths are of one folder."""
+    return os.path.realpath(os.path.dirname(one)) == os.path.realpath(os.path.dirname(other))
+
+
+def _wordless(error: BaseException) -> str:
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        return reason(cause)
+    meanings = (words for kind, words in _WORDLESS.items() if isinstance(error, kind))
+    kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+    return next(meanings, f"an error of the kind {kind}, which says nothing else")
+
+
+def shell_word(text: str | PathLike[str]) -> str:
+    """A name as a command that we advise holds it: pasted into a shell, it is that name again."""
+    word = os.fspath(text)
+    # Neither is an option what begins with a hyphen.
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
+
+
+def printable(text: str) -> str:
+    """Text of others as a terminal shows it and does not obey it: control characters escaped."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -90,8 +168,9 @@ def _difference(key: str, before: str, now: str) -> str:
     old, new = before.splitlines(), now.splitlines()
     gone = " ".join(line.strip() for line in old if line not in new)
     come = " ".join(line.strip() for line in new if line not in old)
-    return f"{key}: {_shortened(gone)}, now {_shortened(come)}"
+    return f"{key}: {shortened(gone)}, now {shortened(come)}"
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """A value as a message shows it: at most 80 signs of it, and a word where there is none."""
     return text if 0 < len(text) <= 80 else text[:77] + "..." if text else "nothing"

@@ -1,7 +1,6 @@
 """The commands: search, show, verify, compare, prune, export, list, ui, doctor.
 
-Each command is one module beside this one; here they are gathered, and every error of ours becomes
-one sentence instead of a traceback.
+Each command is one module beside this one; here they are gathered, behind the guard that all share.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ import typer
 from prunezero.cli.compare import compare
 from prunezero.cli.doctor import doctor
 from prunezero.cli.export import export
+from prunezero.cli.guard import guarded
 from prunezero.cli.listing import list_
 from prunezero.cli.prune import prune
 from prunezero.cli.search import search
 from prunezero.cli.show import show
 from prunezero.cli.ui import ui
 from prunezero.cli.verify import verify
-from prunezero.errors import FormulaWarning, PruneZeroError
+from prunezero.errors import FormulaWarning
 
 app = typer.Typer(
     name="prunezero",
@@ -46,16 +46,10 @@ app.command()(doctor)
 
 def main() -> None:
     """Run the command line; exit code 1 for a mistake that the user can mend."""
-    _quiet_libraries()
-    warnings.showwarning = _one_sentence(warnings.showwarning)
-    try:
+    with guarded():
+        _quiet_libraries()
+        warnings.showwarning = _one_sentence(warnings.showwarning)
         app()
-    except PruneZeroError as error:
-        print(f"prunezero: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("prunezero: stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def _one_sentence(otherwise: Callable[..., None]) -> Callable[..., None]:

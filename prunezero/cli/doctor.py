@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+from prunezero.errors import reason
 
 _PACKAGES = (
     "torch transformers triton sympy optuna mlflow datasets safetensors gguf accelerate".split()
@@ -16,7 +17,7 @@ _PACKAGES = (
 
 
 def doctor(json_file: JsonFile = None, runs_dir: RunsDir = Path("runs")) -> None:
-    """Show versions, devices, the compute dtype that is faster here, and where things are kept.
+    """Show versions, devices, which `--dtype` is faster here, and where things are kept.
 
     Examples:
 
@@ -24,8 +25,7 @@ def doctor(json_file: JsonFile = None, runs_dir: RunsDir = Path("runs")) -> None
 
         prunezero doctor --json doctor.json
     """
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.cli.tables import console
 
     check_json(json_file)
@@ -80,7 +80,7 @@ def _parity() -> str:
         return f"beside the CPU {parity(criterion, weight, {'G': gradient}, 0.5)}"
     # Whatever keeps kernels from running is what doctor is asked for.
     except Exception as error:
-        return f"they do not run here: {(str(error) or type(error).__name__).splitlines()[0]}"
+        return f"they do not run here: {reason(error)}"
 
 
 def _places(runs_dir: Path) -> dict[str, str]:

@@ -38,8 +38,7 @@ def list_(
 
         prunezero list runs --json runs.json
     """
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.cli.tables import console
 
     if what and what not in LISTS:
@@ -48,7 +47,7 @@ def list_(
     check_json(json_file)
     lists = {name: LISTS[name](runs_dir) for name in LISTS if what in ("", name)}
     for name, rows in lists.items():
-        table = Table(title=f"{name} ({len(rows)})", title_justify="left")
+        table = Table(title=f"{name} ({len(rows)})")
         # Sources are long, and stand in the files and in --json.
         columns = [column for column in (rows[0] if rows else ()) if column != "source"]
         for column in columns:

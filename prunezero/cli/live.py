@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from prunezero.cli.fitting import Table
 from prunezero.cli.tables import cell, console, means_over, say
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.audit import fidelity
@@ -153,7 +153,7 @@ class SearchView:
 
     def _picture(self) -> Group:
         title = f"perplexity{self._over}; validation text decides"
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title)
         columns = ("", "search", "gain", "validation", "gain", "words")
         for place, column in enumerate(columns):
             table.add_column(column, justify="right" if place else "left")

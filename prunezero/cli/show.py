@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli.asking import way_on
-from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.report.run_summary import Run
 
 # Columns of the front, by the key of a candidate's row.
@@ -34,10 +33,11 @@ def show(
         bool, typer.Option("--latex", help="Print the front as a LaTeX table, and nothing else.")
     ] = False,
     top: Annotated[
-        int, typer.Option(help="Sizes on the front, those of the best ones.", min=1)
+        int, typer.Option(help="Sizes on the front, those of the best ones.", min=1, max=MOST_ROWS)
     ] = 10,
     each: Annotated[
-        int, typer.Option(help="Candidates of each size on the front, its best.", min=1)
+        int,
+        typer.Option(help="Candidates of each size on the front, its best.", min=1, max=MOST_ROWS),
     ] = 1,
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
@@ -62,11 +62,11 @@ def show(
     check_json(json_file)
     found = read_run(find_run(run, runs_dir))
     best = front(found.candidates or (), top, each=each)
-    write_json(_data(found, best), json_file)
     if latex:
-        typer.echo(latex_of_front(best))
+        print(latex_of_front(best))
     else:
         _print(found, best, each)
+    write_json(_data(found, best), json_file)
 
 
 def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
@@ -130,13 +130,12 @@ def _counts(run: Run) -> str:
 
 
 def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.cli.tables import cell
     from prunezero.report.run_summary import rule_of
 
     those = "the best" if each == 1 else f"the best {each}"
-    table = Table(title=f"front: {those} of each size on search text", title_justify="left")
+    table = Table(title=f"front: {those} of each size on search text")
     shown = [key for key in _FRONT if any(row[key] not in (None, "") for row in front)]
     for key in shown:
         is_word = key in ("signal", "formula", "choices")

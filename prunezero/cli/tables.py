@@ -9,24 +9,28 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
+
+from prunezero.cli.fitting import Table
+from prunezero.errors import printable
 
 if TYPE_CHECKING:
     from prunezero.pruning.bench import Bench
 
-# Names of models, files and recipes may hold brackets, which are no markup.
-console = Console(markup=False)
+# Names of models, files and recipes may hold brackets and colons, which are no markup here.
+console = Console(markup=False, emoji=False)
 
 
 def say(text: str, *, style: str = "") -> None:
     """One line of text, which is not broken where it is redirected to a file."""
-    console.print(text, style=style, soft_wrap=True, highlight=False)
+    console.print(printable(text), style=style, soft_wrap=True, highlight=False)
 
 
 def waiting(text: str) -> Status:
     """Within it, the text stands beside a moving sign."""
-    return console.status(Text(text))
+    # The usual sign is drawn in braille, which not every code page has.
+    spinner = "line" if console.options.ascii_only else "dots"
+    return console.status(Text(printable(text)), spinner=spinner)
 
 
 # In a log, a stage that is longer than this tells how far it is.
@@ -46,7 +50,7 @@ _COLUMNS = {
 def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "") -> Table:
     """Rows of results; the best pruned one on split `best` is bold."""
     shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    table = Table(title=title, title_justify="left", caption_justify="left")
+    table = Table(title=title)
     for key in shown:
         table.add_column(_COLUMNS[key], justify="left" if key == "recipe" else "right")
     pruned = [row for row in rows if row["recipe"] != "dense" and row.get(best) is not None]
@@ -96,11 +100,11 @@ def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
     # What all have in common needs no saying.
     each = [key for key in headings[0] if len({one[key] for one in headings}) > 1]
     title = f"perplexity on {key.removesuffix('_perplexity')} text {' and '.join(each)}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     table.add_column("recipe")
     for heading in headings:
         words = ", ".join(heading[key] for key in each)
-        table.add_column(words, justify="right", overflow="fold")
+        table.add_column(words, justify="right")
     for row in told:
         table.add_row(
             row["recipe"], *(cell(key, _part(row, column).get(key)) for column in columns)
@@ -163,7 +167,7 @@ class Bars:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -188,5 +192,5 @@ class Bars:
             say(f"{what}: {done} of {total}")
             self._told = now
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
+            self._tasks[what] = self._bars.add_task(printable(what), total=total)
         self._bars.update(self._tasks[what], completed=done, total=total)

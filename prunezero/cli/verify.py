@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.table import Table
-
+    from prunezero.cli.fitting import Table
     from prunezero.report.verification import Check
 
 
 def verify(
     run: Annotated[str, typer.Argument(help="Name of a search in the runs folder, or its path.")],
     top: Annotated[
-        int, typer.Option(help="How many of the best by size to measure beside the winner.", min=0)
+        int,
+        typer.Option(
+            help="How many of the best by size to measure beside the winner.", min=0, max=MOST_ROWS
+        ),
     ] = 3,
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
@@ -66,9 +68,9 @@ def verify(
 
 
 def _table(checks: Sequence[Check], title: str) -> Table:
-    from rich.table import Table
+    from prunezero.cli.fitting import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title)
     table.add_column("recipe")
     table.add_column("text")
     for column in ("reported", "recomputed", "difference"):

@@ -22,7 +22,7 @@ from typing import Any
 
 import sympy
 
-from prunezero.errors import CriterionError
+from prunezero.errors import CriterionError, reason
 from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import NAMED, Elementwise
 from prunezero.formula.operators import SIGNS, Operator
@@ -128,7 +128,7 @@ def _object(point: EntryPoint) -> Any:
     try:
         return point.load()
     except Exception as error:
-        raise _Unfit(f"cannot be loaded: {type(error).__name__}: {error}") from error
+        raise _Unfit(f"cannot be loaded: {type(error).__name__}: {reason(error)}") from error
 
 
 def _checked(row: Any, name: str) -> Operator:
@@ -175,7 +175,7 @@ def _check_build(row: Operator) -> None:
     try:
         built = row.build(*values)
     except Exception as error:
-        raise _Unfit(f"cannot be built: {type(error).__name__}: {error}") from error
+        raise _Unfit(f"cannot be built: {type(error).__name__}: {reason(error)}") from error
     if not isinstance(built, sympy.Basic):
         raise _Unfit(f"builds a {type(built).__name__}, not a SymPy expression")
     foreign = [_name(node) for node in sympy.preorder_traversal(built) if not _is_known(node, row)]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, StatisticsError
-from prunezero.models.language_model import LanguageModel
+from prunezero.models.companions import edit_configuration
+from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.units import Layer
 
 
@@ -64,6 +66,27 @@ def refuse_without_bias(
                 "would be lost; choose another update than bias, or other targets"
             )
     return switches, added
+
+
+def note_opened_biases(configuration: Any, folder: Path) -> None:
+    """Turn on in a folder's config.json what `open_biases` turned on, and change nothing else.
+
+    Args:
+        configuration: of the model that was loaded with that config.json.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        before = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    now = configuration.get_text_config().to_dict()
+    opened = [name for name in _closed_switches(before) if now.get(name) is True]
+    if opened:
+        is_part = before.get_text_config() is not before
+        changes = dict.fromkeys(opened, True)
+        edit_configuration(folder, changes, part="text_config" if is_part else "")
 
 
 def compensate(layer: Layer, removed_output: Tensor) -> None:

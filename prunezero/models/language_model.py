@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunezero.errors import ModelError
+from prunezero.models.digests import joined_digest, tensor_digests
+from prunezero.models.own_changes import refuse_own_changes
+from prunezero.models.source import Source
 
-# Enough to tell any two trained models apart, few enough to read a 7B model's in a second.
-SAMPLED_NUMBERS = 4096
+# Written on the way to and from a disk; they change nothing in what the model computes, and the
+# tensors carry their dtype.
+_WORDS_ONLY = ("_name_or_path", "architectures", "dtype", "transformers_version")
+# How a model computes, which a configuration keeps for itself; another way has other last bits.
+_WAYS = ("_attn_implementation", "_experts_implementation")
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class LanguageModel:
     name: str
     """as the user wrote it"""
     fingerprint: str
-    """changes when the configuration, dtype, weights or vocabulary change"""
+    """changes when the configuration, dtype, vocabulary or any bit of a weight changes"""
     dtype: torch.dtype
     """of the weights and of every forward pass"""
     device: torch.device
     """where the weights are"""
+    source: Source | None = None
+    """the files that it came from; None for one that was handed over in memory"""
 
     @property
     def dtype_word(self) -> str:
@@ -43,20 +49,28 @@ class LanguageModel:
         return str(self.dtype).removeprefix("torch.")
 
 
-def wrap_model(model: nn.Module, tokenizer: Any, *, name: str) -> LanguageModel:
+def wrap_model(
+    model: nn.Module, tokenizer: Any, *, name: str, source: Source | None = None
+) -> LanguageModel:
     """A `LanguageModel` around a transformers model that is already in memory.
 
     Puts the model in evaluation mode and stops gradients of its weights.
 
+    Args:
+        source: the files that it was loaded from, which a saved model mirrors.
+
     Raises:
-        ModelError: weights are on the meta device, on several devices, or no floats.
+        ModelError: weights are on the meta device, on several devices, or no floats; or a forward
+            pass changes them.
     """
     check_weights(model, name)
     model.eval()
     model.requires_grad_(False)
     first = next(model.parameters())
+    ids = torch.zeros((1, 2), dtype=torch.long, device=first.device)
+    refuse_own_changes(model, name, lambda: model(ids))
     fingerprint = model_fingerprint(model, tokenizer)
-    return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device)
+    return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device, source)
 
 
 def check_weights(model: nn.Module, name: str) -> None:
@@ -85,39 +99,21 @@ def check_weights(model: nn.Module, name: str) -> None:
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> str:
-    """Hexadecimal digest over configuration, vocabulary and an even sample of every tensor."""
-    digest = hashlib.blake2b(digest_size=16)
+    """Hexadecimal digest over configuration, vocabulary and all bytes of every tensor."""
     configuration = model.config.to_dict()
-    # Written on the way to and from a disk; they change nothing in what the model computes, and
-    # the tensors below carry their dtype.
-    for key in ("_name_or_path", "architectures", "dtype", "transformers_version"):
+    for key in _WORDS_ONLY:
         configuration.pop(key, None)
-    digest.update(json.dumps(configuration, sort_keys=True, default=str).encode())
-    digest.update(vocabulary_digest(tokenizer).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample_bytes(tensor))
-    return digest.hexdigest()
-
-
-def sample_bytes(tensor: Tensor) -> bytes:
-    """Bytes of up to `SAMPLED_NUMBERS` numbers, evenly spread over the tensor."""
-    flat = tensor.detach().reshape(-1)
-    # Odd, so that in a matrix of even width the sample moves through the columns.
-    step = (flat.numel() // SAMPLED_NUMBERS) | 1
-    return flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    configuration |= {key: getattr(model.config, key, None) for key in _WAYS}
+    # Buffers too that a checkpoint does not hold: a model computes with them all the same.
+    digests = tensor_digests({**model.state_dict(), **dict(model.named_buffers())})
+    told = [json.dumps(configuration, sort_keys=True, default=str), vocabulary_digest(tokenizer)]
+    return joined_digest([*told, *(f"{name} {digest}" for name, digest in sorted(digests.items()))])
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
     """Hexadecimal digest of the words and ids of a tokenizer."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda word: (word[1], word[0]))
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
-
-
-def cache_dir() -> Path:
-    """Where prunezero keeps what it can make again: $PRUNEZERO_CACHE, or ~/.cache/prunezero."""
-    chosen = os.environ.get("PRUNEZERO_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "prunezero"
 
 
 @contextmanager

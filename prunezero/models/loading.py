@@ -15,18 +15,23 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError, PruneZeroError
+from prunezero.errors import ModelError, PruneZeroError, reason
+from prunezero.models.cache import cache_dir
 from prunezero.models.gguf import demo_file, unpacked_gguf
-from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wrap_model
+from prunezero.models.language_model import LanguageModel, quiet, wrap_model
 from prunezero.models.names import is_spelled_as_path
 from prunezero.models.saving import check_writable, save_model
+from prunezero.models.shards import Shards
+from prunezero.models.source import Source, names_in_files
 
 __all__ = [
     "DTYPES",
     "LanguageModel",
     "cache_dir",
+    "check_dtype",
     "check_writable",
     "checked_configuration",
+    "computing_dtype",
     "device_of",
     "explained",
     "load_model",
@@ -39,8 +44,6 @@ __all__ = [
 
 # float16 is left out: squares of its gradients are zero, its Gram matrices infinite.
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# bfloat16 has to be this much faster, so that equal processors choose equally.
-CLEARLY_FASTER = 0.8
 # Together, and products of each dtype at least.
 TRIAL_SECONDS, TRIAL_ROUNDS = 0.1, 3
 # A configuration may name any other by a repository, and transformers would fetch its code.
@@ -54,23 +57,30 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Langu
 
     Args:
         name: hub id, folder, .gguf file, or "demo".
-        dtype: "float32", "bfloat16", or "auto": on a CPU the faster of the two, elsewhere that of
-            the checkpoint.
+        dtype: of every forward pass: "float32", "bfloat16", or "auto", see `computing_dtype`.
         device: a torch device, or "auto": the GPU where there is one.
 
     Raises:
         ModelError: the model cannot be found, read or pruned; nothing was loaded then.
     """
     place = device_of(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
+    check_dtype(dtype)
     with quiet(), explained(name):
         source = _source(name)
         configuration = checked_configuration(source, name)
-        chosen = DTYPES[dtype] if dtype != "auto" else _best_dtype(place, configuration)
+        chosen = computing_dtype(dtype, place, source, configuration)
         model = _load_network(source, name, configuration, chosen)
         tokenizer = load_tokenizer(source)
-    return wrap_model(model.to(place), tokenizer, name=name)
+        shards = Shards(_folder_of(source))
+    files = Source(shards, names_in_files(model, shards.tensors))
+    return wrap_model(model.to(place), tokenizer, name=name, source=files)
+
+
+def _folder_of(source: str) -> Path:
+    from transformers.utils import cached_file
+
+    folder = Path(source)
+    return folder if folder.is_dir() else Path(cached_file(source, "config.json") or "").parent
 
 
 def trial_dtypes(device: torch.device) -> dict[str, float]:
@@ -100,13 +110,36 @@ def _seconds_of_product(left: torch.Tensor, right: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _best_dtype(device: torch.device, configuration: Any) -> torch.dtype:
+def check_dtype(word: str) -> None:
+    """Refuse a word that names no dtype to compute in.
+
+    Raises:
+        ModelError: it is neither "auto" nor one of `DTYPES`.
+    """
+    if word != "auto" and word not in DTYPES:
+        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{word}'")
+
+
+def computing_dtype(
+    word: str, device: torch.device, source: str, configuration: Any
+) -> torch.dtype:
+    """The dtype of every forward pass; "auto" depends on the kind of device, never on its speed.
+
+    On a CPU that is float32, elsewhere bfloat16 where the checkpoint stores most numbers in it,
+    and float32 where it does not.
+
+    Args:
+        source: folder or hub id.
+        configuration: of the model, whose word is taken where no files are at hand.
+    """
+    if word != "auto":
+        return DTYPES[word]
     if device.type == "cpu":
-        seconds = trial_dtypes(device)
-        faster = seconds["bfloat16"] < CLEARLY_FASTER * seconds["float32"]
-        return torch.bfloat16 if faster else torch.float32
-    stored = getattr(configuration, "dtype", None)
-    return torch.bfloat16 if stored in (torch.float16, torch.bfloat16) else torch.float32
+        return torch.float32
+    folder = Path(source)
+    has_files = folder.is_dir() and any(folder.glob("*.safetensors"))
+    stored = Shards(folder).dtype if has_files else getattr(configuration, "dtype", None)
+    return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
 
 
 def device_of(word: str) -> torch.device:
@@ -121,8 +154,7 @@ def device_of(word: str) -> torch.device:
         device = torch.device(word)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ModelError(f"device '{word}' cannot be used here ({reason})") from error
+        raise ModelError(f"device '{word}' cannot be used here ({reason(error)})") from error
     return device
 
 
@@ -251,6 +283,4 @@ def explained(name: str) -> Iterator[None]:
     except PruneZeroError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise ModelError(f"model '{name}' cannot be loaded ({reason})") from error
+        raise ModelError(f"model '{name}' cannot be loaded ({reason(error)})") from error

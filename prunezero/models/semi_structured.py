@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prunezero.errors import ModelError
+from prunezero.errors import ModelError, reason
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer
 
@@ -117,5 +117,5 @@ def _converted(layer: Layer) -> Tensor:
             # A build of torch without the library, or a GPU that the library leaves out.
             raise ModelError(
                 f"layer '{layer.name}': torch {torch.__version__} cannot make a 2:4 tensor of it "
-                f"({error}); keep the dense weights with their zeros"
+                f"({reason(error)}); keep the dense weights with their zeros"
             ) from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError
-from prunezero.models.saving import files_of_tensors
+from prunezero.errors import ModelError, OutputError, reason
+from prunezero.models.digests import joined_digest
+from prunezero.models.file_digests import digests_of_files
+from prunezero.models.whole_files import follow_umask
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Two checkpoints of one architecture have equal headers; so much of each file tells them apart.
-SAMPLES, SAMPLE_BYTES = 64, 4096
+_ABOUT_NUMBERS = ("config.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,31 @@ class StoredTensor:
     def bytes(self) -> int:
         """Size of its numbers; only for the dtypes of `STORED_DTYPES`."""
         return prod(self.shape) * STORED_DTYPES[self.dtype].itemsize
+
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def files_of_tensors(folder: Path) -> dict[str, str]:
+    """File name by tensor name, in a folder of one safetensors file or of several with an index.
+
+    Where both are there it is the one file, which transformers reads.
+
+    Raises:
+        ModelError: there is no such file, or one is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index, single = folder / INDEX, folder / SINGLE
+    try:
+        if single.is_file():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single.name)
+        if not index.is_file():
+            raise ModelError(f"'{folder}' holds no saved model: model.safetensors is missing")
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the saved model in '{folder}' is damaged ({reason(error)})") from error
 
 
 class Shards:
@@ -60,6 +87,14 @@ class Shards:
                 f"'{lacking[0]}' among them; get the files again"
             )
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of most of the numbers; None where it is none that weights are stored in."""
+        sizes: Counter[str] = Counter()
+        for stored in self.tensors.values():
+            sizes[stored.dtype] += prod(stored.shape)
+        return STORED_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None
+
     def read(self, name: str) -> Tensor:
         """A copy of the named tensor on the CPU, in its stored dtype.
 
@@ -69,19 +104,21 @@ class Shards:
         return Shard(self.folder / self.tensors[name].file).read(name)
 
     def fingerprint(self) -> str:
-        """Hexadecimal digest over names, sizes and headers of the files, and samples of each."""
-        digest = hashlib.blake2b(digest_size=16)
-        for file in sorted({stored.file for stored in self.tensors.values()}):
-            path = self.folder / file
-            size = path.stat().st_size
-            digest.update(f"{file} {size}".encode())
-            with path.open("rb") as opened:
-                header_bytes = int.from_bytes(opened.read(8), "little")
-                digest.update(opened.read(header_bytes))
-                for place in range(SAMPLES):
-                    opened.seek(place * size // SAMPLES)
-                    digest.update(opened.read(SAMPLE_BYTES))
-        return digest.hexdigest()
+        """Hexadecimal digest over names and bytes of the files, their index and configuration.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        names = sorted({stored.file for stored in self.tensors.values()})
+        # What the numbers are for: a checkpoint of blocks that turn otherwise is another.
+        names += [name for name in _ABOUT_NUMBERS if (self.folder / name).is_file()]
+        try:
+            digests = digests_of_files([self.folder / name for name in names])
+        except OSError as error:
+            raise ModelError(
+                f"the files in '{self.folder}' cannot be read ({reason(error)})"
+            ) from error
+        return joined_digest(f"{name} {one}" for name, one in zip(names, digests, strict=True))
 
 
 @dataclass(frozen=True)
@@ -122,7 +159,8 @@ class Shard:
             return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{self.path} is damaged or missing ({error}); get the file again"
+                f"{self.path} is damaged or missing ({reason(error, self.path)}); get the file "
+                "again"
             ) from error
 
 
@@ -138,9 +176,10 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        follow_umask(unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise OutputError(f"'{path}' cannot be written ({error})") from error
+        raise OutputError(f"'{path}' cannot be written ({reason(error, path)})") from error

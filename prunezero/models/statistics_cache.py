@@ -1,29 +1,35 @@
 """Which sums over the dense model are already on disk?
 
 One folder per model and text, in it one safetensors file per sum with the tensors of all layers,
-so that a criterion that needs one more sum collects just that one.
+so that a criterion that needs one more sum collects just that one. A file holds a digest of each of
+its tensors, and a checksum of those: a flipped bit would be a wrong mask that nobody sees.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunezero.errors import StatisticsError
+from prunezero.errors import StatisticsError, reason
+from prunezero.models.checked_lines import line_of, record_of
+from prunezero.models.digests import joined_digest, tensor_digest, tensor_digests
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer
+from prunezero.models.whole_files import replace_whole
 from prunezero.scoring.statistics import SUMS, Statistics
 
 # Raise it when a sum changes its meaning: older files are then never read.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_LIMIT_GIB = 8.0
 
 
@@ -37,21 +43,18 @@ def cache_folder(
     """The folder for these sums: its name changes with whatever could change one of them."""
     import transformers
 
-    ids = batches.cpu().contiguous().numpy().tobytes()
     parts = [
         language_model.fingerprint,
         str(language_model.dtype),
         language_model.device.type,
         text_fingerprint,
-        str(tuple(batches.shape)),
-        hashlib.blake2b(ids, digest_size=16).hexdigest(),
+        tensor_digest(batches),
         *(f"{layer.name} {tuple(layer.weight.shape)}" for layer in layers),
         torch.__version__,
         transformers.__version__,
         str(FORMAT_VERSION),
     ]
-    key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-    return cache / "statistics" / key
+    return cache / "statistics" / joined_digest(parts)
 
 
 def read_sums(
@@ -59,10 +62,7 @@ def read_sums(
 ) -> dict[str, dict[str, Statistics]]:
     """The named sums that the folder holds: statistics by sum name, then by layer name.
 
-    A file that cannot be read is collected anew, with a warning.
-
-    Raises:
-        StatisticsError: a file can be read but is of other layers or shapes.
+    A file that is not to the last bit what was written is collected anew, with a warning.
     """
     found: dict[str, dict[str, Statistics]] = {}
     for name in sorted(names):
@@ -71,70 +71,101 @@ def read_sums(
             continue
         try:
             found[name] = _read(path, name, layers)
-        except StatisticsError:
-            raise
         # Whatever a damaged file makes a reader do.
         except Exception as error:
-            warnings.warn(f"{path} is damaged and is made anew ({error})", stacklevel=3)
+            warnings.warn(f"{path} is damaged and is made anew ({reason(error)})", stacklevel=3)
     if found:
-        os.utime(folder)
+        # The mark of its last use; a cache that cannot be written can be read all the same.
+        with suppress(OSError):
+            os.utime(folder)
     return found
 
 
 def _read(path: Path, name: str, layers: Sequence[Layer]) -> dict[str, Statistics]:
+    """The sums of the layers, on their devices.
+
+    Raises:
+        ValueError: a tensor is not what was written.
+        Exception: whatever else a damaged file makes a reader do.
+    """
     from safetensors import safe_open
 
-    statistics = {}
     with safe_open(path, framework="pt") as file:
-        counts = json.loads(file.metadata()["counts"])
-        stored = set(file.keys())
-        for layer in layers:
-            if layer.name not in stored or layer.name not in counts:
-                raise _refusal(path, f"has no tensor '{layer.name}'")
-            size = dict(zip(("out", "in"), layer.weight.shape, strict=True))
-            shape = [size[axis] for axis in SUMS[name].shape]
-            tensor = file.get_tensor(layer.name)
-            if list(tensor.shape) != shape or tensor.dtype != SUMS[name].dtype:
-                have = f"{tensor.dtype} {list(tensor.shape)}"
-                want = f"{SUMS[name].dtype} {shape}"
-                raise _refusal(path, f"holds tensor '{layer.name}' as {have} instead of {want}")
-            if not bool(torch.isfinite(tensor).all()):
-                raise _refusal(path, f"holds NaN or infinite numbers in tensor '{layer.name}'")
-            tokens, sequences = counts[layer.name]
-            on_device = tensor.to(layer.weight.device)
-            statistics[layer.name] = Statistics(tokens, sequences, {name: on_device})
+        noted = _noted(file.metadata(), path)
+        tensors = {layer.name: file.get_tensor(layer.name) for layer in layers}
+    digests = tensor_digests(tensors)
+    statistics = {}
+    for layer in layers:
+        tokens, sequences, digest = noted[layer.name]
+        if digests[layer.name] != digest:
+            raise ValueError(f"tensor '{layer.name}' is not what was written")
+        on_device = tensors[layer.name].to(layer.weight.device)
+        statistics[layer.name] = Statistics(tokens, sequences, {name: on_device})
     return statistics
 
 
-def _refusal(path: Path, fault: str) -> StatisticsError:
-    return StatisticsError(f"{path} {fault}; it belongs to another model, delete it and run again")
+def _noted(metadata: Mapping[str, str], path: Path) -> dict[str, list[Any]]:
+    """Tokens, sequences and the digest of the tensor, by layer name."""
+    noted = record_of(metadata["noted"].encode())
+    if noted is None or noted["place"] != _place(path):
+        raise ValueError("what it says of its tensors is not what was written there")
+    return noted["layers"]
+
+
+def _place(path: Path) -> str:
+    """Which sum of which model and text a file holds."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def write_sums(folder: Path, statistics: Mapping[str, Statistics], names: frozenset[str]) -> None:
-    """Write one file per named sum; a file is complete or not there."""
-    from safetensors.torch import save_file
-
+    """Write one file per named sum, with a digest of each tensor; complete or not there."""
     folder.mkdir(parents=True, exist_ok=True)
-    counts = {layer: (row.tokens, row.sequences) for layer, row in statistics.items()}
     for name in sorted(names):
         tensors = {layer: row.sums[name].cpu() for layer, row in statistics.items()}
+        digests = tensor_digests(tensors)
+        counts = {layer: (row.tokens, row.sequences) for layer, row in statistics.items()}
+        noted = {layer: [*counts[layer], digest] for layer, digest in digests.items()}
+        path = folder / f"{name}.safetensors"
+        line = line_of({"place": _place(path), "layers": noted})
+        metadata = {"noted": line.decode().rstrip("\n")}
         # safetensors refuses tensors that share storage, which copies of one sum may do.
         tensors = {layer: tensor.contiguous().clone() for layer, tensor in tensors.items()}
-        unfinished = folder / f".{name}.{os.getpid()}.tmp"
-        save_file(tensors, unfinished, metadata={"counts": json.dumps(counts)})
-        unfinished.replace(folder / f"{name}.safetensors")
+        replace_whole(path, partial(_save, tensors, metadata))
+
+
+def _save(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata=metadata)
 
 
 def limit_size(folder: Path) -> None:
-    """Delete the folders used longest ago until all fit $PRUNEZERO_CACHE_GIB; `folder` stays."""
+    """Delete the folders used longest ago until all fit $PRUNEZERO_CACHE_GIB; `folder` stays.
+
+    What nobody here has written is neither counted nor deleted.
+    """
     limit_bytes = _limit_gib() * 2**30
-    others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder]
-    sizes = {other: _bytes(other) for other in [*others, folder]}
-    for oldest in sorted(others, key=lambda other: other.stat().st_mtime):
-        if sum(sizes.values()) <= limit_bytes:
+    used = []
+    for other in folder.parent.iterdir():
+        # Another process may be at the same.
+        with suppress(OSError):
+            if _is_ours(other):
+                used.append((other.stat().st_mtime, other, _bytes(other)))
+    total = sum(size for _, _, size in used)
+    for _, oldest, size in sorted(used):
+        if total <= limit_bytes:
             return
-        shutil.rmtree(oldest, ignore_errors=True)
-        del sizes[oldest]
+        if oldest != folder:
+            shutil.rmtree(oldest, ignore_errors=True)
+            total -= size
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is a folder that `cache_folder` named, with nothing but sums in it."""
+    if folder.is_symlink() or not folder.is_dir() or not re.fullmatch("[0-9a-f]{32}", folder.name):
+        return False
+    names = [path.name.removeprefix(".").split(".")[0] for path in folder.iterdir()]
+    return all(name in SUMS for name in names)
 
 
 def _limit_gib() -> float:

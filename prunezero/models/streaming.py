@@ -7,10 +7,9 @@ model: a parameter changes places with a real one, and back.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,19 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from prunezero.errors import ModelError
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.loading import (
-    DTYPES,
+    check_dtype,
     checked_configuration,
+    computing_dtype,
     device_of,
     explained,
     load_tokenizer,
 )
 from prunezero.models.observing import removing
+from prunezero.models.own_changes import refuse_own_changes
 from prunezero.models.shards import STORED_DTYPES, Shard, Shards
+from prunezero.models.source import Source, names_in_files
 from prunezero.models.units import find_blocks
+from prunezero.models.walk import record_calls
 
 
 class StreamedModel:
@@ -38,12 +41,11 @@ class StreamedModel:
     def __init__(
         self, source: str | Path, *, dtype: str = "auto", device: str = "auto", name: str = ""
     ) -> None:
-        """Build the model, and compare it with the headers of its files; no weight is read yet.
+        """Build the model, and compare it with the headers of its files; no weight is kept yet.
 
         Args:
             source: folder with configuration, tokenizer and safetensors, one file or several.
-            dtype: of every forward pass: "float32", "bfloat16", or "auto": as stored, with float32
-                for weights stored as float16.
+            dtype: of every forward pass: "float32", "bfloat16", or "auto", see `computing_dtype`.
             device: where blocks work; a torch device, or "auto": the GPU where there is one.
             name: what the user calls the model; that of the folder if empty.
 
@@ -72,16 +74,23 @@ class StreamedModel:
         self._names = {
             parameter: self._stored_name(names, parameter) for parameter, names in names_of.items()
         }
+        self._model_names = {parameter: names[0] for parameter, names in names_of.items()}
         parameters = {name for names in names_of.values() for name in names}
         self._stored_buffers = [
             self._stored_name([name], buffer)
             for name, buffer in model.state_dict().items()
             if name not in parameters
         ]
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.language_model.device)
+        run = partial(record_calls, model.base_model, self.blocks, ids)
+        with self.outside(), self.block(0):
+            refuse_own_changes(model, self.language_model.name, run)
 
     def _stored_name(self, names: list[str], parameter: Tensor) -> str:
         """The name that a parameter has in the files."""
-        found = [name for name in names if name in self.shards.tensors]
+        source = self.language_model.source
+        assert source is not None  # for the type checker: it was made of files
+        found = [source.names[name] for name in names if name in source.names]
         where = self.language_model.name
         if not found:
             raise ModelError(
@@ -161,25 +170,24 @@ class StreamedModel:
         _exchange(parameter, twin)
         return twin
 
-    def stored_block(self, index: int) -> dict[str, Tensor]:
-        """The weights of a block that is in memory as its file will hold them, by name.
+    def stored_block(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a block that is in memory as its files will hold them, one by one.
 
-        They have the dtype they had in the source, no -0.0, and are on the CPU. The block itself is
-        rounded likewise, so that it computes what a model read from the files would.
+        Each with its name in the files, on the CPU; see `Source.saved`.
+
+        Raises:
+            ModelError: a number is too large for the stored dtype.
         """
-        tensors = {}
+        source = self.language_model.source
+        assert source is not None  # for the type checker: it was made of files
         for parameter in self._inside[index]:
-            name = self._names[parameter]
-            # Adding +0.0 turns -0.0 into +0.0 and leaves every other number alone.
-            weight = parameter.detach().add_(0.0)
-            tensors[name] = weight.to("cpu", STORED_DTYPES[self.shards.tensors[name].dtype])
-            weight.copy_(tensors[name])
-        return tensors
+            name = self._model_names[parameter]
+            yield source.names[name], source.saved(name, parameter)
 
-    def stored_outside(self) -> dict[str, Tensor]:
-        """All that is not in a block, the head and stored buffers included, as `stored_block`."""
-        names = [self._names[parameter] for parameter in self._outside] + self._stored_buffers
-        return {name: self.shards.read(name).add_(0.0) for name in names}
+    def names_outside(self) -> list[str]:
+        """Names of all tensors in the files that no block has, also of those that nobody uses."""
+        inside = {self._names[parameter] for block in self._inside for parameter in block}
+        return [name for name in self.shards.tensors if name not in inside]
 
     @contextmanager
     def outlined(self) -> Iterator[None]:
@@ -220,25 +228,16 @@ def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
 
 
 def _on_meta_device(name: str, shards: Shards, dtype: str, device: str) -> LanguageModel:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{dtype}'")
+    check_dtype(dtype)
     place = device_of(device)
     folder = str(shards.folder)
     with quiet(), explained(name):
         configuration = checked_configuration(folder, name)
-        chosen = DTYPES[dtype] if dtype != "auto" else _stored_dtype(shards)
+        chosen = computing_dtype(dtype, place, folder, configuration)
         model = _without_weights(configuration, chosen)
         tokenizer = load_tokenizer(folder)
-    return LanguageModel(model, tokenizer, name, shards.fingerprint(), chosen, place)
-
-
-def _stored_dtype(shards: Shards) -> torch.dtype:
-    """The dtype of most of the numbers; float32 for float16, whose range is too small here."""
-    sizes: Counter[str] = Counter()
-    for stored in shards.tensors.values():
-        sizes[stored.dtype] += prod(stored.shape)
-    most = sizes.most_common(1)[0][0] if sizes else "F32"
-    return torch.bfloat16 if most == "BF16" else torch.float32
+    source = Source(shards, names_in_files(model, shards.tensors))
+    return LanguageModel(model, tokenizer, name, shards.fingerprint(), chosen, place, source)
 
 
 def _without_weights(configuration: Any, dtype: torch.dtype) -> Any:

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import TextError, did_you_mean
+from prunezero.errors import TextError, did_you_mean, reason
 from prunezero.models.names import is_spelled_as_path
 
 OWN_SPLITS = ("train", "validation", "test")
@@ -84,7 +84,9 @@ def _read_file(path: Path, *, is_one: bool = False) -> list[str]:
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError) as error:
-            raise TextError(f"'{path}' cannot be read as UTF-8 text ({error})") from error
+            raise TextError(
+                f"'{path}' cannot be read as UTF-8 text ({reason(error, path)})"
+            ) from error
         return [text] if is_one else cut_running_text(text)
     reader = READERS[path.suffix]
     rows = _stream(str(path), reader, data_files={"train": [str(path)]})
@@ -135,9 +137,7 @@ def _explained(name: str, read: Callable[[], Any]) -> Any:
     except TextError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).split("\n") if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
-        raise TextError(f"text '{name}' cannot be read ({reason})") from error
+        raise TextError(f"text '{name}' cannot be read ({reason(error, name)})") from error
 
 
 def cut_running_text(text: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Where does a checkpoint stay that is written part by part, and may be gone on with after a crash?
 
-Beside `NAME`, in `NAME.partial/`: one finished shard after the other, and a `state.json` that says
-what they depend on. `NAME` itself appears complete or not at all.
+Beside `NAME`, in `NAME.partial/`: the files in the making, with the room that they will need, a
+`state.json` that says what they depend on, and how many parts of them are finished. `NAME` itself
+appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -9,42 +10,34 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError, differences
+from prunezero.errors import OutputError, differences, reason
+from prunezero.models.companions import copy_companions
+from prunezero.models.mirror import Mirror
 from prunezero.models.saving import check_writable
-from prunezero.models.shards import Shard, StoredTensor, write_shard
+from prunezero.models.shards import Shards
+from prunezero.models.whole_files import replace_text
 
-# What a loader of the checkpoint needs besides weights, and the terms that it comes under.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "*token*.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+# The file that holds the number of finished parts.
+FINISHED = "finished"
 
 
 class UnfinishedCheckpoint:
-    """A checkpoint of a known number of shards, in the making."""
+    """A mirror of a checkpoint with other numbers, in the making."""
 
-    def __init__(self, output: str | Path, request: Mapping[str, Any], parts: int) -> None:
-        """Begin, or go on behind the shards that an earlier run of the same request finished.
+    def __init__(self, output: str | Path, request: Mapping[str, Any], source: Shards) -> None:
+        """Begin, or go on behind the parts that an earlier run of the same request finished.
 
         Args:
             output: folder of the finished checkpoint, new or empty.
-            request: what the content of the shards depends on; JSON data.
-            parts: how many shards there will be.
+            request: what the content of the files depends on; JSON data.
+            source: whose files are mirrored.
 
         Raises:
             OutputError: the folder cannot be written, or was begun under another request, whose
@@ -53,11 +46,12 @@ class UnfinishedCheckpoint:
         self.output = check_writable(output).absolute()
         self.folder = self.output.with_name(f"{self.output.name}.partial")
         self.model_folder = self.folder / "model"
-        self.parts = parts
+        self._mirror = Mirror(source, self.model_folder)
         with _explained(self.folder):
             self.folder.mkdir(exist_ok=True)
             self._begin(json.loads(json.dumps(request)))
-            self.model_folder.mkdir(exist_ok=True)
+            if not self._mirror.is_begun():
+                (self.folder / FINISHED).unlink(missing_ok=True)
 
     def _begin(self, request: dict[str, Any]) -> None:
         state = self.folder / "state.json"
@@ -80,57 +74,70 @@ class UnfinishedCheckpoint:
         unfinished.write_text(json.dumps(request, indent=2), encoding="utf-8")
         os.replace(unfinished, state)
 
-    def part(self, place: int) -> Shard:
-        """A shard, counted from 0; its file exists once it is complete."""
-        name = f"model-{place + 1:05}-of-{self.parts:05}.safetensors"
-        return Shard(self.model_folder / name)
-
-    def finished(self) -> int:
-        """How many shards are complete, from the first on; a damaged one is made anew."""
-        return next((place for place in range(self.parts) if not self._has(place)), self.parts)
-
-    def _has(self, place: int) -> bool:
-        if not self.part(place).path.is_file():
-            return False
-        try:
-            self.part(place).tensors()
-        except ModelError:
-            return False
-        return True
-
-    def write(self, place: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write a shard; it is complete or not there.
+    def shards(self) -> Shards:
+        """The files in the making; what is not finished in them is zero.
 
         Raises:
-            OutputError: it cannot be written; those before are intact.
+            ModelError: they are not begun, or damaged.
         """
-        write_shard(self.part(place).path, tensors)
+        return Shards(self.model_folder)
 
-    def complete(self, companions: Path) -> Path:
-        """Add the index and all that is no weight; the folder is then a checkpoint.
+    def finished(self) -> int:
+        """How many parts are finished, from the first on."""
+        try:
+            return int((self.folder / FINISHED).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Begin the files with the first part: tensors of the source as they are.
+
+        Raises:
+            OutputError: they cannot be written, or the disk is too small for all parts.
+        """
+        with _explained(self.folder):
+            shutil.rmtree(self.model_folder, ignore_errors=True)
+            self.model_folder.mkdir()
+        self._mirror.begin()
+        for name in names:
+            self._mirror.copy(name)
+        self._finish(0)
+
+    def write(self, place: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Put the tensors of a part in their places; it is finished, or made again after a crash.
+
+        Args:
+            place: of the part, counted from 0, which is what `copy` makes.
+            tensors: with their names in the source, in the shape and dtype that they have there.
+
+        Raises:
+            OutputError: they cannot be written; the parts before are intact.
+        """
+        for name, tensor in tensors:
+            self._mirror.write(name, tensor)
+        self._finish(place)
+
+    def _finish(self, place: int) -> None:
+        self._mirror.sync()
+        with _explained(self.folder):
+            replace_text(str(place + 1), self.folder / FINISHED)
+
+    def complete(self, companions: Path, *, ours: Collection[str] = ()) -> Path:
+        """Add all that is no weight; the folder is then a checkpoint.
 
         Args:
             companions: the folder whose configuration, tokenizer and licence are copied.
+            ours: names of files that will be added, see `copy_companions`.
 
         Raises:
             OutputError: a file cannot be written.
         """
         with _explained(self.folder):
-            stored: dict[str, StoredTensor] = {}
-            for place in range(self.parts):
-                stored |= self.part(place).tensors()
-            index = {
-                "metadata": {"total_size": sum(tensor.bytes for tensor in stored.values())},
-                "weight_map": {name: tensor.file for name, tensor in sorted(stored.items())},
-            }
-            for pattern in COMPANIONS:
-                for path in filter(Path.is_file, companions.glob(pattern)):
-                    shutil.copyfile(path, self.model_folder / path.name)
-        self.add_files({"model.safetensors.index.json": json.dumps(index, indent=2) + "\n"})
+            copy_companions(companions, self.model_folder, ours=ours)
         return self.model_folder
 
     def add_files(self, texts: Mapping[str, str]) -> None:
-        """Put text files beside the shards, by file name; those that are there are replaced.
+        """Put text files beside the weights, by file name; those that are there are replaced.
 
         Raises:
             OutputError: one cannot be written.
@@ -146,7 +153,7 @@ class UnfinishedCheckpoint:
             OutputError: the folder cannot be renamed.
         """
         with _explained(self.output):
-            # Of shards whose writing was killed: ours, and those of the library that writes them.
+            # Of files whose writing was killed.
             for leftover in self.model_folder.glob(".*"):
                 leftover.unlink()
             if self.output.exists():
@@ -161,7 +168,9 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise OutputError(f"folder '{folder}' cannot be written or read ({error})") from error
+        raise OutputError(
+            f"folder '{folder}' cannot be written or read ({reason(error, folder)})"
+        ) from error
 
 
 def _refuse_other_request(

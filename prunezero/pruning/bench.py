@@ -7,13 +7,15 @@ same text, at the same sequence length, from the same dense model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
+from prunezero.models.cache import cache_dir
 from prunezero.models.calibration import Progress, calibrate
-from prunezero.models.language_model import LanguageModel, cache_dir
+from prunezero.models.language_model import LanguageModel
 from prunezero.models.loading import load_model
 from prunezero.models.text import Text, load_text, windows
 from prunezero.models.units import Layer
@@ -54,12 +56,34 @@ class Bench:
     settings: Settings
     """how much of the text is used"""
 
+    @cached_property
+    def _cut(self) -> dict[str, Tensor]:
+        """The windows of each split that was asked for: a long split takes seconds to tokenize."""
+        return {}
+
+    @cached_property
+    def _draws(self) -> dict[int, Bench]:
+        """The benches of further draws that were asked for."""
+        return {}
+
     def windows(self, split: str) -> Tensor:
-        """Token ids `[count, length]` of one split.
+        """Token ids `[count, length]` of one split; not to be changed.
 
         Raises:
             TextError: the split is too short for the settings.
         """
+        if split not in self._cut:
+            self._cut[split] = self._windows(split)
+        return self._cut[split]
+
+    def drawn(self, draw: int) -> Bench:
+        """The same on another draw of calibration text, counted from 0, which is this one."""
+        if draw and draw not in self._draws:
+            settings = replace(self.settings, seed=self.settings.seed + draw)
+            self._draws[draw] = replace(self, settings=settings)
+        return self._draws[draw] if draw else self
+
+    def _windows(self, split: str) -> Tensor:
         length = self.settings.sequence_length
         return windows(
             self.text,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from prunezero.errors import RecipeError, did_you_mean
+from prunezero.errors import RecipeError, did_you_mean, reason
 from prunezero.models.whole_files import write_text
 
 MAX_BYTES = 64 * 1024
@@ -134,9 +134,9 @@ def read_document(path: Path) -> dict[str, Any]:
             raise RecipeError(f"{path} is larger than {MAX_BYTES // 1024} KiB; this is no recipe")
         data = yaml.load(raw.decode("utf-8"), Loader=_PlainLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from error
+        raise RecipeError(f"{path} cannot be read: {reason(error, path)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not plain YAML: {_one_line(str(error))}") from error
+        raise RecipeError(f"{path} is not plain YAML: {reason(error)}") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path} must hold 'key: value' lines")
     return data
@@ -198,7 +198,3 @@ def _reason(kind: type[BaseModel], fault: Any, key: str) -> str:
 def fault_in_words(fault: Any) -> str:
     """What pydantic found wrong with a value, and the value."""
     return f"{fault['msg'][0].lower()}{fault['msg'][1:]}, but got {fault['input']!r:.60}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

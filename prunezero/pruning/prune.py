@@ -20,6 +20,7 @@ from torch import Tensor
 from prunezero.models.biases import open_biases
 from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.language_model import LanguageModel
+from prunezero.models.source import round_as_stored
 from prunezero.models.units import Layer, find_layers
 from prunezero.models.windows import windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
@@ -128,6 +129,22 @@ def prune_layers(
         _finish(together)
 
 
+def settle(language_model: LanguageModel, layers: Sequence[Layer]) -> None:
+    """Let pruned layers be, in place, what their files will hold, so that this is what is measured.
+
+    Mended numbers are rounded to the dtype of the files, where that is narrower than the one of the
+    computation; every zero among the weights becomes +0.0.
+    """
+    source = language_model.source
+    for layer in layers:
+        weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
+        layer.weight.add_(0.0)
+        if source is not None:
+            round_as_stored(source, weight, layer.weight)
+            if layer.bias is not None:
+                round_as_stored(source, bias, layer.bias, like=weight)
+
+
 def _read_the_same(first: Work, second: Work) -> bool:
     known = first.statistics, second.statistics
     has_mask = [work.mask is not None for work in (first, second)]
@@ -175,6 +192,7 @@ class _Job:
                 stages.keep(step, "pruned")
             if recipe.recover.word != "none" and not stages.has(step, "tuned"):
                 self._recover(step, stages.checkpoint(step), tell)
+                settle(self.language_model, self.layers)
                 stages.keep(step, "tuned")
         return ratios[-1]
 
@@ -218,6 +236,7 @@ class _Job:
             self.reordering.move(block, self._score, self.known)
             masks |= self.reordering.simulated(inside, self._score)
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
+            settle(self.language_model, inside)
             if walk is not None:
                 # The Gram matrices of all blocks together are larger than the model.
                 for layer in inside:

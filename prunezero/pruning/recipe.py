@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from prunezero.errors import CriterionError, PruneZeroError, RecipeError
+from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import dearest
 from prunezero.models.patterns import check_pattern, fitting
@@ -255,7 +255,7 @@ class Recipe(BaseModel):
                 tree = json.loads(file.read(MAX_BYTES))
             criterion = Criterion.from_pruner_zero(tree)
         except (OSError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{path} cannot be read as JSON: {error}") from error
+            raise RecipeError(f"{path} cannot be read as JSON: {reason(error, path)}") from error
         except CriterionError as error:
             raise RecipeError(f"{path}: {error}") from error
         source = "a tree in the form of Pruner-Zero, arXiv:2406.02924"

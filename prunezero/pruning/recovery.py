@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunezero.errors import OutputError, RecipeError, differences
+from prunezero.errors import OutputError, RecipeError, differences, reason
 from prunezero.models.calibration import Progress
 from prunezero.models.gradients import asking_anew, sequence_loss
 from prunezero.models.language_model import LanguageModel
@@ -262,7 +262,7 @@ def _write(path: Path, request: dict[str, Any], tuning: _Tuning, seconds: float)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             unfinished.unlink()
-        raise OutputError(f"checkpoint {path} cannot be written ({error})") from error
+        raise OutputError(f"checkpoint {path} cannot be written ({reason(error, path)})") from error
 
 
 def _resume(path: Path, request: dict[str, Any], tuning: _Tuning) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.errors import OutputError, differences
+from prunezero.errors import OutputError, differences, reason
 from prunezero.models.shards import write_shard
 from prunezero.models.units import Layer
 from prunezero.models.whole_files import replace_text
@@ -46,7 +46,9 @@ class Stages:
             folder.mkdir(parents=True, exist_ok=True)
             self._open(folder, request)
         except OSError as error:
-            raise OutputError(f"folder '{folder}' cannot be written ({error})") from error
+            raise OutputError(
+                f"folder '{folder}' cannot be written ({reason(error, folder)})"
+            ) from error
 
     def _open(self, folder: Path, request: dict[str, Any]) -> None:
         path = folder / "request.json"
@@ -58,7 +60,9 @@ class Stages:
             step, stage = known.get("finished", (-1, ""))
             changed = differences(known["request"], request)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{path} is damaged ({error}); delete its folder") from error
+            raise OutputError(
+                f"{path} is damaged ({reason(error, path)}); delete its folder"
+            ) from error
         if changed:
             raise OutputError(
                 f"'{folder}' holds an unfinished run of another request ({changed}); finish that "
@@ -97,7 +101,7 @@ class Stages:
             for old in used_up:
                 old.unlink()
         except OSError as error:
-            raise OutputError(f"'{path}' cannot be written ({error})") from error
+            raise OutputError(f"'{path}' cannot be written ({reason(error, path)})") from error
 
     def checkpoint(self, step: int) -> Path | None:
         """The file in which the tuning of a step keeps its state."""
@@ -117,7 +121,9 @@ class Stages:
             for name, tensor in self._tensors():
                 tensor.copy_(kept[name])
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-            raise OutputError(f"'{path}' is damaged ({error}); delete its folder") from error
+            raise OutputError(
+                f"'{path}' is damaged ({reason(error, path)}); delete its folder"
+            ) from error
 
 
 def _place(stage: str) -> int:

@@ -1,13 +1,13 @@
 """How is a model pruned that does not fit into memory: block after block, from files to files?
 
-The loop of `prune`, with one block in memory at a time. Every block that is done is a file, so a
-run that was stopped goes on behind the last of them, and ends with the same bytes.
+The loop of `prune`, with one block in memory at a time. Every block that is done is on the disk, so
+a run that was stopped goes on behind the last of them, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,20 +19,22 @@ from torch import Tensor
 from prunezero.errors import ModelError, OutputError, RecipeError
 from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
-from prunezero.models.saving import count_sparsity
+from prunezero.models.saving import count_sparsity, stored_layers
 from prunezero.models.streaming import StreamedModel
 from prunezero.models.unfinished import UnfinishedCheckpoint
 from prunezero.models.units import Layer
 from prunezero.models.windows import check_windows, windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
-from prunezero.pruning.prune import prune_layers
+from prunezero.pruning.prune import prune_layers, settle
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, layer_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
 
 # Allocations that look at nothing but the shapes of the layers.
 ALLOCATIONS_BY_SHAPE = ("uniform", "table")
+# What a report puts beside the weights; files of the source with these names are put aside.
+FILES_BESIDE = ("README.md", "recipe.yaml", "report.json")
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,10 @@ def prune_streamed(
     plan = _planned(streamed, recipe, fraction, sums, windows if sums else None)
     need = memory_need(streamed, plan.layers, sums, plan.windows)
     _refuse_too_large(need, memory_limit, streamed.language_model.name)
-    checkpoint = UnfinishedCheckpoint(output, _request(plan), len(streamed.blocks) + 1)
+    checkpoint = UnfinishedCheckpoint(output, _request(plan), streamed.shards)
     blocks_before = _Job(plan, checkpoint).run(progress or (lambda what, done, total: None))
-    outcome = _finish(plan, checkpoint, begin)
+    ours = ("recipe.yaml",) if report is None else FILES_BESIDE
+    outcome = _finish(plan, checkpoint, begin, ours)
     folder = checkpoint.model_folder
     result = StreamedOutcome(outcome, folder, need, peak.growth, blocks_before)
     if report is not None:
@@ -148,13 +151,13 @@ class _Job:
     checkpoint: UnfinishedCheckpoint
 
     def run(self, tell: Progress) -> int:
-        """Write what is missing of the shards; how many blocks were there already."""
+        """Write what is missing of the files; how many blocks were there already."""
         finished = self.checkpoint.finished()
         streamed = self.plan.streamed
         total = len(streamed.blocks)
-        # The first shard holds what is outside the blocks.
+        # The first part is what is outside the blocks.
         if finished == 0:
-            self.checkpoint.write(0, streamed.stored_outside())
+            self.checkpoint.copy(streamed.names_outside())
         first = max(0, finished - 1)
         walk = self._walk() if first <= self._last else None
         if walk is not None:
@@ -185,7 +188,7 @@ class _Job:
         """Take the text through the blocks that are finished, as it went when they were."""
         is_dense = self.plan.recipe.statistics == "dense"
         for index in range(first):
-            source = None if is_dense else self.checkpoint.part(index + 1)
+            source = None if is_dense else self.checkpoint.shards()
             with self.plan.streamed.block(index, source):
                 walk.advance(index)
             tell("text taken through blocks pruned earlier", index + 1, first)
@@ -201,6 +204,7 @@ class _Job:
         elif walk is not None and inside:
             known = walk.observe(index, inside, plan.sums)
         prune_layers(plan.recipe, inside, known, plan.ratios)
+        settle(plan.streamed.language_model, inside)
         self.checkpoint.write(index + 1, plan.streamed.stored_block(index))
         if walk is not None and moves and not is_dense:
             walk.advance(index)
@@ -270,12 +274,15 @@ def _request(plan: _Plan) -> dict[str, Any]:
     }
 
 
-def _finish(plan: _Plan, checkpoint: UnfinishedCheckpoint, begin: float) -> Outcome:
+def _finish(
+    plan: _Plan, checkpoint: UnfinishedCheckpoint, begin: float, ours: Collection[str]
+) -> Outcome:
     """Complete the folder, and count in its files what was reached."""
     recipe = plan.recipe
-    folder = checkpoint.complete(plan.streamed.folder)
+    folder = checkpoint.complete(plan.streamed.folder, ours=ours)
     checkpoint.add_files({"recipe.yaml": recipe.to_yaml()})
-    saved = count_sparsity(folder, [layer.name for layer in plan.layers])
+    names = stored_layers(plan.streamed.language_model, plan.layers, folder)
+    saved = count_sparsity(folder, names)
     if saved.negative_zeros:
         raise OutputError(
             f"{folder} holds {saved.negative_zeros} negative zeros; please report this"

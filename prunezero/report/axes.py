@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from prunezero.report.quoting import picture_text
+
 INK = "#333333"
 PERPLEXITY_LABEL = "perplexity on the search text (log scale, lower is better)"
 
@@ -52,7 +54,7 @@ def perplexity_axis(axes: Any, rows: list[Row], keep: list[Row]) -> None:
         ]
         words = f"↑ {len(worse)} worse" + (f", among them {', '.join(names)}" if names else "")
         place = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
-        axes.text(1.0, 1.005, words, color=INK, **place)
+        axes.text(1.0, 1.005, picture_text(words), color=INK, **place)
 
 
 def bulk(values: Sequence[float], keep: Sequence[float]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
 from prunezero.models.whole_files import replace_whole
 from prunezero.searching.candidate import Candidate
 
@@ -114,9 +114,8 @@ def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         replace_whole(folder / "candidates.parquet", lambda path: _write_parquet(rows, path))
         replace_whole(folder / "candidates.csv", lambda path: _write_csv(best_first(rows), path))
     except OSError as error:
-        reason = error.strerror or str(error)
         raise OutputError(
-            f"the candidate tables in {folder} cannot be written: {reason}"
+            f"the candidate tables in {folder} cannot be written: {reason(error)}"
         ) from error
 
 

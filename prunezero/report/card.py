@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
+from prunezero.report.quoting import markdown_block, markdown_code, markdown_text
 
 COLUMNS = {
     "model": "Model",
@@ -48,19 +49,19 @@ def model_card(
         _front_matter(base_model, license_id),
         "Free-form zeros do not make a model smaller or faster by themselves: the files keep the "
         "size of the dense model, and ordinary kernels multiply by the zeros.",
-        f"# {base_model.rstrip('/').split('/')[-1]}, pruned\n\n"
+        f"# {markdown_text(base_model.rstrip('/').split('/')[-1])}, pruned\n\n"
         "Pruned by prunezero: the weights with the lowest value of this formula are exact zeros."
-        f"\n\n$$ {criterion.latex} $$\n\nAs text: `{criterion.text}`",
+        f"\n\n$$ {criterion.latex} $$\n\nAs text: {markdown_code(criterion.text)}",
     ]
     parts += [
-        f"Layers `{layers}` have a formula of their own:\n\n$$ {own.latex} $$\n\n"
-        f"As text: `{own.text}`"
+        f"Layers {markdown_code(layers)} have a formula of their own:\n\n$$ {own.latex} $$\n\n"
+        f"As text: {markdown_code(own.text)}"
         for layers, own in (criteria or {}).items()
     ]
     if results:
         parts.append(f"## Results\n\n{results_table(results)}\n\nPerplexity: lower is better.")
     if recipe:
-        parts.append(f"## Recipe\n\n```yaml\n{recipe.rstrip()}\n```")
+        parts.append(f"## Recipe\n\n{markdown_block(recipe, 'yaml')}")
     return "\n\n".join([*parts, *([note] if note else [])]) + "\n"
 
 
@@ -105,10 +106,7 @@ def _cell(key: str, value: Any) -> str:
     if key == "kl":
         return f"{value:.4f}"
     return (
-        f"{value:.0%}" if key == "sparsity" and round(value * 100, 6) % 1 == 0 else _escaped(value)
+        f"{value:.0%}"
+        if key == "sparsity" and round(value * 100, 6) % 1 == 0
+        else markdown_text(value)
     )
-
-
-def _escaped(value: Any) -> str:
-    """Text that stays in its cell."""
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -8,8 +8,6 @@ the page is read and tested code.
 from __future__ import annotations
 
 import ast
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,8 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.models.whole_files import write_text
 from prunezero.pruning.recipe import with_patterns
-from prunezero.report.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
+from prunezero.report.page_lines import FEATURE_LINES, HELPERS, PREPARATION, SUM_LINES
+from prunezero.report.quoting import python_docstring, python_string, python_strings
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
 
@@ -72,22 +71,6 @@ def write_pruner(fields: PrunerFields, path: Path) -> None:
     write_text(pruner_page(fields), path)
 
 
-# The body of `masks` where all layers compete.
-_MODEL_WIDE = [
-    "# Ties lose the earlier layer first, then the lower index.",
-    "flat = torch.cat([part.flatten().cpu() for part in scores.values()])",
-    "if not torch.isfinite(flat).all():",
-    '    raise ValueError("a score is NaN or infinite; the criterion does not suit this model")',
-    "count = int(len(flat) * Fraction(str(sparsity)))",
-    "threshold = flat.kthvalue(max(1, count)).values",
-    "gone, equal = flat < threshold, flat == threshold",
-    "gone |= equal & (equal.cumsum(0) <= count - gone.sum())",
-    "parts = torch.split(~gone, [part.numel() for part in scores.values()])",
-    "found = zip(scores.items(), parts, strict=True)",
-    "return {name: kept.view(part.shape).to(part.device) for (name, part), kept in found}",
-]
-
-
 def pruner_page(fields: PrunerFields) -> str:
     """The page's text: it compiles, and it imports nothing of prunezero.
 
@@ -96,20 +79,24 @@ def pruner_page(fields: PrunerFields) -> str:
     """
     refuse_unfit(fields)
     source = TEMPLATE.read_text(encoding="utf-8")
-    sums = frozenset(s for name in _features(fields) for s in FEATURES[name].sums)
+    features = _features(fields)
+    sums = frozenset(name for feature in features for name in FEATURES[feature].sums)
     new = {
         "score": _score_body(fields),
         "listen": _listen_body(sums),
         "read": _read_body(sums),
-        "COMPARE": fields.compare,
-        "PATTERN": fields.pattern,
-        "TARGETS": _name_expression(fields.targets, nothing=""),
-        "OWN": [_name_expression((pattern,), nothing="") for pattern in fields.criteria],
-        "IGNORE": _name_expression(fields.ignore, nothing="^$"),
+        "COMPARE": python_string(fields.compare),
+        "PATTERN": python_string(fields.pattern),
+        "TARGETS": python_strings(fields.targets),
+        "IGNORE": python_strings(fields.ignore),
+        "OWN": python_strings(tuple(fields.criteria)),
+        "SUMS": python_strings(tuple(sorted(sums))),
+        "DAMPING": repr(fields.damping),
+        "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in fields.formulas)),
     }
-    if fields.compare == "model" and fields.pattern == "free":
-        new["masks"] = _MODEL_WIDE
-    page = _exchange(source, new, _docstring(fields))
+    helpers = dict.fromkeys(HELPERS[name] for name in features if name in HELPERS)
+    more = [line for text in helpers for line in [*text.splitlines(), "", ""]]
+    page = _exchange(source, new, _docstring(fields), more)
     check_page(page)
     return page
 
@@ -125,8 +112,6 @@ def no_page(fields: PrunerFields) -> str:
     """Why no page of one dense pass could do what the recipe says; nothing where one can."""
     wanted: dict[str, object] = {"allocate": "uniform", "update": "none", "permute": "none"}
     wanted |= {"schedule": "one-shot", "recover": "none"}
-    if {"U", "V"} & set(_features(fields)):
-        wanted["damping"] = 0.01
     found = [
         f"{choice}: {getattr(fields, choice)}"
         for choice, needed in wanted.items()
@@ -157,7 +142,7 @@ def _score_body(fields: PrunerFields) -> list[str]:
     """The body of `score`: formulas of some layers first, then that of all others."""
     lines = []
     for place, own in enumerate(fields.criteria.values()):
-        lines.append(f"if re.search(OWN[{place}], layer):")
+        lines.append(f"if fits(OWN[{place}], layer):")
         lines += [f"    {line}" for line in _score_lines(own)]
     return [*lines, *_score_lines(fields.criterion)]
 
@@ -166,34 +151,29 @@ def _score_lines(criterion: Criterion) -> list[str]:
     lines = []
     for name in criterion.features:
         lines += [*PREPARATION.get(name, ()), f"{name} = {FEATURE_LINES[name]}"]
-    return [*lines, *torch_lines(criterion), "return score"]
+    return [*dict.fromkeys(lines), *torch_lines(criterion), "return score"]
 
 
 def _listen_body(sums: frozenset[str]) -> list[str]:
     """The body of `listen`: hooks for the wanted sums alone."""
-    added = {
-        source: [f'stats["{name}"] += {text}' for name, text in rows.items() if name in sums]
-        for source, rows in SUM_LINES.items()
-    }
-    lines: list[str] = ["hooks: list[Any] = []"]
+    added = {source: _added(source, sums) for source in SUM_LINES}
+    has_gradients = bool(added["gradient"] or added["output gradients"])
+    lines = ["hooks: list[Any] = []"]
     if added["inputs"] or added["outputs"]:
-        body = []
-        if added["gradient"] or added["output gradients"]:
-            # The pass that computes gradients runs the same text a second time.
-            body += ["if torch.is_grad_enabled():", "    return"]
-        if added["inputs"]:
-            body += ["x = args[0].detach().reshape(-1, args[0].shape[-1])", *added["inputs"]]
-        if added["outputs"]:
-            body += ["y = output.detach().reshape(-1, output.shape[-1])", *added["outputs"]]
+        # The pass that computes gradients runs the same text a second time.
+        body = ["if torch.is_grad_enabled():", "    return"] if has_gradients else []
+        for source, letter, values in (("inputs", "x", "args[0]"), ("outputs", "y", "output")):
+            if added[source]:
+                body.append(f"{letter} = {values}.detach().reshape(-1, {values}.shape[-1])")
+                body += [*added[source], f'count_tokens(stats, "{source}", {values})']
         lines += _hook("add_forward", "module: Any, args: Any, output: Any", body)
         lines.append("hooks.append(module.register_forward_hook(add_forward))")
-    if added["gradient"] or added["output gradients"]:
+    if has_gradients:
         body = []
         if added["gradient"]:
             body.append("is_linear = isinstance(module, nn.Linear)")
             body.append("g = (parameter.grad if is_linear else parameter.grad.T).contiguous()")
-            body += added["gradient"]
-        body.append("parameter.grad = None")
+        body += [*added["gradient"], "parameter.grad = None"]
         lines += _hook("add_gradient", "parameter: Any", body)
         lines.append("module.weight.requires_grad_(True)")
         lines.append("hooks.append(module.weight.register_post_accumulate_grad_hook(add_gradient))")
@@ -210,31 +190,31 @@ def _listen_body(sums: frozenset[str]) -> list[str]:
     return [*lines, "return hooks"]
 
 
+def _added(source: str, sums: frozenset[str]) -> list[str]:
+    """The lines that add to the wanted sums what some values of a source give."""
+    wanted = {name: text for name, text in SUM_LINES[source].items() if name in sums}
+    return [f'add(stats, "{source}", "{name}", {text})' for name, text in wanted.items()]
+
+
 def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
     return ["", f"def {name}({arguments}) -> None:", *(f"    {line}" for line in body), ""]
 
 
 def _read_body(sums: frozenset[str]) -> list[str]:
-    """The body of `read`: the forward pass, the backward pass, both, or neither."""
+    """The body of `read`: a forward pass, one with a backward pass, or both."""
     lines = []
-    if sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
+    if not sums or sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
         lines += ["with torch.no_grad():", "    model(ids, use_cache=False)"]
     if sums & {*SUM_LINES["gradient"], *SUM_LINES["output gradients"]}:
         lines += [
             "with torch.enable_grad():",
             "    logits = model(ids, use_cache=False).logits[0, :-1].float()",
-            "    nn.functional.cross_entropy(logits, ids[0, 1:]).backward()",
+            "    loss = nn.functional.cross_entropy(logits, ids[0, 1:])",
+            "    if not torch.isfinite(loss):",
+            '        raise RefusalError(f"the loss of a sequence is {float(loss.detach())}")',
+            "    loss.backward()",
         ]
-    return lines or ["# The formula looks at nothing but the weights.", "return None"]
-
-
-def _name_expression(patterns: tuple[str, ...], *, nothing: str) -> str:
-    """One regular expression for layer patterns: names, ends of names, or "re:" expressions."""
-    parts = [
-        f"(?:{pattern[3:]})" if pattern.startswith("re:") else rf"(?:^|\.){re.escape(pattern)}$"
-        for pattern in patterns
-    ]
-    return "|".join(parts) or nothing
+    return lines
 
 
 def _docstring(fields: PrunerFields) -> str:
@@ -253,28 +233,37 @@ def paragraphs(head: str, *others: str) -> str:
     """
     parts = [part if part.startswith("    ") else fill(part, 99) for part in others if part]
     text = "\n\n".join([fill(head, 96), *parts])
-    return text.replace("\\", "/").replace('"', "'")
+    return python_docstring(text)
 
 
-def _exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:
-    """The source with constants, function bodies and the module docstring replaced by name."""
+def _exchange(source: str, new: Mapping[str, Any], docstring: str, helpers: list[str]) -> str:
+    """The source with constants, function bodies and the module docstring replaced by name.
+
+    Lines of more functions come before the program.
+    """
     lines = source.splitlines()
     # From the end, so that earlier line numbers stay true.
     for node in reversed(ast.parse(source).body):
         first, last = node.lineno - 1, node.end_lineno or node.lineno
-        if isinstance(node, ast.Expr):
-            lines[first:last] = f'"""{docstring}\n"""'.splitlines()
+        if isinstance(node, ast.If):
+            lines[first:first] = helpers
+        elif isinstance(node, ast.Expr):
+            lines[first:last] = [f'"""{docstring}', '"""']
         elif isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) in new:
             head, _, _ = lines[first].partition(" = ")
             _, _, comment = lines[first].partition("  # ")
-            lines[first] = f"{head} = {json.dumps(new[_target(node)])}  # {comment}"
+            lines[first] = _marked(f"{head} = {new[_target(node)]}  # {comment}", 100)
         elif isinstance(node, ast.FunctionDef) and node.name in new:
             body = new[node.name]
             # The first statement of every function of the template is its docstring.
             start = node.body[0].end_lineno or 0
-            body = [line if len(line) <= 96 else f"{line}  # noqa: E501" for line in body]
-            lines[start:last] = indent("\n".join(body), "    ").splitlines()
+            lines[start:last] = [indent(_marked(line, 96), "    ") for line in body]
     return "\n".join(lines) + "\n"
+
+
+def _marked(line: str, longest: int) -> str:
+    """The line, with a word to linters if it is longer."""
+    return line if len(line) <= longest else f"{line}  # noqa: E501"
 
 
 def _target(node: ast.Assign | ast.AnnAssign) -> str:

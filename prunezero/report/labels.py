@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from prunezero.report.quoting import picture_text
+
 LONGEST_LABEL = 26
 # Places around a point: first close by, then farther out; points (1/72 inch) right and up.
 DISTANCES = (10, 24, 42, 64, 90)
@@ -40,7 +42,7 @@ def place_labels(
     marks = axes.transData.transform(points) if len(points) else np.empty((0, 2))
     for x, y, words, color in labels:
         note = axes.annotate(
-            words,
+            picture_text(words),
             (x, y),
             xytext=(0, 0),
             textcoords="offset points",
@@ -103,7 +105,7 @@ def spread(axes: Any, lines: Sequence[tuple[float, str]], color: str) -> None:
         height = max(heights[index], floor + PIXELS_BETWEEN_LINES)
         floor = height
         axes.annotate(
-            words,
+            picture_text(words),
             (1.0, value),
             xycoords=("axes fraction", "data"),
             xytext=(6, (height - heights[index]) * 72 / axes.figure.dpi),

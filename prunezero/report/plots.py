@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
 from prunezero.models.whole_files import replace_whole
 from prunezero.report.axes import bulk, canvas, perplexity_axis, plain_log_ticks
 from prunezero.report.labels import place_labels, short, spread
@@ -152,7 +152,7 @@ def _save(figure: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_whole(path, lambda beside: figure.savefig(beside, format="png"))
     except OSError as error:
-        raise OutputError(f"the picture {path} cannot be written: {error.strerror}") from error
+        raise OutputError(f"the picture {path} cannot be written: {reason(error, path)}") from error
 
 
 def _scatter_by_signal(axes: Any, rows: list[Row], key: str, *, faint: bool = False) -> None:

@@ -7,6 +7,7 @@ Zeroes the lowest scores of each group. Zeros alone make no model smaller or fas
 
 import argparse
 import re
+import warnings
 from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
@@ -17,13 +18,20 @@ from torch import Tensor, nn
 
 COMPARE = "row"  # which weights compete: "row", "layer", "model" or "N columns"
 PATTERN = "free"  # "free", or "N:M" to keep N of every M consecutive weights
-TARGETS = ""  # a regular expression for the names of the layers to prune
-IGNORE = "^$"  # and one for those to leave alone
-OWN: list[str] = []  # some for layers that `score` ranks by formulas of their own
+TARGETS: list[str] = []  # layers to prune, all if empty: names, their last parts, or "re:REGEX"
+IGNORE: list[str] = []  # and those to leave alone
+OWN: list[str] = []  # some that `score` ranks by formulas of their own
+SUMS: list[str] = ["input_square_sum"]  # what the formulas need to know of the text
+DAMPING = 0.01  # share of the mean Gram diagonal that is added before an inversion, at least
+EQUAL_IN_ROWS = False  # whether a formula gives one score to all weights of a row
+
+
+class RefusalError(ValueError):
+    """What was asked for would give no mask, or one that says nothing."""
 
 
 def score(weight: Tensor, stats: dict[str, Any], layer: str = "") -> Tensor:
-    """How much each weight [out, in] of a layer matters, float32; the lowest go first."""
+    """How much each weight matters, float32, broadcastable to [out, in]; the lowest go first."""
     W = weight.float()
     X = (stats["input_square_sum"] / stats["sequences"]).sqrt().float()[None]
     score = torch.abs(W) * X
@@ -35,7 +43,8 @@ def listen(module: Any, stats: dict[str, Any]) -> list[Any]:
 
     def add_forward(module: Any, args: Any, output: Any) -> None:
         x = args[0].detach().reshape(-1, args[0].shape[-1])
-        stats["input_square_sum"] += x.double().square().sum(0)
+        add(stats, "inputs", "input_square_sum", x.double().square().sum(0))
+        count_tokens(stats, "inputs", args[0])
 
     return [module.register_forward_hook(add_forward)]
 
@@ -46,43 +55,101 @@ def read(model: Any, ids: Tensor) -> None:
         model(ids, use_cache=False)
 
 
-def prune_(model: Any, batches: Any, sparsity: float = 0.5, pattern: str = PATTERN) -> Any:
-    """Zero weights in place; `batches` are sequences of token ids, int64 [1, length] each."""
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be at least 0 and below 1 but got {sparsity}")
+def prune_(
+    model: Any, batches: Any, sparsity: float | None = None, pattern: str = PATTERN
+) -> dict[str, Any]:
+    """Zero weights in place, and count what is zero afterwards.
+
+    `batches` are sequences of token ids, int64 [1, length] each; `sparsity` is the fraction of each
+    group to remove, rounded down, which an N:M pattern says by itself. Nothing is changed where a
+    RefusalError is raised.
+    """
+    sparsity = settled(sparsity, pattern)
     layers = find_layers(model)
-    for own in OWN:
-        if not any(re.search(own, name) for name in layers):
-            raise ValueError(f"no layer matches {own}, which has a formula of its own")
+    weights = {name: matrix(module) for name, module in layers.items()}
+    for name, weight in weights.items():
+        check_columns(name, weight.shape[1], pattern)
     stats = measure(model.eval(), layers, list(batches))
-    layer_sparsity, removed, total = {}, 0, 0
     with torch.no_grad():
-        weights = {
-            n: m.weight if isinstance(m, nn.Linear) else m.weight.T for n, m in layers.items()
+        weights = {name: weights[name] for name in stats}
+        kept = masks(weights, stats, sparsity, pattern)
+        for name, weight in weights.items():
+            if not torch.isfinite(weight[kept[name]]).all():
+                raise RefusalError(f"the weight of {name} holds NaN or infinite numbers")
+        for name, weight in weights.items():
+            weight.masked_fill_(~kept[name], 0.0)
+        zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    total = sum(weight.numel() for weight in weights.values())
+    shares = {name: count / weights[name].numel() for name, count in zeros.items()}
+    removed = sum(zeros.values())
+    return {"sparsity": removed / total, "zeros": removed, "weights": total, "layers": shares}
+
+
+def settled(sparsity: float | None, pattern: str) -> float:
+    """The fraction to remove: as asked for, or as the pattern says."""
+    keep, of = parsed(pattern)
+    if EQUAL_IN_ROWS and (COMPARE == "row" or of):
+        raise RefusalError("a formula gives all weights of a row one score; it ranks nothing there")
+    if sparsity is None and not of:
+        raise RefusalError("say how much to remove, for example sparsity 0.5")
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise RefusalError(f"sparsity must be at least 0 and below 1 but got {sparsity}")
+    implied = float(1 - Fraction(keep, of or 1))
+    if of and sparsity is not None and abs(sparsity - implied) > 1e-6:
+        raise RefusalError(f"{pattern} removes {implied:g} of the weights, not {sparsity:g}")
+    return implied if sparsity is None else sparsity
+
+
+def parsed(pattern: str) -> tuple[int, int]:
+    """N and M of a pattern N:M; zeros where it is free."""
+    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", pattern)
+    keep, of = (int(found[1]), int(found[2])) if found else (0, 0)
+    if pattern != "free" and not 1 <= keep < of:
+        raise RefusalError(f"pattern {pattern!r} is neither free nor N:M with 1 <= N < M")
+    return keep, of
+
+
+def check_columns(name: str, columns: int, pattern: str) -> None:
+    """Refuse a pattern that does not fit into the rows of a layer."""
+    of = parsed(pattern)[1]
+    if of and columns % of:
+        raise RefusalError(f"{pattern} needs a multiple of {of} columns, but {name} has {columns}")
+
+
+def masks(
+    weights: dict[str, Tensor], stats: dict[str, Any], sparsity: float, pattern: str
+) -> dict[str, Tensor]:
+    """Which weights [out, in] stay (True), by layer."""
+    if COMPARE != "model" or pattern != "free":
+        return {
+            name: mask(usable_scores(name, weight, stats[name]), sparsity, pattern)
+            for name, weight in weights.items()
         }
-        scores = {n: score(weight.detach(), stats[n], n) for n, weight in weights.items()}
-        for name, kept in masks(scores, sparsity, pattern).items():
-            gone = ~kept
-            weights[name].masked_fill_(gone, 0.0)
-            layer_sparsity[name] = float(gone.double().mean())
-            removed, total = removed + int(gone.sum()), total + gone.numel()
-    return {"sparsity": removed / total, "removed": removed, "layers": layer_sparsity}
+    # Ties lose the earlier layer first, then the lower index.
+    scores = {name: usable_scores(name, weight, stats[name]) for name, weight in weights.items()}
+    flat = torch.cat([part.flatten().cpu() for part in scores.values()])[None]
+    kept = ~lowest(flat, int(flat.numel() * Fraction(str(sparsity))))[0]
+    parts = torch.split(kept, [part.numel() for part in scores.values()])
+    found = zip(scores.items(), parts, strict=True)
+    return {name: part.view(known.shape).to(known.device) for (name, known), part in found}
 
 
-def masks(scores: dict[str, Tensor], sparsity: float, pattern: str) -> dict[str, Tensor]:
-    """The mask of every layer."""
-    return {name: mask(scores.pop(name), sparsity, pattern) for name in list(scores)}
+def usable_scores(name: str, weight: Tensor, stats: dict[str, Any]) -> Tensor:
+    """The scores [out, in] of a layer, from which a mask may be made."""
+    scores = score(weight.detach(), stats, name).expand(weight.shape)
+    low, high = (float(bound) for bound in torch.aminmax(scores))
+    if not (low > float("-inf") and high < float("inf")):
+        raise RefusalError(f"the formula gives {name} scores that are NaN or infinite")
+    if low == high and scores.numel() > 1 and bool(weight.any()):
+        raise RefusalError(f"the formula gives all weights of {name} the same score, {low:g}")
+    return scores
 
 
 def mask(scores: Tensor, sparsity: float, pattern: str = PATTERN) -> Tensor:
     """Which weights [out, in] stay (True); counts round down, ties lose the lower index first."""
-    if not torch.isfinite(scores).all():
-        raise ValueError("a score is NaN or infinite; the criterion does not suit this model")
     fraction, columns = Fraction(str(sparsity)), scores.shape[1]
-    if pattern != "free":
-        keep, of = (int(number) for number in pattern.split(":"))
-        if columns % of or abs(fraction - 1 + Fraction(keep, of)) > 1e-6:
-            raise ValueError(f"{pattern} needs columns in {of}s and sparsity {1 - keep / of:g}")
+    keep, of = parsed(pattern)
+    if of:
         return ~lowest(scores.reshape(-1, of), of - keep).view(scores.shape)
     if COMPARE == "row":
         return ~lowest(scores, int(columns * fraction))
@@ -93,43 +160,154 @@ def mask(scores: Tensor, sparsity: float, pattern: str = PATTERN) -> Tensor:
 
 def lowest(scores: Tensor, count: int) -> Tensor:
     """True for the first `count` of a stable sort of each row; -0.0 equals 0.0."""
-    order = torch.sort(scores + 0.0, dim=1, stable=True).indices[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    threshold = scores.kthvalue(max(1, count), dim=1, keepdim=True).values
+    below, equal = scores < threshold, scores == threshold
+    missing = count - below.sum(1, keepdim=True)
+    return below | equal & (equal.cumsum(1) <= missing)
 
 
-def measure(model: Any, layers: dict[str, Any], batches: list[Any]) -> dict[str, Any]:
-    """The sums of every layer of the dense model over the text."""
-    counts = {"sequences": len(batches), "tokens": sum(ids.numel() for ids in batches)}
-    stats = {name: defaultdict[str, Any](float, counts) for name in layers}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
+    """The sums of the layers of the dense model over the text; none of layers it never calls."""
+    stats = {name: defaultdict[str, Any](float, layer=name) for name in layers}
+    if SUMS:
+        check_text(model, batches)
+    else:
+        # Any two tokens show which layers are called.
+        batches = [torch.tensor([[0, 1]])]
+    before = [(p, p.requires_grad, p._version) for p in model.parameters()]
     model.requires_grad_(False)
     hooks = [hook for name, module in layers.items() for hook in listen(module, stats[name])]
-    for ids in batches:
-        read(model, ids.to(next(model.parameters()).device))
-    for hook in hooks:
-        hook.remove()
-    for parameter, flag in required.items():
-        parameter.requires_grad_(flag)
+    for name, module in layers.items():
+        hooks.append(module.register_forward_hook(lambda *_, n=name: stats[n].update(called=True)))
+    try:
+        for ids in batches:
+            read(model, ids.to(before[0][0].device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, flag, _ in before:
+            parameter.requires_grad_(flag).grad = None
+    if any(parameter._version != version for parameter, _, version in before):
+        raise RefusalError("the model's own forward pass changes its weights")
+    silent = [name for name in layers if "called" not in stats[name]]
+    # The text decides which experts are called.
+    never = [name for name in silent if "expert" not in name]
+    if len(never) == len(layers) or (SUMS and silent != never):
+        raise RefusalError(f"no text reaches these layers, so nothing ranks them: {silent}")
+    if never:
+        warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
+    counts = {"tokens": sum(ids.numel() for ids in batches), "sequences": len(batches)}
+    return {name: counted(stats[name], counts) for name in layers if name not in never}
+
+
+def counted(stats: dict[str, Any], whole: dict[str, int]) -> dict[str, Any]:
+    """The sums of a layer with the tokens and sequences that they are of."""
+    of_gradients = [name for name in SUMS if "gradient" in name]
+    if not all(torch.as_tensor(stats[name]).any() for name in of_gradients):
+        raise RefusalError(f"all gradients of {stats['layer']} are zero, so they rank nothing")
+    for word, total in whole.items():
+        seen = [value for name, value in stats.items() if name.startswith(f"{word} of")]
+        stats[word] = max([*seen, total if of_gradients else 0])
     return stats
+
+
+def check_text(model: Any, batches: list[Tensor]) -> None:
+    """Refuse sequences of token ids that the model cannot be run on."""
+    vocabulary = len(model.get_input_embeddings().weight)
+    longest = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    if not batches:
+        raise RefusalError("there is no text to run the model on: 0 sequences")
+    for ids in batches:
+        if ids.dim() != 2 or len(ids) != 1 or ids.dtype != torch.int64:
+            raise RefusalError(f"token ids must be int64 [1, length] but are {ids.dtype}")
+        if not 2 <= ids.shape[1] <= longest:
+            raise RefusalError(f"{ids.shape[1]} tokens; the model takes 2 to {longest} at once")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise RefusalError("a token id is not in the model's vocabulary")
+
+
+def add(stats: dict[str, Any], source: str, name: str, value: Tensor) -> None:
+    """Add to a sum of a layer what some values give."""
+    if not torch.isfinite(value).all():
+        raise RefusalError(f"the {source} of {stats['layer']} hold NaN or infinite numbers")
+    stats[name] += value
+
+
+def count_tokens(stats: dict[str, Any], source: str, values: Tensor) -> None:
+    """Count the tokens and sequences that inputs or outputs of a layer are of."""
+    stats[f"tokens of {source}"] += values[..., 0].numel()
+    stats[f"sequences of {source}"] += len(values) if values.dim() == 3 else 1
 
 
 def find_layers(model: Any) -> dict[str, Any]:
     """Linear maps of the decoder blocks by name: no embedding, norm, router or output head."""
+    everything = linear_maps(model)
+    modules = [name for name, _ in model.named_modules()]
+    for pattern, names in [*((t, everything) for t in TARGETS), *((i, modules) for i in IGNORE)]:
+        if not any(fits(pattern, name) for name in names):
+            raise RefusalError(f"{pattern!r} matches no layer; there are {list(everything)[:3]}...")
+    chosen = {
+        name: module
+        for name, module in everything.items()
+        if (not TARGETS or any(fits(pattern, name) for pattern in TARGETS))
+        and not any(fits(pattern, name) for pattern in IGNORE)
+    }
+    if not chosen:
+        raise RefusalError("no layer is left to prune; IGNORE takes away all that TARGETS choose")
+    for own in OWN:
+        if not any(fits(own, name) for name in chosen):
+            raise RefusalError(f"no layer matches {own!r}, which has a formula of its own")
+    for name in chosen:
+        if sum(fits(own, name) for own in OWN) > 1:
+            raise RefusalError(f"{name} has two formulas of its own, of {OWN}")
+    return chosen
+
+
+def linear_maps(model: Any) -> dict[str, Any]:
+    """Every weight matrix of the decoder blocks by name, a shared one once."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RefusalError(
+            "the model is an encoder-decoder; only decoder-only models can be pruned"
+        )
     lists = {name: m for name, m in model.named_modules() if is_block_list(name, m)}
     outer = [name for name in lists if not any(name.startswith(f"{o}.") for o in lists)]
-    prefix = max(outer, key=lambda name: len(lists[name])) + "."
-    inside = {name: m for name, m in model.named_modules() if name.startswith(prefix)}
-    linear = {name: m for name, m in inside.items() if is_linear(m)}
-    if any("expert" in name for name in inside):
-        linear = {n: m for n, m in linear.items() if n.split(".")[-1] not in ("gate", "router")}
-    first = {m.weight.data_ptr(): name for name, m in reversed(linear.items())}
-    names = [name for name, m in linear.items() if first[m.weight.data_ptr()] == name]
-    return {n: linear[n] for n in names if re.search(TARGETS, n) and not re.search(IGNORE, n)}
+    if not outer:
+        raise RefusalError("the model has no list of equal decoder blocks with linear layers in it")
+    prefix = max(outer, key=lambda name: len(lists[name]))
+    found: dict[Any, tuple[str, Any]] = {}
+    for index, block in enumerate(lists[prefix]):
+        for path, parameter in block.named_parameters():
+            if parameter.dim() == 3 and "expert" in path:
+                raise RefusalError(f"{path} holds fused weights of experts, which is not supported")
+        routed = any("expert" in path for path, _ in block.named_modules())
+        for path, module in block.named_modules():
+            if is_linear(module) and not (routed and path.split(".")[-1] in ("gate", "router")):
+                name, weight = f"{prefix}.{index}.{path}", module.weight
+                if weight.is_meta or weight.dim() != 2 or weight.dtype.itemsize < 2:
+                    raise RefusalError(f"the weight of {name} is quantized, packed or not loaded")
+                found.setdefault((weight.data_ptr(), weight.shape), (name, module))
+    return dict(found.values())
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a pattern means a layer: by its full name, its last parts, or "re:REGEX"."""
+    if not pattern.startswith("re:"):
+        return name == pattern or name.endswith(f".{pattern}")
+    try:
+        return re.search(pattern[3:], name) is not None
+    except re.error as error:
+        raise RefusalError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def matrix(module: Any) -> Tensor:
+    """The weight [out, in] of a linear map, sharing its memory."""
+    weight: Tensor = module.weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def is_linear(module: Any) -> bool:
     """Whether a module is a linear map; GPT-2's Conv1D keeps its weight as [in, out]."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or "Conv1D" in [k.__name__ for k in type(module).__mro__]
 
 
 def is_block_list(name: str, module: Any) -> bool:
@@ -146,9 +324,14 @@ if __name__ == "__main__":
     parser.add_argument("text", help="calibration text, one UTF-8 file")
     parser.add_argument("--output", required=True, help="folder for the pruned model")
     parser.add_argument("--pattern", default=PATTERN)
-    for flag, default in (("--sparsity", 0.5), ("--sequences", 128), ("--length", 512)):
-        parser.add_argument(flag, type=type(default), default=default)
+    parser.add_argument("--sparsity", type=float, help="fraction to remove, if PATTERN is free")
+    for flag, default in (("--sequences", 128), ("--length", 512)):
+        parser.add_argument(flag, type=int, default=default)
     options = parser.parse_args()
+    try:
+        settled(options.sparsity, options.pattern)
+    except RefusalError as error:
+        raise SystemExit(f"refused: {error}") from error
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     ids = torch.tensor([tokenizer(Path(options.text).read_text("utf-8"), verbose=False).input_ids])
@@ -156,7 +339,15 @@ if __name__ == "__main__":
     if count < 1:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
     batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
-    report = prune_(model, batches, options.sparsity, options.pattern)
-    print(f"{report['removed']} weights removed, sparsity {report['sparsity']:.4f}")
+    # Computed in float32, saved as it was stored.
+    exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    try:
+        report = prune_(exact, batches, options.sparsity, options.pattern)
+    except RefusalError as error:
+        raise SystemExit(f"refused: {error}") from error
+    for name in report["layers"]:
+        gone = matrix(exact.get_submodule(name)) == 0
+        matrix(model.get_submodule(name)).masked_fill_(gone, 0.0)
+    print(f"{report['zeros']} weights are zero, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

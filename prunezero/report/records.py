@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prunezero.report.quoting import markdown_code
+
 # Row key -> metric name. Section names before the slash group the charts of the web page.
 METRIC_NAMES = {
     "search_perplexity": "eval/search_perplexity",
@@ -102,7 +104,7 @@ def run_record(
         metrics=row_metrics(row),
         tags={tag: _joined(row[tag]) for tag in TAG_NAMES if row.get(tag) not in (None, "", ())},
         parent_key=parent_key,
-        note=f"`{formula}`" if formula else "",
+        note=markdown_code(formula) if formula else "",
         artifacts=artifacts,
     )
 

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import RecipeError, SearchError, did_you_mean
+from prunezero.errors import RecipeError, SearchError, did_you_mean, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.plots import pareto_front
+from prunezero.report.quoting import latex_text
 from prunezero.report.search_file import Asked, read_asked
 from prunezero.searching.judging.journal import read_journal
 from prunezero.searching.judging.judge import Question
@@ -154,8 +155,7 @@ def read_candidates(folder: Path) -> list[Row] | None:
     try:
         return list(parquet.read_table(path).to_pylist())
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SearchError(f"{path} cannot be read: {reason}") from error
+        raise SearchError(f"{path} cannot be read: {reason(error, path)}") from error
 
 
 def counted(candidates: Sequence[Row]) -> dict[str, int]:
@@ -245,10 +245,10 @@ def latex_of_front(rows: Sequence[Row]) -> str:
         formula = f"${Criterion.parse(row['formula']).latex}$"
         rule = rule_of(row)
         for pattern, own in rule.own.items():
-            formula += rf"; \texttt{{{_escaped(pattern)}}}: ${own.latex}$"
+            formula += rf"; \texttt{{{latex_text(pattern)}}}: ${own.latex}$"
         around = ", ".join(rule.with_own({}).around)
         if around:
-            formula += f" ({_escaped(around)})"
+            formula += f" ({latex_text(around)})"
         numbers = [_number(row[key]) for key in ("search_perplexity", "validation_perplexity")]
         lines.append(rf"{' & '.join([str(row['complexity']), *numbers, formula])} \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
@@ -256,11 +256,3 @@ def latex_of_front(rows: Sequence[Row]) -> str:
 
 def _number(perplexity: float | None) -> str:
     return "--" if perplexity is None else f"{perplexity:.2f}"
-
-
-_ESCAPES = {character: rf"\{character}" for character in "&%$#_{}"}
-_ESCAPES |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-
-
-def _escaped(text: str) -> str:
-    return "".join(_ESCAPES.get(character, character) for character in text)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import SearchError, differences
+from prunezero.errors import SearchError, differences, shell_word
 from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.run_summary import Run, best_row, front, rule_of
 from prunezero.searching.benches import beside
-from prunezero.searching.conditions import further_models
+from prunezero.searching.conditions import FORMAT, further_draws, further_models, subject
+from prunezero.searching.judging.journal import refuse_other_format
 from prunezero.searching.session import open_session
 
 SPLITS = ("search", "validation", "test")
@@ -84,17 +85,15 @@ def benches_of(run: Run) -> tuple[Bench, ...]:
         settings = Settings(**run.header["settings"])
     except (KeyError, TypeError) as error:
         raise SearchError(f"{run.folder} was searched by another version of prunezero") from error
+    refuse_other_format(run.header, FORMAT, run.folder)
     bench = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
     others = beside(bench, asked.also_model, device=asked.device)
-    loaded = bench.language_model
     now: dict[str, Any] = {
-        "model": loaded.fingerprint,
-        "text": bench.text.fingerprint,
-        "dtype": str(loaded.dtype),
-        "device": loaded.device.type,
+        **subject(bench),
         **further_models(others),
+        **further_draws((bench, *others), run.task.draws),
     }
-    keys = (*now, "also_models", "also_dtypes")
+    keys = (*now, "also_models", "also_dtypes", "also_token_ids", "drawn_token_ids")
     changed = differences({key: run.header.get(key) for key in keys}, now)
     if changed:
         models = ", ".join([asked.model, *asked.also_model])
@@ -126,7 +125,7 @@ def claims(run: Run, top: int) -> list[Claim]:
     if not found:
         raise SearchError(
             f"{run.folder} has no measured candidates to verify yet; go on with it by "
-            f"`prunezero search --name {run.folder.name} --resume`"
+            f"`prunezero search --name {shell_word(run.folder.name)} --resume`"
         )
     return found
 

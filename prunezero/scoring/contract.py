@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prunezero.errors import reason
 from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import Elementwise, MatrixFunction
 from prunezero.formula.operators import Operator
@@ -52,7 +53,7 @@ def broken_promises(operator: Operator) -> list[str]:
         try:
             trial = trial_of(operator, values)
         except Exception as error:
-            return [f"it cannot be built: {type(error).__name__}: {error}"]
+            return [f"it cannot be built: {type(error).__name__}: {reason(error)}"]
         broken |= dict.fromkeys(_faults(trial))
     return list(broken)
 
@@ -79,7 +80,8 @@ def _of_its_kind(trial: Trial) -> Iterator[str]:
         try:
             found = trial.compute(values)
         except Exception as error:
-            yield f"its torch text fails on [{rows}, {columns}]: {type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {reason(error)}"
+            yield f"its torch text fails on [{rows}, {columns}]: {why}"
             return
         if not all(torch.equal(values[name], kept[name]) for name in values):
             yield "it changes the values that it is given"

@@ -77,11 +77,7 @@ def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Ta
 
 def drawn(benches: Sequence[Bench], draws: int) -> tuple[Bench, ...]:
     """Each bench on so many draws of calibration text, by seeds that count up from its own."""
-    return tuple(
-        replace(bench, settings=replace(bench.settings, seed=bench.settings.seed + draw))
-        for bench in benches
-        for draw in range(draws)
-    )
+    return tuple(bench.drawn(draw) for bench in benches for draw in range(draws))
 
 
 @contextmanager

@@ -6,18 +6,31 @@ Journals are refused, archived answers left aside and workers sent home where it
 from __future__ import annotations
 
 import importlib.util
+import platform
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
+from prunezero.models.digests import file_digest, joined_digest
+from prunezero.models.text import SPLITS
+from prunezero.models.windows import windows_fingerprint
 from prunezero.pruning.bench import Bench
 from prunezero.searching.judging.samples import ROW_WEIGHTS, ladder_sums
 from prunezero.searching.task import Task
 
 # Counts changes to what a search draws, asks or writes; what is older is then refused.
-FORMAT = 7
+FORMAT = 8
+# Whoever has a hand in the numbers of an answer, or in what a search draws.
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "sympy", "optuna")
+# The floors of this package that answers come from.
+_FLOORS = ("formula", "scoring", "models", "pruning", "searching")
 
 
 def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dict[str, Any]:
@@ -25,27 +38,101 @@ def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> 
 
     Args:
         also_benches: of further models, on the same text and under the same settings.
+
+    Raises:
+        TextError: a split is too short for the settings.
     """
     space = task.space
     sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
     return {
-        "prunezero": version("prunezero"),
-        "torch": version("torch").split("+")[0],
-        "sympy": version("sympy"),
-        "optuna": version("optuna"),
-        "model": bench.language_model.fingerprint,
-        "dtype": str(bench.language_model.dtype),
-        "device": bench.language_model.device.type,
-        "text": bench.text.fingerprint,
-        "settings": vars(bench.settings),
+        **surroundings(bench),
         "format": FORMAT,
         "sparsity": task.sparsity,
         "weighted_rows": ROW_WEIGHTS in sums,
-        **_kernels(bench),
         **further(task),
         **further_models(also_benches),
+        **further_draws((bench, *also_benches), task.draws),
         **_plugged(task),
     }
+
+
+def surroundings(bench: Bench) -> dict[str, Any]:
+    """What any number that is measured on a bench depends on, whatever is asked, as JSON.
+
+    Raises:
+        TextError: a split is too short for the settings.
+    """
+    return {
+        "prunezero": version("prunezero"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: version(name) for name in LIBRARIES},
+        **_kernels(bench),
+        **subject(bench),
+        "settings": vars(bench.settings).copy(),
+    }
+
+
+def subject(bench: Bench) -> dict[str, str]:
+    """The model and text of a bench, as they are and not as they are called.
+
+    Raises:
+        TextError: a split is too short for the settings.
+    """
+    model = bench.language_model
+    return {
+        "model": model.fingerprint,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "text": bench.text.fingerprint,
+        # The vocabulary does not tell how a text becomes tokens, nor the text how it is cut.
+        **{f"{split} token ids": _ids(bench, split) for split in SPLITS},
+    }
+
+
+def machine(bench: Bench, threads: int) -> dict[str, Any]:
+    """What the last bits of an answer depend on, and the code that it comes from.
+
+    An answer of another search that differs in a last bit would let this one end otherwise than
+    without it, so the archive keeps them apart. A search itself may go on elsewhere.
+
+    Args:
+        threads: of each judge.
+    """
+    device = bench.language_model.device
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {
+        "threads": threads,
+        "processor": _processor(),
+        **gpu,
+        "matmul": torch.get_float32_matmul_precision(),
+        "code": _own_code(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    return digest_of_code(Path(__file__).parent.parent)
+
+
+def digest_of_code(package: Path) -> str:
+    """Hexadecimal digest of the source of all floors that answers come from."""
+    files = sorted(path for floor in _FLOORS for path in (package / floor).rglob("*.py"))
+    return joined_digest(f"{path.relative_to(package)} {file_digest(path)}" for path in files)
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What a processor can do, by which libraries choose among their kernels."""
+    found = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        for key in ("model name", "flags", "Features"):
+            found += [line for line in lines if line.startswith(key)][:1]
+    return joined_digest(found)
+
+
+def _ids(bench: Bench, split: str) -> str:
+    return windows_fingerprint(bench.windows(split))
 
 
 def further(task: Task) -> dict[str, Any]:
@@ -55,15 +142,22 @@ def further(task: Task) -> dict[str, Any]:
     return {**({"also": words} if words else {}), **draws}
 
 
-def further_models(also_benches: Sequence[Bench]) -> dict[str, list[str]]:
-    """Fingerprints and dtypes of further models, where there are any."""
+def further_models(also_benches: Sequence[Bench]) -> dict[str, list[Any]]:
+    """Fingerprints, dtypes and token ids of further models, where there are any."""
     if not also_benches:
         return {}
     models = [bench.language_model for bench in also_benches]
     return {
         "also_models": [model.fingerprint for model in models],
         "also_dtypes": [str(model.dtype) for model in models],
+        "also_token_ids": [[_ids(bench, split) for split in SPLITS] for bench in also_benches],
     }
+
+
+def further_draws(benches: Sequence[Bench], draws: int) -> dict[str, list[str]]:
+    """Token ids of further draws of calibration text, where there are any."""
+    drawn = [bench.drawn(draw) for bench in benches for draw in range(1, draws)]
+    return {"drawn_token_ids": [_ids(bench, "calibration") for bench in drawn]} if drawn else {}
 
 
 def _kernels(bench: Bench) -> dict[str, str]:

@@ -15,12 +15,12 @@ from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.searching.benches import fitted
 from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import conditions, further
+from prunezero.searching.conditions import conditions, further, machine
 from prunezero.searching.hiring.plan import Plan
 from prunezero.searching.judging.archive import Archive
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge
-from prunezero.searching.judging.ladder import Judges, Ladder
+from prunezero.searching.judging.ladder import Judges, Ladder, OneJudge
 from prunezero.searching.offers import alike
 from prunezero.searching.proposing.apart import settled
 from prunezero.searching.proposing.catalogue import find_strategy
@@ -157,10 +157,11 @@ def open_session(
     journal = Journal(folder / "journal.jsonl", _header(bench, task, also), resume=resume)
     try:
         opened()
-        answers = None if archive is None else Archive(archive, conditions(bench, task, also))
         judge = Judge(task, bench, rivals(task), progress, also_benches=also)
         plan = Plan.of(bench, task, rivals(task), also_benches=also)
-        judges = None if staff is None else staff(plan)
+        judges = OneJudge(judge) if staff is None else staff(plan)
+        within = conditions(bench, task, also) | machine(bench, judges.threads)
+        answers = None if archive is None else Archive(archive, within)
         return Session(bench, task, Ladder(judge, journal, judges, answers), journal, also)
     except BaseException:
         # A search that could not begin must not stand in the way of its next attempt.

@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_and_says_how_many_blocks_were_there(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(UnfinishedCheckpoint, "write", stopping_at(UnfinishedCheckpoint.write, 3))
+        patch.setattr(UnfinishedCheckpoint, "write", stopping_at(UnfinishedCheckpoint.write, 2))
         assert run(STREAMED).exit_code != 0
     assert not Path("out").exists()
     result = run(f"{STREAMED} --json o.json")

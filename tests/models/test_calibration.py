@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -129,24 +131,45 @@ def test_a_damaged_file_is_made_anew_with_a_warning(tmp_path: Path, damage: byte
     assert_equal(calibrate(model, ids, layers, ["gram"], cache=tmp_path), first)
 
 
-@pytest.mark.parametrize("fault", ["shape", "dtype", "missing", "nan"])
-def test_a_file_of_another_model_is_refused_by_file_and_tensor(tmp_path: Path, fault: str) -> None:
+def test_no_flipped_bit_of_a_file_of_sums_changes_what_is_read(tmp_path: Path) -> None:
     model, ids = tiny_model(), tiny_batches()
     layers = find_layers(model.model)
-    calibrate(model, ids, layers, ["gram"], cache=tmp_path)
+    first = calibrate(model, ids, layers, ["input_sum"], cache=tmp_path)
     (file,) = sum_files(tmp_path)
+    written = file.read_bytes()
+    # A few of each part: the length of the header, the header, and numbers.
+    for place in (0, 9, 60, len(written) // 2, len(written) - 1, *range(100, len(written), 501)):
+        damaged = bytearray(written)
+        damaged[place] ^= 1
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="input_sum.safetensors is damaged and is made anew"):
+            assert_equal(calibrate(model, ids, layers, ["input_sum"], cache=tmp_path), first)
+        assert file.read_bytes() == written
+
+
+@pytest.mark.parametrize("fault", ["shape", "dtype", "missing", "nan", "unsigned", "other text"])
+def test_a_file_that_was_not_written_for_its_place_is_made_anew(tmp_path: Path, fault: str) -> None:
+    model, ids = tiny_model(), tiny_batches()
+    layers = find_layers(model.model)
+    first = calibrate(model, ids, layers, ["gram"], cache=tmp_path)
+    (file,) = sum_files(tmp_path)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
     tensors, name = load_file(file), layers[2].name
     changed = {
         "shape": {name: tensors[name][1:].clone()},
         "dtype": {name: tensors[name].double()},
         "missing": {},
         "nan": {name: torch.full_like(tensors[name], float("nan"))},
-    }[fault]
+    }.get(fault, {name: tensors[name]})
     del tensors[name]
-    counts = "{" + ", ".join(f'"{layer.name}": [64, 4]' for layer in layers) + "}"
-    save_file({**tensors, **changed}, file, metadata={"counts": counts})
-    with pytest.raises(StatisticsError, match=f"gram.safetensors .*{name}.* delete it"):
-        calibrate(model, ids, layers, ["gram"], cache=tmp_path)
+    save_file({**tensors, **changed}, file, metadata={} if fault == "unsigned" else metadata)
+    if fault == "other text":
+        calibrate(model, tiny_batches(seed=1), layers, ["gram"], cache=tmp_path)
+        (other,) = set(sum_files(tmp_path)) - {file}
+        shutil.copy(other, file)
+    with pytest.warns(UserWarning, match="gram.safetensors is damaged and is made anew"):
+        assert_equal(calibrate(model, ids, layers, ["gram"], cache=tmp_path), first)
 
 
 def test_the_files_used_longest_ago_go_when_the_cache_is_full(
@@ -184,3 +207,23 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_nothing_else(tmp_pat
     with pytest.warns(UserWarning, match="not kept"):
         found = calibrate(model, tiny_batches(), layers, ["input_sum"], cache=tmp_path)
     assert found[layers[0].name].sequences == 4
+
+
+def test_what_others_keep_beside_the_sums_is_never_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, hashed, elsewhere = (
+        tmp_path / "statistics" / name for name in ("survey", "0" * 32, "1" * 32)
+    )
+    for folder in (own, hashed, tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        (folder / "answers.csv").write_text("1")
+    elsewhere.symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setenv("PRUNEZERO_CACHE_GIB", "1e-9")
+    model = tiny_model()
+    for seed in range(2):
+        calibrate(
+            model, tiny_batches(seed=seed), find_layers(model.model), ["gram"], cache=tmp_path
+        )
+    assert all((folder / "answers.csv").is_file() for folder in (own, hashed, elsewhere))
+    assert len(sum_files(tmp_path)) == 4

@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError
 from prunezero.models import gguf
-from prunezero.models.language_model import cache_dir, wrap_model
-from prunezero.models.loading import load_model, trial_dtypes
+from prunezero.models.cache import cache_dir
+from prunezero.models.language_model import wrap_model
+from prunezero.models.loading import computing_dtype, load_model, trial_dtypes
+from prunezero.models.streaming import StreamedModel
 from prunezero.models.units import find_layers
 from tests.tiny_models import (
     FAMILIES,
@@ -44,23 +46,37 @@ def test_a_saved_folder_loads_ready_for_pruning(family: str, tmp_path: Path) -> 
         assert torch.equal(model.model(tiny_batches()).logits, expected)
 
 
-def test_the_dtype_is_the_one_asked_for_or_one_of_the_two_tried(tmp_path: Path) -> None:
-    folder = str(save_tiny_model("llama", tmp_path))
-    assert load_model(folder, dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+def test_the_trial_times_every_dtype_on_offer() -> None:
     trial = trial_dtypes(torch.device("cpu"))
     assert set(trial) == {"float32", "bfloat16"}
     assert all(0 < seconds < 10 for seconds in trial.values())
-    assert load_model(folder, device="cpu").dtype in (torch.float32, torch.bfloat16)
 
 
-def test_the_cpu_takes_bfloat16_only_where_it_is_clearly_faster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_cpu_computes_in_float32_unless_told_otherwise(
+    stored: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = str(save_tiny_model("llama", tmp_path))
-    for seconds, expected in ((0.5, torch.bfloat16), (0.9, torch.float32), (70, torch.float32)):
-        trial = {"float32": 1.0, "bfloat16": seconds}
-        monkeypatch.setattr("prunezero.models.loading.trial_dtypes", lambda device, t=trial: t)
-        assert load_model(folder, device="cpu").dtype == expected
+    tiny_network("llama").to(stored).save_pretrained(tmp_path)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for kind in (load_model, StreamedModel):
+        open_model: Any = kind
+        opened = [
+            open_model(str(tmp_path), dtype=word, device="cpu") for word in ("auto", "bfloat16")
+        ]
+        models = [getattr(each, "language_model", each) for each in opened]
+        assert [model.dtype for model in models] == [torch.float32, torch.bfloat16]
+        assert all(next(model.model.parameters()).dtype == model.dtype for model in models)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_gpu_computes_in_bfloat16_where_the_files_hold_it(
+    stored: torch.dtype, tmp_path: Path
+) -> None:
+    tiny_network("llama").to(stored).save_pretrained(tmp_path)  # type: ignore[operator]
+    # The configuration may say what it likes of its files.
+    edit_configuration(tmp_path, dtype="bfloat16" if stored == torch.float32 else "float32")
+    found = computing_dtype("auto", torch.device("cuda"), str(tmp_path), None)
+    assert found == (torch.bfloat16 if stored == torch.bfloat16 else torch.float32)
 
 
 def test_unknown_dtypes_and_devices_are_refused(tmp_path: Path) -> None:
@@ -136,7 +152,8 @@ def test_a_hub_that_cannot_be_reached_is_told_in_one_sentence(
     with pytest.raises(ModelError) as caught:
         load_model("someone/something")
     assert str(caught.value) == (
-        "model 'someone/something' cannot be loaded (We couldn't connect to the hub)"
+        "model 'someone/something' cannot be loaded (We couldn't connect to the hub. "
+        "Check your internet connection)"
     )
 
 

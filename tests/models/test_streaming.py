@@ -57,7 +57,7 @@ def test_a_walk_over_streamed_blocks_equals_the_walk_over_the_loaded_model(
     family: str, dtype: str, tmp_path: Path
 ) -> None:
     folder = save_sharded(family, tmp_path / "model", dtype=getattr(torch, dtype))
-    streamed = StreamedModel(folder, device="cpu")
+    streamed = StreamedModel(folder, dtype=dtype, device="cpu")
     whole = load_model(str(folder), dtype=dtype, device="cpu")
     assert streamed.language_model.dtype == whole.dtype
     with streamed.outlined():
@@ -109,30 +109,36 @@ def test_tied_weights_are_one_tensor(tmp_path: Path) -> None:
     with streamed.outside():
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not model.lm_head.weight.is_meta
-    assert "lm_head.weight" not in streamed.stored_outside()
+    assert "lm_head.weight" not in streamed.names_outside()
 
 
 def test_tied_weights_that_are_stored_twice_must_be_equal(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path)
     embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     change_file(tmp_path, lm_head__weight=embedding.clone())
-    assert len(StreamedModel(tmp_path, device="cpu").stored_outside()) == 2
+    outside = StreamedModel(tmp_path, device="cpu").names_outside()
+    assert sorted(outside) == ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"]
     change_file(tmp_path, lm_head__weight=embedding + 1)
     with pytest.raises(ModelError, match="ties .* but its files hold different numbers"):
         StreamedModel(tmp_path, device="cpu")
 
 
-def test_a_stored_block_has_the_dtype_of_the_source_and_no_negative_zero(tmp_path: Path) -> None:
-    folder = save_sharded("llama", tmp_path / "model", dtype=torch.bfloat16)
-    streamed = StreamedModel(folder, dtype="float32", device="cpu")
+def test_a_stored_block_keeps_the_numbers_of_the_source_and_rounds_the_others_once(
+    tmp_path: Path,
+) -> None:
+    folder = save_sharded("llama", tmp_path / "model", dtype=torch.float32)
+    streamed = StreamedModel(folder, dtype="bfloat16", device="cpu")
+    name = "model.layers.0.mlp.up_proj.weight"
+    known = streamed.shards.read(name)
     with streamed.block(0) as block:
         weight = block.get_parameter("mlp.up_proj.weight")
-        weight[0, 0], weight[0, 1] = -0.0, 1 + 2**-20
-        stored = streamed.stored_block(0)["model.layers.0.mlp.up_proj.weight"]
-        assert stored.dtype == torch.bfloat16 and weight.dtype == torch.float32
-        assert not torch.signbit(stored[0, 0]) and not torch.signbit(weight[0, 0])
-        # What was rounded in the file is rounded in memory too.
-        assert torch.equal(stored.float(), weight) and float(weight[0, 1]) == 1.0
+        assert not torch.equal(weight.float(), known)
+        weight[0, 0], weight[0, 1] = -0.0, 1.5
+        stored = dict(streamed.stored_block(0))
+    assert sorted(stored) == sorted(key for key in streamed.shards.tensors if "layers.0" in key)
+    expected = known.clone()
+    expected[0, 0], expected[0, 1] = 0.0, 1.5
+    assert torch.equal(stored[name].view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -301,41 +307,54 @@ def test_a_local_model_has_a_folder_and_a_hub_id_has_none(tmp_path: Path) -> Non
         local_folder("nothing.gguf")
 
 
-def test_an_unfinished_checkpoint_goes_on_behind_its_last_complete_shard(tmp_path: Path) -> None:
-    request = {"recipe": "a", "sparsity": 0.5}
-    first = UnfinishedCheckpoint(tmp_path / "out", request, 3)
-    first.write(0, {"a": torch.ones(2)})
-    # a file that was being written when the machine stopped
-    (first.model_folder / f".{first.part(1).path.name}.unfinished").write_bytes(b"half")
-    again = UnfinishedCheckpoint(tmp_path / "out", request, 3)
-    assert again.finished() == 1
-    again.write(1, {"b": torch.ones(3)})
-    again.write(2, {"c": torch.ones(4)})
-    assert again.finished() == 3
-    again.complete(tmp_path)
+def test_an_unfinished_checkpoint_goes_on_behind_its_last_finished_part(tmp_path: Path) -> None:
+    folder = save_sharded("llama", tmp_path / "model", dtype=torch.float32)
+    source, request = Shards(folder), {"recipe": "a", "sparsity": 0.5}
+    names = list(source.tensors)
+    first = UnfinishedCheckpoint(tmp_path / "out", request, source)
+    assert first.finished() == 0
+    first.copy(names[:3])
+    first.write(1, [(names[3], source.read(names[3]) + 1)])
+    again = UnfinishedCheckpoint(tmp_path / "out", request, source)
+    assert again.finished() == 2
+    assert torch.equal(again.shards().read(names[3]), source.read(names[3]) + 1)
+    assert not again.shards().read(names[4]).any()
+    again.write(2, [(name, source.read(name)) for name in names[4:]])
+    again.complete(folder, ours=["note.txt"])
     again.add_files({"note.txt": "mine"})
     published = again.publish()
-    assert sorted(file.name for file in published.iterdir()) == [
-        *(f"model-0000{part}-of-00003.safetensors" for part in (1, 2, 3)),
-        "model.safetensors.index.json",
-        "note.txt",
-    ]
-    index = json.loads((published / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 36 and sorted(index["weight_map"]) == ["a", "b", "c"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    have = {file.name: file.read_bytes() for file in folder.iterdir()}
+    made = {file.name: file.read_bytes() for file in published.iterdir()}
+    assert made.pop("note.txt") == b"mine"
+    changed = source.tensors[names[3]].file
+    assert made.keys() == have.keys()
+    assert {name for name in have if made[name] != have[name]} == {changed}
+    assert len(made[changed]) == len(have[changed])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_an_unfinished_checkpoint_whose_files_are_damaged_begins_anew(tmp_path: Path) -> None:
+    source = Shards(save_tiny_model("llama", tmp_path / "model"))
+    first = UnfinishedCheckpoint(tmp_path / "out", {}, source)
+    first.copy(source.tensors)
+    file = first.model_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert UnfinishedCheckpoint(tmp_path / "out", {}, source).finished() == 0
 
 
 def test_another_request_is_refused_with_the_difference(tmp_path: Path) -> None:
-    UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, 3)
+    source = Shards(save_tiny_model("llama", tmp_path / "model"))
+    UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, source)
     with pytest.raises(OutputError, match=r"another request \(sparsity: 0.5, now 0.6\)"):
-        UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, 3)
+        UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, source)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    source = Shards(save_tiny_model("llama", tmp_path / "model"))
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("keep me")
     with pytest.raises(OutputError, match="is not empty and says nothing of what it holds"):
-        UnfinishedCheckpoint(tmp_path / "out", {}, 1)
+        UnfinishedCheckpoint(tmp_path / "out", {}, source)
     assert (tmp_path / "out.partial" / "mine.txt").read_text() == "keep me"
 
 

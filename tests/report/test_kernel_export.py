@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunezero.errors import OutputError
+from prunezero.errors import CriterionError, OutputError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.pruning.recipe import Recipe, published_recipes
@@ -23,6 +24,7 @@ from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernels.source import plan
 from prunezero.scoring.score import evaluate
+from tests.report.random_recipes import random_formula
 from tests.scoring.compiled import Wish, compile_all
 
 pytest.importorskip("triton")
@@ -50,6 +52,7 @@ APPROXIMATE = {
     "second order": "W**2/U**2*Y**0.3 + abs(W)**0.5/R2",
 }
 FORMULAS = EXACT | APPROXIMATE
+KERNELS = int(os.environ.get("PRUNEZERO_RANDOM_RECIPES", "60"))
 SHAPES = {"element": (3, 1030), "row": (3, 1), "column": (1, 1030)}
 
 RUN = """
@@ -199,15 +202,59 @@ def test_hostile_words_stay_words() -> None:
     assert "$KERNELS" in (ast.get_docstring(tree) or "")
 
 
-def kernel_of(text: str, folder: Path) -> Any:
+def kernel_of(text: str, folder: Path, name: str = "kernel") -> Any:
     import importlib.util
 
-    write_kernel(fields_of("mine", text), folder / "kernel.py")
-    spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
+    write_kernel(fields_of("mine", text), folder / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the engine's kernel runs on the GPU here")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_random_formulas_of_all_shapes_score_as_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rng, shapes = random.Random(0), set()
+    for turn in range(KERNELS):
+        text = random_formula(rng)
+        try:
+            criterion = Criterion.parse(text)
+        except CriterionError:
+            continue
+        shapes.add(criterion.shape)
+        kernel = kernel_of(criterion.text, tmp_path, f"kernel_{turn}")
+        rows, columns = rng.choice([(3, 17), (1, 5), (4, 1), (2, 70), (1, 1)])
+        features = {
+            name: value[: min(rows, len(value)), : min(columns, value.shape[1])].contiguous()
+            for name, value in tall_values().items()
+        }
+        weight = features.pop("W").to(rng.choice([torch.float32, torch.bfloat16, torch.float16]))
+        given = {name: features[name] for name in criterion.features if name in features}
+        given |= {n: feature(n, weight) for n in criterion.features if not FEATURES[n].sums}
+        measured = {name: value for name, value in given.items() if FEATURES[name].sums}
+        found = kernel.score(weight, **measured)
+        wanted = fused_score(criterion, weight, given)
+        assert torch.equal(found.view(torch.int32), wanted.view(torch.int32)), text
+        in_torch = evaluate(criterion, given, weight.shape)
+        torch.testing.assert_close(found, in_torch, rtol=1e-3, atol=1e-5, equal_nan=True, msg=text)
+    assert shapes == {"element", "row", "column", "scalar"}
+
+
+def tall_values() -> dict[str, torch.Tensor]:
+    """A value for every feature of a layer of 4 rows and 70 columns."""
+    sizes = {"element": (4, 70), "row": (4, 1), "column": (1, 70)}
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, row in FEATURES.items():
+        value = torch.randn(sizes[row.shape], generator=generator)
+        value = torch.where(value.abs() < 0.1, 0.0, value)
+        found[name] = value.abs() if row.nonnegative else value
+    return found
 
 
 def test_what_the_kernel_would_misread_is_refused_in_a_sentence(

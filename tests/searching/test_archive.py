@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import normalizers
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, SearchError
 from prunezero.formula import OPERATORS, Criterion
-from prunezero.searching.conditions import conditions
+from prunezero.models.checked_lines import line_of, record_of
+from prunezero.models.text import SPLITS
+from prunezero.pruning.bench import Bench
+from prunezero.searching import conditions as conditions_file
+from prunezero.searching.conditions import LIBRARIES, conditions, machine
 from prunezero.searching.judging.archive import Archive
 from prunezero.searching.session import make_task, open_session
 from prunezero.searching.space import SearchSpace
@@ -57,7 +65,86 @@ def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
         rows.append(session.ladder.measure_dense(("search",)))
         session.ladder.close()
     assert rows[0] == rows[1]
-    assert len(Archive(archive, conditions(tiny_bench(), task))) == 1
+    within = conditions(tiny_bench(), task) | machine(tiny_bench(), torch.get_num_threads())
+    assert len(Archive(archive, within)) == 1
+    # Sums on another number of threads have other last bits.
+    assert len(Archive(archive, within | machine(tiny_bench(), 64))) == 0
+
+
+def normalized_bench() -> Bench:
+    """The tiny bench, whose tokenizer has the same vocabulary and reads another letter for one."""
+    bench = tiny_bench()
+    bench.language_model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
+    return bench
+
+
+def test_another_normalizer_of_the_same_vocabulary_is_another_condition(tmp_path: Path) -> None:
+    bench, other, task = tiny_bench(), normalized_bench(), make_task(tiny_space(), 0.5)
+    assert other.language_model.fingerprint == bench.language_model.fingerprint
+    before, after = conditions(bench, task), conditions(other, task)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {f"{split} token ids" for split in SPLITS}
+    open_session(bench, task, tmp_path / "run").ladder.close()
+    with pytest.raises(SearchError, match="other settings .*calibration token ids: .*, now "):
+        open_session(other, task, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_another_version_of_a_library_that_decides_answers_is_another_condition(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
+    before = conditions(bench, task)
+    monkeypatch.setattr(
+        conditions_file, "version", lambda name: "9" if name == library else version(name)
+    )
+    assert conditions(bench, task) == before | {library: "9"}
+
+
+def test_the_code_of_every_floor_that_answers_come_from_is_digested(tmp_path: Path) -> None:
+    found = []
+    for floor in ("formula", "scoring", "models", "pruning", "searching"):
+        copy = Path(shutil.copytree(Path(conditions_file.__file__).parent.parent, tmp_path / floor))
+        found.append(conditions_file.digest_of_code(copy))
+        with next((copy / floor).rglob("[a-z]*.py")).open("a") as file:
+            file.write("# changed")
+        found.append(conditions_file.digest_of_code(copy))
+    assert len(set(found)) == 6 and found[0] == found[2]
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n"])
+def test_a_file_that_is_no_archive_is_refused_and_left_alone(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "archive.jsonl").write_bytes(content)
+    with pytest.raises(OutputError, match="is no archive of searches.*move it away"):
+        Archive(tmp_path / "archive.jsonl", CONDITIONS)
+    assert (tmp_path / "archive.jsonl").read_bytes() == content
+
+
+def test_a_flipped_bit_of_an_archive_costs_that_answer_alone(tmp_path: Path) -> None:
+    path = tmp_path / "archive.jsonl"
+    archive = Archive(path, CONDITIONS)
+    for key in "WXG":
+        archive.write("layer error", key, {"layer_error": 0.1})
+    whole = path.read_bytes()
+    for place in range(len(whole) // 3 + 2, 2 * len(whole) // 3 - 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        found = Archive(path, CONDITIONS)
+        assert found.known("layer error", "W") and found.known("layer error", "G")
+        assert not found.known("layer error", "X")
+
+
+@pytest.mark.parametrize("record", [{}, {"context": 1}, {"kind": [1]}, {"answer": [1]}])
+def test_a_sound_line_that_is_no_answer_is_stepped_over(
+    record: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "archive.jsonl"
+    Archive(path, CONDITIONS).write("layer error", "W", {"layer_error": 0.1})
+    known = record_of(path.read_bytes().strip()) or {}
+    with path.open("ab") as file:
+        file.write(line_of(known | record if record else {}))
+    assert Archive(path, CONDITIONS).known("layer error", "W")
 
 
 @pytest.mark.parametrize(("key", "value"), [("model", "b"), ("sparsity", 0.7), ("torch", "9")])

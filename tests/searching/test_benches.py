@@ -17,6 +17,8 @@ from prunezero.errors import ModelError, PruneZeroError, ScoreError, SearchError
 from prunezero.formula import Criterion
 from prunezero.models.evaluation import evaluate
 from prunezero.models.language_model import wrap_model
+from prunezero.models.text import SPLITS as EVERY_SPLIT
+from prunezero.models.windows import windows_fingerprint
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.recipe import Recipe
 from prunezero.searching.benches import beside, fitted
@@ -145,6 +147,9 @@ def test_one_model_is_judged_under_the_conditions_of_before(tmp_path: Path) -> N
     assert told == alone | {
         "also_models": [other_bench().language_model.fingerprint],
         "also_dtypes": ["torch.float32"],
+        "also_token_ids": [
+            [windows_fingerprint(other_bench().windows(split)) for split in EVERY_SPLIT]
+        ],
     }
     session = open_session(bench, task, tmp_path / "one")
     rows = [session.ladder.measure(recipe_in(session), ("test",)), *measure_rivals(session, SPLITS)]

@@ -13,6 +13,7 @@ import pytest
 
 from prunezero.errors import ScoreError, SearchError
 from prunezero.formula import Criterion
+from prunezero.models.windows import windows_fingerprint
 from prunezero.pruning.bench import Bench, set_up
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.tracked import tracked_rows, tracked_search
@@ -140,7 +141,9 @@ def test_draws_of_one_model_share_its_dense_weights_and_leave_it_dense() -> None
 def test_one_draw_is_judged_under_the_conditions_of_before(tmp_path: Path) -> None:
     bench = bench_with(3)
     alone, both = (conditions(bench, make_task(tiny_space(), 0.5, draws=draws)) for draws in (1, 2))
-    assert both == alone | {"draws": 2}
+    ids = windows_fingerprint(bench.drawn(1).windows("calibration"))
+    assert both == alone | {"draws": 2, "drawn_token_ids": [ids]}
+    assert ids != alone["calibration token ids"]
     session = open_session(bench, make_task(tiny_space(), 0.5), tmp_path / "one")
     rows = list(measure_rivals(session, SPLITS))
     session.ladder.close()

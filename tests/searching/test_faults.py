@@ -126,6 +126,7 @@ class Faulty:
     fails: Callable[[int], bool]
     asked: list[str] = field(default_factory=list)
     faults: int = 0
+    threads: int = 1
 
     def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         for question in questions:

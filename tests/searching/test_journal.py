@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from prunezero.errors import SearchError, TextError
+from prunezero.errors import PruneZeroError, SearchError, TextError
+from prunezero.models.checked_lines import line_of
 from prunezero.pruning.bench import Bench, Settings
-from prunezero.searching.judging.journal import Journal
+from prunezero.report.run_summary import read_run
+from prunezero.searching.judging.journal import Journal, read_journal
 from prunezero.searching.session import _header, make_task, open_session
 from prunezero.searching.task import Rule
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
@@ -26,7 +33,7 @@ def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
         import resource, sys
         from pathlib import Path
         from prunezero.errors import OutputError
-        from prunezero.searching.judging.journal import Journal
+        from prunezero.searching.judging.journal import Journal, read_journal
         path = Path(sys.argv[1])
         journal = Journal(path, {"model": "a"}, resume=False)
         journal.write("layer error", "W", {"layer_error": 0.1})
@@ -93,3 +100,141 @@ def test_a_failed_start_keeps_results_that_were_there(tmp_path: Path) -> None:
 
 def _interrupted(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
+
+
+SMALL: dict[str, object] = {"model": "a", "format": 1}
+
+
+def three_results(path: Path) -> list[bytes]:
+    """Write a journal of three results; returns its lines, the header first."""
+    journal = Journal(path, SMALL, resume=False)
+    for place, key in enumerate("WXG"):
+        journal.write("layer error", key, {"layer_error": place / 8})
+    journal.close()
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def flipped(line: bytes, place: int) -> bytes:
+    return line[:place] + bytes([line[place] ^ 1]) + line[place + 1 :]
+
+
+def test_a_flipped_bit_costs_the_result_of_its_line_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    header, first, second, third = three_results(path)
+    for place in range(len(second) - 1):
+        path.write_bytes(header + first + flipped(second, place) + third)
+        with pytest.warns(UserWarning, match="line 3: damaged; what stood there is computed again"):
+            journal = Journal(path, SMALL, resume=True)
+        assert journal.known("layer error", "W") == {"layer_error": 0.0}
+        assert journal.known("layer error", "X") is None
+        assert journal.known("layer error", "G") == {"layer_error": 0.25}
+        journal.close()
+    with pytest.warns(UserWarning, match="line 3: damaged"):
+        journal = Journal(path, SMALL, resume=True)
+    journal.write("layer error", "X", {"layer_error": 0.125})
+    journal.close()
+    assert [one.get("key") for one in read_journal(path)] == [None, "W", "G", "X"]
+
+
+def test_a_flipped_line_end_costs_the_results_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = three_results(path)
+    path.write_bytes(b"".join(lines[:2])[:-1] + b"\x0b" + b"".join(lines[2:]))
+    with pytest.warns(UserWarning, match="line 2: damaged"):
+        journal = Journal(path, SMALL, resume=True)
+    assert len(journal) == 1 and journal.known("layer error", "G")
+    journal.close()
+
+
+def test_a_flipped_bit_in_the_header_is_mended_under_the_settings_that_it_was_written_under(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run" / "journal.jsonl"
+    header, *results = three_results(path)
+    for place in range(len(header)):
+        path.write_bytes(b"".join([flipped(header, place), *results]))
+        if place < len(header) - 1:
+            with pytest.raises(SearchError, match="line 1 is missing or damaged.*another --name"):
+                Journal(path, {**SMALL, "model": "b"}, resume=True)
+        with pytest.warns(UserWarning, match="line 1 was damaged and is written anew"):
+            journal = Journal(path, SMALL, resume=True)
+        assert len(journal) == 3
+        journal.close()
+        assert path.read_bytes() == b"".join([header, *results])
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "content", [b"my notes\n", b"my notes", b'{"a": 1}\n', b"\0\xff", b"0badc0de", b"\n"]
+)
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(
+    content: bytes, resume: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SearchError, match="is no journal of a search.*move it away"):
+        Journal(path, SMALL, resume=resume)
+    assert path.read_bytes() == content
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").mkdir()
+    with pytest.raises(SearchError, match="is no file; move it away"):
+        Journal(tmp_path / "journal.jsonl", SMALL, resume=False)
+
+
+def test_a_journal_of_which_a_crash_left_half_a_header_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    header = three_results(path)[0]
+    for length in (len(header) - 1, len(header) // 2):
+        path.write_bytes(header[:length])
+        Journal(path, SMALL, resume=False).close()
+        assert path.read_bytes() == header
+
+
+def test_two_journals_in_one_file_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    lines = three_results(path)
+    path.write_bytes(b"".join(lines + lines))
+    for read in (lambda: read_journal(path), lambda: Journal(path, SMALL, resume=True)):
+        with pytest.raises(SearchError, match="line 5 begins another search.*two journals"):
+            read()
+
+
+def test_a_journal_of_an_older_format_says_so_and_how_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    three_results(path)
+    with pytest.raises(SearchError, match="another version.*format: 1, now 2.*--start-from"):
+        Journal(path, {**SMALL, "format": 2}, resume=True)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(["header", "kind", "key", "result", "format"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.dictionaries(KEYS, JSON) | st.binary(max_size=9), max_size=5), st.booleans())
+def test_whatever_a_journal_holds_is_read_or_refused_in_a_sentence(
+    records: list[dict[str, object] | bytes], with_header: bool
+) -> None:
+    lines = [one if isinstance(one, bytes) else line_of(one) for one in records]
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "run" / "journal.jsonl"
+        path.parent.mkdir()
+        path.write_bytes(b"".join([line_of({"header": SMALL})] * with_header + lines))
+        for read in (
+            lambda: read_journal(path),
+            lambda: read_run(path.parent),
+            lambda: Journal(path, SMALL, resume=True).close(),
+        ):
+            with contextlib.suppress(PruneZeroError):
+                read()

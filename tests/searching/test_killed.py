@@ -134,6 +134,8 @@ def later(seconds: float, number: signal.Signals, pid: int) -> threading.Timer:
 class Told:
     """Judges in this process that draw as `Drawing` does, and fail where they are told to."""
 
+    threads = 1
+
     def __init__(self, faults: dict[tuple[str, str], dict[str, Any]]) -> None:
         self.faults = faults
 

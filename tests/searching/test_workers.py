@@ -101,6 +101,8 @@ def _missing() -> None:
 class Drawn:
     """The drawing judge in this process."""
 
+    threads = 1
+
     def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         return map(Drawing().answer, questions)
 

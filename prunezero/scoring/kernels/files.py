@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
 
 # Enough for every formula that a user prunes with; a search needs one, see `machine.py`.
 _MOST_FILES = 512
@@ -84,7 +84,7 @@ def _make_private(folder: Path) -> None:
         found = [(place, place.lstat()) for place in (folder, folder.parent)]
     except OSError as error:
         raise OutputError(
-            f"{folder}: the folder for generated kernels cannot be made ({error.strerror}); "
+            f"{folder}: the folder for generated kernels cannot be made ({reason(error)}); "
             "set XDG_CACHE_HOME to a folder that you can write"
         ) from error
     for place, status in found:
@@ -109,7 +109,7 @@ def _write_whole(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(
-            f"{path}: a generated kernel cannot be written ({error.strerror}); free some space, or "
+            f"{path}: a generated kernel cannot be written ({reason(error)}); free some space, or "
             "set XDG_CACHE_HOME to a folder that you can write"
         ) from error
 

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from prunezero.errors import SearchError
-from prunezero.models.language_model import cache_dir
+from prunezero.errors import SearchError, reason
+from prunezero.models.cache import cache_dir
 from prunezero.searching.hiring.crew import DEADLINE, Crew, Worker
 from prunezero.searching.hiring.plan import Desk, JudgePlan, Message
 from prunezero.searching.hiring.workers import usable_cores
@@ -56,7 +56,8 @@ def ray_crew(
     try:
         machines = [one["Resources"] for one in ray.nodes() if one["Alive"]]
         each = _share(machines, plan.device, count, threads)
-        return Crew(_Cluster(ray, plan, count, each, is_ours=is_ours), count, deadline)
+        cluster = _Cluster(ray, plan, count, each, is_ours=is_ours)
+        return Crew(cluster, count, deadline, threads=each)
     except BaseException:
         if is_ours:
             ray.shutdown()
@@ -93,9 +94,8 @@ def _join(ray: Any, address: str, cores: int) -> None:
             ray.init(address=address, runtime_env={"env_vars": shared}, **quiet, **own)
     # Ray ends the program where it finds nobody.
     except (RuntimeError, ValueError, OSError, SystemExit) as error:
-        reason = str(error).strip().split("\n")[0]
         raise SearchError(
-            f"the Ray cluster '{address}' cannot be joined ({reason}); start one by "
+            f"the Ray cluster '{address}' cannot be joined ({reason(error)}); start one by "
             "`ray start --head`, or say 'local'"
         ) from error
 
@@ -178,7 +178,7 @@ class _Actor:
         try:
             return self._ray.get(self.handle)
         except self._ray.exceptions.RayError as error:
-            return "died", str(error).strip().split("\n")[0]
+            return "died", reason(error)
 
     def kill(self) -> None:
         self._ray.kill(self._desk, no_restart=True)

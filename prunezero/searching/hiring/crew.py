@@ -101,13 +101,17 @@ class _Seat:
 class Crew:
     """Workers that answer questions; a `Judges`."""
 
-    def __init__(self, office: Office, count: int, deadline: float = DEADLINE) -> None:
+    def __init__(
+        self, office: Office, count: int, deadline: float = DEADLINE, *, threads: int = 1
+    ) -> None:
         """Begin with nobody: workers are hired when there is something to ask.
 
         Args:
             count: workers at most.
             deadline: seconds for one question.
+            threads: on which each computes.
         """
+        self.threads = threads
         self._office = office
         self._count = count
         self._deadline = deadline

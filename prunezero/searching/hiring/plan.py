@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from prunezero.errors import PruneZeroError, SearchError, differences
+from prunezero.errors import PruneZeroError, SearchError, differences, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.models.loading import load_model
 from prunezero.pruning.bench import Bench, Settings, set_up
@@ -182,4 +182,8 @@ class Desk:
 
 
 def _in_words(error: Exception) -> str:
-    return str(error) if isinstance(error, PruneZeroError) else f"{type(error).__name__}: {error}"
+    return (
+        str(error)
+        if isinstance(error, PruneZeroError)
+        else f"{type(error).__name__}: {reason(error)}"
+    )

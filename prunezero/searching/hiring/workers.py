@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import SearchError
+from prunezero.errors import SearchError, reason
 from prunezero.searching.hiring.crew import DEADLINE, Crew, Worker
 from prunezero.searching.hiring.plan import Desk, JudgePlan, Message, Plan
 from prunezero.searching.judging.judge import Question
@@ -42,8 +42,9 @@ def local_crew(
             numbers of threads.
         deadline: seconds for one question.
     """
-    office = _Here(plan, count, threads or max(1, usable_cores() // count))
-    crew = Crew(office, count, deadline)
+    each = threads or max(1, usable_cores() // count)
+    office = _Here(plan, count, each)
+    crew = Crew(office, count, deadline, threads=each)
     # Before multiprocessing waits at exit for processes that wait for questions.
     office.at_exit = crew.close
     atexit.register(crew.close)
@@ -100,7 +101,7 @@ class _Process:
         except OSError as error:
             self.handle.close()
             raise SearchError(
-                f"a worker process cannot be started ({error.strerror}); ask for fewer --workers"
+                f"a worker process cannot be started ({reason(error)}); ask for fewer --workers"
             ) from error
         finally:
             # The process has its own; as long as this one is open, its death is not heard.

@@ -8,15 +8,15 @@ is what would have been computed, and a search goes the same way with the archiv
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from prunezero.errors import OutputError
-from prunezero.searching.judging.journal import line_of, record_of
+from prunezero.errors import OutputError, reason
+from prunezero.models.checked_lines import line_of, record_of
+from prunezero.models.digests import joined_digest
 
 
 class Archive:
@@ -29,18 +29,22 @@ class Archive:
             conditions: whatever answers depend on beside their questions; JSON data.
 
         Raises:
-            OutputError: the file cannot be read or written.
+            OutputError: the file cannot be read or written, or is something else.
         """
         self._path = path
-        text = json.dumps(conditions, sort_keys=True).encode()
-        self._context = hashlib.blake2b(text, digest_size=16).hexdigest()
+        self._context = joined_digest([json.dumps(conditions, sort_keys=True)])
         self._answers: dict[tuple[str, str], dict[str, Any]] = {}
         with self._open() as file:
-            for line in file.read().split(b"\n"):
-                record = record_of(line)
-                # A torn line was never an answer; other conditions are other searches' business.
-                if record and record.get("context") == self._context:
-                    self._answers[record["kind"], record["key"]] = record["answer"]
+            data = file.read()
+        records = [record for record in map(record_of, data.split(b"\n")) if record]
+        if data.strip() and not records:
+            raise OutputError(
+                f"{path} is no archive of searches, or damaged in every line; move it away"
+            )
+        for record in records:
+            # A torn line was never an answer; other conditions are other searches' business.
+            if record.get("context") == self._context and isinstance(record.get("answer"), dict):
+                self._answers[str(record.get("kind")), str(record.get("key"))] = record["answer"]
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -73,4 +77,6 @@ class Archive:
                 file.seek(0)
                 yield file
         except OSError as error:
-            raise OutputError(f"{self._path} cannot be written: {error.strerror}") from error
+            raise OutputError(
+                f"{self._path} cannot be written: {reason(error, self._path)}"
+            ) from error

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
+
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.recipe import Recipe
@@ -22,6 +24,11 @@ from prunezero.searching.task import Rule, Task
 
 class Judges(Protocol):
     """Whoever answers questions."""
+
+    @property
+    def threads(self) -> int:
+        """On how many threads each computes; the last bits of sums depend on it."""
+        ...
 
     def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """One answer to each question, in their order, each as soon as it can be had."""
@@ -37,6 +44,11 @@ class OneJudge:
 
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
+
+    @property
+    def threads(self) -> int:
+        """Those of this process."""
+        return torch.get_num_threads()
 
     def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
         """One answer to each question, in their order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from prunezero.errors import SearchError, did_you_mean
+from prunezero.errors import SearchError, did_you_mean, reason
 from prunezero.searching.proposing.controls import POPULATION, breed_plainly, suggest
 from prunezero.searching.proposing.enumeration import enumerate_formulas
 from prunezero.searching.proposing.strategies import Strategy, evolve, fresh, without_state
@@ -58,7 +58,9 @@ def find_strategy(word: str) -> Strategy:
     try:
         found = others[word].load()
     except Exception as error:
-        raise SearchError(f"strategy '{word}' of {others[word].value} fails: {error}") from error
+        raise SearchError(
+            f"strategy '{word}' of {others[word].value} fails: {reason(error)}"
+        ) from error
     if not isinstance(found, Strategy):
         raise SearchError(
             f"strategy '{word}': {others[word].value} is a {type(found).__name__}, not a Strategy"

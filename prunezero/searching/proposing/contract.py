@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
-from prunezero.errors import PruneZeroError
+from prunezero.errors import PruneZeroError, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.memory import Memory
@@ -72,4 +72,4 @@ def _faults(proposal: Proposal, task: Task) -> Iterator[str]:
         json.dumps(dict(rule.choices), allow_nan=False)
         task.recipe(rule, "candidate")
     except (PruneZeroError, TypeError, ValueError) as error:
-        yield f"{rule.text} is no recipe: {error}"
+        yield f"{rule.text} is no recipe: {reason(error)}"
