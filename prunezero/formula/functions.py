@@ -49,11 +49,6 @@ class _RealFunction(sympy.Function):  # type: ignore[misc, unused-ignore]
         # SymPy would take a function called `set` or `int` for such a thing.
         return f"{type(self).__name__}({printer._print(self.args[0])})"
 
-    def _latex(self, printer: Any, exp: str | None = None) -> str:
-        name = type(self).__name__.replace("_", r"\_")
-        power = f"^{{{exp}}}" if exp is not None else ""
-        return rf"\operatorname{{{name}}}{power}\left({printer._print(self.args[0])}\right)"
-
 
 class MatrixFunction(_RealFunction):
     """A function of a whole matrix; a reduction `leaves` a shape, a scaling keeps the shape."""

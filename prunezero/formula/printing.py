@@ -13,6 +13,8 @@ from prunezero.formula.features import FEATURES
 _SUM, _PRODUCT, _POWER, _ATOM = range(4)
 _FEATURE_ORDER = ["W", "G", "G1", *FEATURES]
 _HALF = sympy.Rational(1, 2)
+# Denominators up to this one are typeset as fractions.
+_LONGEST_FRACTION = 9
 
 
 def text_of(expression: Any) -> str:
@@ -22,12 +24,7 @@ def text_of(expression: Any) -> str:
 
 def latex_of(expression: Any) -> str:
     """The formula in LaTeX, features in the letters of the papers, long constants rounded."""
-    long = [value for value in expression.atoms(sympy.Rational) if value.q > 10]
-    symbols = {row.symbol: row.latex for row in FEATURES.values()}
-    # SymPy would rewrite as it goes.
-    with sympy.evaluate(False):
-        expression = expression.xreplace({value: sympy.Float(value, 4) for value in long})
-        return str(sympy.latex(expression, symbol_names=symbols))
+    return _latex(expression, _SUM)
 
 
 def split_quotient(product: Any) -> tuple[list[Any], list[Any]]:
@@ -117,3 +114,60 @@ def _product(node: Any) -> tuple[str, int]:
     for factor in below:
         text += f"/{_text(factor, _POWER)}"
     return text, _PRODUCT
+
+
+def _latex(node: Any, around: int) -> str:
+    text, binds = _bare_latex(node)
+    return text if binds >= around else rf"\left({text}\right)"
+
+
+def _bare_latex(node: Any) -> tuple[str, int]:
+    """A node in LaTeX, and how tightly it binds. SymPy's printer would rewrite as it goes."""
+    if isinstance(node, sympy.Symbol):
+        return FEATURES[node.name].latex, _ATOM
+    if isinstance(node, sympy.Rational):
+        return _latex_number(node)
+    if isinstance(node, sympy.Add):
+        return _latex_sum(node), _SUM
+    if isinstance(node, sympy.exp):
+        return f"e^{{{_latex(node.args[0], _SUM)}}}", _POWER
+    if isinstance(node, sympy.Abs):
+        return rf"\left|{_latex(node.args[0], _SUM)}\right|", _ATOM
+    if isinstance(node, sympy.Pow) and not node.args[1].is_negative:
+        base, exponent = node.args
+        if exponent == _HALF:
+            return rf"\sqrt{{{_latex(base, _SUM)}}}", _ATOM
+        return f"{_latex(base, _ATOM)}^{{{_latex(exponent, _SUM)}}}", _POWER
+    if isinstance(node, sympy.Mul | sympy.Pow):
+        return _latex_product(node)
+    name = type(node).__name__.replace("_", r"\_")
+    word = rf"\{name}" if isinstance(node, sympy.log | sympy.tanh) else rf"\operatorname{{{name}}}"
+    return rf"{word}\left({_latex(node.args[0], _SUM)}\right)", _ATOM
+
+
+def _latex_number(value: Any) -> tuple[str, int]:
+    if 1 < value.q <= _LONGEST_FRACTION:
+        sign = "-" if value < 0 else ""
+        return rf"{sign}\frac{{{abs(value.p)}}}{{{value.q}}}", _ATOM if value > 0 else _SUM
+    digits, _, exponent = format(float(value), ".4g").partition("e")
+    power = rf" \cdot 10^{{{int(exponent)}}}" if exponent else ""
+    return digits + power, _SUM if value < 0 else _PRODUCT if power else _ATOM
+
+
+def _latex_sum(node: Any) -> str:
+    added, taken = split_sum(node)
+    text = " + ".join(_latex(term, _PRODUCT) for term in added)
+    return text + "".join(f" - {_latex(term, _PRODUCT)}" for term in taken)
+
+
+def _latex_product(node: Any) -> tuple[str, int]:
+    if is_negated(node):
+        return f"- {_latex(negated(node), _PRODUCT)}", _SUM
+    above, below = split_quotient(node)
+    text = _latex_factors(above) or "1"
+    return (rf"\frac{{{text}}}{{{_latex_factors(below)}}}" if below else text), _PRODUCT
+
+
+def _latex_factors(factors: list[Any]) -> str:
+    # What stands alone above or below a line needs no brackets.
+    return " ".join(_latex(one, _POWER if len(factors) > 1 else _SUM) for one in factors)
