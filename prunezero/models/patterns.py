@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
@@ -81,7 +82,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             f"{MAX_LENGTH} are read"
         )
     try:
-        return re.compile(pattern.removeprefix("re:"))
+        with warnings.catch_warnings():
+            # Python says what a later version may read otherwise.
+            warnings.simplefilter("ignore", FutureWarning)
+            return re.compile(pattern.removeprefix("re:"))
     except (re.error, RecursionError, OverflowError) as error:
         raise ModelError(
             f"layer pattern '{pattern}' is not a regular expression: {error}"
