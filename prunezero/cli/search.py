@@ -41,6 +41,7 @@ from prunezero.cli.options import (
     TimeLimit,
     Workers,
 )
+from prunezero.cli.quantities import seconds_of
 from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def search(
     from prunezero.report.run_folder import refuse_foreign, run_folder
     from prunezero.report.track import Tracker
 
-    seconds = options.seconds_of(time_limit)
+    seconds = seconds_of(time_limit)
     options.check_json(json_file)
     asking.check_limits(budget, seconds, resume, name)
     asking.check_hands(workers, threads, cluster)

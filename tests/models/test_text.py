@@ -118,7 +118,7 @@ def test_reading_stops_when_there_is_more_than_enough(
 
 
 def test_sources_that_cannot_be_read_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    for name in ("nowhere.txt", "./nowhere", str(tmp_path / "nowhere")):
+    for name in ("", "nowhere.txt", "./nowhere", str(tmp_path / "nowhere")):
         with pytest.raises(TextError, match="there is no text file or folder"):
             load_text(name)
     with pytest.raises(TextError, match="holds no .txt, .jsonl"):
