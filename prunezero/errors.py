@@ -93,6 +93,10 @@ class OutputError(PruneZeroError):
     """A folder that cannot be written."""
 
 
+class FormulaWarning(UserWarning):
+    """A formula means its simplified form, which somewhere differs from the text as typed."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The nearest known word as the tail of a sentence, or nothing when none is near."""
     # A word that is known is not there for another reason, which its likeness would hide.

@@ -44,6 +44,13 @@ def compare(
     statistics: Annotated[
         str, typer.Option(help="`dense` or `sequential`, the same for every recipe.")
     ] = "dense",
+    rounding: Annotated[
+        bool,
+        typer.Option(
+            help="Prune by each recipe that mends weights a second time, on the calibration "
+            "windows in reverse order: what then changes is rounding."
+        ),
+    ] = True,
     seed: Seed = 0,
     json_file: JsonFile = None,
     runs_dir: RunsDir = Path("runs"),
@@ -93,7 +100,7 @@ def compare(
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
-        for row in _measured(bench, chosen, sparsity, statistics, tracker):
+        for row in _measured(bench, chosen, sparsity, statistics, tracker, with_rounding=rounding):
             rows.append(row)
     finally:
         untracked = tracker.close()
@@ -112,6 +119,8 @@ def _measured(
     sparsity: float | None,
     statistics: str,
     tracker: Tracker,
+    *,
+    with_rounding: bool,
 ) -> Iterator[dict[str, Any]]:
     """The rows as they come, each shown and recorded behind its handing over."""
     from prunezero.cli.tables import Bars, console, one_line, say
@@ -119,7 +128,14 @@ def _measured(
     from prunezero.report.tracked import tracked_rows
 
     with Bars() as bars:
-        rows = measure(bench, recipes, sparsity, statistics=statistics, progress=bars)
+        rows = measure(
+            bench,
+            recipes,
+            sparsity,
+            statistics=statistics,
+            with_rounding=with_rounding,
+            progress=bars,
+        )
         for done, row in enumerate(rows, start=1):
             yield row
             if not console.is_terminal:

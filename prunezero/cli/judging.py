@@ -66,11 +66,13 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     if best is None or None in (best["test_perplexity"], winner["test_perplexity"]):
         return "no published recipe to compare with was measurable"
     change = winner["test_perplexity"] / best["test_perplexity"] - 1
-    verdict = "better than" if change < 0 else "no better than"
+    noise = max(row.get("test_rounding") or 0.0 for row in (winner, best))
+    is_better = winner["test_perplexity"] + noise < best["test_perplexity"]
+    verdict = "better than" if is_better else "no better than"
     losses = [row["window_losses"]["test"] for row in (winner, best)]
     return (
         f"{verdict} {best['recipe']}, the best of these published ones on validation text: test "
         f"perplexity {winner['test_perplexity']:.2f} against {best['test_perplexity']:.2f} "
         f"({change:+.1%}; chance of no gain {chance_of_no_gain(*losses):.2g} "
-        f"over {len(losses[0])} windows)"
+        f"over {len(losses[0])} windows)" + (f"; {noise:.2f} may be rounding" if noise else "")
     )

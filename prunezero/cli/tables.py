@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -57,8 +57,14 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
     winner = min(pruned, key=lambda row: row[best], default=None)
     for row in rows:
         style = "bold" if row is winner else None
-        table.add_row(*(cell(key, row.get(key)) for key in shown), style=style)
+        table.add_row(*(_with_rounding(key, row) for key in shown), style=style)
     return table
+
+
+def _with_rounding(key: str, row: Mapping[str, Any]) -> str:
+    """A cell of a row, and where it was measured what rounding alone changes in it."""
+    change = row.get(f"{key.removesuffix('_perplexity')}_rounding")
+    return cell(key, row.get(key)) + ("" if change is None else f" ±{cell(key, change)}")
 
 
 def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> None:
@@ -179,6 +185,11 @@ def say_conditions(rows: Sequence[dict[str, Any]], model: str, benches: Sequence
     from prunezero.pruning.soundness import dense_warnings
 
     say(conditions(rows, model, benches[0]))
+    if any("test_rounding" in row for row in rows):
+        say(
+            "±: what the same calibration windows in reverse order change, which is rounding; no "
+            "smaller difference means anything"
+        )
     for warning in dense_warnings(rows[0], benches):
         say(f"warning: {warning}", style="yellow")
 

@@ -56,6 +56,8 @@ class Bench:
     """documents by split"""
     settings: Settings
     """how much of the text is used"""
+    is_reversed: bool = False
+    """whether calibration windows come last to first: the same sums, up to rounding"""
 
     @property
     def begin_with(self) -> str:
@@ -89,9 +91,13 @@ class Bench:
             self._draws[draw] = replace(self, settings=settings)
         return self._draws[draw] if draw else self
 
+    def reversed(self) -> Bench:
+        """The same with its calibration windows in the opposite order."""
+        return replace(self, is_reversed=not self.is_reversed)
+
     def _windows(self, split: str) -> Tensor:
         length = self.settings.sequence_length
-        return windows(
+        cut = windows(
             self.text,
             split,
             self.language_model,
@@ -99,6 +105,7 @@ class Bench:
             count=max(1, self.settings.tokens(split) // length),
             seed=self.settings.seed,
         )
+        return cut.flip(0) if split == "calibration" and self.is_reversed else cut
 
     def statistics(
         self, layers: Sequence[Layer], sums: Iterable[str], progress: Progress | None = None

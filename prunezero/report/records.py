@@ -23,6 +23,8 @@ METRIC_NAMES = {
     "search_perplexity": "eval/search_perplexity",
     "validation_perplexity": "eval/validation_perplexity",
     "test_perplexity": "eval/test_perplexity",
+    "validation_rounding": "eval/validation_rounding",
+    "test_rounding": "eval/test_rounding",
     "kl": "eval/kl",
     "layer_error": "eval/layer_error",
     "sparsity_reached": "mask/sparsity",

@@ -38,6 +38,8 @@ _MEASURED = (
     "windows_begin_with",
     "sparsity_reached",
     *_PERPLEXITIES,
+    "validation_rounding",
+    "test_rounding",
     "kl",
     "regimes",
 )
