@@ -237,7 +237,7 @@ def _searched(
     from prunezero.cli.live import SearchView
     from prunezero.cli.stopping import Stopping
     from prunezero.report.candidates import RunningTables
-    from prunezero.report.tracked import tracked_candidate
+    from prunezero.report.tracked import search_key, tracked_candidate
     from prunezero.searching.search import search as candidates_of
 
     name = folder.name
@@ -252,7 +252,8 @@ def _searched(
             if candidate.search_perplexity is not None:
                 tracker.record(tracked_candidate(candidate, session, name))
                 if candidate.validation_perplexity is None:
-                    tracker.progress(name, view.measured, view.progress())
+                    key = search_key(session, name)
+                    tracker.progress(key, view.measured, view.progress())
             try:
                 tables.show(candidate, found)
             except OutputError as error:

@@ -267,6 +267,22 @@ def test_demo_text_without_its_packages_names_the_commands(
         load_text("demo")
 
 
+def test_a_damaged_copy_of_the_demo_text_is_made_anew_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = tmp_path / "dump.bz2"
+    dump.write_bytes(b"it")
+    monkeypatch.setattr(demo_text, "_dump_file", lambda: dump)
+    monkeypatch.setattr(demo_text, "_articles", lambda found: [found.read_text(), "of letters"])
+    assert demo_text.demo_documents() == ["it", "of letters"]
+    (copy,) = (tmp_path / "cache" / "text").iterdir()
+    copy.write_bytes(copy.read_bytes().replace(b"letters", b"lettErs"))
+    with pytest.warns(UserWarning, match="is damaged and is made anew"):
+        assert demo_text.demo_documents() == ["it", "of letters"]
+    dump.write_bytes(b"IT")
+    assert demo_text.demo_documents() == ["IT", "of letters"]
+
+
 @pytest.mark.slow
 def test_the_demo_text_has_91_articles_and_is_built_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
