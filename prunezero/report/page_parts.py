@@ -14,8 +14,8 @@ class RefusalError(ValueError):
     """What was asked for would give no mask, or one that says nothing."""
 
 
-def linear_maps(model: Any) -> dict[str, Any]:
-    """Every weight matrix of the decoder blocks by name, a shared one once."""
+def linear_maps(model: Any) -> tuple[dict[str, Any], list[str]]:
+    """Weight matrices of the decoder blocks by name, shared once; names of those not called."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise RefusalError(
             "the model is an encoder-decoder; only decoder-only models can be pruned"
@@ -25,7 +25,7 @@ def linear_maps(model: Any) -> dict[str, Any]:
     if not outer:
         raise RefusalError("the model has no list of equal decoder blocks with linear layers in it")
     prefix = max(outer, key=lambda name: len(lists[name]))
-    found: dict[Any, tuple[str, Any]] = {}
+    found: dict[str, Any] = {}
     for index, block in enumerate(lists[prefix]):
         for path, parameter in block.named_parameters():
             if parameter.dim() == 3 and "expert" in path:
@@ -33,11 +33,43 @@ def linear_maps(model: Any) -> dict[str, Any]:
         routed = any("expert" in path for path, _ in block.named_modules())
         for path, module in block.named_modules():
             if is_linear(module) and not (routed and path.split(".")[-1] in ("gate", "router")):
-                name, weight = f"{prefix}.{index}.{path}", module.weight
-                if weight.is_meta or weight.dim() != 2 or weight.dtype.itemsize < 2:
-                    raise RefusalError(f"the weight of {name} is quantized, packed or not loaded")
-                found.setdefault((weight.data_ptr(), weight.shape), (name, module))
-    return dict(found.values())
+                found[f"{prefix}.{index}.{path}"] = module
+    for name, module in found.items():
+        weight = module.weight
+        if weight.is_meta or weight.dim() != 2 or weight.dtype.itemsize < 2:
+            raise RefusalError(f"the weight of {name} is quantized, packed or not loaded")
+    never = uncalled(model, found)
+    first: dict[Any, tuple[str, Any]] = {}
+    for name, module in found.items():
+        if name not in never:
+            first.setdefault((module.weight.data_ptr(), module.weight.shape), (name, module))
+    return dict(first.values()), never
+
+
+def uncalled(model: Any, layers: dict[str, Any]) -> list[str]:
+    """Names of layers that the forward pass never calls; text decides about experts."""
+    left = dict(layers)
+    versions = [parameter._version for parameter in model.parameters()]
+
+    def note(name: str) -> None:
+        left.pop(name, None)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: note(name))
+        for name, module in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(torch.tensor([[0, 1]]).to(next(model.parameters()).device), use_cache=False)
+    except Exception:
+        # Whoever needs the pass is told of it there.
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if versions != [parameter._version for parameter in model.parameters()]:
+        raise RefusalError("the model's own forward pass changes its weights")
+    return [name for name in left if "expert" not in name]
 
 
 def is_linear(module: Any) -> bool:

@@ -63,19 +63,19 @@ def prune_(
     RefusalError is raised.
     """
     sparsity = settled(sparsity, pattern)
-    layers = find_layers(model)
+    layers = find_layers(model.eval())
     weights = {name: matrix(module) for name, module in layers.items()}
     for name, weight in weights.items():
         check_columns(name, weight.shape[1], pattern)
-    stats = measure(model.eval(), layers, list(batches))
+    stats = measure(model, layers, list(batches))
     with torch.no_grad():
-        weights = {name: weights[name] for name in stats}
         kept = masks(weights, stats, sparsity, pattern)
         for name, weight in weights.items():
             if not torch.isfinite(weight[kept[name]]).all():
                 raise RefusalError(f"the weight of {name} holds NaN or infinite numbers")
         for name, weight in weights.items():
-            weight.masked_fill_(~kept[name], 0.0)
+            # Every zero is +0.0 in the end.
+            weight.masked_fill_(~kept[name], 0.0).add_(0.0)
         zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     total = sum(weight.numel() for weight in weights.values())
     shares = {name: count / weights[name].numel() for name, count in zeros.items()}
@@ -165,42 +165,31 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
-    """The sums of the layers of the dense model over the text; none of layers it never calls."""
+    """The sums of the layers of the dense model over the text."""
     stats = {name: defaultdict[str, Any](float, layer=name) for name in layers}
-    if SUMS:
-        check_text(model, batches)
-    else:
-        # Any two tokens show which layers are called.
-        batches = [torch.tensor([[0, 1]])]
-    before = [(p, p.requires_grad, p._version) for p in model.parameters()]
+    if not SUMS:
+        return stats
+    check_text(model, batches)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     hooks = [hook for name, module in layers.items() for hook in listen(module, stats[name])]
-    for name, module in layers.items():
-        hooks.append(module.register_forward_hook(lambda *_, n=name: stats[n].update(called=True)))
     try:
         for ids in batches:
             read(model, ids.to(before[0][0].device))
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, flag, _ in before:
+        for parameter, flag in before:
             parameter.requires_grad_(flag).grad = None
-    if any(parameter._version != version for parameter, _, version in before):
-        raise RefusalError("the model's own forward pass changes its weights")
-    silent = [name for name in layers if "called" not in stats[name]]
-    # The text decides which experts are called.
-    never = [name for name in silent if "expert" not in name]
-    if len(never) == len(layers) or (SUMS and silent != never):
-        raise RefusalError(f"no text reaches these layers, so nothing ranks them: {silent}")
-    if never:
-        warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
     counts = {"tokens": sum(ids.numel() for ids in batches), "sequences": len(batches)}
-    return {name: counted(stats[name], counts) for name in layers if name not in never}
+    return {name: counted(stats[name], counts) for name in layers}
 
 
 def counted(stats: dict[str, Any], whole: dict[str, int]) -> dict[str, Any]:
     """The sums of a layer with the tokens and sequences that they are of."""
     of_gradients = [name for name in SUMS if "gradient" in name]
+    if not stats.keys() >= {*SUMS} - {*of_gradients}:
+        raise RefusalError(f"no token of the text reaches {stats['layer']}, so nothing ranks it")
     if not all(torch.as_tensor(stats[name]).any() for name in of_gradients):
         raise RefusalError(f"all gradients of {stats['layer']} are zero, so they rank nothing")
     for word, total in whole.items():
@@ -224,7 +213,9 @@ def count_tokens(stats: dict[str, Any], source: str, values: Tensor) -> None:
 
 def find_layers(model: Any) -> dict[str, Any]:
     """Linear maps of the decoder blocks by name: no embedding, norm, router or output head."""
-    everything = linear_maps(model)
+    everything, never = linear_maps(model)
+    if never:
+        warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
     modules = [name for name, _ in model.named_modules()]
     for pattern, names in [*((t, everything) for t in TARGETS), *((i, modules) for i in IGNORE)]:
         if not any(fits(pattern, name) for name in names):
