@@ -99,6 +99,18 @@ def matrix(module: Any) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
+def windows(tokenizer: Any, text: str, length: int) -> list[Tensor]:
+    """Sequences [1, length] of a text, each begun as the tokenizer by itself begins one."""
+    bare = tokenizer("The text.", add_special_tokens=False).input_ids
+    whole = tokenizer("The text.").input_ids
+    places = range(len(whole) - len(bare) + 1)
+    first = whole[: next((n for n in places if whole[n : n + len(bare)] == bare), 0)]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    each = length - len(first)
+    starts = range(0, len(ids) - each + 1, each) if each > 0 else ()
+    return [torch.tensor([[*first, *ids[start : start + each]]]) for start in starts]
+
+
 def check_text(model: Any, batches: list[Tensor]) -> None:
     """Refuse sequences of token ids that the model cannot be run on."""
     vocabulary = len(model.get_input_embeddings().weight)

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.report.page_parts import RefusalError, check_text, fits, linear_maps, matrix
+from prunezero.report.page_parts import (
+    RefusalError,
+    check_text,
+    fits,
+    linear_maps,
+    matrix,
+    windows,
+)
 
 COMPARE = "row"  # which weights compete: "row", "layer", "model" or "N columns"
 PATTERN = "free"  # "free", or "N:M" to keep N of every M consecutive weights
@@ -255,11 +262,10 @@ if __name__ == "__main__":
         raise SystemExit(f"refused: {error}") from error
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = torch.tensor([tokenizer(Path(options.text).read_text("utf-8"), verbose=False).input_ids])
-    count = min(options.sequences, ids.shape[1] // options.length)
-    if count < 1:
+    text = Path(options.text).read_text("utf-8-sig")
+    batches = windows(tokenizer, text, options.length)[: options.sequences]
+    if not batches:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
-    batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
     # Computed in float32, saved as it was stored.
     exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     try:

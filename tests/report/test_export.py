@@ -202,7 +202,7 @@ def test_page_collects_only_the_sums_of_its_formula() -> None:
 
 def test_template_is_the_exported_wanda_but_for_its_words() -> None:
     page = functions_of(pruner_page(PrunerFields("wanda", Criterion.parse("abs(W)*X"))))
-    files = [Path(module.__file__).read_text() for module in (pruner_template, page_parts)]
+    files = [Path(str(module.__file__)).read_text() for module in (pruner_template, page_parts)]
     theirs = functions_of(files[0]) | functions_of(files[1])
     assert theirs.keys() - page.keys() == {"inverse_factor", "inverse_of_upper"}
     assert [name for name, text in page.items() if text != theirs[name]] == ["listen"]
@@ -304,9 +304,9 @@ def test_page_refuses_text_that_the_model_cannot_be_run_on(
 def test_page_refuses_models_with_numbers_that_are_none(
     formula: str, where: str, sentence: str, tmp_path: Path
 ) -> None:
-    network = tiny_network("llama", tie_word_embeddings=False)
+    network: Any = tiny_network("llama", tie_word_embeddings=False)
     with torch.no_grad():
-        network.get_submodule(where).weight[:, 0] = float("nan")  # type: ignore[index]
+        network.get_submodule(where).weight[:, 0] = float("nan")
     before = {name: value.clone() for name, value in network.state_dict().items()}
     fields = PrunerFields("w", Criterion.parse(formula), compare="layer")
     page = page_module(fields, tmp_path)
