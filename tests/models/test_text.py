@@ -16,7 +16,7 @@ from prunezero.models.running_text import cut_running_text
 from prunezero.models.text import SPLITS, Text, distinct, divide, load_text, windows
 from prunezero.models.text_sources import read_source
 from prunezero.models.windows import begin_with
-from prunezero.report import pruner_template
+from prunezero.report import page_parts
 from tests.tiny_models import LONGEST, tiny_model, tiny_tokenizer
 
 DOCUMENTS = [f"Document number {place} is about pruning." for place in range(40)]
@@ -178,7 +178,7 @@ def test_windows_of_every_split_begin_as_the_tokenizer_begins_a_text(
         assert all(window[: len(first)] == first for window in found)
     assert begin_with(tokenizer) == word
     # The exported page cuts one text, which ends nowhere inside.
-    page = pruner_template.windows(tokenizer, "abcdefgh", 4)
+    page = page_parts.windows(tokenizer, "abcdefgh", 4)
     plain = list(range(68, 76))
     assert torch.cat(page[:2]).tolist() == [[*first, *plain[at : at + each]] for at in (0, each)]
     with pytest.raises(TextError, match=f"need {(51 // each + 1) * each}"):
@@ -189,7 +189,7 @@ def test_windows_too_short_for_text_behind_the_first_tokens_are_refused() -> Non
     model = replace(tiny_model(), tokenizer=tiny_tokenizer("<s> <unk> $A"))
     with pytest.raises(TextError, match="no text behind the 2 that .* use a length of at least 3"):
         windows(simple(test=("abc",)), "test", model, length=2, count=1)
-    assert pruner_template.windows(model.tokenizer, "abc", 2) == []
+    assert page_parts.windows(model.tokenizer, "abc", 2) == []
 
 
 def test_long_documents_are_tokenized_in_pieces_with_the_ids_of_the_whole(
