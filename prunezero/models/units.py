@@ -6,7 +6,6 @@ linear maps inside.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -201,13 +200,7 @@ def _kind(path: str, paths: list[str]) -> str:
 def _matcher(pattern: str, known: list[str], layers: list[str]) -> Callable[[str], bool]:
     """A test of names; refused when no known name passes it."""
     matches = partial(fits, pattern)
-    try:
-        is_found = any(map(matches, known))
-    except re.error as error:
-        raise ModelError(
-            f"layer pattern '{pattern}' is not a regular expression: {error}"
-        ) from error
-    if not is_found:
+    if not any(map(matches, known)):
         last_words = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise ModelError(
             f"layer pattern '{pattern}' matches no layer{did_you_mean(pattern, last_words)}; "
