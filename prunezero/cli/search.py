@@ -41,6 +41,7 @@ from prunezero.cli.options import (
     TimeLimit,
     Workers,
 )
+from prunezero.cli.quantities import seconds_of
 from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
@@ -112,10 +113,10 @@ def search(
     """
     from prunezero.cli.stopping import sigterm_interrupts, told_what_is_kept
     from prunezero.cli.tables import say
-    from prunezero.report.run_folder import run_folder
+    from prunezero.report.run_folder import refuse_foreign, run_folder
     from prunezero.report.track import Tracker
 
-    seconds = options.seconds_of(time_limit)
+    seconds = seconds_of(time_limit)
     options.check_json(json_file)
     asking.check_limits(budget, seconds, resume, name)
     asking.check_hands(workers, threads, cluster)
@@ -126,6 +127,7 @@ def search(
     task = asked.task()
     name = name or time.strftime(f"{task.space.name}-%Y%m%d-%H%M%S")
     folder = folder or run_folder(runs_dir, name)
+    refuse_foreign(folder)
     with sigterm_interrupts():
         # Started first: MLflow needs seconds to open its database, and the model takes longer.
         tracker = Tracker(runs_dir)
@@ -159,22 +161,26 @@ def _opened(
 ) -> Session:
     """The search that was asked for, on its models and text, ready to run."""
     from prunezero.cli.tables import Bars
-    from prunezero.report.search_file import write_asked
+    from prunezero.report.search_file import forget_asked, write_asked
     from prunezero.searching.session import open_session
 
     bench, *others = asking.benches(asked, settings)
-    with Bars() as bars:
-        return open_session(
-            bench,
-            task,
-            folder,
-            also_benches=others,
-            resume=resume,
-            archive=folder.parent / "archive.jsonl",
-            staff=staff,
-            progress=bars,
-            opened=partial(write_asked, asked.settled(bench, task), folder),
-        )
+    try:
+        with Bars() as bars:
+            return open_session(
+                bench,
+                task,
+                folder,
+                also_benches=others,
+                resume=resume,
+                archive=folder.parent / "archive.jsonl",
+                staff=staff,
+                progress=bars,
+                opened=partial(write_asked, asked.settled(bench, task), folder),
+            )
+    except BaseException:
+        forget_asked(folder)
+        raise
 
 
 def _run(
@@ -231,7 +237,7 @@ def _searched(
     from prunezero.cli.live import SearchView
     from prunezero.cli.stopping import Stopping
     from prunezero.report.candidates import RunningTables
-    from prunezero.report.tracked import tracked_candidate
+    from prunezero.report.tracked import search_key, tracked_candidate
     from prunezero.searching.search import search as candidates_of
 
     name = folder.name
@@ -246,7 +252,8 @@ def _searched(
             if candidate.search_perplexity is not None:
                 tracker.record(tracked_candidate(candidate, session, name))
                 if candidate.validation_perplexity is None:
-                    tracker.progress(name, view.measured, view.progress())
+                    key = search_key(session, name)
+                    tracker.progress(key, view.measured, view.progress())
             try:
                 tables.show(candidate, found)
             except OutputError as error:

@@ -62,6 +62,15 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return list(_block_list(model)[1])
 
 
+def block_prefix(model: nn.Module) -> str:
+    """The name of the list of decoder blocks, such as "model.layers".
+
+    Raises:
+        ModelError: as `find_blocks`.
+    """
+    return _block_list(model)[0]
+
+
 def find_layers(
     model: nn.Module, *, targets: Sequence[str] = (), ignore: Sequence[str] = ()
 ) -> list[Layer]:

@@ -29,6 +29,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import dearest
 from prunezero.models.patterns import fitting
 from prunezero.pruning.choices import (
+    MENDING,
     WORDS,
     Allocate,
     Choice,
@@ -50,6 +51,7 @@ from prunezero.pruning.documents import (
     validated,
     write_document,
 )
+from prunezero.pruning.provenance import check_provenance
 from prunezero.scoring.request import group_columns, parse_pattern
 
 STATISTICS = ("dense", "sequential")
@@ -129,6 +131,12 @@ class Recipe(BaseModel):
     def _list_as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("provenance")
+    @classmethod
+    def _with_rows(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_provenance(value)
+        return value
+
     @field_validator("compare")
     @classmethod
     def _known_group(cls, value: str) -> str:
@@ -200,6 +208,11 @@ class Recipe(BaseModel):
     def updates(self) -> tuple[str, ...]:
         """The words of the updates, in their order; none is no word."""
         return tuple(choice.word for choice in self.update if choice.word != "none")
+
+    @property
+    def mends(self) -> bool:
+        """Whether weights that stay are solved for, so that rounding is seen in the result."""
+        return not MENDING.isdisjoint(self.updates)
 
     @property
     def extras(self) -> tuple[Choice, ...]:

@@ -1,14 +1,14 @@
 """A criterion as one page of plain Python: the template with its formula and sums exchanged.
 
 `pruner_template.py` is a real program that is tested as it stands. Export replaces its docstring,
-its four constants and three of its functions, by their places in the syntax tree, so the rest of
-the page is read and tested code.
+its constants and three of its functions, by their places in the syntax tree, and puts the functions
+of `page_parts.py` in, so the rest of the page is read and tested code.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill, indent
@@ -24,6 +24,7 @@ from prunezero.report.page_lines import FEATURE_LINES, HELPERS, PREPARATION, SUM
 from prunezero.report.quoting import python_docstring, python_string, python_strings
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
+PARTS = Path(__file__).with_name("page_parts.py")
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,7 @@ def pruner_page(fields: PrunerFields) -> str:
         "DAMPING": repr(fields.damping),
         "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in fields.formulas)),
     }
-    helpers = dict.fromkeys(HELPERS[name] for name in features if name in HELPERS)
-    more = [line for text in helpers for line in [*text.splitlines(), "", ""]]
-    page = _exchange(source, new, _docstring(fields), more)
+    page = _exchange(source, new, _docstring(fields), _parts(features))
     check_page(page)
     return page
 
@@ -136,6 +135,18 @@ def no_page(fields: PrunerFields) -> str:
 def _features(fields: PrunerFields) -> list[str]:
     """All that some formula looks at, each once."""
     return list(dict.fromkeys(name for one in fields.formulas for name in one.features))
+
+
+def _parts(features: Sequence[str]) -> list[str]:
+    """The lines of the functions of `page_parts.py`, but for those that no feature needs."""
+    source = PARTS.read_text(encoding="utf-8")
+    needed = {part for name in features for part in HELPERS.get(name, ())}
+    idle = {part for parts in HELPERS.values() for part in parts} - needed
+    found = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in idle:
+            found += [*source.splitlines()[node.lineno - 1 : node.end_lineno], "", ""]
+    return found
 
 
 def _score_body(fields: PrunerFields) -> list[str]:
@@ -236,17 +247,22 @@ def paragraphs(head: str, *others: str) -> str:
     return python_docstring(text)
 
 
-def _exchange(source: str, new: Mapping[str, Any], docstring: str, helpers: list[str]) -> str:
+def _exchange(source: str, new: Mapping[str, Any], docstring: str, parts: list[str]) -> str:
     """The source with constants, function bodies and the module docstring replaced by name.
 
-    Lines of more functions come before the program.
+    Lines of its other parts come before the program.
     """
     lines = source.splitlines()
     # From the end, so that earlier line numbers stay true.
     for node in reversed(ast.parse(source).body):
         first, last = node.lineno - 1, node.end_lineno or node.lineno
         if isinstance(node, ast.If):
-            lines[first:first] = helpers
+            lines[first:first] = parts
+        elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("prunezero."):
+            # What it names is among the parts.
+            del lines[first : last + 1]
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            lines[first] = "from torch import Tensor, nn"
         elif isinstance(node, ast.Expr):
             lines[first:last] = [f'"""{docstring}', '"""']
         elif isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) in new:

@@ -34,40 +34,8 @@ PREPARATION = {
         'variance = stats["input_square_sum"] / stats["tokens"] - mean.square()',
     ),
 }
-# Functions that these lines call, by the feature that needs them.
-_INVERSE = '''def inverse_factor(stats: dict[str, Any], damping: float) -> Tensor:
-    """The upper Cholesky factor [in, in] of the inverse of the damped Gram matrix, float64."""
-    if not torch.isfinite(stats["gram"]).all():
-        raise RefusalError(f"the Gram matrix of {stats['layer']} holds NaN or infinite numbers")
-    gram = stats["gram"].double() / stats["sequences"]
-    diagonal = gram.diagonal().clone()
-    dead = diagonal == 0
-    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
-    while True:
-        gram.diagonal().copy_(diagonal + damping * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
-        if not failed:
-            upper = inverse_of_upper(lower.flip(0, 1))
-            if torch.isfinite(upper.sum()):
-                return upper
-        if damping >= 1.0:
-            raise RefusalError(f"the Gram matrix of {stats['layer']} is not positive definite")
-        damping = min(10 * damping, 1.0)
-
-
-def inverse_of_upper(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, by halves."""
-    if len(upper) <= 192:
-        return torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
-    half = len(upper) // 2
-    found = torch.zeros_like(upper)
-    found[:half, :half] = inverse_of_upper(upper[:half, :half])
-    found[half:, half:] = inverse_of_upper(upper[half:, half:])
-    between = found[:half, :half] @ upper[:half, half:]
-    torch.mm(between, found[half:, half:], out=found[:half, half:]).neg_()
-    return found
-'''
-HELPERS = {"V": _INVERSE, "U": _INVERSE}
+# Functions of `page_parts.py` that these lines call, by the feature that needs them.
+HELPERS = {name: ("inverse_factor", "inverse_of_upper") for name in ("V", "U")}
 # What one sequence adds to a sum, by the values that it is made from.
 SUM_LINES = {
     "inputs": {

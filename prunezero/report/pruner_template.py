@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from prunezero.report.page_parts import (
+    RefusalError,
+    check_text,
+    fits,
+    linear_maps,
+    matrix,
+    windows,
+)
 
 COMPARE = "row"  # which weights compete: "row", "layer", "model" or "N columns"
 PATTERN = "free"  # "free", or "N:M" to keep N of every M consecutive weights
@@ -24,10 +33,6 @@ OWN: list[str] = []  # some that `score` ranks by formulas of their own
 SUMS: list[str] = ["input_square_sum"]  # what the formulas need to know of the text
 DAMPING = 0.01  # share of the mean Gram diagonal that is added before an inversion, at least
 EQUAL_IN_ROWS = False  # whether a formula gives one score to all weights of a row
-
-
-class RefusalError(ValueError):
-    """What was asked for would give no mask, or one that says nothing."""
 
 
 def score(weight: Tensor, stats: dict[str, Any], layer: str = "") -> Tensor:
@@ -65,19 +70,19 @@ def prune_(
     RefusalError is raised.
     """
     sparsity = settled(sparsity, pattern)
-    layers = find_layers(model)
+    layers = find_layers(model.eval())
     weights = {name: matrix(module) for name, module in layers.items()}
     for name, weight in weights.items():
         check_columns(name, weight.shape[1], pattern)
-    stats = measure(model.eval(), layers, list(batches))
+    stats = measure(model, layers, list(batches))
     with torch.no_grad():
-        weights = {name: weights[name] for name in stats}
         kept = masks(weights, stats, sparsity, pattern)
         for name, weight in weights.items():
             if not torch.isfinite(weight[kept[name]]).all():
                 raise RefusalError(f"the weight of {name} holds NaN or infinite numbers")
         for name, weight in weights.items():
-            weight.masked_fill_(~kept[name], 0.0)
+            # Every zero is +0.0 in the end.
+            weight.masked_fill_(~kept[name], 0.0).add_(0.0)
         zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     total = sum(weight.numel() for weight in weights.values())
     shares = {name: count / weights[name].numel() for name, count in zeros.items()}
@@ -167,63 +172,37 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
-    """The sums of the layers of the dense model over the text; none of layers it never calls."""
+    """The sums of the layers of the dense model over the text."""
     stats = {name: defaultdict[str, Any](float, layer=name) for name in layers}
-    if SUMS:
-        check_text(model, batches)
-    else:
-        # Any two tokens show which layers are called.
-        batches = [torch.tensor([[0, 1]])]
-    before = [(p, p.requires_grad, p._version) for p in model.parameters()]
+    if not SUMS:
+        return stats
+    check_text(model, batches)
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     hooks = [hook for name, module in layers.items() for hook in listen(module, stats[name])]
-    for name, module in layers.items():
-        hooks.append(module.register_forward_hook(lambda *_, n=name: stats[n].update(called=True)))
     try:
         for ids in batches:
             read(model, ids.to(before[0][0].device))
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, flag, _ in before:
+        for parameter, flag in before:
             parameter.requires_grad_(flag).grad = None
-    if any(parameter._version != version for parameter, _, version in before):
-        raise RefusalError("the model's own forward pass changes its weights")
-    silent = [name for name in layers if "called" not in stats[name]]
-    # The text decides which experts are called.
-    never = [name for name in silent if "expert" not in name]
-    if len(never) == len(layers) or (SUMS and silent != never):
-        raise RefusalError(f"no text reaches these layers, so nothing ranks them: {silent}")
-    if never:
-        warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
     counts = {"tokens": sum(ids.numel() for ids in batches), "sequences": len(batches)}
-    return {name: counted(stats[name], counts) for name in layers if name not in never}
+    return {name: counted(stats[name], counts) for name in layers}
 
 
 def counted(stats: dict[str, Any], whole: dict[str, int]) -> dict[str, Any]:
     """The sums of a layer with the tokens and sequences that they are of."""
     of_gradients = [name for name in SUMS if "gradient" in name]
+    if not stats.keys() >= {*SUMS} - {*of_gradients}:
+        raise RefusalError(f"no token of the text reaches {stats['layer']}, so nothing ranks it")
     if not all(torch.as_tensor(stats[name]).any() for name in of_gradients):
         raise RefusalError(f"all gradients of {stats['layer']} are zero, so they rank nothing")
     for word, total in whole.items():
         seen = [value for name, value in stats.items() if name.startswith(f"{word} of")]
         stats[word] = max([*seen, total if of_gradients else 0])
     return stats
-
-
-def check_text(model: Any, batches: list[Tensor]) -> None:
-    """Refuse sequences of token ids that the model cannot be run on."""
-    vocabulary = len(model.get_input_embeddings().weight)
-    longest = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    if not batches:
-        raise RefusalError("there is no text to run the model on: 0 sequences")
-    for ids in batches:
-        if ids.dim() != 2 or len(ids) != 1 or ids.dtype != torch.int64:
-            raise RefusalError(f"token ids must be int64 [1, length] but are {ids.dtype}")
-        if not 2 <= ids.shape[1] <= longest:
-            raise RefusalError(f"{ids.shape[1]} tokens; the model takes 2 to {longest} at once")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            raise RefusalError("a token id is not in the model's vocabulary")
 
 
 def add(stats: dict[str, Any], source: str, name: str, value: Tensor) -> None:
@@ -241,7 +220,9 @@ def count_tokens(stats: dict[str, Any], source: str, values: Tensor) -> None:
 
 def find_layers(model: Any) -> dict[str, Any]:
     """Linear maps of the decoder blocks by name: no embedding, norm, router or output head."""
-    everything = linear_maps(model)
+    everything, never = linear_maps(model)
+    if never:
+        warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
     modules = [name for name, _ in model.named_modules()]
     for pattern, names in [*((t, everything) for t in TARGETS), *((i, modules) for i in IGNORE)]:
         if not any(fits(pattern, name) for name in names):
@@ -263,59 +244,6 @@ def find_layers(model: Any) -> dict[str, Any]:
     return chosen
 
 
-def linear_maps(model: Any) -> dict[str, Any]:
-    """Every weight matrix of the decoder blocks by name, a shared one once."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise RefusalError(
-            "the model is an encoder-decoder; only decoder-only models can be pruned"
-        )
-    lists = {name: m for name, m in model.named_modules() if is_block_list(name, m)}
-    outer = [name for name in lists if not any(name.startswith(f"{o}.") for o in lists)]
-    if not outer:
-        raise RefusalError("the model has no list of equal decoder blocks with linear layers in it")
-    prefix = max(outer, key=lambda name: len(lists[name]))
-    found: dict[Any, tuple[str, Any]] = {}
-    for index, block in enumerate(lists[prefix]):
-        for path, parameter in block.named_parameters():
-            if parameter.dim() == 3 and "expert" in path:
-                raise RefusalError(f"{path} holds fused weights of experts, which is not supported")
-        routed = any("expert" in path for path, _ in block.named_modules())
-        for path, module in block.named_modules():
-            if is_linear(module) and not (routed and path.split(".")[-1] in ("gate", "router")):
-                name, weight = f"{prefix}.{index}.{path}", module.weight
-                if weight.is_meta or weight.dim() != 2 or weight.dtype.itemsize < 2:
-                    raise RefusalError(f"the weight of {name} is quantized, packed or not loaded")
-                found.setdefault((weight.data_ptr(), weight.shape), (name, module))
-    return dict(found.values())
-
-
-def fits(pattern: str, name: str) -> bool:
-    """Whether a pattern means a layer: by its full name, its last parts, or "re:REGEX"."""
-    if not pattern.startswith("re:"):
-        return name == pattern or name.endswith(f".{pattern}")
-    try:
-        return re.search(pattern[3:], name) is not None
-    except re.error as error:
-        raise RefusalError(f"{pattern!r} is not a regular expression: {error}") from error
-
-
-def matrix(module: Any) -> Tensor:
-    """The weight [out, in] of a linear map, sharing its memory."""
-    weight: Tensor = module.weight.detach()
-    return weight if isinstance(module, nn.Linear) else weight.T
-
-
-def is_linear(module: Any) -> bool:
-    """Whether a module is a linear map; GPT-2's Conv1D keeps its weight as [in, out]."""
-    return isinstance(module, nn.Linear) or "Conv1D" in [k.__name__ for k in type(module).__mro__]
-
-
-def is_block_list(name: str, module: Any) -> bool:
-    """Whether a module is a list of equal blocks with linear maps in them."""
-    equal = isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
-    return equal and "expert" not in name and any(is_linear(m) for m in module.modules())
-
-
 if __name__ == "__main__":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -334,11 +262,10 @@ if __name__ == "__main__":
         raise SystemExit(f"refused: {error}") from error
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = torch.tensor([tokenizer(Path(options.text).read_text("utf-8"), verbose=False).input_ids])
-    count = min(options.sequences, ids.shape[1] // options.length)
-    if count < 1:
+    text = Path(options.text).read_text("utf-8-sig")
+    batches = windows(tokenizer, text, options.length)[: options.sequences]
+    if not batches:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
-    batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
     # Computed in float32, saved as it was stored.
     exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     try:

@@ -1,0 +1,159 @@
+"""What every exported page does alike: find layers, and refuse what the engine refuses.
+
+The functions stand here as they stand in a page, behind those of `pruner_template.py`.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RefusalError(ValueError):
+    """What was asked for would give no mask, or one that says nothing."""
+
+
+def linear_maps(model: Any) -> tuple[dict[str, Any], list[str]]:
+    """Weight matrices of the decoder blocks by name, shared once; names of those not called."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RefusalError(
+            "the model is an encoder-decoder; only decoder-only models can be pruned"
+        )
+    lists = {name: m for name, m in model.named_modules() if is_block_list(name, m)}
+    outer = [name for name in lists if not any(name.startswith(f"{o}.") for o in lists)]
+    if not outer:
+        raise RefusalError("the model has no list of equal decoder blocks with linear layers in it")
+    prefix = max(outer, key=lambda name: len(lists[name]))
+    found: dict[str, Any] = {}
+    for index, block in enumerate(lists[prefix]):
+        for path, parameter in block.named_parameters():
+            if parameter.dim() == 3 and "expert" in path:
+                raise RefusalError(f"{path} holds fused weights of experts, which is not supported")
+        routed = any("expert" in path for path, _ in block.named_modules())
+        for path, module in block.named_modules():
+            if is_linear(module) and not (routed and path.split(".")[-1] in ("gate", "router")):
+                found[f"{prefix}.{index}.{path}"] = module
+    for name, module in found.items():
+        weight = module.weight
+        if weight.is_meta or weight.dim() != 2 or weight.dtype.itemsize < 2:
+            raise RefusalError(f"the weight of {name} is quantized, packed or not loaded")
+    never = uncalled(model, found)
+    first: dict[Any, tuple[str, Any]] = {}
+    for name, module in found.items():
+        if name not in never:
+            first.setdefault((module.weight.data_ptr(), module.weight.shape), (name, module))
+    return dict(first.values()), never
+
+
+def uncalled(model: Any, layers: dict[str, Any]) -> list[str]:
+    """Names of layers that the forward pass never calls; text decides about experts."""
+    left = dict(layers)
+    versions = [parameter._version for parameter in model.parameters()]
+
+    def note(name: str) -> None:
+        left.pop(name, None)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: note(name))
+        for name, module in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model(torch.tensor([[0, 1]]).to(next(model.parameters()).device), use_cache=False)
+    except Exception:
+        # Whoever needs the pass is told of it there.
+        return []
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if versions != [parameter._version for parameter in model.parameters()]:
+        raise RefusalError("the model's own forward pass changes its weights")
+    return [name for name in left if "expert" not in name]
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear map; GPT-2's Conv1D keeps its weight as [in, out]."""
+    return isinstance(module, nn.Linear) or "Conv1D" in [k.__name__ for k in type(module).__mro__]
+
+
+def is_block_list(name: str, module: Any) -> bool:
+    """Whether a module is a list of equal blocks with linear maps in them."""
+    equal = isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
+    return equal and "expert" not in name and any(is_linear(m) for m in module.modules())
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a pattern means a layer: by its full name, its last parts, or "re:REGEX"."""
+    if not pattern.startswith("re:"):
+        return name == pattern or name.endswith(f".{pattern}")
+    try:
+        return re.search(pattern[3:], name) is not None
+    except re.error as error:
+        raise RefusalError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def matrix(module: Any) -> Tensor:
+    """The weight [out, in] of a linear map, sharing its memory."""
+    weight: Tensor = module.weight.detach()
+    return weight if isinstance(module, nn.Linear) else weight.T
+
+
+def windows(tokenizer: Any, text: str, length: int) -> list[Tensor]:
+    """Sequences [1, length] of a text, each begun as the tokenizer by itself begins one."""
+    bare = tokenizer("The text.", add_special_tokens=False).input_ids
+    whole = tokenizer("The text.").input_ids
+    places = range(len(whole) - len(bare) + 1)
+    first = whole[: next((n for n in places if whole[n : n + len(bare)] == bare), 0)]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    each = length - len(first)
+    starts = range(0, len(ids) - each + 1, each) if each > 0 else ()
+    return [torch.tensor([[*first, *ids[start : start + each]]]) for start in starts]
+
+
+def check_text(model: Any, batches: list[Tensor]) -> None:
+    """Refuse sequences of token ids that the model cannot be run on."""
+    vocabulary = len(model.get_input_embeddings().weight)
+    longest = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    if not batches:
+        raise RefusalError("there is no text to run the model on: 0 sequences")
+    for ids in batches:
+        if ids.dim() != 2 or len(ids) != 1 or ids.dtype != torch.int64:
+            raise RefusalError(f"token ids must be int64 [1, length] but are {ids.dtype}")
+        if not 2 <= ids.shape[1] <= longest:
+            raise RefusalError(f"{ids.shape[1]} tokens; the model takes 2 to {longest} at once")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise RefusalError("a token id is not in the model's vocabulary")
+
+
+def inverse_factor(stats: dict[str, Any], damping: float) -> Tensor:
+    """The upper Cholesky factor [in, in] of the inverse of the damped Gram matrix, float64."""
+    if not torch.isfinite(stats["gram"]).all():
+        raise RefusalError(f"the Gram matrix of {stats['layer']} holds NaN or infinite numbers")
+    gram = stats["gram"].double() / stats["sequences"]
+    diagonal = gram.diagonal().clone()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0 if dead.all() else diagonal[~dead].mean()
+    while True:
+        gram.diagonal().copy_(diagonal + damping * diagonal.mean())
+        lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
+        if not failed:
+            upper = inverse_of_upper(lower.flip(0, 1))
+            if torch.isfinite(upper.sum()):
+                return upper
+        if damping >= 1.0:
+            raise RefusalError(f"the Gram matrix of {stats['layer']} is not positive definite")
+        damping = min(10 * damping, 1.0)
+
+
+def inverse_of_upper(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves."""
+    if len(upper) <= 192:
+        return torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+    half = len(upper) // 2
+    found = torch.zeros_like(upper)
+    found[:half, :half] = inverse_of_upper(upper[:half, :half])
+    found[half:, half:] = inverse_of_upper(upper[half:, half:])
+    between = found[:half, :half] @ upper[:half, half:]
+    torch.mm(between, found[half:, half:], out=found[:half, half:]).neg_()
+    return found
