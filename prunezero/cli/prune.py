@@ -25,6 +25,7 @@ from prunezero.cli.options import (
     TestTokens,
     TextName,
 )
+from prunezero.cli.quantities import bytes_of
 from prunezero.errors import OutputError
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def prune(
 
     options.check_statistics(statistics)
     options.check_json(json_file)
-    limit = options.bytes_of(memory_limit)
+    limit = bytes_of(memory_limit)
     chosen = with_choices(
         Recipe.load(recipe),
         pattern=pattern,

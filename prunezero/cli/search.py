@@ -41,6 +41,7 @@ from prunezero.cli.options import (
     TimeLimit,
     Workers,
 )
+from prunezero.cli.quantities import seconds_of
 from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def search(
     from prunezero.report.run_folder import refuse_foreign, run_folder
     from prunezero.report.track import Tracker
 
-    seconds = options.seconds_of(time_limit)
+    seconds = seconds_of(time_limit)
     options.check_json(json_file)
     asking.check_limits(budget, seconds, resume, name)
     asking.check_hands(workers, threads, cluster)
@@ -236,7 +237,7 @@ def _searched(
     from prunezero.cli.live import SearchView
     from prunezero.cli.stopping import Stopping
     from prunezero.report.candidates import RunningTables
-    from prunezero.report.tracked import tracked_candidate
+    from prunezero.report.tracked import search_key, tracked_candidate
     from prunezero.searching.search import search as candidates_of
 
     name = folder.name
@@ -251,7 +252,8 @@ def _searched(
             if candidate.search_perplexity is not None:
                 tracker.record(tracked_candidate(candidate, session, name))
                 if candidate.validation_perplexity is None:
-                    tracker.progress(name, view.measured, view.progress())
+                    key = search_key(session, name)
+                    tracker.progress(key, view.measured, view.progress())
             try:
                 tables.show(candidate, found)
             except OutputError as error:

@@ -167,12 +167,24 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
 
 def say_about(benches: Sequence[Bench]) -> None:
     """A line on each model at hand, and one on what was guessed about their text, if anything."""
-    from prunezero.cli.options import about_model, about_text
-
     for bench in benches:
-        say(about_model(bench))
-    if told := about_text(benches[0].text):
-        say(told)
+        say(_about_model(bench))
+    text = benches[0].text
+    if text.notes:
+        say(f"text {text.name}: {'; '.join(text.notes)}")
+
+
+def _about_model(bench: Bench) -> str:
+    """One line on the model at hand."""
+    from prunezero.models.units import find_layers
+
+    loaded = bench.language_model
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    layers = len(find_layers(loaded.model))
+    return (
+        f"{loaded.name}: {type(loaded.model).__name__}, {count / 1e6:.1f} M parameters, "
+        f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}"
+    )
 
 
 def say_conditions(rows: Sequence[dict[str, Any]], model: str, benches: Sequence[Bench]) -> None:

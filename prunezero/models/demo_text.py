@@ -8,18 +8,21 @@ cache as one file.
 from __future__ import annotations
 
 import bz2
-import hashlib
 import importlib.util
-import json
-import os
 import re
+import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from prunezero.errors import TextError
 from prunezero.models.cache import cache_dir
+from prunezero.models.checked_lines import line_of, record_of
+from prunezero.models.digests import joined_digest
+from prunezero.models.file_digests import digest_of_file
+from prunezero.models.whole_files import replace_bytes
 
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 # Raise it when an article would come out differently.
@@ -40,17 +43,22 @@ def demo_documents() -> list[str]:
         TextError: the packages it is made from are not installed.
     """
     dump = _dump_file()
-    key = f"{dump.stat().st_size} {RULES_VERSION}".encode()
-    digest = hashlib.blake2b(key, digest_size=8).hexdigest()
-    path = cache_dir() / "text" / f"demo-{digest}.jsonl"
-    if not path.is_file():
+    key = joined_digest([digest_of_file(dump), _parser_version(), str(RULES_VERSION)])
+    path = cache_dir() / "text" / f"demo-{key}.json"
+    known = record_of(path.read_bytes().rstrip(b"\n")) if path.is_file() else None
+    if known is None:
+        if path.is_file():
+            warnings.warn(f"{path} is damaged and is made anew", stacklevel=2)
+        known = {"articles": list(_articles(dump))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        rows = (json.dumps({"text": article}) + "\n" for article in _articles(dump))
-        unfinished.write_text("".join(rows), encoding="utf-8")
-        unfinished.replace(path)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
+        replace_bytes(line_of(known), path)
+    return list(known["articles"])
+
+
+def _parser_version() -> str:
+    """Of who strips the markup, or nothing where it is not installed."""
+    is_there = importlib.util.find_spec("mwparserfromhell") is not None
+    return version("mwparserfromhell") if is_there else ""
 
 
 def _dump_file() -> Path:

@@ -70,11 +70,13 @@ def read_source(name: str) -> TextSource:
 
 def _read(name: str, source: TextSource) -> None:
     path = Path(name).expanduser()
-    if path.is_file():
+    # An empty name would be that of the folder at hand.
+    is_named = bool(name.strip())
+    if is_named and path.is_file():
         source.documents["train"] = _read_file(path, source)
-    elif path.is_dir():
+    elif is_named and path.is_dir():
         _read_folder(path, source)
-    elif is_spelled_as_path(name) or ending_of(path) in SUFFIXES or not name:
+    elif is_spelled_as_path(name) or ending_of(path) in SUFFIXES or not is_named:
         raise TextError(
             f"there is no text file or folder '{name}'; give one, a hub dataset id, or 'demo'"
         )

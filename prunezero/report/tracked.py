@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunezero.models.digests import joined_digest
 from prunezero.pruning.bench import Bench, beginning
 from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.report.records import RunRecord, candidate_name, run_record
 from prunezero.searching.candidate import Candidate
+from prunezero.searching.conditions import surroundings
 from prunezero.searching.regimes import in_words
 from prunezero.searching.session import Session
 
@@ -30,20 +33,28 @@ def tracked_rows(
     Args:
         also_benches: of further models over which the rows are means.
     """
-    models = [one.language_model.fingerprint[:8] for one in (bench, *also_benches)]
+    benches = (bench, *also_benches)
+    around = json.dumps([surroundings(one) for one in benches], sort_keys=True)
     for row in rows:
         is_dense = row["recipe"] == "dense"
-        words = ("sparsity", "pattern", "allocate", "statistics", "seed")
-        conditions = [row[key] for key in words]
-        conditions += [row["sequence_length"], row["calibration_tokens"]]
-        conditions += [f"{row['draws']} draws"] if "draws" in row else []
-        conditions += ["+".join(models), bench.text.fingerprint[:8]]
-        key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])
+        told = ("sparsity", "pattern", "allocate", "statistics", "seed")
+        words = [row[key] for key in told]
+        words += [row["sequence_length"], row["calibration_tokens"]]
+        words += [f"{row['draws']} draws"] if "draws" in row else []
+        # Numbers of other text, versions or formulas are no news of the same run.
+        rule = [str(row.get(key)) for key in ("formula", "criteria", "compare", "update")]
+        words += [joined_digest([around, *rule])[:16]]
+        key = "/".join(str(part) for part in ["baseline", row["recipe"], *words])
         name = (
             row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
         )
         full = {**baseline_row(row), **described(bench, also_benches), "origin": origin}
         yield run_record(key, name, "dense" if is_dense else "baseline", full)
+
+
+def search_key(session: Session, name: str) -> str:
+    """The key of a search: others of the same name, in other folders, have other keys."""
+    return f"{name}-{session.journal.digest[:8]}"
 
 
 def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunRecord:
@@ -63,8 +74,9 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
         "seed": task.seed,
         "draws": task.draws,
     }
-    key = f"{name}/{candidate.slot:05d}"
-    return run_record(key, candidate_name(row), "candidate", row, parent_key=name)
+    parent = search_key(session, name)
+    key = f"{parent}/{candidate.slot:05d}"
+    return run_record(key, candidate_name(row), "candidate", row, parent_key=parent)
 
 
 def tracked_champion(
@@ -76,7 +88,10 @@ def tracked_champion(
     named = (folder / file for file in ("recipe.yaml", "pruner.py"))
     files = tuple(path for path in named if path.is_file())
     title = f"{name} champion · {shown(row['validation_perplexity'])}"
-    return run_record(f"{name}/champion", title, "champion", full, parent_key=name, artifacts=files)
+    parent = search_key(session, name)
+    return run_record(
+        f"{parent}/champion", title, "champion", full, parent_key=parent, artifacts=files
+    )
 
 
 def tracked_search(
@@ -98,7 +113,12 @@ def tracked_search(
         "sequence_length": bench.settings.sequence_length,
     }
     return RunRecord(
-        key=name, name=name, role="search", params=params, finished=finished, artifacts=artifacts
+        key=search_key(session, name),
+        name=name,
+        role="search",
+        params=params,
+        finished=finished,
+        artifacts=artifacts,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from prunezero.errors import TextError
 from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.digests import file_digest, joined_digest
@@ -38,9 +39,6 @@ def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> 
 
     Args:
         also_benches: of further models, on the same text and under the same settings.
-
-    Raises:
-        TextError: a split is too short for the settings.
     """
     space = task.space
     sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
@@ -57,11 +55,7 @@ def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> 
 
 
 def surroundings(bench: Bench) -> dict[str, Any]:
-    """What any number that is measured on a bench depends on, whatever is asked, as JSON.
-
-    Raises:
-        TextError: a split is too short for the settings.
-    """
+    """What any number that is measured on a bench depends on, whatever is asked, as JSON."""
     return {
         "prunezero": version("prunezero"),
         "python": ".".join(platform.python_version_tuple()[:2]),
@@ -73,11 +67,7 @@ def surroundings(bench: Bench) -> dict[str, Any]:
 
 
 def subject(bench: Bench) -> dict[str, str]:
-    """The model and text of a bench, as they are and not as they are called.
-
-    Raises:
-        TextError: a split is too short for the settings.
-    """
+    """The model and text of a bench, as they are and not as they are called."""
     model = bench.language_model
     return {
         "model": model.fingerprint,
@@ -132,7 +122,11 @@ def _processor() -> str:
 
 
 def _ids(bench: Bench, split: str) -> str:
-    return windows_fingerprint(bench.windows(split))
+    try:
+        return windows_fingerprint(bench.windows(split))
+    except TextError:
+        # Whoever needs the split says so; a comparison does without that of searches.
+        return "too short"
 
 
 def further(task: Task) -> dict[str, Any]:

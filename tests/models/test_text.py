@@ -118,7 +118,7 @@ def test_reading_stops_when_there_is_more_than_enough(
 
 
 def test_sources_that_cannot_be_read_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    for name in ("nowhere.txt", "./nowhere", str(tmp_path / "nowhere")):
+    for name in ("", "nowhere.txt", "./nowhere", str(tmp_path / "nowhere")):
         with pytest.raises(TextError, match="there is no text file or folder"):
             load_text(name)
     with pytest.raises(TextError, match="holds no .txt, .jsonl"):
@@ -265,6 +265,22 @@ def test_demo_text_without_its_packages_names_the_commands(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TextError, match="make setup.*pip install --no-deps gensim"):
         load_text("demo")
+
+
+def test_a_damaged_copy_of_the_demo_text_is_made_anew_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dump = tmp_path / "dump.bz2"
+    dump.write_bytes(b"it")
+    monkeypatch.setattr(demo_text, "_dump_file", lambda: dump)
+    monkeypatch.setattr(demo_text, "_articles", lambda found: [found.read_text(), "of letters"])
+    assert demo_text.demo_documents() == ["it", "of letters"]
+    (copy,) = (tmp_path / "cache" / "text").iterdir()
+    copy.write_bytes(copy.read_bytes().replace(b"letters", b"lettErs"))
+    with pytest.warns(UserWarning, match="is damaged and is made anew"):
+        assert demo_text.demo_documents() == ["it", "of letters"]
+    dump.write_bytes(b"IT")
+    assert demo_text.demo_documents() == ["IT", "of letters"]
 
 
 @pytest.mark.slow

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from tokenizers import normalizers
 
 from prunezero.formula import Criterion
 from prunezero.pruning.bench import Bench
@@ -45,3 +49,39 @@ def test_records_name_all_models_and_rivals_of_one_model_keep_theirs(tmp_path: P
     # A mean over models must not take the place of what one model gave.
     assert {one.role for one in both[3:]} == {"dense", "baseline"}
     assert not {one.key for one in alone[3:]} & {one.key for one in both[3:]}
+
+
+def changed(bench: Bench, **settings: Any) -> Bench:
+    return replace(bench, settings=replace(bench.settings, **settings))
+
+
+def test_the_key_of_a_baseline_holds_all_that_its_numbers_depend_on() -> None:
+    bench = tiny_bench()
+    row: dict[str, Any] = {"recipe": "mine", "sparsity": 0.5, "pattern": "free"}
+    row |= {"allocate": "uniform", "statistics": "dense", "seed": 0, "sequence_length": 16}
+    row |= {"calibration_tokens": 64, "formula": "abs(W)*X"}
+    other = tiny_bench()
+    other.language_model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
+    cases = [
+        (bench, row),
+        (other, row),
+        (changed(bench, test_tokens=128), row),
+        (changed(bench, evaluation_tokens=128), row),
+        (bench, row | {"formula": "abs(W)"}),
+        (bench, row | {"update": "obs"}),
+    ]
+    keys = [record.key for one, found in cases for record in tracked_rows([found], one)]
+    assert len(set(keys)) == len(cases)
+    (again,) = tracked_rows([row | {"seconds": 3.0}], tiny_bench())
+    assert again.key == keys[0]
+
+
+def test_searches_of_one_name_are_one_run_only_where_they_cannot_differ(tmp_path: Path) -> None:
+    keys = []
+    for place, seed in (("here", 0), ("there", 0), ("elsewhere", 1)):
+        task = make_task(tiny_space(), 0.5, seed=seed)
+        session = open_session(tiny_bench(), task, tmp_path / place)
+        session.ladder.close()
+        keys.append(tracked_search(session, "mine", finished=True).key)
+    assert keys[0] == keys[1] != keys[2]
+    assert all(key.startswith("mine-") for key in keys)

@@ -22,6 +22,7 @@ from typing import Any
 
 from prunezero.errors import OutputError, SearchError, differences, reason
 from prunezero.models.checked_lines import line_of, record_of
+from prunezero.models.digests import joined_digest
 
 # How the line of a header begins, of which a full disk may have kept no more.
 _BEGINNING = re.compile(rb'[0-9a-f]{8} [0-9]+ \{"header": [^\n]*')
@@ -45,6 +46,8 @@ class Journal:
             OutputError: the file cannot be read or written.
         """
         self.path = path
+        self.digest = joined_digest([json.dumps(header, sort_keys=True)])
+        """Hexadecimal, of the header: equal for searches that cannot differ."""
         self._results: dict[tuple[str, str], dict[str, Any]] = {}
         self._is_damaged = False
         try:
