@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from prunezero.models.cache_folder import cache_dir
 from prunezero.models.checked_lines import line_of, record_of
 from prunezero.models.digests import file_digest, in_parallel, joined_digest
-from prunezero.models.language_model import cache_dir
 from prunezero.models.whole_files import replace_bytes
 
 # Systems write mapped pages back, and with them the moment of their change, within half a minute.

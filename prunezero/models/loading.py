@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from prunezero.errors import ModelError, PruneZeroError, reason
+from prunezero.models.cache_folder import cache_dir
 from prunezero.models.gguf import demo_file, unpacked_gguf
-from prunezero.models.language_model import LanguageModel, cache_dir, quiet, wrap_model
+from prunezero.models.language_model import LanguageModel, quiet, wrap_model
 from prunezero.models.names import is_spelled_as_path
 from prunezero.models.saving import check_writable, save_model
 from prunezero.models.shards import Shards

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from prunezero.models.cache_folder import cache_dir
 from prunezero.models.calibration import Progress, calibrate
-from prunezero.models.language_model import LanguageModel, cache_dir
+from prunezero.models.language_model import LanguageModel
 from prunezero.models.loading import load_model
 from prunezero.models.text import Text, load_text, windows
 from prunezero.models.units import Layer

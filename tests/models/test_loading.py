@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError
 from prunezero.models import gguf
-from prunezero.models.language_model import cache_dir, wrap_model
+from prunezero.models.cache_folder import cache_dir
+from prunezero.models.language_model import wrap_model
 from prunezero.models.loading import computing_dtype, load_model, trial_dtypes
 from prunezero.models.streaming import StreamedModel
 from prunezero.models.units import find_layers
