@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli import options
+from prunezero.cli.amounts import bytes_of
 from prunezero.cli.options import (
     Allocate,
     CalibrationTokens,
@@ -97,7 +98,7 @@ def prune(
 
     options.check_statistics(statistics)
     options.check_json(json_file)
-    limit = options.bytes_of(memory_limit)
+    limit = bytes_of(memory_limit)
     chosen = with_choices(
         Recipe.load(recipe),
         pattern=pattern,

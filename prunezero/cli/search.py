@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prunezero.cli import asking, options
+from prunezero.cli.amounts import seconds_of
 from prunezero.cli.options import (
     Also,
     AlsoModel,
@@ -115,7 +116,7 @@ def search(
     from prunezero.report.run_folder import run_folder
     from prunezero.report.track import Tracker
 
-    seconds = options.seconds_of(time_limit)
+    seconds = seconds_of(time_limit)
     options.check_json(json_file)
     asking.check_limits(budget, seconds, resume, name)
     asking.check_hands(workers, threads, cluster)
