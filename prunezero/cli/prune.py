@@ -144,19 +144,27 @@ def _prune_in_memory(
 
     What the disk does not take is added to the faults, once all else is done.
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
+    from prunezero.cli.tables import (
+        Bars,
+        console,
+        results_table,
+        say_about,
+        say_conditions,
+        waiting,
+    )
     from prunezero.models.places import check_room
-    from prunezero.models.saving import saved_bytes
+    from prunezero.models.saving import check_names, saved_bytes
     from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums
 
     name = bench.language_model.name
-    say(options.about_model(bench))
+    say_about([bench])
     layers = check_recipe(bench.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
-    Reordering(bench.language_model, recipe, layers)
+    reordering = Reordering(bench.language_model, recipe, layers)
     if output is not None:
+        check_names(bench.language_model, moves=reordering.moves)
         check_room(output, saved_bytes(bench.language_model), "the pruned model")
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
@@ -167,7 +175,7 @@ def _prune_in_memory(
         with waiting(f"pruning by {recipe.name}, then measuring"):
             rows.append(stand.row(recipe, sparsity, SPLITS, keep=True, folder=steps, progress=bars))
     console.print(results_table(rows, f"{recipe.name} on {name}"))
-    say(conditions(rows, name, bench))
+    say_conditions(rows, name, [bench])
     if output is not None:
         with _noted(faults):
             rows[-1]["sparsity_reached"] = _save(bench, recipe, rows, layers, output)

@@ -19,7 +19,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from prunezero.errors import TextError
-from prunezero.models.cache_folder import cache_dir
+from prunezero.models.cache import cache_dir
 
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 # Raise it when an article would come out differently.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from prunezero.models.cache_folder import cache_dir
+from prunezero.models.cache import cache_dir
 from prunezero.models.checked_lines import line_of, record_of
 from prunezero.models.digests import file_digest, in_parallel, joined_digest
 from prunezero.models.whole_files import replace_bytes

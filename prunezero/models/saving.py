@@ -179,7 +179,7 @@ def check_names(language_model: LanguageModel, *, moves: bool = False) -> None:
                 "model has it, so it cannot be put back; save it once by its own save_pretrained, "
                 "and prune that folder"
             )
-        if moves and not holds(language_model.dtype, stored):
+        if (moves or source.moved) and not holds(language_model.dtype, stored):
             raise ModelError(
                 f"the recipe moves channels of '{layer.name}', and {language_model.dtype_word} "
                 f"does not hold all numbers of its files, which are {str(stored)[6:]}; load the "

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -20,7 +20,12 @@ from prunezero.models.file_digests import digests_of_files
 from prunezero.models.whole_files import follow_umask
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 _ABOUT_NUMBERS = ("config.json", "model.safetensors.index.json")
 
 
@@ -29,7 +34,7 @@ class StoredTensor:
     """What a file's header says about one tensor."""
 
     file: str
-    """name of the file in the folder"""
+    """path of the file in the folder, with / between its parts"""
     dtype: str
     """as safetensors spells it, for example BF16"""
     shape: tuple[int, ...]
@@ -45,25 +50,38 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def files_of_tensors(folder: Path) -> dict[str, str]:
-    """File name by tensor name, in a folder of one safetensors file or of several with an index.
+    """Path of a file inside the folder by tensor name: one safetensors file, or those of its index.
 
     Where both are there it is the one file, which transformers reads.
 
     Raises:
-        ModelError: there is no such file, or one is damaged.
+        ModelError: there is no such file, one is damaged, or the index leads out of the folder.
     """
-    from safetensors import SafetensorError, safe_open
-
-    index, single = folder / INDEX, folder / SINGLE
+    if (folder / SINGLE).is_file():
+        return dict.fromkeys(Shard(folder / SINGLE).tensors(), SINGLE)
+    path = folder / INDEX
+    if not path.is_file():
+        raise ModelError(f"'{folder}' holds no saved model: {SINGLE} is missing")
     try:
-        if single.is_file():
-            with safe_open(single, framework="pt") as file:
-                return dict.fromkeys(file.keys(), single.name)
-        if not index.is_file():
-            raise ModelError(f"'{folder}' holds no saved model: model.safetensors is missing")
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the saved model in '{folder}' is damaged ({reason(error)})") from error
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = index["weight_map"]
+        # transformers asks for it.
+        if not files or not isinstance(index["metadata"], dict):
+            raise ValueError("it names no tensor, or its metadata are none")
+        return {name: _inside(file) for name, file in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"{path} is no index of safetensors files ({reason(error, path)}); get the file again"
+        ) from error
+
+
+def _inside(file: Any) -> str:
+    """The path of a file as an index may name it: below its own folder."""
+    path = PurePosixPath(str(file))
+    is_below = not path.is_absolute() and ".." not in path.parts
+    if not isinstance(file, str) or not is_below or path.suffix != ".safetensors":
+        raise ValueError(f"{file!r} is no safetensors file in its folder")
+    return str(path)
 
 
 class Shards:
@@ -73,18 +91,29 @@ class Shards:
         """Read the headers of `model.safetensors`, or of the files that its index names.
 
         Raises:
-            ModelError: a file is missing or damaged, or lacks a tensor that the index promises.
+            ModelError: a file is missing or damaged, lacks a tensor that the index says it has, or
+                holds one that another file holds too.
         """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
         files = files_of_tensors(folder)
         for file in sorted(set(files.values())):
-            self.tensors |= Shard(folder / file).tensors()
-        lacking = sorted(files.keys() - self.tensors.keys())
+            for name, stored in Shard(folder / file, file).tensors().items():
+                if name in self.tensors:
+                    raise ModelError(
+                        f"the files '{self.tensors[name].file}' and '{file}' in '{folder}' both "
+                        f"hold the tensor '{name}'; get the files again"
+                    )
+                self.tensors[name] = stored
+        lacking = sorted(
+            name
+            for name, file in files.items()
+            if name not in self.tensors or self.tensors[name].file != file
+        )
         if lacking:
             raise ModelError(
                 f"the files in '{folder}' lack {len(lacking)} tensors of their index, "
-                f"'{lacking[0]}' among them; get the files again"
+                f"'{lacking[0]}' in '{files[lacking[0]]}' among them; get the files again"
             )
 
     @property
@@ -133,6 +162,8 @@ class Shard:
 
     path: Path
     """where it is"""
+    file: str = ""
+    """what its tensors call it; its name if empty"""
 
     def tensors(self) -> dict[str, StoredTensor]:
         """What its header says, by tensor name.
@@ -145,7 +176,7 @@ class Shard:
             for name in file.keys():
                 part = file.get_slice(name)
                 shape = tuple(part.get_shape())
-                found[name] = StoredTensor(self.path.name, part.get_dtype(), shape)
+                found[name] = StoredTensor(self.file or self.path.name, part.get_dtype(), shape)
         return found
 
     def read(self, name: str) -> Tensor:
@@ -163,7 +194,8 @@ class Shard:
 
         try:
             return safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
+        # The last are of a path that no file can have.
+        except (SafetensorError, OSError, ValueError) as error:
             raise ModelError(
                 f"{self.path} is damaged or missing ({reason(error, self.path)}); get the file "
                 "again"

@@ -8,7 +8,7 @@ file, to the last bit; another one is rounded once to the dtype of the file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Source:
     """their tensors"""
     names: Mapping[str, str]
     """name in the files by name in the model, of tensors that are the same in both"""
+    moved: set[str] = field(default_factory=set)
+    """layers whose channels have changed places in the model since"""
 
     @property
     def folder(self) -> Path:
@@ -79,6 +81,27 @@ def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, str]:
     Args:
         model: a transformers model, on whatever device.
         stored: names in the files; those of tensors that change their layout are left out.
+
+    Raises:
+        ModelError: two of them are the same tensor of the model.
+    """
+    found: dict[str, str] = {}
+    for name, (target, is_same) in targets_of(model, stored).items():
+        if is_same and target in found:
+            raise ModelError(
+                f"the files hold '{target}' twice, as '{found[target]}' and as '{name}'; get the "
+                "files again"
+            )
+        if is_same:
+            found[target] = name
+    return found
+
+
+def targets_of(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """What each stored tensor becomes in the model, and whether it keeps its layout.
+
+    Of several that become one by a change of layout each has the same. Tensors that the model does
+    not use are left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -87,13 +110,15 @@ def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, str]:
     renamings = [one for one in table if isinstance(one, WeightRenaming)]
     converters = [one for one in table if isinstance(one, WeightConverter)]
     known = model.state_dict()
+    prefix = model.base_model_prefix
     found = {}
     for name in stored:
-        target, converter = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, known
-        )
-        if converter is None and target in known:
-            found[target] = name
+        target, converter = rename_source_key(name, renamings, converters, prefix, known)
+        # As transformers does it: a name that is right already is left alone.
+        if target not in known and name in known:
+            target, converter = rename_source_key(name, [], [], prefix, known)
+        if target in known:
+            found[name] = target, converter is None
     return found
 
 

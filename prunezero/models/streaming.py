@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,21 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from prunezero.errors import ModelError
+from prunezero.models.checkpoints import Checkpoint, checked_checkpoint
+from prunezero.models.checks import check_finite
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.loading import (
     check_dtype,
-    checked_configuration,
     computing_dtype,
     device_of,
     explained,
     load_tokenizer,
 )
 from prunezero.models.observing import removing
+from prunezero.models.own_changes import refuse_own_changes
 from prunezero.models.shards import STORED_DTYPES, Shard, Shards
-from prunezero.models.source import Source, names_in_files
 from prunezero.models.units import find_blocks
+from prunezero.models.walk import record_calls
 
 
 class StreamedModel:
@@ -38,7 +41,7 @@ class StreamedModel:
     def __init__(
         self, source: str | Path, *, dtype: str = "auto", device: str = "auto", name: str = ""
     ) -> None:
-        """Build the model, and compare it with the headers of its files; no weight is read yet.
+        """Build the model, after all checks of its files; no weight is kept yet.
 
         Args:
             source: folder with configuration, tokenizer and safetensors, one file or several.
@@ -55,8 +58,11 @@ class StreamedModel:
                 f"'{source}' is not a model folder: config.json is missing; a streamed model is "
                 "read from a folder of safetensors files"
             )
-        self.shards = Shards(self.folder)
-        self.language_model = _on_meta_device(name or str(source), self.shards, dtype, device)
+        called = name or str(source)
+        with quiet(), explained(called):
+            checkpoint = checked_checkpoint(str(self.folder), called)
+        self.shards = checkpoint.source.shards
+        self.language_model = _on_meta_device(called, checkpoint, dtype, device)
         model = self.language_model.model
         self.blocks = find_blocks(model)
         names_of = _names_of_parameters(model)
@@ -68,40 +74,30 @@ class StreamedModel:
                 f"model '{self.language_model.name}' shares weights between its blocks, so they "
                 "cannot be pruned one by one; load it whole"
             )
-        self._names = {
-            parameter: self._stored_name(names, parameter) for parameter, names in names_of.items()
-        }
+        self._names = {parameter: self._stored_name(names) for parameter, names in names_of.items()}
         self._model_names = {parameter: names[0] for parameter, names in names_of.items()}
         parameters = {name for names in names_of.values() for name in names}
-        self._stored_buffers = [
-            self._stored_name([name], buffer)
-            for name, buffer in model.state_dict().items()
-            if name not in parameters
-        ]
+        self._stored_buffers = {
+            name: self._stored_name([name]) for name in model.state_dict().keys() - parameters
+        }
+        stored = sorted(checkpoint.source.names.values())
+        check_finite(((name, self.shards.read(name)) for name in stored), called)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.language_model.device)
+        run = partial(record_calls, model.base_model, self.blocks, ids)
+        with self.outside(), self.block(0):
+            refuse_own_changes(model, called, run)
 
-    def _stored_name(self, names: list[str], parameter: Tensor) -> str:
-        """The name that a parameter has in the files."""
+    def _stored_name(self, names: list[str]) -> str:
+        """The name that a parameter or buffer has in the files."""
         source = self.language_model.source
         assert source is not None  # for the type checker: it was made of files
         found = [source.names[name] for name in names if name in source.names]
         where = self.language_model.name
         if not found:
             raise ModelError(
-                f"the files of model '{where}' lack the weight '{names[0]}'; get the files again, "
-                "or load the model whole and save it by save_pretrained"
+                f"the files of model '{where}' hold '{names[0]}' in another layout than the model "
+                "has it, so it cannot be pruned block by block; leave out the memory limit"
             )
-        for name in found:
-            stored = self.shards.tensors[name]
-            if stored.dtype not in STORED_DTYPES:
-                raise ModelError(
-                    f"model '{where}': weight '{name}' is stored as {stored.dtype}, which is a "
-                    "quantized or packed format; prune the full-precision checkpoint, then quantize"
-                )
-            if stored.shape != tuple(parameter.shape):
-                raise ModelError(
-                    f"model '{where}': weight '{name}' has shape {list(stored.shape)} in its file "
-                    f"but {list(parameter.shape)} by config.json; get the files again"
-                )
         for other in found[1:]:
             if not torch.equal(self.shards.read(found[0]), self.shards.read(other)):
                 raise ModelError(
@@ -122,8 +118,8 @@ class StreamedModel:
         """
         model = self.language_model.model
         body = set(model.base_model.parameters())
-        for name in self._stored_buffers:
-            model.get_buffer(name).copy_(self.shards.read(name))
+        for name, stored in self._stored_buffers.items():
+            model.get_buffer(name).copy_(self.shards.read(stored))
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.language_model.device)
@@ -220,17 +216,15 @@ def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
     torch.utils.swap_tensors(left, right)  # type: ignore[no-untyped-call]
 
 
-def _on_meta_device(name: str, shards: Shards, dtype: str, device: str) -> LanguageModel:
+def _on_meta_device(name: str, checkpoint: Checkpoint, dtype: str, device: str) -> LanguageModel:
     check_dtype(dtype)
     place = device_of(device)
-    folder = str(shards.folder)
+    source = checkpoint.source
     with quiet(), explained(name):
-        configuration = checked_configuration(folder, name)
-        chosen = computing_dtype(dtype, place, folder, configuration)
-        model = _without_weights(configuration, chosen)
-        tokenizer = load_tokenizer(folder)
-    source = Source(shards, names_in_files(model, shards.tensors))
-    return LanguageModel(model, tokenizer, name, shards.fingerprint(), chosen, place, source)
+        chosen = computing_dtype(dtype, place, source.shards)
+        model = _without_weights(checkpoint.configuration, chosen)
+        tokenizer = load_tokenizer(str(source.folder))
+    return LanguageModel(model, tokenizer, name, source.shards.fingerprint(), chosen, place, source)
 
 
 def _without_weights(configuration: Any, dtype: torch.dtype) -> Any:

@@ -6,7 +6,6 @@ linear maps inside.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +60,15 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
         ModelError: the model is an encoder-decoder, or has no list of equal blocks.
     """
     return list(_block_list(model)[1])
+
+
+def block_prefix(model: nn.Module) -> str:
+    """The name of the list of decoder blocks, such as "model.layers".
+
+    Raises:
+        ModelError: as `find_blocks`.
+    """
+    return _block_list(model)[0]
 
 
 def find_layers(
@@ -192,13 +200,7 @@ def _kind(path: str, paths: list[str]) -> str:
 def _matcher(pattern: str, known: list[str], layers: list[str]) -> Callable[[str], bool]:
     """A test of names; refused when no known name passes it."""
     matches = partial(fits, pattern)
-    try:
-        is_found = any(map(matches, known))
-    except re.error as error:
-        raise ModelError(
-            f"layer pattern '{pattern}' is not a regular expression: {error}"
-        ) from error
-    if not is_found:
+    if not any(map(matches, known)):
         last_words = sorted({name.rsplit(".", 1)[-1] for name in layers})
         raise ModelError(
             f"layer pattern '{pattern}' matches no layer{did_you_mean(pattern, last_words)}; "

@@ -90,15 +90,14 @@ def settled(sparsity: float | None, pattern: str) -> float:
     keep, of = parsed(pattern)
     if EQUAL_IN_ROWS and (COMPARE == "row" or of):
         raise RefusalError("a formula gives all weights of a row one score; it ranks nothing there")
-    if of and sparsity is not None and abs(sparsity - (1 - keep / of)) > 1e-6:
-        raise RefusalError(f"{pattern} removes {1 - keep / of:g} of the weights, not {sparsity:g}")
-    if of:
-        return float(1 - Fraction(keep, of))
-    if sparsity is None:
+    if sparsity is None and not of:
         raise RefusalError("say how much to remove, for example sparsity 0.5")
-    if not 0 <= sparsity < 1:
+    if sparsity is not None and not 0 <= sparsity < 1:
         raise RefusalError(f"sparsity must be at least 0 and below 1 but got {sparsity}")
-    return sparsity
+    implied = float(1 - Fraction(keep, of or 1))
+    if of and sparsity is not None and abs(sparsity - implied) > 1e-6:
+        raise RefusalError(f"{pattern} removes {implied:g} of the weights, not {sparsity:g}")
+    return implied if sparsity is None else sparsity
 
 
 def parsed(pattern: str) -> tuple[int, int]:
@@ -170,9 +169,11 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
     """The sums of the layers of the dense model over the text; none of layers it never calls."""
     stats = {name: defaultdict[str, Any](float, layer=name) for name in layers}
-    if not SUMS:
-        return stats
-    check_text(model, batches)
+    if SUMS:
+        check_text(model, batches)
+    else:
+        # Any two tokens show which layers are called.
+        batches = [torch.tensor([[0, 1]])]
     before = [(p, p.requires_grad, p._version) for p in model.parameters()]
     model.requires_grad_(False)
     hooks = [hook for name, module in layers.items() for hook in listen(module, stats[name])]
@@ -188,9 +189,11 @@ def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[s
             parameter.requires_grad_(flag).grad = None
     if any(parameter._version != version for parameter, _, version in before):
         raise RefusalError("the model's own forward pass changes its weights")
-    never = [name for name in layers if "called" not in stats[name]]
-    if len(never) == len(layers):
-        raise RefusalError(f"the forward pass calls none of the layers: {', '.join(never)}")
+    silent = [name for name in layers if "called" not in stats[name]]
+    # The text decides which experts are called.
+    never = [name for name in silent if "expert" not in name]
+    if len(never) == len(layers) or (SUMS and silent != never):
+        raise RefusalError(f"no text reaches these layers, so nothing ranks them: {silent}")
     if never:
         warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
     counts = {"tokens": sum(ids.numel() for ids in batches), "sequences": len(batches)}
@@ -313,6 +316,18 @@ def is_block_list(name: str, module: Any) -> bool:
     return equal and "expert" not in name and any(is_linear(m) for m in module.modules())
 
 
+def windows(tokenizer: Any, text: str, length: int) -> list[Tensor]:
+    """Sequences [1, length] of a text, each begun as the tokenizer by itself begins one."""
+    bare = tokenizer("The text.", add_special_tokens=False).input_ids
+    whole = tokenizer("The text.").input_ids
+    places = range(len(whole) - len(bare) + 1)
+    first = whole[: next((n for n in places if whole[n : n + len(bare)] == bare), 0)]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    each = length - len(first)
+    starts = range(0, len(ids) - each + 1, each) if each > 0 else ()
+    return [torch.tensor([[*first, *ids[start : start + each]]]) for start in starts]
+
+
 if __name__ == "__main__":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -331,15 +346,19 @@ if __name__ == "__main__":
         raise SystemExit(f"refused: {error}") from error
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = torch.tensor([tokenizer(Path(options.text).read_text("utf-8"), verbose=False).input_ids])
-    count = min(options.sequences, ids.shape[1] // options.length)
-    if count < 1:
+    text = Path(options.text).read_text("utf-8-sig")
+    batches = windows(tokenizer, text, options.length)[: options.sequences]
+    if not batches:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
-    batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
+    # Computed in float32, saved as it was stored.
+    exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     try:
-        report = prune_(model, batches, options.sparsity, options.pattern)
+        report = prune_(exact, batches, options.sparsity, options.pattern)
     except RefusalError as error:
         raise SystemExit(f"refused: {error}") from error
+    for name in report["layers"]:
+        gone = matrix(exact.get_submodule(name)) == 0
+        matrix(model.get_submodule(name)).masked_fill_(gone, 0.0)
     print(f"{report['zeros']} weights are zero, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

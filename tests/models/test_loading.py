@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError
 from prunezero.models import gguf
-from prunezero.models.cache_folder import cache_dir
+from prunezero.models.cache import cache_dir
 from prunezero.models.language_model import wrap_model
 from prunezero.models.loading import computing_dtype, load_model, trial_dtypes
+from prunezero.models.shards import Shards
 from prunezero.models.streaming import StreamedModel
 from prunezero.models.units import find_layers
 from tests.tiny_models import (
@@ -75,7 +76,7 @@ def test_a_gpu_computes_in_bfloat16_where_the_files_hold_it(
     tiny_network("llama").to(stored).save_pretrained(tmp_path)  # type: ignore[operator]
     # The configuration may say what it likes of its files.
     edit_configuration(tmp_path, dtype="bfloat16" if stored == torch.float32 else "float32")
-    found = computing_dtype("auto", torch.device("cuda"), str(tmp_path), None)
+    found = computing_dtype("auto", torch.device("cuda"), Shards(tmp_path))
     assert found == (torch.bfloat16 if stored == torch.bfloat16 else torch.float32)
 
 
@@ -165,7 +166,7 @@ def test_damaged_and_incomplete_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lack 1 weights, 'model.layers.1.mlp.up_proj.weight'"):
         load(tmp_path)
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="model.safetensors is damaged or missing"):
         load(tmp_path)
 
 
@@ -173,7 +174,7 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match="model.safetensors is missing"):
         load(folder)
 
 

@@ -128,5 +128,5 @@ def test_a_journal_that_is_no_search_is_refused(header: dict[str, Any], tmp_path
     with pytest.raises(PruneZeroError, match=str(tmp_path)):
         read_run(tmp_path)
     (tmp_path / "journal.jsonl").write_text("damaged\n")
-    with pytest.raises(SearchError, match="holds no search"):
+    with pytest.raises(SearchError, match="no journal of a search"):
         read_run(tmp_path)

@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Where prunezero keeps what it can make again: $PRUNEZERO_CACHE, or ~/.cache/prunezero."""
+    """The folder of the cache: $PRUNEZERO_CACHE, or ~/.cache/prunezero."""
     chosen = os.environ.get("PRUNEZERO_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "prunezero"
