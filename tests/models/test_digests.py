@@ -156,7 +156,7 @@ def test_a_sealed_folder_is_known_until_a_file_is_changed_added_or_taken(tmp_pat
     assert not is_sealed(folder)
 
 
-def unpack_the_bytes(path: Path, folder: Path) -> None:
+def unpack_the_bytes(path: Path, folder: Path, *others: object) -> None:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(path.read_bytes())
 
@@ -193,7 +193,7 @@ def test_a_damaged_unpacked_folder_is_made_anew_with_a_warning(
 def test_a_gguf_file_that_changes_while_it_is_read_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unpack_while_it_changes(path: Path, folder: Path) -> None:
+    def unpack_while_it_changes(path: Path, folder: Path, *others: object) -> None:
         unpack_the_bytes(path, folder)
         flip_a_bit(path, -1)
 
