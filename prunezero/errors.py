@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
@@ -118,8 +119,14 @@ def _said(error: BaseException, path: str | PathLike[str] | None) -> str:
     if not isinstance(error, OSError) or not isinstance(error.errno, int):
         return str(error)
     said = str(error.strerror or os.strerror(error.errno))
-    is_named = path is not None and os.path.dirname(path) == os.path.dirname(f"{error.filename}")
-    return said if error.filename is None or is_named else f"{said}: '{error.filename}'"
+    if error.filename is None or (path is not None and _beside(f"{error.filename}", path)):
+        return said
+    return f"{said}: '{error.filename}'"
+
+
+def _beside(one: str | PathLike[str], other: str | PathLike[str]) -> bool:
+    """Whether two paths are of one folder."""
+    return os.path.realpath(os.path.dirname(one)) == os.path.realpath(os.path.dirname(other))
 
 
 def _wordless(error: BaseException) -> str:
@@ -129,6 +136,13 @@ def _wordless(error: BaseException) -> str:
     meanings = (words for kind, words in _WORDLESS.items() if isinstance(error, kind))
     kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
     return next(meanings, f"an error of the kind {kind}, which says nothing else")
+
+
+def shell_word(text: str | PathLike[str]) -> str:
+    """A name as a command that we advise holds it: pasted into a shell, it is that name again."""
+    word = os.fspath(text)
+    # Neither is an option what begins with a hyphen.
+    return shlex.quote(f"./{word}" if word.startswith("-") else word)
 
 
 def printable(text: str) -> str:
@@ -150,8 +164,9 @@ def _difference(key: str, before: str, now: str) -> str:
     old, new = before.splitlines(), now.splitlines()
     gone = " ".join(line.strip() for line in old if line not in new)
     come = " ".join(line.strip() for line in new if line not in old)
-    return f"{key}: {_shortened(gone)}, now {_shortened(come)}"
+    return f"{key}: {shortened(gone)}, now {shortened(come)}"
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """A value as a message shows it: at most 80 signs of it, and a word where there is none."""
     return text if 0 < len(text) <= 80 else text[:77] + "..." if text else "nothing"

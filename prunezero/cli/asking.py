@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from prunezero.cli.options import about_model, make_settings
-from prunezero.errors import RecipeError
+from prunezero.errors import RecipeError, shell_word
 
 if TYPE_CHECKING:
     from prunezero.pruning.bench import Bench, Settings
@@ -31,6 +32,24 @@ def check_limits(budget: int | None, seconds: float | None, resume: bool, name: 
         raise RecipeError("say how long to search: --budget N candidates, or --time such as 10m")
     if resume and name is None:
         raise RecipeError("--resume needs the --name of the search to go on with")
+
+
+def check_hands(workers: int, threads: int | None, cluster: str | None) -> None:
+    """Refuse more processes or threads than this machine bears; a cluster counts its own.
+
+    More threads than cores are of use only to repeat the sums of a larger machine, to the last bit.
+
+    Raises:
+        RecipeError: there are.
+    """
+    cores = os.cpu_count() or 1
+    ends = {"--workers": (workers, 16), "--threads": (threads or 1, 64)}
+    for option, (wanted, least_end) in ends.items():
+        most = max(least_end, 4 * cores)
+        if wanted > most and cluster is None:
+            raise RecipeError(
+                f"{option} must be 1 to {most} on this machine of {cores} cores but is {wanted}"
+            )
 
 
 def asked(ctx: typer.Context, folder: Path | None) -> tuple[Asked, Settings]:
@@ -89,13 +108,13 @@ def _is_typed(ctx: typer.Context, key: str) -> bool:
 
 def typed_name(folder: Path) -> str:
     """The search in a folder as `show` and `verify` take it: by its name where that is enough."""
-    return folder.name if folder.parent == _USUAL else str(folder)
+    return shell_word(folder.name if folder.parent == _USUAL else folder)
 
 
 def way_on(folder: Path) -> str:
     """The command that goes on with the search in a folder, but for how long."""
-    where = "" if folder.parent == _USUAL else f" --runs-dir {folder.parent}"
-    return f"prunezero search --name {folder.name} --resume{where}"
+    where = "" if folder.parent == _USUAL else f" --runs-dir {shell_word(folder.parent)}"
+    return f"prunezero search --name {shell_word(folder.name)} --resume{where}"
 
 
 def kept(folder: Path, budget: int | None, seconds: float | None) -> str:

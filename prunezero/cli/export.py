@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from prunezero.cli.options import Pattern, Statistics, check_statistics
+from prunezero.cli.options import Pattern, Statistics, check_statistics, expanded
 
 
 def export(
@@ -17,15 +17,22 @@ def export(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="File for the pruner; pruner.py if only the recipe is named."),
+        typer.Option(
+            help="File for the pruner; pruner.py if only the recipe is named.", callback=expanded
+        ),
     ] = None,
     kernel: Annotated[
         Path | None,
-        typer.Option(help="File for the formula's Triton kernel, which gives scores alone."),
+        typer.Option(
+            help="File for the formula's Triton kernel, which gives scores alone.",
+            callback=expanded,
+        ),
     ] = None,
     pattern: Pattern = None,
     statistics: Statistics = None,
-    runs_dir: Annotated[Path, typer.Option(help="Folder where searches are.")] = Path("runs"),
+    runs_dir: Annotated[
+        Path, typer.Option(help="Folder where searches are.", callback=expanded)
+    ] = Path("runs"),
 ) -> None:
     """Write a recipe as a one-page pruner that needs torch and nothing of prunezero.
 
@@ -44,7 +51,8 @@ def export(
         prunezero export --recipe sparsegpt --kernel kernel.py
     """
     from prunezero.cli.tables import say
-    from prunezero.errors import OutputError
+    from prunezero.errors import OutputError, shell_word
+    from prunezero.models.places import try_file
     from prunezero.pruning.bench import with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.report.export import write_pruner
@@ -54,10 +62,8 @@ def export(
     check_statistics(statistics)
     if output is None and kernel is None:
         output = Path("pruner.py")
-    places = (("--output", output, "pruner.py"), ("--kernel", kernel, "kernel.py"))
-    for flag, path, example in places:
-        if path is not None and os.path.isdir(path):
-            raise OutputError(f"{flag} {path} is a folder; name a file such as {path}/{example}")
+    try_file(output, "--output", example="pruner.py")
+    try_file(kernel, "--kernel", example="kernel.py")
     if output is not None and kernel is not None and output.absolute() == kernel.absolute():
         raise OutputError(f"--output and --kernel both name {output}; give each its own file")
     found = runs_dir / recipe / "recipe.yaml"
@@ -70,7 +76,7 @@ def export(
         write_pruner(fields, output)
         say(f"wrote {output}: {fields.text}")
         fraction = "--sparsity 0.5 " if fields.pattern == "free" else ""
-        say(f"run it: python {output} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")
+        say(f"run it: python {shell_word(output)} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")
     if kernel is not None:
         write_kernel(fields, kernel)
         say(f"wrote {kernel}: {fields.criterion.text} as score(weight, ...) in Triton")

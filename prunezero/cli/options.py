@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunezero.errors import OutputError, RecipeError, reason
+from prunezero.errors import RecipeError, reason, shortened
 
 if TYPE_CHECKING:
     from prunezero.pruning.bench import Bench, Settings
@@ -18,14 +18,29 @@ if TYPE_CHECKING:
 
 _TEXT = "Calibration and evaluation text"
 _SIZES = "How much text"
+# Upper ends of what may be asked for: beyond them are slips of the keyboard alone.
+LONGEST_WINDOW, MOST_TOKENS = 10**6, 10**9
+MOST_ROWS = 10**9
+# Of a cluster; `asking.check_hands` knows what this machine bears.
+MOST_HANDS = 4096
+_LONGEST_SECONDS, _LARGEST_MEMORY = 8760 * 3600, 2**50
 _TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 # K, Ki, KB, KiB and so on.
 _SIZE_UNITS = {
     f"{letter}{binary}{end}": (1024 if binary else 1000) ** power
-    for power, letter in enumerate("KMG", start=1)
+    for power, letter in enumerate("KMGT", start=1)
     for binary in ("", "i")
     for end in ("", "B")
 }
+
+
+def expanded(path: Path | None) -> Path | None:
+    """A path as typed, with the home folder for `~`, which a shell leaves behind `=`."""
+    try:
+        return None if path is None else path.expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{path}: {reason(error)}") from error
+
 
 Model = Annotated[
     str, typer.Option(help="Hub id, folder, .gguf file, or `demo` (a 135M Llama-class model).")
@@ -90,15 +105,29 @@ Seed = Annotated[
         help="Chooses the calibration text, and every draw of a search.", min=0, max=2**32 - 1
     ),
 ]
-SequenceLength = Annotated[int, typer.Option(help="Tokens in a window.", rich_help_panel=_SIZES)]
+SequenceLength = Annotated[
+    int,
+    typer.Option(help="Tokens in a window.", min=2, max=LONGEST_WINDOW, rich_help_panel=_SIZES),
+]
 CalibrationTokens = Annotated[
-    int, typer.Option(help="Tokens to make statistics from.", rich_help_panel=_SIZES)
+    int,
+    typer.Option(
+        help="Tokens to make statistics from.", min=2, max=MOST_TOKENS, rich_help_panel=_SIZES
+    ),
 ]
 EvaluationTokens = Annotated[
     int,
-    typer.Option(help="Tokens of search and of validation text.", rich_help_panel=_SIZES),
+    typer.Option(
+        help="Tokens of search and of validation text.",
+        min=2,
+        max=MOST_TOKENS,
+        rich_help_panel=_SIZES,
+    ),
 ]
-TestTokens = Annotated[int, typer.Option(help="Tokens of test text.", rich_help_panel=_SIZES)]
+TestTokens = Annotated[
+    int,
+    typer.Option(help="Tokens of test text.", min=2, max=MOST_TOKENS, rich_help_panel=_SIZES),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -109,9 +138,13 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="`auto`, `cpu`, `cuda`, `cuda:1` ...")]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write the result for machines to this file.")
+    Path | None,
+    typer.Option("--json", help="Write the result for machines to this file.", callback=expanded),
 ]
-RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the MLflow database.")]
+RunsDir = Annotated[
+    Path,
+    typer.Option(help="Folder of all runs and of the MLflow database.", callback=expanded),
+]
 # Of a search alone.
 Signals = Annotated[
     str | None,
@@ -124,7 +157,9 @@ Signals = Annotated[
     ),
 ]
 Space = Annotated[str, typer.Option(help="Name or .yaml file; see `prunezero list spaces`.")]
-Budget = Annotated[int | None, typer.Option(help="Candidates with a new mask to screen.", min=1)]
+Budget = Annotated[
+    int | None, typer.Option(help="Candidates with a new mask to screen.", min=1, max=MOST_ROWS)
+]
 TimeLimit = Annotated[
     str | None, typer.Option("--time", help="Such as 90s, 10m or 2h, of the search alone.")
 ]
@@ -141,10 +176,17 @@ StrategyWord = Annotated[
         "--strategy", help="Who proposes; the others are controls to compare `evolution` with."
     ),
 ]
-Workers = Annotated[int, typer.Option(help="Processes or actors that judge candidates.", min=1)]
+Workers = Annotated[
+    int,
+    typer.Option(help="Processes or actors that judge candidates.", min=1, max=MOST_HANDS),
+]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Of each who judges; the cores divided by --workers if left out.", min=1),
+    typer.Option(
+        help="Of each who judges; the cores divided by --workers if left out.",
+        min=1,
+        max=MOST_HANDS,
+    ),
 ]
 Cluster = Annotated[
     str | None,
@@ -203,7 +245,8 @@ def bytes_of(size: str | None) -> int | None:
     """
     if size is None:
         return None
-    return int(_amount(size, _SIZE_UNITS, "--memory-limit must be a size such as 900MiB or 16GiB"))
+    rule = "--memory-limit must be a size from 1KiB to 1024TiB, such as 900MiB or 16GiB,"
+    return int(_amount(size, _SIZE_UNITS, rule, least=1024, most=_LARGEST_MEMORY))
 
 
 def check_statistics(word: str | None) -> None:
@@ -226,15 +269,17 @@ def seconds_of(duration: str | None) -> float | None:
     """
     if duration is None:
         return None
-    return _amount(duration, _TIME_UNITS, "--time must be a duration such as 90s, 10m or 2h")
+    rule = "--time must be a duration from 0.01s to 8760h, such as 90s, 10m or 2h,"
+    return _amount(duration, _TIME_UNITS, rule, least=0.01, most=_LONGEST_SECONDS)
 
 
-def _amount(text: str, units: Mapping[str, int], rule: str) -> float:
-    """A number above 0 times the unit behind it; without one, `rule` says what is wrong."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if found is None or float(found[1]) == 0 or found[2] not in units:
-        raise RecipeError(f"{rule} but is '{text}'")
-    return float(found[1]) * units[found[2]]
+def _amount(text: str, units: Mapping[str, int], rule: str, *, least: float, most: float) -> float:
+    """A number times the unit behind it, within both ends; else `rule` says what is wrong."""
+    found = re.fullmatch(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)", text.strip())
+    amount = float(found[1]) * units.get(found[2], 0) if found else 0.0
+    if not least <= amount <= most:
+        raise RecipeError(f"{rule} but is '{shortened(text)}'")
+    return amount
 
 
 def check_json(path: Path | None) -> None:
@@ -243,31 +288,36 @@ def check_json(path: Path | None) -> None:
     Raises:
         OutputError: its folder does not exist, or cannot be written.
     """
-    if path is None:
-        return
-    try:
-        with path.open("a"):
-            pass
-    except OSError as error:
-        raise OutputError(f"--json {path} cannot be written: {reason(error, path)}") from error
+    from prunezero.models.places import try_file
+
+    try_file(path, "--json")
 
 
 def write_json(data: Any, path: Path | None) -> None:
-    """Write a result for machines, numbers that are not finite as null."""
+    """Write a result for machines, numbers that are not finite as null; what was there is replaced.
+
+    Raises:
+        OutputError: the file cannot be written; what was there is as it was.
+    """
+    from prunezero.models.whole_files import write_text
+
     if path is not None:
-        path.write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+        write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", path)
 
 
 def about_model(bench: Bench) -> str:
     """One line on the model at hand, for the head of every output."""
-    from prunezero.models.units import find_layers
+    from prunezero.models.units import find_layers, uncalled_layers
 
     loaded = bench.language_model
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     layers = len(find_layers(loaded.model))
+    uncalled = uncalled_layers(loaded.model)
+    kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in uncalled}))
+    left = f"; {len(uncalled)} more ({kinds}) are never called, and left alone" if uncalled else ""
     return (
         f"{loaded.name}: {type(loaded.model).__name__}, {count / 1e6:.1f} M parameters, "
-        f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}"
+        f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}{left}"
     )
 
 

@@ -133,6 +133,7 @@ def _prune_in_memory(
 ) -> dict[str, Any]:
     """Prune, measure, print, and save where an output is named; returns the pruned row."""
     from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
+    from prunezero.models.saving import check_names
     from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums
@@ -142,7 +143,9 @@ def _prune_in_memory(
     say(options.about_model(bench))
     layers = check_recipe(bench.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
-    Reordering(bench.language_model, recipe, layers)
+    reordering = Reordering(bench.language_model, recipe, layers)
+    if output is not None:
+        check_names(bench.language_model, moves=reordering.moves)
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
         sums = bench.statistics(layers, dense_sums([recipe]), bars)

@@ -41,7 +41,7 @@ from prunezero.cli.options import (
     TimeLimit,
     Workers,
 )
-from prunezero.errors import OutputError, RecipeError
+from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
     from prunezero.pruning.bench import Settings
@@ -118,6 +118,7 @@ def search(
     seconds = options.seconds_of(time_limit)
     options.check_json(json_file)
     asking.check_limits(budget, seconds, resume, name)
+    asking.check_hands(workers, threads, cluster)
     folder = run_folder(runs_dir, name) if name else None
     if resume and folder and not (folder / "journal.jsonl").is_file():
         raise RecipeError(f"{folder} holds no search to go on with; leave --resume out")
@@ -144,7 +145,7 @@ def search(
     found = {**models, "text": asked.text, "name": name, "rows": rows}
     options.write_json(found, json_file)
     say(f"see it here: prunezero show {asking.typed_name(folder)}")
-    say(f"see it in MLflow: prunezero ui --runs-dir {runs_dir}")
+    say(f"see it in MLflow: prunezero ui --runs-dir {shell_word(runs_dir)}")
 
 
 def _opened(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli.asking import way_on
-from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
 
 if TYPE_CHECKING:
     from prunezero.cli.fitting import Table
@@ -33,10 +33,11 @@ def show(
         bool, typer.Option("--latex", help="Print the front as a LaTeX table, and nothing else.")
     ] = False,
     top: Annotated[
-        int, typer.Option(help="Sizes on the front, those of the best ones.", min=1)
+        int, typer.Option(help="Sizes on the front, those of the best ones.", min=1, max=MOST_ROWS)
     ] = 10,
     each: Annotated[
-        int, typer.Option(help="Candidates of each size on the front, its best.", min=1)
+        int,
+        typer.Option(help="Candidates of each size on the front, its best.", min=1, max=MOST_ROWS),
     ] = 1,
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
@@ -61,11 +62,11 @@ def show(
     check_json(json_file)
     found = read_run(find_run(run, runs_dir))
     best = front(found.candidates or (), top, each=each)
-    write_json(_data(found, best), json_file)
     if latex:
         print(latex_of_front(best))
     else:
         _print(found, best, each)
+    write_json(_data(found, best), json_file)
 
 
 def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:

@@ -167,14 +167,14 @@ class _Report:
         """The texts to put beside the weights; keeps the rows."""
         from prunezero.models.streaming import StreamedModel
         from prunezero.pruning.compare import dense_row, pruned_row
-        from prunezero.report.saved_model import companions
+        from prunezero.report.saved_model import files_beside
 
         model = self.bench.language_model
         pruned = StreamedModel(done.folder, dtype=model.dtype_word, device=str(model.device))
         self.rows.append(dense_row(self._measured(self.streamed, "dense")))
         measured = self._measured(pruned, "pruned")
         self.rows.append(pruned_row(self.recipe, done.outcome, measured))
-        return companions(model.name, self.recipe, self.rows)
+        return files_beside(model, self.recipe, self.rows)
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
         from prunezero.models.streamed_evaluation import evaluate_streamed

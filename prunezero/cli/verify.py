@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
+from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def verify(
     run: Annotated[str, typer.Argument(help="Name of a search in the runs folder, or its path.")],
     top: Annotated[
-        int, typer.Option(help="How many of the best by size to measure beside the winner.", min=0)
+        int,
+        typer.Option(
+            help="How many of the best by size to measure beside the winner.", min=0, max=MOST_ROWS
+        ),
     ] = 3,
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ COMPANIONS = (
     "*.bpe",
     "*.vocab",
     "*.md",
+    "recipe.yaml",
     "*tokenizer*",
     "*vocab*",
     "merges.txt",
@@ -61,32 +63,42 @@ def _is_companion(name: str) -> bool:
     return any(fnmatchcase(word, pattern) for pattern in COMPANIONS)
 
 
+def places_of_companions(folder: Path, *, ours: Collection[str] = ()) -> dict[str, str]:
+    """Where the companions of a model go in another folder, by their paths in this one.
+
+    Args:
+        ours: names of files that are put there instead: `README.md` of the source is kept as
+            `README.source.md`, or as the first of `README.source2.md` ... that is not taken.
+    """
+    names = [path.as_posix() for path in companions(folder)]
+    places = {name: name for name in names if name not in ours}
+    for name in names:
+        if name in ours:
+            taken = {*places.values(), *names, *ours}
+            places[name] = next(other for other in _other_names(name) if other not in taken)
+    return places
+
+
+def _other_names(name: str) -> Iterator[str]:
+    stem, dot, ending = name.rpartition(".")
+    yield f"{stem}.source{dot}{ending}"
+    yield from (f"{stem}.source{number}{dot}{ending}" for number in count(2))
+
+
 def copy_companions(source: Path, target: Path, *, ours: Collection[str] = ()) -> None:
     """Copy the companions of a model, bytes as they are.
 
     Args:
         source: folder of the model.
         target: folder of the pruned one.
-        ours: names of files that are put there instead; one of the source with such a name is kept
-            under that of `put_aside`.
+        ours: see `places_of_companions`.
 
     Raises:
         OSError: a file cannot be read or written.
     """
-    names = companions(source)
-    taken = {str(name) for name in names} | set(ours)
-    for name in names:
-        place = put_aside(name.name, taken) if str(name) in ours else str(name)
-        taken.add(place)
+    for name, place in places_of_companions(source, ours=ours).items():
         (target / place).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, target / place)
-
-
-def put_aside(name: str, taken: Collection[str]) -> str:
-    """Another name for a file of the source: README.source.md for README.md, if not taken."""
-    stem, dot, ending = name.rpartition(".")
-    places = (f"{stem}.source{count}{dot}{ending}" for count in ["", *range(2, len(taken) + 3)])
-    return next(place for place in places if place not in taken)
 
 
 def edit_configuration(folder: Path, changes: Mapping[str, Any], *, part: str = "") -> None:

@@ -14,7 +14,9 @@ from torch import nn
 
 from prunezero.errors import ModelError
 from prunezero.models.digests import joined_digest, tensor_digests
+from prunezero.models.own_changes import refuse_own_changes
 from prunezero.models.source import Source
+from prunezero.models.units import note_calls
 
 # Written on the way to and from a disk; they change nothing in what the model computes, and the
 # tensors carry their dtype.
@@ -59,12 +61,15 @@ def wrap_model(
         source: the files that it was loaded from, which a saved model mirrors.
 
     Raises:
-        ModelError: weights are on the meta device, on several devices, or no floats.
+        ModelError: weights are on the meta device, on several devices, or no floats; or a forward
+            pass changes them.
     """
     check_weights(model, name)
     model.eval()
     model.requires_grad_(False)
     first = next(model.parameters())
+    ids = torch.zeros((1, 2), dtype=torch.long, device=first.device)
+    refuse_own_changes(model, name, lambda: note_calls(model, lambda: model(ids)))
     fingerprint = model_fingerprint(model, tokenizer)
     return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device, source)
 

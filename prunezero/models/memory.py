@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prunezero.models.observing import empty_statistics
+from prunezero.models.places import mebibytes as mebibytes
 from prunezero.models.streaming import StreamedModel
 from prunezero.models.units import Layer
 
@@ -85,11 +86,6 @@ def memory_need(
 def _work(layer: Layer, is_factored: bool) -> int:
     squared = layer.weight.shape[1] ** 2 if is_factored else 0
     return SCORING_BYTES * layer.weight.numel() + FACTOR_BYTES * squared
-
-
-def mebibytes(size: int) -> str:
-    """Bytes as people read them."""
-    return f"{size / 2**20:.1f} MiB"
 
 
 class PeakMemory:

@@ -19,6 +19,7 @@ from prunezero.models.biases import note_opened_biases
 from prunezero.models.companions import copy_companions
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.mirror import Mirror
+from prunezero.models.places import try_folder
 from prunezero.models.shards import STORED_DTYPES, Shards, StoredTensor
 from prunezero.models.source import Source, holds, names_in_files
 from prunezero.models.units import Layer, find_layers
@@ -43,27 +44,13 @@ class SavedSparsity:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """The folder, once it is sure that a model can be saved there; ask before long work.
+    """The folder, once it is sure that a model can be saved there, with its parent made.
 
     Raises:
-        OutputError: it exists and is not empty, or its parent cannot be written.
+        OutputError: it exists and is not empty, or cannot be written.
     """
-    try:
-        path = Path(folder).expanduser()
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"'{folder}' is a file; choose a folder that is new or empty")
-        if path.is_dir() and any(path.iterdir()):
-            raise OutputError(
-                f"folder '{folder}' is not empty; choose a folder that is new or empty"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: the disk may be read-only, or full.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except (OSError, RuntimeError) as error:
-        raise OutputError(
-            f"folder '{folder}' cannot be written ({reason(error, folder)}); choose another folder"
-        ) from error
+    path = try_folder(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -185,7 +172,7 @@ def check_names(language_model: LanguageModel, *, moves: bool = False) -> None:
                 "model has it, so it cannot be put back; save it once by its own save_pretrained, "
                 "and prune that folder"
             )
-        if moves and not holds(language_model.dtype, stored):
+        if (moves or source.moved) and not holds(language_model.dtype, stored):
             raise ModelError(
                 f"the recipe moves channels of '{layer.name}', and {language_model.dtype_word} "
                 f"does not hold all numbers of its files, which are {str(stored)[6:]}; load the "

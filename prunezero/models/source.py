@@ -8,7 +8,7 @@ file, to the last bit; another one is rounded once to the dtype of the file.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Source:
     """their tensors"""
     names: Mapping[str, str]
     """name in the files by name in the model, of tensors that are the same in both"""
+    moved: set[str] = field(default_factory=set)
+    """layers whose channels have changed places in the model since"""
 
     @property
     def folder(self) -> Path:

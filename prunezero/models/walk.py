@@ -63,7 +63,7 @@ class BlockWalk:
         self._states_device = states_device or language_model.device
         body = language_model.model.base_model
         first = batches[:1].to(language_model.device)
-        self._extras, self._output = _record_calls(body, self.blocks, first)
+        self._extras, self._output = record_calls(body, self.blocks, first)
         self._states: list[Tensor] = []
         for ids in batches:
             state, extras = _first_block_call(
@@ -188,7 +188,7 @@ def _like(output: Any, state: Tensor) -> Any:
     return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
-def _record_calls(
+def record_calls(
     body: nn.Module, blocks: list[nn.Module], ids: Tensor
 ) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], Any]:
     """What the model hands each block besides hidden states, and what the first one returns.

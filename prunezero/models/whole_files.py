@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, reason
+from prunezero.models.places import is_special
 
 
 def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` write beside the file, and move that there in one step.
 
+    Of a link, what it leads to is replaced. A device, a pipe or an open file gets the bytes.
+
     Raises:
         OSError: the folder cannot be written; the file is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if is_special(path):
+        _append(path, write)
+        return
+    path = Path(os.path.realpath(path))
+    # Names may be as long as the system allows already.
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}")
     try:
         write(temporary)
         follow_umask(temporary)
-        temporary.replace(path)
+        _move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        # A file that is mounted there, or somebody else's in a common folder, may only be filled.
+        if error.errno not in (errno.EBUSY, errno.EPERM):
+            raise
+        shutil.copyfile(temporary, path)
+
+
+def _append(path: Path, write: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder, "whole")
+        write(whole)
+        with path.open("ab") as file:
+            file.write(whole.read_bytes())
 
 
 def replace_bytes(data: bytes, path: Path) -> None:

@@ -35,6 +35,7 @@ class Reordering:
             ModelError: a name in the recipe matches none of the layers that are pruned.
         """
         self._recipe = recipe
+        self._source = language_model.source
         self._pattern = parse_pattern(recipe.pattern)
         self._foldings: dict[int, list[Folding]] = defaultdict(list)
         self.simulates = recipe.permute.options.model_dump().get("simulate", False)
@@ -64,6 +65,11 @@ class Reordering:
                 f"{type(language_model.model).__name__}; use permute: none, or simulate: true"
             )
 
+    @property
+    def moves(self) -> bool:
+        """Whether channels of the model itself will change places."""
+        return any(self._foldings.values())
+
     def move(
         self,
         block: int,
@@ -81,6 +87,8 @@ class Reordering:
         if not foldings or self._pattern is None:
             return
         moved = permute_block(foldings, score_of, self._pattern, self._recipe.permute)
+        if self._source is not None:
+            self._source.moved.update(moved)
         for name, orders in moved.items():
             if name in statistics:
                 statistics[name] = statistics[name].permuted(

@@ -94,8 +94,9 @@ def pruner_page(fields: PrunerFields) -> str:
         "DAMPING": repr(fields.damping),
         "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in fields.formulas)),
     }
-    page = _exchange(source, new, _docstring(fields))
-    page += "".join(dict.fromkeys(HELPERS[name] for name in features if name in HELPERS))
+    helpers = dict.fromkeys(HELPERS[name] for name in features if name in HELPERS)
+    more = [line for text in helpers for line in [*text.splitlines(), "", ""]]
+    page = _exchange(source, new, _docstring(fields), more)
     check_page(page)
     return page
 
@@ -200,9 +201,9 @@ def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
 
 
 def _read_body(sums: frozenset[str]) -> list[str]:
-    """The body of `read`: the forward pass, the backward pass, both, or neither."""
+    """The body of `read`: a forward pass, one with a backward pass, or both."""
     lines = []
-    if sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
+    if not sums or sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
         lines += ["with torch.no_grad():", "    model(ids, use_cache=False)"]
     if sums & {*SUM_LINES["gradient"], *SUM_LINES["output gradients"]}:
         lines += [
@@ -210,10 +211,10 @@ def _read_body(sums: frozenset[str]) -> list[str]:
             "    logits = model(ids, use_cache=False).logits[0, :-1].float()",
             "    loss = nn.functional.cross_entropy(logits, ids[0, 1:])",
             "    if not torch.isfinite(loss):",
-            '        raise RefusalError(f"the loss of a sequence is {float(loss)}")',
+            '        raise RefusalError(f"the loss of a sequence is {float(loss.detach())}")',
             "    loss.backward()",
         ]
-    return lines or ["# The formula looks at nothing but the weights.", "return None"]
+    return lines
 
 
 def _docstring(fields: PrunerFields) -> str:
@@ -235,13 +236,18 @@ def paragraphs(head: str, *others: str) -> str:
     return python_docstring(text)
 
 
-def _exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:
-    """The source with constants, function bodies and the module docstring replaced by name."""
+def _exchange(source: str, new: Mapping[str, Any], docstring: str, helpers: list[str]) -> str:
+    """The source with constants, function bodies and the module docstring replaced by name.
+
+    Lines of more functions come before the program.
+    """
     lines = source.splitlines()
     # From the end, so that earlier line numbers stay true.
     for node in reversed(ast.parse(source).body):
         first, last = node.lineno - 1, node.end_lineno or node.lineno
-        if isinstance(node, ast.Expr):
+        if isinstance(node, ast.If):
+            lines[first:first] = helpers
+        elif isinstance(node, ast.Expr):
             lines[first:last] = [f'"""{docstring}', '"""']
         elif isinstance(node, ast.Assign | ast.AnnAssign) and _target(node) in new:
             head, _, _ = lines[first].partition(" = ")

@@ -34,10 +34,8 @@ PREPARATION = {
         'variance = stats["input_square_sum"] / stats["tokens"] - mean.square()',
     ),
 }
-# Functions of the page that these lines call, by the feature that needs them.
-_INVERSE = '''
-
-def inverse_factor(stats: dict[str, Any], damping: float) -> Tensor:
+# Functions that these lines call, by the feature that needs them.
+_INVERSE = '''def inverse_factor(stats: dict[str, Any], damping: float) -> Tensor:
     """The upper Cholesky factor [in, in] of the inverse of the damped Gram matrix, float64."""
     if not torch.isfinite(stats["gram"]).all():
         raise RefusalError(f"the Gram matrix of {stats['layer']} holds NaN or infinite numbers")

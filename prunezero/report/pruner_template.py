@@ -90,15 +90,14 @@ def settled(sparsity: float | None, pattern: str) -> float:
     keep, of = parsed(pattern)
     if EQUAL_IN_ROWS and (COMPARE == "row" or of):
         raise RefusalError("a formula gives all weights of a row one score; it ranks nothing there")
-    if of and sparsity is not None and abs(sparsity - (1 - keep / of)) > 1e-6:
-        raise RefusalError(f"{pattern} removes {1 - keep / of:g} of the weights, not {sparsity:g}")
-    if of:
-        return float(1 - Fraction(keep, of))
-    if sparsity is None:
+    if sparsity is None and not of:
         raise RefusalError("say how much to remove, for example sparsity 0.5")
-    if not 0 <= sparsity < 1:
+    if sparsity is not None and not 0 <= sparsity < 1:
         raise RefusalError(f"sparsity must be at least 0 and below 1 but got {sparsity}")
-    return sparsity
+    implied = float(1 - Fraction(keep, of or 1))
+    if of and sparsity is not None and abs(sparsity - implied) > 1e-6:
+        raise RefusalError(f"{pattern} removes {implied:g} of the weights, not {sparsity:g}")
+    return implied if sparsity is None else sparsity
 
 
 def parsed(pattern: str) -> tuple[int, int]:
@@ -170,9 +169,11 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[str, Any]:
     """The sums of the layers of the dense model over the text; none of layers it never calls."""
     stats = {name: defaultdict[str, Any](float, layer=name) for name in layers}
-    if not SUMS:
-        return stats
-    check_text(model, batches)
+    if SUMS:
+        check_text(model, batches)
+    else:
+        # Any two tokens show which layers are called.
+        batches = [torch.tensor([[0, 1]])]
     before = [(p, p.requires_grad, p._version) for p in model.parameters()]
     model.requires_grad_(False)
     hooks = [hook for name, module in layers.items() for hook in listen(module, stats[name])]
@@ -188,9 +189,11 @@ def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[s
             parameter.requires_grad_(flag).grad = None
     if any(parameter._version != version for parameter, _, version in before):
         raise RefusalError("the model's own forward pass changes its weights")
-    never = [name for name in layers if "called" not in stats[name]]
-    if len(never) == len(layers):
-        raise RefusalError(f"the forward pass calls none of the layers: {', '.join(never)}")
+    silent = [name for name in layers if "called" not in stats[name]]
+    # The text decides which experts are called.
+    never = [name for name in silent if "expert" not in name]
+    if len(never) == len(layers) or (SUMS and silent != never):
+        raise RefusalError(f"no text reaches these layers, so nothing ranks them: {silent}")
     if never:
         warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
     counts = {"tokens": sum(ids.numel() for ids in batches), "sequences": len(batches)}
@@ -336,10 +339,15 @@ if __name__ == "__main__":
     if count < 1:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
     batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
+    # Computed in float32, saved as it was stored.
+    exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     try:
-        report = prune_(model, batches, options.sparsity, options.pattern)
+        report = prune_(exact, batches, options.sparsity, options.pattern)
     except RefusalError as error:
         raise SystemExit(f"refused: {error}") from error
+    for name in report["layers"]:
+        gone = matrix(exact.get_submodule(name)) == 0
+        matrix(model.get_submodule(name)).masked_fill_(gone, 0.0)
     print(f"{report['zeros']} weights are zero, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

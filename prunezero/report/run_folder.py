@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, RecipeError, reason
+from prunezero.models.places import try_inside
 from prunezero.models.whole_files import replace_text, write_json
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
@@ -53,7 +52,9 @@ def run_folder(runs_dir: Path, name: str) -> Path:
             "with a letter or digit"
         )
     check_runs_dir(runs_dir)
-    return runs_dir / name
+    folder = runs_dir / name
+    try_inside(folder, "the folder of the search,")
+    return folder
 
 
 def check_runs_dir(runs_dir: Path) -> None:
@@ -62,17 +63,7 @@ def check_runs_dir(runs_dir: Path) -> None:
     Raises:
         OutputError: it cannot.
     """
-    if os.path.isfile(runs_dir):
-        raise OutputError(f"--runs-dir {runs_dir} is a file; name a folder")
-    try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: the disk may be read-only, or full.
-        with tempfile.TemporaryFile(dir=runs_dir):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"--runs-dir {runs_dir} cannot be written: {reason(error, runs_dir)}"
-        ) from error
+    try_inside(runs_dir, "--runs-dir")
 
 
 def write_run(

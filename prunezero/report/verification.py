@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import SearchError, differences
+from prunezero.errors import SearchError, differences, shell_word
 from prunezero.models.calibration import Progress
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.recipe import Recipe
@@ -125,7 +125,7 @@ def claims(run: Run, top: int) -> list[Claim]:
     if not found:
         raise SearchError(
             f"{run.folder} has no measured candidates to verify yet; go on with it by "
-            f"`prunezero search --name {run.folder.name} --resume`"
+            f"`prunezero search --name {shell_word(run.folder.name)} --resume`"
         )
     return found
 

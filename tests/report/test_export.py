@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,16 +18,30 @@ from prunezero.errors import OutputError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.models.calibration import calibrate
+from prunezero.models.loading import load_model
 from prunezero.models.patterns import fitting
 from prunezero.models.units import find_layers
+from prunezero.pruning.documents import validated
+from prunezero.pruning.prune import prune
+from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
 from prunezero.report import pruner_template
 from prunezero.report.export import PrunerFields, pruner_page, write_pruner
 from prunezero.report.kernel_export import write_kernel
 from prunezero.report.page_lines import FEATURE_LINES
+from prunezero.report.run_folder import pruner_fields
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.selection import select_model
-from tests.tiny_models import FAMILIES, save_tiny_model, tiny_batches, tiny_model
+from tests.tiny_models import (
+    FAMILIES,
+    VOCABULARY,
+    save_tiny_model,
+    tiny_batches,
+    tiny_model,
+    tiny_network,
+    tiny_tokenizer,
+)
 
 FORMULAS = {
     "magnitude": "abs(W)",
@@ -217,20 +232,83 @@ def test_all_that_a_page_cannot_follow_is_told_at_once_and_what_an_option_mends_
         pruner_page(replace(fields, update="none"))
 
 
-def test_hostile_words_stay_words(tmp_path: Path) -> None:
-    fields = PrunerFields(
-        name='x"""\nimport os\n"""',
-        criterion=Criterion.parse("abs(W)"),
-        source="C:\\new \\x41 '''",
-        targets=('q"""_proj',),
-    )
-    page = pruner_page(fields)
-    assert not any(
-        alias.name == "os"
-        for node in ast.walk(ast.parse(page))
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    )
+def network_of(configuration: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(configuration, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("formula", ["abs(W)", "abs(W)*X", "abs(W)*G*D"])
+def test_layers_that_nothing_calls_are_named_once_and_left_alone(
+    formula: str, tmp_path: Path
+) -> None:
+    from transformers import MambaConfig
+
+    sizes = {"state_size": 8, "time_step_rank": 4, "hidden_size": 32, "num_hidden_layers": 2}
+    network = network_of(MambaConfig(vocab_size=VOCABULARY, **sizes))
+    before = network.backbone.layers[1].mixer.dt_proj.weight.clone()
+    page = page_module(PrunerFields("m", Criterion.parse(formula)), tmp_path)
+    with pytest.warns(UserWarning, match=r"layers\.0.*dt_proj, .*layers\.1.*dt_proj$") as told:
+        report = page.prune_(network, torch.split(tiny_batches(), 1), 0.5)
+    assert len([one for one in told if "left alone" in str(one.message)]) == 1
+    assert torch.equal(network.backbone.layers[1].mixer.dt_proj.weight, before)
+    assert len(report["layers"]) == 6 and report["sparsity"] == 0.5
+
+
+def test_a_model_that_changes_its_own_weights_is_refused(tmp_path: Path) -> None:
+    from transformers import RwkvConfig
+
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    network = network_of(RwkvConfig(vocab_size=VOCABULARY, rescale_every=1, **sizes))
+    page = page_module(PrunerFields("m", Criterion.parse("abs(W)")), tmp_path)
+    with pytest.raises(page.RefusalError, match="own forward pass changes its weights"):
+        page.prune_(network, [], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("batches", "sentence"),
+    [
+        ([], "0 sequences"),
+        ([torch.tensor([[5]])], "1 tokens; the model takes 2 to 64"),
+        ([torch.full((1, 65), 5)], "65 tokens; the model takes 2 to 64"),
+        ([torch.tensor([[5, VOCABULARY]])], "not in the model's vocabulary"),
+        ([torch.tensor([5, 6])], r"must be int64 \[1, length\]"),
+        ([torch.ones(1, 4)], r"must be int64 \[1, length\] but are torch.float32"),
+    ],
+)
+def test_page_refuses_text_that_the_model_cannot_be_run_on(
+    batches: list[torch.Tensor], sentence: str, tmp_path: Path
+) -> None:
+    page = page_module(PrunerFields("w", Criterion.parse("abs(W)*X")), tmp_path)
+    with pytest.raises(page.RefusalError, match=sentence):
+        page.prune_(tiny_model().model, batches, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("formula", "where", "sentence"),
+    [
+        ("abs(W)*X", "model.embed_tokens", "the inputs of .*q_proj hold NaN"),
+        ("abs(W)*G", "lm_head", "the loss of a sequence is nan"),
+        ("W**2/U", "model.embed_tokens", "the inputs of .*q_proj hold NaN"),
+        ("C1", "model.layers.0.mlp.up_proj", "up_proj scores that are NaN"),
+        ("X", "model.layers.1.mlp.down_proj", "weight of .*1.mlp.down_proj holds NaN"),
+    ],
+)
+def test_page_refuses_models_with_numbers_that_are_none(
+    formula: str, where: str, sentence: str, tmp_path: Path
+) -> None:
+    network = tiny_network("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        network.get_submodule(where).weight[:, 0] = float("nan")  # type: ignore[index]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fields = PrunerFields("w", Criterion.parse(formula), compare="layer")
+    page = page_module(fields, tmp_path)
+    with pytest.raises(page.RefusalError, match=sentence):
+        page.prune_(network, torch.split(tiny_batches(), 1), 0.001)
+    after = network.state_dict()
+    assert all(torch.equal(after[name].nan_to_num(7), before[name].nan_to_num(7)) for name in after)
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
@@ -240,12 +318,93 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> N
 
 
 def test_page_is_clean_by_our_own_linter(tmp_path: Path) -> None:
-    criterion = Criterion.parse("abs(W)*(X + 100*G1)*D + abs(X_mean)*Y + X_var")
+    criterion = Criterion.parse("abs(W)*(X + 100*G1)*D + abs(X_mean)*Y + X_var/U + V")
     write_pruner(PrunerFields("all sums", criterion, source="s " * 90), tmp_path / "pruner.py")
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100"]
     command += ["--select", "E,F,I,UP,B", str(tmp_path / "pruner.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_page(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """The names of the program after it pruned the model `dense` of the folder into `pruned`."""
+    (folder / "text.txt").write_text("every cat sat on a warm mat. " * 30)
+    write_pruner(pruner_fields(recipe), folder / "pruner.py")
+    options = ["--output", "pruned", "--sequences", "4", "--length", "32", *words]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["pruner.py", "dense", "text.txt", *options])
+    return runpy.run_path("pruner.py", run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("family", "criterion", "choices", "sparsity", "told"),
+    [
+        ("gpt2", "X", {"compare": "model"}, 0.5, "0.5000"),
+        ("gpt2", "R2/D", {"compare": "layer"}, 0.29, "0.2897"),
+        ("llama", "abs(W)*sqrt(V)", {"pattern": "1:4"}, None, "0.7500"),
+        ("opt", "abs(W)*X", {"ignore": ["re:(?i)FC1"], "compare": "7 columns"}, 0.3, "0.2988"),
+    ],
+)
+def test_page_as_a_program_saves_what_the_engine_would(
+    family: str,
+    criterion: str,
+    choices: dict[str, Any],
+    sparsity: float | None,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from safetensors.torch import load_file
+
+    save_tiny_model(family, tmp_path / "dense")
+    fields = {"name": "mine", "criterion": criterion, **choices}
+    recipe = validated(Recipe, fields, "mine.yaml")
+    words = [] if sparsity is None else ["--sparsity", str(sparsity)]
+    names = run_page(recipe, tmp_path, monkeypatch, *words)
+    dense = load_model(str(tmp_path / "dense"), dtype="float32")
+    layers, sums = find_layers(dense.model), dense_sums([recipe])
+    statistics = calibrate(dense, torch.cat(list(names["batches"])), layers, sums)
+    outcome = prune(dense, recipe, sparsity, statistics=statistics)
+    saved = load_file(tmp_path / "pruned" / "model.safetensors")
+    wanted = dense.model.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in saved.items())
+    assert f"{outcome.zeros} weights are zero, sparsity {told}" in capsys.readouterr().out
+
+
+def test_page_computes_in_float32_and_keeps_the_dtype_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    network = tiny_network("llama").half()
+    network.save_pretrained(tmp_path / "dense")  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    recipe = Recipe.load("magnitude")
+    run_page(recipe, tmp_path, monkeypatch, "--sparsity", "0.5")
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("dense", "pruned"))
+    for name, value in before.items():
+        assert after[name].dtype == torch.float16
+        assert torch.equal(after[name], torch.where(after[name] == 0, 0.0, value).half())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "say how much to remove"),
+        (["--sparsity", "1"], "below 1"),
+        (["--pattern", "3:5"], "needs a multiple of 5 columns, but model.layers.0.*32"),
+        (["--pattern", "4:2"], "neither free nor N:M"),
+        (["--pattern", "2:4", "--sparsity", "0.6"], "2:4 removes 0.5 of the weights, not 0.6"),
+    ],
+)
+def test_page_as_a_program_refuses_in_a_sentence_and_leaves_nothing(
+    words: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model("llama", tmp_path / "dense")
+    with pytest.raises(SystemExit, match=f"^refused: .*{sentence}"):
+        run_page(Recipe.load("magnitude"), tmp_path, monkeypatch, *words)
+    assert not (tmp_path / "pruned").exists()
 
 
 def test_page_runs_as_a_program_and_saves_the_pruned_model(tmp_path: Path) -> None:
