@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli import options
+from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.options import (
     Allocate,
     CalibrationTokens,
@@ -47,10 +48,8 @@ def prune(
     output: Annotated[
         Path | None, typer.Option(help="New folder for the pruned model; without it, only report.")
     ] = None,
-    targets: Annotated[
-        str, typer.Option(help="Layers to prune: names, endings or re:PATTERN, by commas.")
-    ] = "",
-    ignore: Annotated[str, typer.Option(help="Layers to leave alone, written likewise.")] = "",
+    targets: Targets = "",
+    ignore: Ignore = "",
     statistics: Statistics = None,
     seed: Seed = 0,
     memory_limit: Annotated[
@@ -91,6 +90,7 @@ def prune(
     """
     from prunezero.cli.tables import say, waiting
     from prunezero.models.loading import check_writable
+    from prunezero.models.patterns import patterns_of
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.pruning.requirements import settled_sparsity
@@ -103,8 +103,8 @@ def prune(
         pattern=pattern,
         allocate=allocate,
         statistics=statistics,
-        targets=_words(targets),
-        ignore=_words(ignore),
+        targets=patterns_of(targets) or None,
+        ignore=patterns_of(ignore) or None,
     )
     fraction = settled_sparsity(chosen.pattern, sparsity)
     settings = options.make_settings(
@@ -189,7 +189,3 @@ def _folder_of_steps(recipe: Recipe, output: Path | None) -> Path | None:
             f"'{folder}' holds no steps of this command; move it away, or choose another output"
         )
     return folder
-
-
-def _words(names: str) -> tuple[str, ...] | None:
-    return tuple(word.strip() for word in names.split(",") if word.strip()) or None

@@ -9,6 +9,11 @@ from typing import TypeVar
 Value = TypeVar("Value")
 
 
+def patterns_of(text: str) -> tuple[str, ...]:
+    """The patterns of a text, of which commas stand between two."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def fits(pattern: str, name: str) -> bool:
     """Whether a layer of this name is meant: by its full name, its last parts, or re:PATTERN.
 

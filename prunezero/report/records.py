@@ -38,6 +38,8 @@ PARAM_NAMES = (
     "pattern",
     "allocate",
     "update",
+    "targets",
+    "ignore",
     "sparsity",
     "statistics",
     "model",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.pruning.bench import Bench
+from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.report.records import RunRecord, candidate_name, run_record
 from prunezero.searching.candidate import Candidate
@@ -38,6 +39,7 @@ def tracked_rows(
         conditions += [row["sequence_length"], row["calibration_tokens"]]
         conditions += [f"{row['draws']} draws"] if "draws" in row else []
         conditions += ["+".join(models), bench.text.fingerprint[:8]]
+        conditions += [f"{word} {row[word]}" for word in ("targets", "ignore") if word in row]
         key = "/".join(str(part) for part in ["baseline", row["recipe"], *conditions])
         name = (
             row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
@@ -62,6 +64,7 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
         "statistics": "dense",
         "seed": task.seed,
         "draws": task.draws,
+        **layers_told(task.targets, task.ignore),
     }
     key = f"{name}/{candidate.slot:05d}"
     return run_record(key, candidate_name(row), "candidate", row, parent_key=name)
@@ -93,6 +96,7 @@ def tracked_search(
         "compare": task.space.compare,
         "seed": task.seed,
         "draws": task.draws,
+        **layers_told(task.targets, task.ignore),
         "seeds": len(task.seeds),
         "calibration_tokens": bench.settings.calibration_tokens,
         "sequence_length": bench.settings.sequence_length,
