@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prunezero.report.mlflow_store import open_client
 from prunezero.report.track import ENVIRONMENT, tracking_uri
+from prunezero.report.tracking_database import open_client
 
 EXPERIMENT = "benchmarks"
 KEY_TAG = "benchmark.key"

@@ -44,7 +44,13 @@ _WORDLESS: dict[type[BaseException], str] = {
 
 
 class PruneZeroError(Exception):
-    """A mistake that the user can mend; the message is one sentence meant for them."""
+    """A mistake that the user can mend; the message is one sentence meant for them.
+
+    It never holds a password, whoever's message it passes on.
+    """
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(masked_uri(one) if isinstance(one, str) else one for one in words))
 
 
 class CriterionError(PruneZeroError):
@@ -85,6 +91,10 @@ class SearchError(PruneZeroError):
 
 class OutputError(PruneZeroError):
     """A folder that cannot be written."""
+
+
+class FormulaWarning(UserWarning):
+    """A formula means its simplified form, which somewhere differs from the text as typed."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -170,3 +180,34 @@ def _difference(key: str, before: str, now: str) -> str:
 def shortened(text: str) -> str:
     """A value as a message shows it: at most 80 signs of it, and a word where there is none."""
     return text if 0 < len(text) <= 80 else text[:77] + "..." if text else "nothing"
+
+
+# Names of values that nobody else may read, in the query of a URI or in a connection text.
+_SECRET = (
+    "(?:[a-z0-9]+[_.-])*(?:pass|passwd|password|passphrase|pwd|secret|token|auth|authorization|"
+    "credentials?|sig|signature|user|username|(?:api|access|secret|private|account|shared)?key|"
+    "accesstoken|secretkey|apitoken)"
+)
+_IN_QUERY = re.compile(rf"([?&;#]{_SECRET}=)[^&#;\s'\"<>`]+", re.I)
+_IN_WORDS = re.compile(r"(\b(?:password|passwd|pwd|secret)\s?[=:]\s?)[^&#;,\s'\"<>`]+", re.I)
+_SCHEME = "[a-z][a-z0-9+.-]{0,30}"
+# Everything up to the next blank or URI: a password may hold any other sign.
+_URI = re.compile(rf"({_SCHEME}://)((?:(?!{_SCHEME}://)\S)+)", re.I)
+_ENCODED_URI = re.compile(rf"({_SCHEME}%3A%2F%2F)\S*%40", re.I)
+
+
+def masked_uri(text: str) -> str:
+    """A URI, or a text with some in it, with `***` for users, passwords and other secrets."""
+    text = _URI.sub(lambda found: found[1] + _without_user(found[2]), text)
+    text = _ENCODED_URI.sub(r"\1***%40", text)
+    return _IN_WORDS.sub(r"\1***", _IN_QUERY.sub(r"\1***", text))
+
+
+def _without_user(rest: str) -> str:
+    """What follows `://`, with `***` before its last `@` where that ends a user."""
+    place = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    # A password that was not encoded may hold a slash; then what stands before it is no port.
+    is_cut = re.fullmatch(r"[^:]*:(?!\d*$).*", place) is not None
+    if "@" not in rest or not ("@" in place or is_cut):
+        return rest
+    return f"***@{rest.rpartition('@')[2]}"

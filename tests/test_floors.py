@@ -23,7 +23,7 @@ HOMES = {
     "triton": {"scoring"},
     "mlflow": {"report"},
     "matplotlib": {"report"},
-    "pyarrow": {"report"},
+    "pyarrow": {"models", "report"},
     "typer": {"cli"},
     "rich": {"cli"},
     "yaml": {"pruning", "report"},

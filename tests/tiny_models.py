@@ -101,9 +101,13 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> Langu
     return wrap_model(tiny_network(family, seed=seed, **changes), tiny_tokenizer(), name=family)
 
 
-def tiny_tokenizer() -> Any:
-    """One token per printable ASCII character: ids 0 and 1 are <s> and </s>, 2 is unknown."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def tiny_tokenizer(around: str = "") -> Any:
+    """One token per printable ASCII character: ids 0 and 1 are <s> and </s>, 2 is unknown.
+
+    Args:
+        around: what it puts around a text, such as "<s> $A"; nothing if left out.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = ["<s>", "</s>", "<unk>", *(chr(code) for code in range(32, 126))]
@@ -111,6 +115,9 @@ def tiny_tokenizer() -> Any:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
+    if around:
+        ends = [(word, vocabulary[word]) for word in around.split() if word in vocabulary]
+        tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ends)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 

@@ -6,6 +6,10 @@ Each command is one module beside this one; here they are gathered, behind the g
 from __future__ import annotations
 
 import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -19,6 +23,7 @@ from prunezero.cli.search import search
 from prunezero.cli.show import show
 from prunezero.cli.ui import ui
 from prunezero.cli.verify import verify
+from prunezero.errors import FormulaWarning
 
 app = typer.Typer(
     name="prunezero",
@@ -43,7 +48,20 @@ def main() -> None:
     """Run the command line; exit code 1 for a mistake that the user can mend."""
     with guarded():
         _quiet_libraries()
+        warnings.showwarning = _one_sentence(warnings.showwarning)
         app()
+
+
+def _one_sentence(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """How a warning is shown: ours about a formula as one sentence, others as before."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, FormulaWarning):
+            print(f"prunezero: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where, **more)
+
+    return show
 
 
 def _quiet_libraries() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from prunezero.cli.options import about_model, make_settings
+from prunezero.cli.options import make_settings
 from prunezero.errors import RecipeError, shell_word
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def benches(asked: Asked, settings: Settings) -> list[Bench]:
     Raises:
         PruneZeroError: a model or the text cannot be loaded, or a model is named twice.
     """
-    from prunezero.cli.tables import say, waiting
+    from prunezero.cli.tables import say_about, waiting
     from prunezero.pruning.bench import set_up
     from prunezero.searching.benches import beside
 
@@ -96,8 +96,7 @@ def benches(asked: Asked, settings: Settings) -> list[Bench]:
     with waiting(f"loading {names} and {asked.text} text"):
         first = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
         found = [first, *beside(first, asked.also_model, device=asked.device)]
-    for bench in found:
-        say(about_model(bench))
+    say_about(found)
     return found
 
 

@@ -47,6 +47,13 @@ def compare(
     statistics: Annotated[
         str, typer.Option(help="`dense` or `sequential`, the same for every recipe.")
     ] = "dense",
+    rounding: Annotated[
+        bool,
+        typer.Option(
+            help="Prune by each recipe that mends weights a second time, on the calibration "
+            "windows in reverse order: what then changes is rounding."
+        ),
+    ] = True,
     seed: Seed = 0,
     json_file: JsonFile = None,
     runs_dir: RunsDir = Path("runs"),
@@ -74,10 +81,9 @@ def compare(
 
         prunezero compare --model demo --recipes wanda,ria --sparsity 0.5 --ignore down_proj
     """
-    from prunezero.cli.tables import conditions, console, results_table, say, waiting
+    from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
     from prunezero.models.patterns import patterns_of
     from prunezero.pruning.bench import set_up, with_choices
-    from prunezero.pruning.published import warning_of
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir
     from prunezero.report.track import Tracker
@@ -103,21 +109,18 @@ def compare(
     check_runs_dir(runs_dir)
     with waiting(f"loading {model}"):
         bench = set_up(model, text, settings, dtype=dtype, device=device)
-    say(options.about_model(bench))
+    say_about([bench])
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
-        for row in _measured(bench, chosen, sparsity, statistics, tracker):
+        for row in _measured(bench, chosen, sparsity, statistics, tracker, with_rounding=rounding):
             rows.append(row)
     finally:
         untracked = tracker.close()
         if rows:
             title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
-            say(conditions(rows, bench.language_model.name, bench))
-            warning = warning_of(model, text, rows[0])
-            if warning:
-                say(f"warning: {warning}", style="yellow")
+            say_conditions(rows, bench.language_model.name, [bench])
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")
@@ -129,6 +132,8 @@ def _measured(
     sparsity: float | None,
     statistics: str,
     tracker: Tracker,
+    *,
+    with_rounding: bool,
 ) -> Iterator[dict[str, Any]]:
     """The rows as they come, each shown and recorded behind its handing over."""
     from prunezero.cli.tables import Bars, console, one_line, say
@@ -136,7 +141,14 @@ def _measured(
     from prunezero.report.tracked import tracked_rows
 
     with Bars() as bars:
-        rows = measure(bench, recipes, sparsity, statistics=statistics, progress=bars)
+        rows = measure(
+            bench,
+            recipes,
+            sparsity,
+            statistics=statistics,
+            with_rounding=with_rounding,
+            progress=bars,
+        )
         for done, row in enumerate(rows, start=1):
             yield row
             if not console.is_terminal:

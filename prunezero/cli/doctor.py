@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from prunezero.cli.options import JsonFile, RunsDir, check_json, write_json
-from prunezero.errors import reason
+from prunezero.errors import masked_uri, reason
 
 _PACKAGES = (
     "torch transformers triton sympy optuna mlflow datasets safetensors gguf accelerate".split()
@@ -95,7 +95,7 @@ def _places(runs_dir: Path) -> dict[str, str]:
     return {
         "cache": f"{cache} ({size / 2**30:.2f} GiB)",
         "runs": str(runs_dir.absolute()),
-        "tracking": tracking_uri(runs_dir),
+        "tracking": masked_uri(tracking_uri(runs_dir)),
         **{
             name: "installed" if importlib.util.find_spec(package) else "not installed: make setup"
             for name, package in packages.items()

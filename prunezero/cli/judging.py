@@ -15,7 +15,7 @@ def judged(
     session: Session, tracker: Tracker, folder: Path, candidates: list[Candidate]
 ) -> list[dict[str, Any]]:
     """Judge the finalists on validation text, report the winner and its rivals on test text."""
-    from prunezero.cli.tables import Bars, conditions, print_results, say
+    from prunezero.cli.tables import Bars, print_results, say, say_conditions
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.export import no_page
     from prunezero.report.run_folder import pruner_fields, write_winner
@@ -44,7 +44,7 @@ def judged(
     champion = {**rows[-1], "search_perplexity": best.search_perplexity}
     tracker.record(tracked_champion(recipe, champion, session, name, folder))
     print_results(rows, f"search {name}", best="test_perplexity")
-    say(conditions(rows, session.models, session.bench))
+    say_conditions(rows, session.models, [session.bench, *session.also_benches])
     say(f"found: {best.rule.text}", style="bold")
     twin = published_twin(session.task, best.rule)
     if twin is not None:
@@ -66,11 +66,13 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     if best is None or None in (best["test_perplexity"], winner["test_perplexity"]):
         return "no published recipe to compare with was measurable"
     change = winner["test_perplexity"] / best["test_perplexity"] - 1
-    verdict = "better than" if change < 0 else "no better than"
+    noise = max(row.get("test_rounding") or 0.0 for row in (winner, best))
+    is_better = winner["test_perplexity"] + noise < best["test_perplexity"]
+    verdict = "better than" if is_better else "no better than"
     losses = [row["window_losses"]["test"] for row in (winner, best)]
     return (
         f"{verdict} {best['recipe']}, the best of these published ones on validation text: test "
         f"perplexity {winner['test_perplexity']:.2f} against {best['test_perplexity']:.2f} "
         f"({change:+.1%}; chance of no gain {chance_of_no_gain(*losses):.2g} "
-        f"over {len(losses[0])} windows)"
+        f"over {len(losses[0])} windows)" + (f"; {noise:.2f} may be rounding" if noise else "")
     )

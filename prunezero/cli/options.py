@@ -13,6 +13,7 @@ import typer
 from prunezero.errors import RecipeError, reason, shortened
 
 if TYPE_CHECKING:
+    from prunezero.models.text import Text
     from prunezero.pruning.bench import Bench, Settings
     from prunezero.pruning.recipe import Recipe
 
@@ -47,7 +48,7 @@ Model = Annotated[
 ]
 TextName = Annotated[
     str,
-    typer.Option("--text", help="Hub dataset id, .txt/.jsonl/.parquet file, or `demo`."),
+    typer.Option("--text", help="Hub dataset id, .txt/.jsonl/.parquet file or folder, or `demo`."),
 ]
 Sparsity = Annotated[
     float | None, typer.Option(help="Fraction of the weights to remove, such as 0.5.")
@@ -319,6 +320,11 @@ def about_model(bench: Bench) -> str:
         f"{loaded.name}: {type(loaded.model).__name__}, {count / 1e6:.1f} M parameters, "
         f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}{left}"
     )
+
+
+def about_text(text: Text) -> str:
+    """One line on what was guessed about the text and left out of it; empty where nothing was."""
+    return f"text {text.name}: {'; '.join(text.notes)}" if text.notes else ""
 
 
 def _plain(data: Any) -> Any:

@@ -132,7 +132,15 @@ def _prune_in_memory(
     bench: Bench, recipe: Recipe, sparsity: float, output: Path | None
 ) -> dict[str, Any]:
     """Prune, measure, print, and save where an output is named; returns the pruned row."""
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say, waiting
+    from prunezero.cli.tables import (
+        Bars,
+        console,
+        results_table,
+        say,
+        say_about,
+        say_conditions,
+        waiting,
+    )
     from prunezero.models.saving import check_names
     from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.reordering import Reordering
@@ -140,7 +148,7 @@ def _prune_in_memory(
     from prunezero.report.saved_model import save_pruned
 
     name = bench.language_model.name
-    say(options.about_model(bench))
+    say_about([bench])
     layers = check_recipe(bench.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
     reordering = Reordering(bench.language_model, recipe, layers)
@@ -160,7 +168,7 @@ def _prune_in_memory(
     if steps is not None:
         shutil.rmtree(steps)
     console.print(results_table(rows, f"{recipe.name} on {name}"))
-    say(conditions(rows, name, bench))
+    say_conditions(rows, name, [bench])
     if output is not None:
         say(
             f"saved to {output}: {saved.zeros} of {saved.total} weights of {len(layers)} layers "

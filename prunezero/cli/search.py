@@ -117,7 +117,7 @@ def search(
     """
     from prunezero.cli.stopping import sigterm_interrupts, told_what_is_kept
     from prunezero.cli.tables import say
-    from prunezero.report.run_folder import run_folder
+    from prunezero.report.run_folder import refuse_foreign, run_folder
     from prunezero.report.track import Tracker
 
     seconds = options.seconds_of(time_limit)
@@ -131,6 +131,7 @@ def search(
     task = asked.task()
     name = name or time.strftime(f"{task.space.name}-%Y%m%d-%H%M%S")
     folder = folder or run_folder(runs_dir, name)
+    refuse_foreign(folder)
     with sigterm_interrupts():
         # Started first: MLflow needs seconds to open its database, and the model takes longer.
         tracker = Tracker(runs_dir)
@@ -164,22 +165,26 @@ def _opened(
 ) -> Session:
     """The search that was asked for, on its models and text, ready to run."""
     from prunezero.cli.tables import Bars
-    from prunezero.report.search_file import write_asked
+    from prunezero.report.search_file import forget_asked, write_asked
     from prunezero.searching.session import open_session
 
     bench, *others = asking.benches(asked, settings)
-    with Bars() as bars:
-        return open_session(
-            bench,
-            task,
-            folder,
-            also_benches=others,
-            resume=resume,
-            archive=folder.parent / "archive.jsonl",
-            staff=staff,
-            progress=bars,
-            opened=partial(write_asked, asked.settled(bench, task), folder),
-        )
+    try:
+        with Bars() as bars:
+            return open_session(
+                bench,
+                task,
+                folder,
+                also_benches=others,
+                resume=resume,
+                archive=folder.parent / "archive.jsonl",
+                staff=staff,
+                progress=bars,
+                opened=partial(write_asked, asked.settled(bench, task), folder),
+            )
+    except BaseException:
+        forget_asked(folder)
+        raise
 
 
 def _run(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunezero.cli import options
 from prunezero.errors import ModelError
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def prune_files(
     Raises:
         PruneZeroError: as `prune_streamed`.
     """
-    from prunezero.cli.tables import Bars, conditions, console, results_table, say
+    from prunezero.cli.tables import Bars, console, results_table, say, say_about, say_conditions
     from prunezero.models.memory import PeakMemory
     from prunezero.pruning.compare import SPLITS
     from prunezero.pruning.requirements import check_recipe
@@ -67,7 +66,7 @@ def prune_files(
     # Before anything that looks at the model as a whole.
     checked_sums(recipe, ids)
     with streamed.outlined():
-        say(options.about_model(bench))
+        say_about([bench])
         layers = check_recipe(bench.language_model, recipe, sparsity)
     measured = {split: bench.windows(split) for split in SPLITS}
     measuring = _checked_estimates(streamed, recipe, layers, ids, measured, limit)
@@ -90,7 +89,7 @@ def prune_files(
             raise
     name = bench.language_model.name
     console.print(results_table(report.rows, f"{recipe.name} on {name}"))
-    say(conditions(report.rows, name, bench))
+    say_conditions(report.rows, name, [bench])
     _tell(done, len(streamed.blocks), len(layers), limit, [peak.growth, measuring])
     memory = {"peak_bytes": done.peak_bytes, "estimated_bytes": done.need.total}
     return {**report.rows[-1], **memory, "blocks_before": done.blocks_before}
@@ -178,12 +177,14 @@ class _Report:
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
         from prunezero.models.streamed_evaluation import evaluate_streamed
+        from prunezero.pruning.bench import beginning
 
         settings = self.bench.settings
         row: dict[str, Any] = {
             "seed": settings.seed,
             "calibration_tokens": self.calibration_tokens,
             "sequence_length": settings.sequence_length,
+            **beginning([self.bench.begin_with]),
             "window_losses": {},
         }
         for split, windows in self.windows.items():

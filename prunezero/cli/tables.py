@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -59,8 +59,14 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
     winner = min(pruned, key=lambda row: row[best], default=None)
     for row in rows:
         style = "bold" if row is winner else None
-        table.add_row(*(cell(key, row.get(key)) for key in shown), style=style)
+        table.add_row(*(_with_rounding(key, row) for key in shown), style=style)
     return table
+
+
+def _with_rounding(key: str, row: Mapping[str, Any]) -> str:
+    """A cell of a row, and where it was measured what rounding alone changes in it."""
+    change = row.get(f"{key.removesuffix('_perplexity')}_rounding")
+    return cell(key, row.get(key)) + ("" if change is None else f" ±{cell(key, change)}")
 
 
 def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> None:
@@ -148,8 +154,9 @@ def one_line(row: dict[str, Any]) -> str:
 
 def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     """The line under a table that says how its numbers were measured."""
+    from prunezero.searching.regimes import seeds_of, windows_of
+
     row = rows[-1]
-    from prunezero.searching.regimes import seeds_of
 
     # Recipes of one table may choose layers each for themselves.
     chosen = {f"{word} {one[word]}" for one in rows for word in _LAYERS if word in one}
@@ -158,7 +165,7 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     what = "geometric mean of the perplexities" if row.get("regimes") else "perplexity"
     return (
         f"{what} of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
-        f"windows of {row['sequence_length']} tokens; "
+        f"{windows_of(row)}; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
         f"pattern {row['pattern']}, {seeds_of(row)}" + "".join(f", {told}" for told in alike)
     )
@@ -167,6 +174,35 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
 def _tells(row: dict[str, Any], told: str) -> bool:
     """Whether a row was measured with these layers alone, or without them."""
     return any(told == f"{word} {row.get(word)}" for word in _LAYERS)
+
+
+def say_about(benches: Sequence[Bench]) -> None:
+    """A line on each model at hand, and one on what was guessed about their text, if anything."""
+    from prunezero.cli.options import about_model, about_text
+
+    for bench in benches:
+        say(about_model(bench))
+    if told := about_text(benches[0].text):
+        say(told)
+
+
+def say_conditions(rows: Sequence[dict[str, Any]], model: str, benches: Sequence[Bench]) -> None:
+    """The line under a table, and what is to be doubted of its first row, the dense model's.
+
+    Args:
+        model: its name, or the names of several.
+        benches: on which the rows were measured.
+    """
+    from prunezero.pruning.soundness import dense_warnings
+
+    say(conditions(rows, model, benches[0]))
+    if any("test_rounding" in row for row in rows):
+        say(
+            "±: what the same calibration windows in reverse order change, which is rounding; no "
+            "smaller difference means anything"
+        )
+    for warning in dense_warnings(rows[0], benches):
+        say(f"warning: {warning}", style="yellow")
 
 
 class Bars:

@@ -39,8 +39,7 @@ def verify(
 
         prunezero verify runs/first --top 10 --json verified.json
     """
-    from prunezero.cli import options
-    from prunezero.cli.tables import Bars, console, say, waiting
+    from prunezero.cli.tables import Bars, console, say, say_about, waiting
     from prunezero.errors import SearchError
     from prunezero.report import verification
     from prunezero.report.run_summary import find_run, read_run
@@ -50,8 +49,7 @@ def verify(
     claimed = verification.claims(found, top)
     with waiting(f"loading model and text of {found.folder}"):
         benches = verification.benches_of(found)
-    for bench in benches:
-        say(options.about_model(bench))
+    say_about(benches)
     checks: list[Check] = []
     with Bars() as bars:
         total = len(claimed) * len(verification.SPLITS)

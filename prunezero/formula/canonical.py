@@ -1,9 +1,9 @@
 """One expression for each formula: what is printed, hashed and executed is the same tree.
 
-SymPy rewrites as it builds (`W/W` becomes 1, `sqrt(W**2)` becomes `|W|`). We let it, and then keep
-only the result: an expression is rebuilt from its leaves until it no longer changes. Numbers are
+`algebra.py` rewrites as it builds (`W/W` becomes 1, `sqrt(W**2)` becomes `|W|`), and only the
+result is kept: an expression is rebuilt from its leaves until it no longer changes. Numbers are
 rationals, so that no rounding depends on the order of rewriting; a sub-formula without features is
-folded in floats and never reaches SymPy, where `exp(exp(9**9))` would not come back.
+folded in floats.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Any
 import sympy
 
 from prunezero.errors import CriterionError, did_you_mean
+from prunezero.formula import algebra
+from prunezero.formula.constants import checked_exponent, number
 from prunezero.formula.features import FEATURES
-from prunezero.formula.functions import NAMED
+from prunezero.formula.functions import NAMED, stand_in
 from prunezero.formula.vocabulary import OPERATORS, Operator
 
-MAX_CONSTANT = 1e6
-MIN_CONSTANT = 1e-12
-MAX_EXPONENT = 8
-# A rational with larger parts than this is rounded to twelve significant digits.
-_MAX_FRACTION_PART = 10**6
 # The deepest rewriting seen in tests settles in two passes.
 _MAX_PASSES = 6
+# No formula that can be read has as many nodes, nor is as deep.
+_MOST_NODES, _MOST_DEPTH = 1024, 64
 
 _NUMERIC: dict[str, Callable[..., float]] = {
     "power": lambda x, e: math.pow(x if float(e).is_integer() else abs(x), e),
@@ -34,27 +33,8 @@ _NUMERIC: dict[str, Callable[..., float]] = {
     "exp": lambda x: math.exp(min(x, 80.0)),
     "tanh": math.tanh,
 }
-# Operators that are exact on rationals, where their SymPy form may compute.
+# Operators that are exact on rationals.
 _EXACT = {"add", "sub", "mul", "div", "neg", "abs", "sqr", "skip"}
-
-
-def number(value: int | float | sympy.Rational) -> sympy.Rational:
-    """A constant of a formula, exact where it is short, else rounded to twelve digits.
-
-    Raises:
-        CriterionError: the value is not finite, or too large or too small to be useful.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise CriterionError(f"a constant became {value}; every constant must be finite")
-    exact = sympy.Rational(repr(value)) if isinstance(value, float) else sympy.Rational(value)
-    if exact != 0 and not MIN_CONSTANT <= abs(exact) < MAX_CONSTANT:
-        size = "large" if abs(exact) > 1 else "small"
-        raise CriterionError(
-            f"a constant of this formula is too {size}; use {MIN_CONSTANT:g} to {MAX_CONSTANT:g}"
-        )
-    rounded = sympy.Rational(format(float(exact), ".12g"))
-    is_short = max(abs(exact.p), exact.q) <= _MAX_FRACTION_PART
-    return exact if is_short or exact == rounded else rounded
 
 
 def combine(operator: Operator, *arguments: Any) -> Any:
@@ -64,11 +44,14 @@ def combine(operator: Operator, *arguments: Any) -> Any:
         CriterionError: a constant is out of range, divides by zero, or is no valid exponent.
     """
     if operator.name == "power":
-        _check_exponent(arguments[1])
+        if not isinstance(arguments[1], sympy.Rational):
+            raise CriterionError("an exponent must be a constant")
+        checked_exponent(arguments[1])
     if operator.name == "div" and arguments[1] == 0:
         raise CriterionError("a formula divides by zero")
     if not all(isinstance(argument, sympy.Rational) for argument in arguments):
-        return operator.build(*arguments)
+        is_foreign = operator.torch is None and operator.name not in OPERATORS.own
+        return _written_out(operator, arguments) if is_foreign else operator.build(*arguments)
     if operator.name in _EXACT:
         return number(operator.build(*arguments))
     compute = _NUMERIC.get(operator.name)
@@ -80,14 +63,13 @@ def combine(operator: Operator, *arguments: Any) -> Any:
         raise CriterionError(f"{operator.name} of these constants is not finite") from error
 
 
-def _check_exponent(exponent: Any) -> None:
-    if not isinstance(exponent, sympy.Rational):
-        raise CriterionError("an exponent must be a constant")
-    if abs(exponent) > MAX_EXPONENT:
-        raise CriterionError(
-            f"an exponent is {float(exponent):g}; it must be within -{MAX_EXPONENT} and "
-            f"{MAX_EXPONENT}"
-        )
+def _written_out(operator: Operator, arguments: tuple[Any, ...]) -> Any:
+    """What another package's operator builds; it sees small stand-ins for what may be large."""
+    values = {
+        stand_in(argument, place, nonnegative=algebra.never_negative(argument)): argument
+        for place, argument in enumerate(arguments)
+    }
+    return _rebuild(operator.build(*values), dict(values))
 
 
 def canonical(expression: sympy.Basic) -> Any:
@@ -96,28 +78,57 @@ def canonical(expression: sympy.Basic) -> Any:
     Raises:
         CriterionError: it holds what the vocabulary does not, or never settles.
     """
+    _check_size(expression)
     for _ in range(_MAX_PASSES):
-        rebuilt = _rebuild(expression)
+        rebuilt = _rebuild(expression, {})
         if rebuilt == expression:
             return rebuilt
         expression = rebuilt
     raise CriterionError("the formula does not settle under simplification; write it more simply")
 
 
-def _rebuild(node: sympy.Basic) -> Any:
+def _check_size(expression: sympy.Basic) -> None:
+    """Refuse what no text could have built, before anything walks through it."""
+    level, count = [expression], 0
+    for _ in range(_MOST_DEPTH):
+        level = [argument for node in level for argument in node.args]
+        count += len(level)
+        if not level or count > _MOST_NODES:
+            break
+    if level:
+        raise CriterionError("a formula is too large or too deep; write a smaller one")
+
+
+def _rebuild(node: sympy.Basic, known: dict[Any, Any]) -> Any:
+    """The node from its leaves; `known` holds what is rebuilt already."""
+    if node not in known:
+        known[node] = _rebuilt(node, known)
+    return known[node]
+
+
+def _rebuilt(node: sympy.Basic, known: dict[Any, Any]) -> Any:
     if isinstance(node, sympy.Symbol):
         return feature_symbol(node.name)
     if isinstance(node, sympy.Rational):
         return number(node)
     if isinstance(node, sympy.Float):
         return number(float(node))
-    arguments = [_rebuild(argument) for argument in node.args]
+    arguments = [_rebuild(argument, known) for argument in node.args]
+    return with_arguments(node, arguments)
+
+
+def with_arguments(node: sympy.Basic, arguments: list[Any]) -> Any:
+    """The node's operator applied to other arguments.
+
+    Raises:
+        CriterionError: it is none of the vocabulary, or a constant is out of range.
+    """
     if isinstance(node, sympy.Add | sympy.Mul):
         operator = OPERATORS["add" if isinstance(node, sympy.Add) else "mul"]
         constants = [a for a in arguments if isinstance(a, sympy.Rational)]
         others = [a for a in arguments if not isinstance(a, sympy.Rational)]
-        # All at once: taking terms two by two would distribute factors that SymPy keeps together.
-        folded = [number(type(node)(*constants))] if constants else []
+        # All at once: taking terms two by two would distribute factors that we keep together.
+        folded = [number(operator.build(*constants))] if constants else []
         if not others:
             return folded[0]
         if isinstance(node, sympy.Mul) and folded:
@@ -127,10 +138,10 @@ def _rebuild(node: sympy.Basic) -> Any:
 
 
 def _distributed(factor: Any, others: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The factor multiplied into the first sum, as SymPy does for a factor and a sum alone."""
+    """The factor multiplied into the first sum, as `multiply` does for a factor and a sum alone."""
     for index, other in enumerate(others):
         if isinstance(other, sympy.Add):
-            inside = sympy.Add(*(sympy.Mul(factor, term) for term in other.args))
+            inside = algebra.add(*(algebra.multiply(factor, term) for term in other.args))
             return [], [*others[:index], inside, *others[index + 1 :]]
     return [factor], others
 

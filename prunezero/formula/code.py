@@ -14,6 +14,7 @@ from typing import Any
 
 import sympy
 
+from prunezero.formula.algebra import joint_shape, negated, power
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.functions import shape_of
 from prunezero.formula.printing import is_negated, split_quotient, split_sum
@@ -192,19 +193,19 @@ def _sum(node: Any, walk: _Walk) -> str:
         value = walk.take("neg", value, shape=shape_of(first))
     for operator, term in terms[1:]:
         shapes.append(term)
-        value = walk.take(operator, value, _value(term, walk), shape=_joint_shape(shapes))
+        value = walk.take(operator, value, _value(term, walk), shape=joint_shape(shapes))
     return value
 
 
 def _product(node: Any, walk: _Walk) -> str:
     if is_negated(node):
-        return walk.take("neg", _value(-node, walk), shape=shape_of(node))
+        return walk.take("neg", _value(negated(node), walk), shape=shape_of(node))
     above, below = split_quotient(node)
     first = above[0] if above else sympy.Integer(1)
     value, shapes = _value(first, walk), [first]
     for operator, factor in [("mul", f) for f in above[1:]] + [("div", f) for f in below]:
         shapes.append(factor)
-        value = walk.take(operator, value, _value(factor, walk), shape=_joint_shape(shapes))
+        value = walk.take(operator, value, _value(factor, walk), shape=joint_shape(shapes))
     return value
 
 
@@ -212,7 +213,7 @@ def _power(node: Any, walk: _Walk) -> str:
     base, exponent = node.args
     shape = shape_of(node)
     if exponent.is_negative:
-        below = _value(sympy.Pow(base, -exponent), walk)
+        below = _value(power(base, -exponent), walk)
         return walk.take("div", "1.0", below, shape=shape)
     value = _value(base, walk)
     if exponent == _HALF:
@@ -226,7 +227,3 @@ def _power(node: Any, walk: _Walk) -> str:
     for _ in range(int(exponent) - 2):
         result = walk.take("mul", result, value, shape=shape)
     return result
-
-
-def _joint_shape(nodes: list[Any]) -> str:
-    return shape_of(sympy.Tuple(*nodes))

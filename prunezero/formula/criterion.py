@@ -7,19 +7,22 @@ expressions are, whatever text they were written as.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import sympy
 
-from prunezero.errors import CriterionError, did_you_mean
+from prunezero.errors import CriterionError, FormulaWarning, did_you_mean
+from prunezero.formula.algebra import changes, negated
 from prunezero.formula.canonical import canonical, combine
+from prunezero.formula.constants import number
 from prunezero.formula.features import FEATURES, dearest
 from prunezero.formula.functions import shape_of
 from prunezero.formula.printing import is_negated, latex_of, split_quotient, split_sum, text_of
-from prunezero.formula.reading import check_readable, read
+from prunezero.formula.reading import MAX_DEPTH, MAX_NODES, check_readable, read
 from prunezero.formula.vocabulary import OPERATORS
 
 # Pruner-Zero's code by its own names; `W`, `X` and `G` are what it stores under those letters:
@@ -58,8 +61,12 @@ class Criterion:
 
         Raises:
             CriterionError: it is no formula over the vocabulary, or ranks nothing.
+
+        Warns:
+            FormulaWarning: the formula means its simplified form, which somewhere differs from the
+                text; see `algebra.py`.
         """
-        return cls.from_sympy(read(text))
+        return _told(lambda: read(text), " ".join(text.split()))
 
     @classmethod
     def from_sympy(cls, expression: sympy.Expr) -> Criterion:
@@ -87,7 +94,8 @@ class Criterion:
 
         Source: Dong et al. 2024, arXiv:2406.02924.
         """
-        return cls.from_sympy(_from_pruner_zero(tree, depth=16))
+        _check_tree(tree)
+        return _told(lambda: _from_pruner_zero(tree, MAX_DEPTH), "this tree")
 
     def __str__(self) -> str:
         return self.text
@@ -135,6 +143,22 @@ class Criterion:
         return _depth(self.sympy)
 
 
+def _told(build: Callable[[], Any], typed: str) -> Criterion:
+    """The criterion that `build` makes; a warning says where it differs from what was typed."""
+    with changes() as while_read:
+        expression = build()
+    with changes() as afterwards:
+        criterion = Criterion.from_sympy(expression)
+    points = sorted(while_read | afterwards)
+    if points:
+        warnings.warn(
+            f"{typed} is read as {criterion.text}, which differs from it {', and '.join(points)}",
+            FormulaWarning,
+            stacklevel=3,
+        )
+    return criterion
+
+
 def complexity_of(node: Any) -> int:
     """How many words the text of an expression takes: features, numbers and operators."""
     if isinstance(node, sympy.Add):
@@ -143,7 +167,7 @@ def complexity_of(node: Any) -> int:
         return sum(map(complexity_of, [*added, *taken])) + len(node.args) - bool(added)
     if isinstance(node, sympy.Mul) or _is_negative_power(node):
         if is_negated(node):
-            return 1 + complexity_of(-node)
+            return 1 + complexity_of(negated(node))
         above, below = split_quotient(node)
         factors = [*(above or [sympy.Integer(1)]), *below]
         return sum(map(complexity_of, factors)) + len(factors) - 1
@@ -162,9 +186,23 @@ def _depth(node: Any) -> int:
     return 1 + max((_depth(argument) for argument in node.args), default=0)
 
 
+def _check_tree(tree: object) -> None:
+    """Refuse what has more nodes than a text may have words."""
+    level, count = [tree], 0
+    while level and count <= MAX_NODES:
+        count += len(level)
+        nodes = [node for node in level if isinstance(node, Mapping)]
+        sides = (node.get(side) for node in nodes for side in ("left", "right"))
+        level = [side for side in sides if side is not None]
+    if level:
+        raise CriterionError(f"a Pruner-Zero tree may have at most {MAX_NODES} nodes")
+
+
 def _from_pruner_zero(node: Any, depth: int) -> Any:
     if not isinstance(node, Mapping) or not isinstance(node.get("data"), str) or depth == 0:
-        raise CriterionError("a Pruner-Zero tree needs nodes with 'data', at most 16 deep")
+        raise CriterionError(
+            f"a Pruner-Zero tree needs nodes with 'data', at most {MAX_DEPTH} deep"
+        )
     word = node["data"]
     if word in _PRUNER_ZERO_TERMINALS:
         return read(_PRUNER_ZERO_TERMINALS[word])
@@ -180,5 +218,6 @@ def _from_pruner_zero(node: Any, depth: int) -> Any:
     child = node["left"] if node.get("left") is not None else node.get("right")
     inner = _from_pruner_zero(child, depth - 1)
     if word == "log":
-        return combine(OPERATORS["log"], sympy.Add(sympy.Abs(inner), sympy.Rational(1, 1000)))
+        shifted = combine(OPERATORS["add"], combine(OPERATORS["abs"], inner), number(0.001))
+        return combine(OPERATORS["log"], shifted)
     return combine(OPERATORS[_PRUNER_ZERO_UNARY[word]], inner)

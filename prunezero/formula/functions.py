@@ -11,6 +11,7 @@ with as few entries as it has, and broadcasts to the weight:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -48,25 +49,11 @@ class _RealFunction(sympy.Function):  # type: ignore[misc, unused-ignore]
         # SymPy would take a function called `set` or `int` for such a thing.
         return f"{type(self).__name__}({printer._print(self.args[0])})"
 
-    def _latex(self, printer: Any, exp: str | None = None) -> str:
-        name = type(self).__name__.replace("_", r"\_")
-        power = f"^{{{exp}}}" if exp is not None else ""
-        return rf"\operatorname{{{name}}}{power}\left({printer._print(self.args[0])}\right)"
-
 
 class MatrixFunction(_RealFunction):
     """A function of a whole matrix; a reduction `leaves` a shape, a scaling keeps the shape."""
 
     leaves: tuple[bool, bool] | None = None
-
-    @classmethod
-    def eval(cls, argument: sympy.Expr) -> sympy.Expr | None:
-        """SymPy's hook for identities: the value itself where there is nothing to reduce."""
-        if cls.leaves is not None and _reduced(shape_of(argument), cls.leaves) == shape_of(
-            argument
-        ):
-            return sympy.Abs(argument) if cls.never_negative else argument
-        return None
 
 
 class Elementwise(_RealFunction):
@@ -108,10 +95,24 @@ MINMAX = _function(MatrixFunction, "minmax", never_negative=True)
 ZSCORE = _function(MatrixFunction, "zscore")
 
 
+def stand_in(expression: sympy.Basic, place: int, *, nonnegative: bool) -> sympy.Symbol:
+    """A symbol of the shape and sign of an expression, to build with what may be large."""
+    sign = {"nonnegative": True} if nonnegative else {"real": True}
+    return sympy.Symbol(f"{shape_of(expression)} {place}", **sign)
+
+
+def reduces_nothing(function: type[MatrixFunction], argument: sympy.Basic) -> bool:
+    """Whether a value does not vary along the axes that a reduction takes away."""
+    shape = shape_of(argument)
+    return function.leaves is not None and _reduced(shape, function.leaves) == shape
+
+
+@lru_cache(maxsize=4096)
 def shape_of(expression: sympy.Basic) -> str:
     """The shape of a formula, from the shapes of its features."""
     if isinstance(expression, sympy.Symbol):
-        return FEATURES[expression.name].shape
+        name = expression.name
+        return FEATURES[name].shape if name in FEATURES else name.split()[0]
     shapes = [AXES[shape_of(argument)] for argument in expression.args]
     shape = SHAPES[any(row for row, _ in shapes), any(column for _, column in shapes)]
     if isinstance(expression, MatrixFunction) and expression.leaves is not None:

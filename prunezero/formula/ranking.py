@@ -12,7 +12,17 @@ from typing import Any
 import sympy
 
 from prunezero.errors import CriterionError
-from prunezero.formula.canonical import MAX_EXPONENT, canonical, number
+from prunezero.formula.algebra import (
+    absolute,
+    add,
+    base_and_exponent,
+    coefficient,
+    multiply,
+    never_negative,
+    power,
+)
+from prunezero.formula.canonical import canonical
+from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.functions import MINMAX, ZSCORE, shape_of
 
 # Shapes of a value that is the same for all weights that compete in a row or in the model; each
@@ -53,7 +63,7 @@ def _simpler(node: Any, compare: str) -> Any:
     """One step towards the ranking form; the node itself where there is none."""
     if isinstance(node, sympy.exp | sympy.tanh):
         return node.args[0]
-    if isinstance(node, sympy.log) and _never_negative(node.args[0]):
+    if isinstance(node, sympy.log) and never_negative(node.args[0]):
         return node.args[0]
     # Their scale is the layer's own.
     if isinstance(node, MINMAX | ZSCORE) and compare != "model":
@@ -68,22 +78,42 @@ def _simpler(node: Any, compare: str) -> Any:
 def _sum(node: Any, compare: str) -> Any:
     terms = [term for term in node.args if not _is_constant(term, compare)]
     if len(terms) < len(node.args):
-        return sympy.Add(*terms)
-    common = sympy.factor_terms(node)
-    if isinstance(common, sympy.Mul):
-        lighter = _product(common, compare)
-        if lighter != common:
-            return lighter
+        return add(*terms)
+    if common := _common_factors(node):
+        inside = add(*(_divided(term, common) for term in node.args))
+        seen = [one for one in (*common, inside) if not _is_unseen(one, compare)]
+        if len(seen) <= len(common):
+            return multiply(*seen)
     # One coefficient is 1: a mask sees only ratios of them.
-    first = abs(min(node.args, key=_without_coefficient).as_coeff_Mul()[0])
+    first = abs(coefficient(min(node.args, key=_without_coefficient))[0])
     if first == 1:
         return node
-    parts = [term.as_coeff_Mul() for term in node.args]
-    return sympy.Add(*(_short(number / first) * rest for number, rest in parts))
+    parts = [coefficient(term) for term in node.args]
+    return add(*(multiply(_short(number / first), rest) for number, rest in parts))
+
+
+def _common_factors(total: Any) -> list[Any]:
+    """The powers that every term of a sum has, each with the exponent nearest to 0."""
+    terms = [_powers(term) for term in total.args]
+    common = []
+    for base in terms[0]:
+        exponents = [powers.get(base, 0) for powers in terms]
+        if len({sympy.sign(one) for one in exponents}) == 1:
+            common.append(power(base, min(exponents, key=abs)))
+    return common
+
+
+def _powers(term: Any) -> dict[Any, Any]:
+    _, rest = coefficient(term)
+    return dict(map(base_and_exponent, sympy.Mul.make_args(rest))) if rest != 1 else {}
+
+
+def _divided(term: Any, factors: list[Any]) -> Any:
+    return multiply(term, *(power(one, sympy.Integer(-1)) for one in factors))
 
 
 def _without_coefficient(term: Any) -> str:
-    return str(term.as_coeff_Mul()[1])
+    return str(coefficient(term)[1])
 
 
 def _product(node: Any, compare: str) -> Any:
@@ -92,22 +122,25 @@ def _product(node: Any, compare: str) -> Any:
     for factor in node.args:
         if isinstance(factor, sympy.Rational):
             kept.append(sympy.sign(factor))
-        elif not (_is_constant(factor, compare) and _never_negative(factor)):
+        elif not _is_unseen(factor, compare):
             kept.append(factor)
-    return sympy.Mul(*kept)
+    return multiply(*kept)
+
+
+def _is_unseen(factor: Any, compare: str) -> bool:
+    return _is_constant(factor, compare) and never_negative(factor)
 
 
 def _scaled_exponents(node: Any) -> Any:
     """A product of powers that are never negative, raised so that one exponent is 1 or -1."""
     powers = []
     for factor in sympy.Mul.make_args(node):
-        base, exponent = factor.as_base_exp() if isinstance(factor, sympy.Pow) else (factor, 1)
-        if isinstance(factor, sympy.exp) or not isinstance(exponent, sympy.Rational | int):
+        base, exponent = base_and_exponent(factor)
+        if isinstance(factor, sympy.exp) or not isinstance(exponent, sympy.Rational):
             return node
-        is_even = sympy.Rational(exponent).is_integer and exponent % 2 == 0
-        if not (_never_negative(base) or is_even):
+        if not never_negative(factor):
             return node
-        powers.append((base if _never_negative(base) else sympy.Abs(base), exponent))
+        powers.append((absolute(base), exponent))
     # The weight's own exponent where there is one, as papers write it.
     _, chosen = min(
         powers, key=lambda power: ("W" not in map(str, power[0].free_symbols), str(power))
@@ -115,7 +148,7 @@ def _scaled_exponents(node: Any) -> Any:
     scale = 1 / abs(sympy.Rational(chosen))
     if scale == 1 or any(abs(exponent * scale) > MAX_EXPONENT for _, exponent in powers):
         return node
-    return sympy.Mul(*(sympy.Pow(base, _short(exponent * scale)) for base, exponent in powers))
+    return multiply(*(power(base, _short(exponent * scale)) for base, exponent in powers))
 
 
 def _short(value: Any) -> Any:
@@ -127,14 +160,3 @@ def _short(value: Any) -> Any:
 def _is_constant(node: Any, compare: str) -> bool:
     shapes = _CONSTANT_SHAPES.get(compare, _CONSTANT_IN_LAYER)
     return not node.free_symbols or shape_of(node) in shapes
-
-
-def _never_negative(node: Any) -> bool:
-    """Whether no value of it is below 0; SymPy alone doubts 1/X, since X might be 0."""
-    if isinstance(node, sympy.Mul):
-        return all(map(_never_negative, node.args))
-    if isinstance(node, sympy.Pow) and not isinstance(node, sympy.exp):
-        exponent = node.args[1]
-        is_even = bool(exponent.is_integer) and exponent % 2 == 0
-        return is_even or _never_negative(node.args[0])
-    return bool(node.is_nonnegative)

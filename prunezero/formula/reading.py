@@ -12,7 +12,8 @@ import warnings
 from typing import Any
 
 from prunezero.errors import CriterionError, did_you_mean
-from prunezero.formula.canonical import MAX_CONSTANT, combine, feature_symbol, number
+from prunezero.formula.canonical import combine, feature_symbol
+from prunezero.formula.constants import MAX_CONSTANT, number
 from prunezero.formula.features import FEATURES
 from prunezero.formula.vocabulary import OPERATORS
 

@@ -14,10 +14,12 @@ Values are real and float32. Where mathematics would refuse, a score must still 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import sympy
 
+from prunezero.formula import algebra
 from prunezero.formula.features import FEATURES, SIGNALS, Feature
 from prunezero.formula.functions import MINMAX, REDUCTIONS, ZSCORE
 from prunezero.formula.operators import Operator, elementwise
@@ -26,38 +28,20 @@ from prunezero.formula.plugins import Vocabulary
 __all__ = ["FEATURES", "OPERATORS", "SIGNALS", "Feature", "Operator", "elementwise"]
 
 
-def _absolute(x: Any) -> Any:
-    """|x|, factor by factor; SymPy alone leaves |1/X|, since X might be zero."""
-    if isinstance(x, sympy.Mul):
-        return sympy.Mul(*map(_absolute, x.args))
-    if isinstance(x, sympy.Pow) and not isinstance(x, sympy.exp):
-        return sympy.Pow(_absolute(x.args[0]), x.args[1])
-    return x if x.is_nonnegative else sympy.Abs(x)
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    """`base ** exponent`; with a fraction the base is |base|, so that the value is real."""
-    return sympy.Pow(base if exponent.is_integer else _absolute(base), exponent)
-
-
 def _square(x: Any) -> Any:
-    return sympy.Pow(x, 2)
+    return algebra.power(x, sympy.Integer(2))
 
 
 def _square_root(x: Any) -> Any:
-    return sympy.Pow(_absolute(x), sympy.Rational(1, 2))
-
-
-def _logarithm(x: Any) -> Any:
-    return sympy.log(_absolute(x))
+    return algebra.power(x, sympy.Rational(1, 2))
 
 
 def _divide(x: Any, y: Any) -> Any:
-    return sympy.Mul(x, sympy.Pow(y, -1))
+    return algebra.multiply(x, algebra.power(y, sympy.Integer(-1)))
 
 
 def _divide_by_norm(x: Any, y: Any) -> Any:
-    return _divide(x, REDUCTIONS["layer_norm"](y))
+    return _divide(x, algebra.applied(REDUCTIONS["layer_norm"], y))
 
 
 def _identity(x: Any) -> Any:
@@ -65,17 +49,15 @@ def _identity(x: Any) -> Any:
 
 
 def _subtract(x: Any, y: Any) -> Any:
-    return sympy.Add(x, sympy.Mul(-1, y))
-
-
-def _negate(x: Any) -> Any:
-    return sympy.Mul(-1, x)
+    return algebra.add(x, algebra.negated(y))
 
 
 _ARITHMETIC = (
-    Operator("add", 2, "x + y", "sum", sympy.Add, "{0} + {1}", "{0} + {1}", unit="common"),
+    Operator("add", 2, "x + y", "sum", algebra.add, "{0} + {1}", "{0} + {1}", unit="common"),
     Operator("sub", 2, "x - y", "difference", _subtract, "{0} - {1}", "{0} - {1}", unit="common"),
-    Operator("mul", 2, "x * y", "product", sympy.Mul, "{0} * {1}", "{0} * {1}", unit="product"),
+    Operator(
+        "mul", 2, "x * y", "product", algebra.multiply, "{0} * {1}", "{0} * {1}", unit="product"
+    ),
     Operator(
         "div",
         2,
@@ -92,7 +74,7 @@ _ARITHMETIC = (
         2,
         "x ** 0.5",
         "power with a constant; |x| where the exponent is no whole number",
-        _power,
+        algebra.power,
         "torch.pow({0}, {1})",
         "tl.exp({1} * tl.log({0}))",
         sign="nonnegative",
@@ -108,13 +90,13 @@ _TANH = (
 )
 
 _ELEMENTWISE = (
-    Operator("neg", 1, "-x", "negative", _negate, "-{0}", "-{0}"),
+    Operator("neg", 1, "-x", "negative", algebra.negated, "-{0}", "-{0}"),
     Operator(
         "abs",
         1,
         "abs(x)",
         "absolute value",
-        _absolute,
+        algebra.absolute,
         "torch.abs({0})",
         "tl.abs({0})",
         sign="nonnegative",
@@ -146,7 +128,7 @@ _ELEMENTWISE = (
         1,
         "log(x)",
         "natural logarithm of |x|, of at least 1e-12",
-        _logarithm,
+        algebra.logarithm,
         "torch.log(torch.clamp({0}, min=1e-12))",
         "tl.log(tl.maximum({0}, 1e-12))",
         unit="none",
@@ -156,7 +138,7 @@ _ELEMENTWISE = (
         1,
         "exp(x)",
         "exponential of at most 80",
-        sympy.exp,
+        algebra.exponential,
         "torch.exp(torch.clamp({0}, max=80.0))",
         "tl.exp(tl.minimum({0}, 80.0))",
         sign="nonnegative",
@@ -167,7 +149,7 @@ _ELEMENTWISE = (
         1,
         "tanh(x)",
         "hyperbolic tangent",
-        sympy.tanh,
+        algebra.hyperbolic_tangent,
         "torch.tanh({0})",
         _TANH,
         sign="as argument",
@@ -194,7 +176,7 @@ def _reduction(name: str) -> Operator:
         1,
         f"{name}(x)",
         f"{'L2 norm' if kind == 'norm' else kind} of {_LEFT[left]}",
-        REDUCTIONS[name],
+        partial(algebra.applied, REDUCTIONS[name]),
         _SUMMED[kind].replace("{dims}", _DIMS[left]),
         sign="nonnegative" if kind == "norm" else "as argument",
     )
@@ -207,7 +189,7 @@ _WHOLE_MATRIX = (
         1,
         "minmax(x)",
         "scaled to 0..1 by the layer's smallest and largest value",
-        MINMAX,
+        partial(algebra.applied, MINMAX),
         "({0} - {0}.amin((-2, -1), keepdim=True)) / torch.where("
         "{0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), torch.inf, "
         "{0}.amax((-2, -1), keepdim=True) - {0}.amin((-2, -1), keepdim=True))",
@@ -219,7 +201,7 @@ _WHOLE_MATRIX = (
         1,
         "zscore(x)",
         "scaled to mean 0 and standard deviation 1 over the layer",
-        ZSCORE,
+        partial(algebra.applied, ZSCORE),
         "({0} - {0}.mean((-2, -1), keepdim=True, dtype=torch.float64).float()) / torch.where("
         "{0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), torch.inf, "
         "{0}.double().std((-2, -1), correction=0, keepdim=True).float())",

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 # By their names in small letters: what loaders read beside weights, and the terms of the model.
@@ -80,9 +80,11 @@ def places_of_companions(folder: Path, *, ours: Collection[str] = ()) -> dict[st
 
 
 def _other_names(name: str) -> Iterator[str]:
-    stem, dot, ending = name.rpartition(".")
-    yield f"{stem}.source{dot}{ending}"
-    yield from (f"{stem}.source{number}{dot}{ending}" for number in count(2))
+    path = PurePosixPath(name)
+    yield str(path.with_name(f"{path.stem}.source{path.suffix}"))
+    yield from (
+        str(path.with_name(f"{path.stem}.source{number}{path.suffix}")) for number in count(2)
+    )
 
 
 def copy_companions(source: Path, target: Path, *, ours: Collection[str] = ()) -> None:

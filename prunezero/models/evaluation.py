@@ -22,7 +22,14 @@ from prunezero.models.language_model import LanguageModel
 from prunezero.models.saving import SavedSparsity, count_sparsity
 from prunezero.models.windows import check_windows
 
-__all__ = ["Evaluation", "SavedSparsity", "count_sparsity", "dense_reference", "evaluate"]
+__all__ = [
+    "Evaluation",
+    "SavedSparsity",
+    "count_sparsity",
+    "dense_reference",
+    "evaluate",
+    "frequency_perplexity",
+]
 
 # Tokens whose logits exist together.
 CHUNK = 512
@@ -96,6 +103,22 @@ def evaluate(
         seconds=time.perf_counter() - started,
         window_losses=tuple(losses),
     )
+
+
+def frequency_perplexity(windows: Tensor, seen: Tensor, vocabulary: int) -> float:
+    """Perplexity on windows of a model that knows how frequent tokens are, and nothing else.
+
+    Args:
+        windows: token ids [count, length]; as by `evaluate`, the first of each is not predicted.
+        seen: token ids of other text, [count, length], in which it counts.
+        vocabulary: tokens that there are; those not seen share the chance of a new one.
+
+    Source: Witten and Bell 1991, method C, doi:10.1109/18.87000.
+    """
+    counts = torch.bincount(seen[:, 1:].flatten(), minlength=vocabulary).double()
+    kinds = int((counts > 0).sum())
+    chances = (counts + kinds / vocabulary) / (counts.sum() + kinds)
+    return math.exp(-float(chances[windows[:, 1:]].log().mean()))
 
 
 # From final hidden states [tokens, hidden] to logits [tokens, vocabulary].

@@ -86,7 +86,7 @@ class StreamedModel:
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.language_model.device)
         run = partial(record_calls, model.base_model, self.blocks, ids)
         with self.outside(), self.block(0):
-            refuse_own_changes(model, self.language_model.name, run)
+            refuse_own_changes(model, called, run)
         # Which layers are called is seen without their weights.
         with self.outside(), self.outlined(), torch.no_grad():
             note_calls(model, partial(model.base_model, ids, use_cache=False))

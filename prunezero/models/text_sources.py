@@ -1,33 +1,61 @@
-"""How do files, folders and hub datasets become documents?"""
+"""How do files, folders and hub datasets become documents, and what was guessed on the way?"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prunezero.errors import TextError, did_you_mean, reason
 from prunezero.models.names import is_spelled_as_path
+from prunezero.models.running_text import FEWEST_DOCUMENTS, are_lines, cut_running_text
+from prunezero.models.text_rows import (
+    COLUMNS,
+    ending_of,
+    is_compressed,
+    json_rows,
+    open_text,
+    parquet_rows,
+    read_rows,
+)
 
 OWN_SPLITS = ("train", "validation", "test")
-COLUMNS = ("text", "content")
-# datasets' name of the reader, by file suffix.
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS: Mapping[str, Callable[[Path], Iterable[Any]]] = {
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".parquet": parquet_rows,
+}
 SUFFIXES = (".txt", *READERS)
-# A split is read no further: it is far more text than any run uses.
-MOST_CHARACTERS = 20_000_000
-# Running text without articles is cut into documents of this many characters, or more and shorter
-# ones when there is too little of it.
-DOCUMENT_CHARACTERS = 2000
-FEWEST_DOCUMENTS = 40
-# A line that WikiText begins every article with.
-ARTICLE_HEADING = re.compile(r"^[ ]?= [^=\n]+ = ?$", re.M)
+# A whole word of a name that says which split it holds.
+_SPLIT_WORD = re.compile(
+    r"(?<![a-z])(?:(train)|(valid|val|dev)|(test))(?:ing|ation|elopment|s)?(?:[-_ ]?set)?(?![a-z])",
+    re.I,
+)
+# More are counted, not named.
+_MOST_NAMES = 3
 
 
-def read_documents(name: str) -> dict[str, list[str]]:
-    """Documents by the source's own splits; all under "train" when it has none.
+@dataclass
+class TextSource:
+    """Documents, and what a reader should know of how they came about."""
+
+    documents: dict[str, list[str]] = field(default_factory=dict)
+    """by the source's own splits; all under "train" when it has none"""
+    guesses: list[str] = field(default_factory=list)
+    """each in a few words, none twice"""
+    left_out: int = 0
+    """rows and files without text"""
+
+    def guess(self, words: str) -> None:
+        """Keep what was guessed, unless it is known already."""
+        if words not in self.guesses:
+            self.guesses.append(words)
+
+
+def read_source(name: str) -> TextSource:
+    """The documents of a source.
 
     Args:
         name: a file, a folder, or a hub dataset id with an optional ":configuration".
@@ -35,99 +63,133 @@ def read_documents(name: str) -> dict[str, list[str]]:
     Raises:
         TextError: the source cannot be found or read.
     """
-    return _explained(name, lambda: _read(name))
+    source = TextSource()
+    _explained(name, lambda: _read(name, source))
+    return source
 
 
-def _read(name: str) -> dict[str, list[str]]:
+def _read(name: str, source: TextSource) -> None:
     path = Path(name).expanduser()
     if path.is_file():
-        return {"train": _read_file(path)}
-    if path.is_dir():
-        return _read_folder(path)
-    if is_spelled_as_path(name) or path.suffix in SUFFIXES or not name:
+        source.documents["train"] = _read_file(path, source)
+    elif path.is_dir():
+        _read_folder(path, source)
+    elif is_spelled_as_path(name) or ending_of(path) in SUFFIXES or not name:
         raise TextError(
             f"there is no text file or folder '{name}'; give one, a hub dataset id, or 'demo'"
         )
-    return _read_hub(name)
+    else:
+        _read_hub(name, source)
 
 
-def _read_folder(folder: Path) -> dict[str, list[str]]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
+def _read_folder(folder: Path, source: TextSource) -> None:
+    files = _text_files(folder.iterdir())
+    if not files:
+        files = _text_files(folder.rglob("*"))
     if not files:
         raise TextError(f"folder '{folder}' holds no {', '.join(SUFFIXES)} file")
     by_split: dict[str, list[Path]] = {}
     for file in files:
-        by_split.setdefault(_own_split(file.stem), []).append(file)
-    return {
-        split: [text for file in some for text in _read_file(file, is_one=_are_many(some))]
-        for split, some in by_split.items()
-    }
+        by_split.setdefault(_own_split(file.relative_to(folder)), []).append(file)
+    if list(by_split) != ["train"]:
+        told = (f"{split} split: {_names(some, folder)}" for split, some in by_split.items())
+        source.guess("; ".join(told))
+    elif len(files) > 1:
+        source.guess(f"read from {_names(files, folder)}")
+    for split, some in by_split.items():
+        # Whether each .txt file may be a document of its own.
+        are_documents = len(some) >= FEWEST_DOCUMENTS
+        source.documents[split] = [
+            text for file in some for text in _read_file(file, source, is_one=are_documents)
+        ]
 
 
-def _are_many(files: list[Path]) -> bool:
-    """Whether each .txt file may be a document of its own."""
-    return len(files) >= FEWEST_DOCUMENTS
+def _text_files(paths: Iterable[Path]) -> list[Path]:
+    """Files of known endings, without those of editors and file systems; broken links too."""
+    return sorted(
+        path
+        for path in paths
+        if ending_of(path) in SUFFIXES
+        and not path.name.startswith(".")
+        and (path.is_file() or path.is_symlink())
+        and not path.is_dir()
+    )
 
 
-def _own_split(stem: str) -> str:
-    starts = {"valid": "validation", "dev": "validation", "test": "test"}
-    return next((split for start, split in starts.items() if stem.startswith(start)), "train")
+def _names(files: Sequence[Path], folder: Path) -> str:
+    names = [str(file.relative_to(folder)) for file in files]
+    if len(names) > _MOST_NAMES:
+        return f"{len(names)} files from {names[0]} to {names[-1]}"
+    return ", ".join(names)
 
 
-def _read_file(path: Path, *, is_one: bool = False) -> list[str]:
-    if path.suffix not in SUFFIXES:
+def _own_split(path: Path) -> str:
+    """The split that a name speaks of, or the nearest folder above; a name may speak of none."""
+    for part in reversed(path.parts):
+        spoken = [match for match in _SPLIT_WORD.finditer(part)]
+        splits = {OWN_SPLITS[(match.lastindex or 1) - 1] for match in spoken}
+        if len(splits) == 1:
+            return splits.pop()
+    return "train"
+
+
+def _read_file(path: Path, source: TextSource, *, is_one: bool = False) -> list[str]:
+    ending = ending_of(path)
+    if ending not in SUFFIXES or (ending == ".parquet" and is_compressed(path)):
         raise TextError(
             f"'{path}' is no text file{did_you_mean(path.suffix, SUFFIXES)}; "
-            f"known endings: {', '.join(SUFFIXES)}"
+            f"known endings: {', '.join(SUFFIXES)}, and .gz, .bz2, .xz or .zst behind"
         )
-    if path.suffix == ".txt":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            raise TextError(
-                f"'{path}' cannot be read as UTF-8 text ({reason(error, path)})"
-            ) from error
-        return [text] if is_one else cut_running_text(text)
-    reader = READERS[path.suffix]
-    rows = _stream(str(path), reader, data_files={"train": [str(path)]})
-    return _documents_of(str(path), rows["train"])
+    if ending != ".txt":
+        return _documents_of(str(path), READERS[ending](path), source)
+    try:
+        with open_text(path) as file:
+            text = file.read()
+    except (UnicodeError, OSError, EOFError) as error:
+        raise TextError(f"'{path}' cannot be read as UTF-8 text ({reason(error, path)})") from error
+    if is_one:
+        source.guess("each .txt file is a document")
+        return _with_text([text], source)
+    documents, where = cut_running_text(text)
+    source.guess(f"running text is cut {where}")
+    return documents
 
 
-def _read_hub(name: str) -> dict[str, list[str]]:
-    dataset, _, configuration = name.partition(":")
-    splits = _stream(name, dataset, *([configuration] if configuration else []))
-    found = {split: _documents_of(name, splits[split]) for split in splits if split in OWN_SPLITS}
-    return found or {"train": _documents_of(name, splits[next(iter(splits))])}
-
-
-def _stream(name: str, *args: str, **kwargs: Any) -> dict[str, Iterable[dict[str, Any]]]:
+def _read_hub(name: str, source: TextSource) -> None:
     from datasets import load_dataset
 
-    return _explained(name, lambda: load_dataset(*args, streaming=True, **kwargs))
+    dataset, _, configuration = name.partition(":")
+    splits = load_dataset(dataset, *([configuration] if configuration else []), streaming=True)
+    own = [split for split in splits if split in OWN_SPLITS]
+    if not own:
+        own = [next(iter(splits))]
+    if left := [split for split in splits if split not in own]:
+        source.guess(f"of its splits {', '.join(own)} without {', '.join(left)}")
+    for split in own:
+        place = split if split in OWN_SPLITS else "train"
+        source.documents[place] = _documents_of(name, splits[split], source)
 
 
-def _documents_of(name: str, rows: Iterable[dict[str, Any]]) -> list[str]:
+def _documents_of(name: str, rows: Iterable[Any], source: TextSource) -> list[str]:
     """Rows as documents; rows that are lines of one running text are joined and cut anew."""
-    texts = _explained(name, lambda: list(_texts(name, rows)))
-    if all(text.strip() for text in texts):
-        return texts
+    read = _explained(name, lambda: read_rows(name, rows))
+    if read.column != COLUMNS[0]:
+        source.guess(f"documents stand in column '{read.column}'")
+    if not read.is_whole:
+        source.guess(f"the first {len(read.texts):,} rows are more than enough")
+    if not are_lines(read.texts):
+        return _with_text(read.texts, source)
     # As papers join the rows of WikiText, whose own line ends stay: their perplexities hang on it.
-    return cut_running_text("\n\n".join(texts))
+    documents, where = cut_running_text("\n\n".join(read.texts))
+    source.guess(f"rows are lines of running text, which is cut {where}")
+    return documents
 
 
-def _texts(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    characters = 0
-    for row in rows:
-        column = next((column for column in COLUMNS if isinstance(row.get(column), str)), None)
-        if column is None:
-            raise TextError(
-                f"text '{name}' has no column {' or '.join(COLUMNS)} with text; "
-                f"its columns are {', '.join(row)}"
-            )
-        yield row[column]
-        characters += len(row[column])
-        if characters >= MOST_CHARACTERS:
-            return
+def _with_text(texts: Sequence[str], source: TextSource) -> list[str]:
+    """Those with text in them; the others are counted."""
+    found = [text for text in texts if text.strip()]
+    source.left_out += len(texts) - len(found)
+    return found
 
 
 def _explained(name: str, read: Callable[[], Any]) -> Any:
@@ -138,35 +200,3 @@ def _explained(name: str, read: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         raise TextError(f"text '{name}' cannot be read ({reason(error, name)})") from error
-
-
-def cut_running_text(text: str) -> list[str]:
-    """Cut one running text into documents: at article headings, else between paragraphs."""
-    starts = [match.start() for match in ARTICLE_HEADING.finditer(text)]
-    if len(starts) >= FEWEST_DOCUMENTS:
-        ends = [*starts[1:], len(text)]
-        return [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
-    target = max(1, min(DOCUMENT_CHARACTERS, len(text) // FEWEST_DOCUMENTS))
-    documents: list[str] = []
-    pieces: list[str] = []
-    for paragraph in _paragraphs(text, target):
-        pieces.append(paragraph)
-        if sum(map(len, pieces)) >= target:
-            documents.append("\n\n".join(pieces))
-            pieces = []
-    return [*documents, "\n\n".join(pieces)] if pieces else documents
-
-
-def _paragraphs(text: str, target: int) -> list[str]:
-    """Paragraphs between blank lines; lines, then pieces of words, when there are too few."""
-    paragraphs: list[str] = []
-    for pattern in (r"\n\s*\n", r"\n"):
-        paragraphs = [part.strip() for part in re.split(pattern, text) if part.strip()]
-        if len(paragraphs) >= FEWEST_DOCUMENTS:
-            return paragraphs
-    words = iter(text.split())
-    pieces: list[str] = []
-    # About six characters a word, blank included.
-    while some := list(islice(words, max(1, target // 6))):
-        pieces.append(" ".join(some))
-    return pieces if len(pieces) > len(paragraphs) else paragraphs

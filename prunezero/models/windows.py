@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunezero.errors import TextError
 from prunezero.models.language_model import LanguageModel
+
+# Whatever a tokenizer puts around a text, it puts around this one.
+PROBE = "The text goes on."
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that a tokenizer by itself begins a text with; most begin with none.
+
+    What it ends a text with does not count.
+    """
+    bare = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(PROBE)["input_ids"]
+    places = range(len(whole) - len(bare) + 1)
+    place = next((place for place in places if whole[place : place + len(bare)] == bare), 0)
+    return list(whole[:place])
+
+
+def begin_with(tokenizer: Any) -> str:
+    """The tokens of `first_tokens` in words, such as "<bos>"; empty where there are none."""
+    return " ".join(tokenizer.convert_ids_to_tokens(first_tokens(tokenizer)))
 
 
 def check_windows(ids: Tensor, language_model: LanguageModel) -> None:

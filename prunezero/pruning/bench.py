@@ -19,6 +19,7 @@ from prunezero.models.language_model import LanguageModel
 from prunezero.models.loading import load_model
 from prunezero.models.text import Text, load_text, windows
 from prunezero.models.units import Layer
+from prunezero.models.windows import begin_with
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.statistics import Statistics
@@ -55,6 +56,13 @@ class Bench:
     """documents by split"""
     settings: Settings
     """how much of the text is used"""
+    is_reversed: bool = False
+    """whether calibration windows come last to first: the same sums, up to rounding"""
+
+    @property
+    def begin_with(self) -> str:
+        """What the tokenizer begins every window with, such as "<bos>"; empty for most models."""
+        return begin_with(self.language_model.tokenizer)
 
     @cached_property
     def _cut(self) -> dict[str, Tensor]:
@@ -83,9 +91,13 @@ class Bench:
             self._draws[draw] = replace(self, settings=settings)
         return self._draws[draw] if draw else self
 
+    def reversed(self) -> Bench:
+        """The same with its calibration windows in the opposite order."""
+        return replace(self, is_reversed=not self.is_reversed)
+
     def _windows(self, split: str) -> Tensor:
         length = self.settings.sequence_length
-        return windows(
+        cut = windows(
             self.text,
             split,
             self.language_model,
@@ -93,6 +105,7 @@ class Bench:
             count=max(1, self.settings.tokens(split) // length),
             seed=self.settings.seed,
         )
+        return cut.flip(0) if split == "calibration" and self.is_reversed else cut
 
     def statistics(
         self, layers: Sequence[Layer], sums: Iterable[str], progress: Progress | None = None
@@ -111,6 +124,16 @@ class Bench:
             text_fingerprint=self.text.fingerprint,
             progress=progress,
         )
+
+
+def beginning(words: Iterable[str]) -> dict[str, str]:
+    """What windows begin with, as a column of results; no column where that is text alone.
+
+    Args:
+        words: `Bench.begin_with` of each model.
+    """
+    named = dict.fromkeys(word or "text" for word in words)
+    return {} if list(named) in ([], ["text"]) else {"windows_begin_with": " or ".join(named)}
 
 
 def set_up(

@@ -31,7 +31,10 @@ class Owl(Options):
     """Outlier-weighed layer-wise sparsity, Yin et al. 2024 (ICML), arXiv:2310.05175."""
 
     outlier: float = Field(
-        default=5.0, gt=1, description="an outlier's score is this many times the mean of its block"
+        default=5.0,
+        gt=1,
+        le=1e6,
+        description="an outlier's score is this many times the mean of its block",
     )
     spread: float = Field(
         default=0.08, ge=0, lt=1, description="kept fractions of blocks span twice this"
@@ -44,8 +47,10 @@ class Sensitivity(Options):
     spread: float = Field(
         default=0.1, ge=0, lt=1, description="kept fractions of matrices span twice this"
     )
-    sequences: int = Field(default=4, ge=1, description="calibration sequences to look at")
-    samples: int = Field(default=1, ge=1, description="random vectors for each sequence")
+    sequences: int = Field(
+        default=4, ge=1, le=100_000, description="calibration sequences to look at"
+    )
+    samples: int = Field(default=1, ge=1, le=1000, description="random vectors for each sequence")
 
 
 class HeavyTail(Options):
@@ -62,7 +67,7 @@ class HeavyTail(Options):
 class Table(Options):
     """Ratios by layer pattern, scaled so that the model as a whole loses what was asked for."""
 
-    ratios: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    ratios: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(
         min_length=1,
         description="removed share relative to other layers, by layer pattern, such as "
         "{mlp: 1.2, 'layers.0': 0.5}; the last that matches counts, other layers have 1",
@@ -72,30 +77,36 @@ class Table(Options):
 class Admm(Options):
     """Re-fit of the kept weights, Boža 2024 (TMLR), arXiv:2401.02938."""
 
-    iterations: int = Field(default=20, ge=1, description="steps of the re-fit")
+    iterations: int = Field(default=20, ge=1, le=10_000, description="steps of the re-fit")
     damping: float = Field(
         default=0.1,
         gt=0,
+        le=1000,
         description="share of the mean diagonal added to the scaled Gram matrix, ADMM's own",
     )
-    rho: float = Field(default=1.0, gt=0, description="strength of the pull towards the mask")
+    rho: float = Field(
+        default=1.0, gt=0, le=1e6, description="strength of the pull towards the mask"
+    )
 
 
 class Swaps(Options):
     """Exchanges of a kept and a removed weight of a row that lower its output error the most."""
 
-    swaps: int = Field(default=50, ge=1, description="exchanges per row at most")
+    swaps: int = Field(default=50, ge=1, le=10_000, description="exchanges per row at most")
 
 
 class Dsnot(Options):
     """Dynamic sparse no training, Zhang et al. 2024 (ICLR), arXiv:2310.08915."""
 
-    cycles: int = Field(default=50, ge=1, description="exchanges per row at most")
+    cycles: int = Field(default=50, ge=1, le=10_000, description="exchanges per row at most")
     threshold: float = Field(
-        default=0.1, ge=0, description="a row whose expected error is smaller is left alone"
+        default=0.1, ge=0, le=1e6, description="a row whose expected error is smaller is left alone"
     )
     power: float = Field(
-        default=1.0, ge=0, description="the growing criterion divides by the variance to this power"
+        default=1.0,
+        ge=0,
+        le=8,
+        description="the growing criterion divides by the variance to this power",
     )
 
 
@@ -116,7 +127,7 @@ class Permutation(Options):
 class Iterative(Options):
     """Several pruning steps of growing sparsity."""
 
-    steps: int = Field(default=4, ge=2, description="pruning steps")
+    steps: int = Field(default=4, ge=2, le=1000, description="pruning steps")
     # Cubic: Zhu & Gupta 2017, arXiv:1710.01878.
     shape: Literal["linear", "cubic"] = Field(
         default="cubic", description="share removed after step k of n: k/n, or 1 - (1 - k/n)^3"
@@ -128,13 +139,16 @@ class Tune(Options):
 
     optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="of torch")
     learning_rate: float = Field(
-        default=1e-4, gt=0, description="highest, after a warm-up; falls to 0"
+        default=1e-4, gt=0, le=10, description="highest, after a warm-up; falls to 0"
     )
     sequences: int = Field(
-        default=128, ge=1, description="training sequences after each pruning step"
+        default=128, ge=1, le=1_000_000, description="training sequences after each pruning step"
     )
     batch: int = Field(
-        default=4, ge=1, description="sequences whose gradients make one step of the optimizer"
+        default=4,
+        ge=1,
+        le=4096,
+        description="sequences whose gradients make one step of the optimizer",
     )
 
 

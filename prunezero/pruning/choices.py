@@ -100,6 +100,9 @@ PLAIN_WORDS = {
 # What must stand before what: the mask is settled among dense weights, then weights are mended, and
 # biases take over what is left.
 ORDER = {"swaps": 0, "dsnot": 0, "obs": 1, "admm": 2, "bias": 3}
+# Updates that solve for the weights that stay. What they solve is so close to singular that the
+# rounding of sums is seen in the result.
+MENDING = frozenset({"obs", "admm"})
 
 
 @dataclass(frozen=True)

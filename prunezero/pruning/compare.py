@@ -12,7 +12,7 @@ from prunezero.formula.features import dearest
 from prunezero.models.calibration import Progress
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.units import Layer, find_layers
-from prunezero.pruning.bench import Bench, with_choices
+from prunezero.pruning.bench import Bench, beginning, with_choices
 from prunezero.pruning.dense_weights import DenseWeights
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
@@ -145,12 +145,25 @@ class Stand:
             self._dense.restore()
         return pruned_row(recipe, outcome, measured)
 
+    def reversed(self, recipe: Recipe) -> Stand:
+        """The stand of this recipe on the same calibration windows in the opposite order.
+
+        Its sums are the same up to rounding, so what changes in a perplexity says nothing of the
+        recipe. Collects the dense model's sums anew where the recipe looks at them.
+        """
+        bench = self.bench.reversed()
+        layers = find_layers(
+            bench.language_model.model, targets=recipe.targets, ignore=recipe.ignore
+        )
+        return self.redrawn(bench, bench.statistics(layers, dense_sums([recipe])))
+
     def _measured(self, splits: Sequence[str]) -> dict[str, Any]:
         settings = self.bench.settings
         row: dict[str, Any] = {
             "seed": settings.seed,
             "calibration_tokens": self._calibration.numel(),
             "sequence_length": settings.sequence_length,
+            **beginning([self.bench.begin_with]),
             "window_losses": {},
         }
         for split in splits:
@@ -166,6 +179,17 @@ class Stand:
         return row
 
 
+def rounding(
+    row: Mapping[str, Any], again: Mapping[str, Any], splits: Sequence[str]
+) -> dict[str, float]:
+    """By how much the perplexity on each split differs between two rows, as columns of results."""
+    changes = {
+        f"{split}_rounding": abs(row[f"{split}_perplexity"] - again[f"{split}_perplexity"])
+        for split in splits
+    }
+    return {key: change for key, change in changes.items() if math.isfinite(change)}
+
+
 def compare(
     bench: Bench,
     recipes: Sequence[Recipe],
@@ -176,17 +200,19 @@ def compare(
     allocate: str | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
+    with_rounding: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure recipes one after another, the dense model first; yields one flat row for each.
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
-    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`, and the formula, those
-    of some layers, the words of all of them and the dearest signal they look at, their comparison
-    group, allocation and updates, and where some layers are chosen, `targets` and `ignore`.
-    Perplexity is exp of the mean nats per token, kl is in nats per token on validation text,
-    seconds are those of pruning alone; `window_losses` holds the nats per token of each window by
-    split, so that recipes can be compared in pairs.
+    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`,
+    `windows_begin_with` where the tokenizer does so by itself, and the formula, those of some
+    layers, the words of all of them and the dearest signal they look at, their comparison group,
+    allocation and updates, and where some layers are chosen, `targets` and `ignore`. Perplexity is
+    exp of the mean nats per token, kl is in nats per token on validation text, seconds are those of
+    pruning alone; `window_losses` holds the nats per token of each window by split, so that recipes
+    can be compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.
@@ -194,6 +220,9 @@ def compare(
         allocate: a word for all recipes; None leaves each its own.
         targets: patterns of the layers to prune, as in `find_layers`; None leaves each its own.
         ignore: patterns of those to leave alone, likewise.
+        with_rounding: prune by each recipe that mends weights once more, on the calibration windows
+            in reverse order; columns `validation_rounding` and `test_rounding` say by how much
+            that changes its perplexities. No smaller difference between two rows means anything.
 
     Raises:
         PruneZeroError: some recipe cannot be applied; raised before anything is measured.
@@ -212,7 +241,10 @@ def compare(
     stand = Stand(bench, bench.statistics(every, dense_sums(changed), progress))
     yield stand.dense_row(SPLITS)
     for recipe in changed:
-        yield stand.row(recipe, sparsity, SPLITS)
+        row = stand.row(recipe, sparsity, SPLITS)
+        if with_rounding and recipe.mends:
+            row |= rounding(row, stand.reversed(recipe).row(recipe, sparsity, SPLITS), SPLITS)
+        yield row
 
 
 def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from prunezero.errors import RecipeError, did_you_mean, reason
 from prunezero.models.whole_files import write_text
 
 MAX_BYTES = 64 * 1024
+MAX_NODES = 4096
+MAX_DEPTH = 16
 # Keys that people expect in a document, and where they belong.
 ELSEWHERE = {"sparsity": "how much goes is no part of a recipe; say it with --sparsity"}
 
@@ -29,12 +31,23 @@ class _PlainLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # (PyYAML's own hook; filled below)
 
+    nodes = 0
+    depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuse `&name` and `*name`, with which a small file can hold a huge one."""
+        """Refuse what takes long, and `&name` and `*name`: a small file could hold a huge one."""
+        self.nodes += 1
+        if self.nodes > MAX_NODES or self.depth == MAX_DEPTH:
+            raise yaml.YAMLError(
+                f"it may hold {MAX_NODES} entries, nested at most {MAX_DEPTH} deep"
+            )
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.YAMLError("anchors and aliases are not allowed")
-        return super().compose_node(parent, index)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that stands twice, of which YAML would keep the last."""
@@ -48,6 +61,10 @@ class _PlainLoader(yaml.SafeLoader):
 class _PlainDumper(yaml.SafeDumper):
     """SafeDumper that also puts quotes around text such as `1e3`, a number to our reader alone."""
 
+    def ignore_aliases(self, data: object) -> bool:
+        """Write a value that stands twice twice, since our reader knows no aliases."""
+        return True
+
 
 for _tag, _pattern, _first in (
     ("bool", r"true|false", "tf"),
@@ -59,6 +76,15 @@ for _tag, _pattern, _first in (
         _kind.add_implicit_resolver(
             f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
         )
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Inside other quotes the next-line character, a line break to YAML, would be read as a space.
+    style = '"' if "\x85" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_PlainDumper.add_representer(str, _represent_text)
 
 
 def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:

@@ -6,6 +6,7 @@ windows of the same length, and the same perplexity before anything is removed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from prunezero.models.names import is_spelled_as_path
 
 # Perplexity by tokens in a window, over the test split of WikiText-2. Models are called as in the
-# `published` rows of recipes, in lower case.
+# `published` rows of recipes, in lower case. Papers tokenize the split as one text: of their
+# windows the first alone begins with the token that a tokenizer begins a text with, of ours all do.
 PUBLISHED: Mapping[str, Mapping[int, float]] = {
     # Sun et al. 2023, arXiv:2306.11695; windows of 128: Ma et al. 2023, arXiv:2305.11627
     "llama-7b": {128: 12.62, 2048: 5.68},
@@ -46,7 +48,13 @@ _WHOLE_TEST = {"llama-3": 140, "llama": 166, "opt": 140}
 
 
 def dense_warning(
-    model: str, text: str, *, sequence_length: int, tokens: int, perplexity: float
+    model: str,
+    text: str,
+    *,
+    sequence_length: int,
+    tokens: int,
+    perplexity: float,
+    begin: str = "",
 ) -> str | None:
     """Why a dense model is not the one that was published; None if it is, or nothing is known.
 
@@ -57,6 +65,7 @@ def dense_warning(
         model, text: as the user wrote them.
         tokens: of the test split that were measured.
         perplexity: of the dense model on them.
+        begin: what the tokenizer begins every window with.
     """
     name = _hub_name(model)
     known = PUBLISHED.get(name or "")
@@ -79,9 +88,10 @@ def dense_warning(
     # Written so that NaN is off too.
     if abs(perplexity / expected - 1) <= TOLERANCE:
         return None
+    other = f"; each window here begins with {begin}, there the first alone did" if begin else ""
     return (
         f"dense perplexity {perplexity:.2f} where {expected:.2f} was published ({where}): check "
-        "the checkpoint, the dtype and the text"
+        f"the checkpoint, the dtype and the text{other}"
     )
 
 
@@ -93,7 +103,8 @@ def warning_of(model: str, text: str, row: Mapping[str, Any]) -> str | None:
         text,
         sequence_length=length,
         tokens=len(row["window_losses"]["test"]) * length,
-        perplexity=row["test_perplexity"],
+        perplexity=math.nan if row["test_perplexity"] is None else row["test_perplexity"],
+        begin=row.get("windows_begin_with", ""),
     )
 
 

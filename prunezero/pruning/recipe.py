@@ -9,11 +9,12 @@ takes either. The sparsity is an argument, never part of a recipe.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,8 +28,9 @@ from pydantic import (
 from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import dearest
-from prunezero.models.patterns import fitting
+from prunezero.models.patterns import check_pattern, fitting
 from prunezero.pruning.choices import (
+    MENDING,
     WORDS,
     Allocate,
     Choice,
@@ -46,6 +48,7 @@ from prunezero.pruning.documents import (
     validated,
     write_document,
 )
+from prunezero.pruning.provenance import check_provenance
 from prunezero.scoring.request import group_columns, parse_pattern
 
 STATISTICS = ("dense", "sequential")
@@ -70,6 +73,20 @@ Formula = Annotated[
 ]
 
 
+def _not_too_many(value: object) -> object:
+    if isinstance(value, Sized) and not isinstance(value, str) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"{len(value)} entries are too many; at most {MAX_ENTRIES} are read")
+    return value
+
+
+# Of a list or mapping that people write; looked at before what is in it is.
+MAX_ENTRIES = 256
+MOST_WORDS = BeforeValidator(_not_too_many)
+Words = Annotated[tuple[str, ...], MOST_WORDS]
+LayerPattern = Annotated[str, AfterValidator(lambda value: _checked(check_pattern, value))]
+LayerPatterns = Annotated[tuple[LayerPattern, ...], MOST_WORDS]
+
+
 class Recipe(BaseModel):
     """How to prune a model: a criterion and the choices around it."""
 
@@ -88,7 +105,7 @@ class Recipe(BaseModel):
     # the formula: the lowest values go first
     criterion: Formula
     # formulas of some layers instead: full name, last parts of it, or re:PATTERN; none fits two
-    criteria: dict[str, Formula] = Field(default_factory=dict)
+    criteria: Annotated[dict[LayerPattern, Formula], MOST_WORDS] = Field(default_factory=dict)
     # what may be removed
     unit: Literal["weight"] = "weight"
     # which weights compete: row, layer, model or N columns
@@ -109,8 +126,8 @@ class Recipe(BaseModel):
     schedule: Schedule = chosen("schedule", "one-shot")
     recover: Recover = chosen("recover", "none")
     # layers to prune and to leave alone: full name, last parts of it, or re:PATTERN
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
+    targets: LayerPatterns = ()
+    ignore: LayerPatterns = ()
     # results in the source, with model, sparsity and sequence length
     published: tuple[dict[str, Any], ...] = ()
     # what a reader should know
@@ -125,17 +142,21 @@ class Recipe(BaseModel):
     def _list_as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("provenance")
+    @classmethod
+    def _with_rows(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_provenance(value)
+        return value
+
     @field_validator("compare")
     @classmethod
     def _known_group(cls, value: str) -> str:
-        _as_value_error(group_columns, value)
-        return value
+        return _checked(group_columns, value)
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        _as_value_error(parse_pattern, value)
-        return value
+        return _checked(parse_pattern, value)
 
     @model_validator(mode="after")
     def _can_rank(self) -> Recipe:
@@ -198,6 +219,11 @@ class Recipe(BaseModel):
     def updates(self) -> tuple[str, ...]:
         """The words of the updates, in their order; none is no word."""
         return tuple(choice.word for choice in self.update if choice.word != "none")
+
+    @property
+    def mends(self) -> bool:
+        """Whether weights that stay are solved for, so that rounding is seen in the result."""
+        return not MENDING.isdisjoint(self.updates)
 
     @property
     def extras(self) -> tuple[Choice, ...]:
@@ -283,8 +309,10 @@ def published_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder("baselines").glob("*.yaml"))}
 
 
-def _as_value_error(check: Any, value: str) -> None:
+def _checked(check: Callable[[str], object], value: str) -> str:
+    """The value, if a check of ours lets it pass; pydantic gathers the faults of all keys."""
     try:
         check(value)
     except PruneZeroError as error:
         raise ValueError(str(error)) from error
+    return value

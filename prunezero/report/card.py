@@ -14,6 +14,7 @@ COLUMNS = {
     "sparsity": "Sparsity",
     "pattern": "Pattern",
     "sequence_length": "Sequence length (tokens)",
+    "windows_begin_with": "Windows begin with",
     "seed": "Seed",
     "test_perplexity": "Test perplexity",
     "validation_perplexity": "Validation perplexity",

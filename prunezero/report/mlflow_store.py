@@ -1,4 +1,4 @@
-"""How one record becomes one MLflow run: the only file that talks to MLflow's tracking client.
+"""How one record becomes one MLflow run: the only file that writes by MLflow's tracking client.
 
 Everything here may block or raise; only the tracker's writer thread calls it. A run is found again
 by its tag `prunezero.key`, so writing a record twice leaves one run.
@@ -6,50 +6,39 @@ by its tag `prunezero.key`, so writing a record twice leaves one run.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
+import importlib
 import logging
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from prunezero.report import views
 from prunezero.report.records import (
+    KEY_TAG,
     LONGEST_PARAM,
     LONGEST_TAG,
     RunRecord,
     clean_key,
     clean_name,
     clean_title,
+    key_filter,
+    search_filter,
     split_finite,
 )
+from prunezero.report.spool import locked
+from prunezero.report.tracking_database import open_client
 
 EXPERIMENT = "prunezero"
-KEY_TAG = "prunezero.key"
 # Hues of Okabe and Ito, which colour-blind readers can tell apart.
 RUN_COLORS = {"dense": "#444444", "baseline": "#0072b2", "champion": "#d55e00"}
-NETWORK_DISKS = ("nfs", "cifs", "smb", "9p", "fuse.", "lustre", "ceph", "gpfs", "beegfs", "afs")
 METRICS_PER_CALL = 900
 NAMES_PER_CALL = 90
 
-
-def open_client(uri: str, runs_dir: Path) -> tuple[Any, str | None]:
-    """A client of a tracking server or database, and where the artifacts of a new experiment go.
-
-    None of a server, which knows best.
-    """
-    is_sqlite = uri.startswith("sqlite:///")
-    if is_sqlite:
-        prepare_database(Path(uri.removeprefix("sqlite:///")))
-    from mlflow import MlflowClient
-
-    # Creating the tables tells one line per table, which no user asked for.
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    artifacts = (runs_dir / "artifacts").as_uri() if is_sqlite else None
-    return MlflowClient(tracking_uri=uri), artifacts
+log = logging.getLogger(__name__)
 
 
 class MlflowStore:
@@ -57,13 +46,18 @@ class MlflowStore:
 
     def __init__(self, uri: str, runs_dir: Path) -> None:
         """Import MLflow, open or create the experiment and publish its saved views."""
-        self._client, artifacts = open_client(uri, runs_dir)
-        self._experiment_id = self._open_experiment(artifacts)
+        self._runs_dir = runs_dir.resolve()
+        # Takes seconds; nobody else has to wait for them.
+        if uri.startswith("sqlite:"):
+            importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+        with self._alone():
+            self._client, artifacts = open_client(uri, runs_dir)
+            self._experiment_id = self._open_experiment(artifacts)
+            views.publish(self._client, self._experiment_id)
         self._run_ids: dict[str, str] = {}
         self._known_searches: set[str] = set()
         self._points: dict[tuple[str, str], dict[int, float]] = {}
         self._origin = origin_tags()
-        views.publish(self._client, self._experiment_id)
 
     def is_alive(self) -> bool:
         """Whether MLflow answers the smallest question."""
@@ -82,10 +76,27 @@ class MlflowStore:
     def write(self, record: RunRecord) -> None:
         """Create the record's run, or bring the run of that key up to date.
 
+        Two processes of one runs folder never write at once: both would look for the run, find
+        none, and create it.
+
         Raises:
             Exception: whatever MLflow raises when it is away or refuses the record.
         """
-        run_id = self._find(record.key)
+        with self._alone():
+            self._write(record)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Within it, no other process of this runs folder writes to MLflow."""
+        with contextlib.ExitStack() as held:
+            # Who cannot write the folder may still write to a server.
+            with contextlib.suppress(OSError):
+                self._runs_dir.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self._runs_dir / "mlflow.lock"))
+            yield
+
+    def _write(self, record: RunRecord) -> None:
+        run_id = self._find(record.key) or self._look_up(record.key)
         stored = None if run_id is None else self._client.get_run(run_id)
         if run_id is None:
             run_id = self._create(record)
@@ -115,7 +126,7 @@ class MlflowStore:
             while page is None or page.token:
                 page = self._client.search_runs(
                     [self._experiment_id],
-                    f"tags.`{KEY_TAG}` LIKE '{search}%'",
+                    search_filter(key),
                     max_results=1000,
                     order_by=["attributes.start_time ASC"],
                     page_token=page.token if page else None,
@@ -123,6 +134,14 @@ class MlflowStore:
                 for run in page:
                     self._run_ids.setdefault(run.data.tags[KEY_TAG], run.info.run_id)
             self._known_searches.add(search)
+        return self._run_ids.get(key)
+
+    def _look_up(self, key: str) -> str | None:
+        """The run of a key that another process has created since."""
+        key = clean_key(key)
+        found = self._client.search_runs([self._experiment_id], key_filter(key), max_results=1)
+        if found:
+            self._run_ids[key] = found[0].info.run_id
         return self._run_ids.get(key)
 
     def _create(self, record: RunRecord) -> str:
@@ -225,18 +244,28 @@ class MlflowStore:
     def _log_artifacts(
         self, run_id: str, record: RunRecord, texts: dict[str, str]
     ) -> dict[str, str]:
-        """Copy files, folders and long texts; the tag that names what was no longer there."""
-        missing = []
+        """Copy files, folders and long texts; tags that name what was not there, or not ours."""
+        missing, foreign = [], []
         for path in record.artifacts:
-            if path.is_dir():
-                self._client.log_artifacts(run_id, str(path), artifact_path=path.name)
+            if not self._is_inside(path):
+                foreign.append(str(path))
+            elif path.is_dir():
+                self._client.log_artifacts(run_id, str(path.resolve()), artifact_path=path.name)
             elif path.is_file():
-                self._client.log_artifact(run_id, str(path))
+                self._client.log_artifact(run_id, str(path.resolve()))
             else:
                 missing.append(str(path))
         for name, text in texts.items():
             self._client.log_text(run_id, text, name)
-        return {"missing.artifacts": ", ".join(missing)} if missing else {}
+        if foreign:
+            log.warning("%s are not copied to MLflow: they are outside %s", foreign, self._runs_dir)
+        told = {"missing.artifacts": missing, "outside.artifacts": foreign}
+        return {tag: ", ".join(paths) for tag, paths in told.items() if paths}
+
+    def _is_inside(self, path: Path) -> bool:
+        """Whether a path, and all that is in a folder, leads to files of the runs folder alone."""
+        inside = [path, *(path.rglob("*") if path.is_dir() else ())]
+        return all(one.resolve().is_relative_to(self._runs_dir) for one in inside)
 
     def _set_status(self, run_id: str, record: RunRecord, stored: Any) -> None:
         """Finish the run, or mark a resumed one as running again; a bare curve changes neither."""
@@ -245,34 +274,6 @@ class MlflowStore:
             self._client.set_terminated(run_id, end_time=record.recorded_at)
         elif record.name and not record.finished and status != "RUNNING":
             self._client.update_run(run_id, status="RUNNING")
-
-
-def prepare_database(path: Path) -> None:
-    """Create the database's folder and, on a local disk, turn on write-ahead logging for good.
-
-    Write-ahead logging makes one recorded run about twice as fast; it needs shared memory, which
-    network disks do not have.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if is_network_disk(path.parent):
-        return
-    connection = sqlite3.connect(path, timeout=20)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-    finally:
-        connection.close()
-
-
-def is_network_disk(folder: Path, mounts: Path = Path("/proc/mounts")) -> bool:
-    """Whether the folder lies on a network file system; False where the system does not say."""
-    try:
-        rows = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return False
-    folder = folder.resolve()
-    holding = [row for row in rows if len(row) > 2 and folder.is_relative_to(row[1])]
-    kind = max(holding, key=lambda row: len(row[1]))[2] if holding else ""
-    return kind.startswith(NETWORK_DISKS)
 
 
 def origin_tags() -> dict[str, str]:

@@ -316,6 +316,18 @@ def is_block_list(name: str, module: Any) -> bool:
     return equal and "expert" not in name and any(is_linear(m) for m in module.modules())
 
 
+def windows(tokenizer: Any, text: str, length: int) -> list[Tensor]:
+    """Sequences [1, length] of a text, each begun as the tokenizer by itself begins one."""
+    bare = tokenizer("The text.", add_special_tokens=False).input_ids
+    whole = tokenizer("The text.").input_ids
+    places = range(len(whole) - len(bare) + 1)
+    first = whole[: next((n for n in places if whole[n : n + len(bare)] == bare), 0)]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    each = length - len(first)
+    starts = range(0, len(ids) - each + 1, each) if each > 0 else ()
+    return [torch.tensor([[*first, *ids[start : start + each]]]) for start in starts]
+
+
 if __name__ == "__main__":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -334,11 +346,10 @@ if __name__ == "__main__":
         raise SystemExit(f"refused: {error}") from error
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = torch.tensor([tokenizer(Path(options.text).read_text("utf-8"), verbose=False).input_ids])
-    count = min(options.sequences, ids.shape[1] // options.length)
-    if count < 1:
+    text = Path(options.text).read_text("utf-8-sig")
+    batches = windows(tokenizer, text, options.length)[: options.sequences]
+    if not batches:
         raise SystemExit(f"{options.text} has fewer than {options.length} tokens")
-    batches = torch.split(ids[:, : count * options.length], options.length, dim=1)
     # Computed in float32, saved as it was stored.
     exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     try:

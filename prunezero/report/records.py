@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prunezero.models.digests import joined_digest
 from prunezero.report.quoting import markdown_code
 
 # Row key -> metric name. Section names before the slash group the charts of the web page.
@@ -22,6 +23,8 @@ METRIC_NAMES = {
     "search_perplexity": "eval/search_perplexity",
     "validation_perplexity": "eval/validation_perplexity",
     "test_perplexity": "eval/test_perplexity",
+    "validation_rounding": "eval/validation_rounding",
+    "test_rounding": "eval/test_rounding",
     "kl": "eval/kl",
     "layer_error": "eval/layer_error",
     "sparsity_reached": "mask/sparsity",
@@ -47,12 +50,15 @@ PARAM_NAMES = (
     "text",
     "calibration_tokens",
     "sequence_length",
+    "windows_begin_with",
     "seed",
     "draws",
     "generation",
     "origin",
 )
 TAG_NAMES = ("status", "parents", "mask")
+# By which a run is found again.
+KEY_TAG = "prunezero.key"
 LONGEST_NAME = 250
 LONGEST_PARAM = 6000
 LONGEST_TAG = 8000
@@ -146,8 +152,22 @@ def clean_title(name: str) -> str:
 
 
 def clean_key(key: str) -> str:
-    """A key that can stand inside quotes in a search of MLflow."""
-    return re.sub(r"[\"'`\\%\x00-\x1f]", "_", key)[:LONGEST_NAME]
+    """A key that can stand inside quotes in a search of MLflow, which knows no escapes.
+
+    Keys that differ stay different: one that had to be changed or cut ends in a digest.
+    """
+    clean = re.sub(r"[\"'`\\%\x00-\x1f]", "_", key)[:LONGEST_NAME]
+    return clean if clean == key else f"{clean[: LONGEST_NAME - 33]}~{joined_digest([key])}"
+
+
+def key_filter(key: str) -> str:
+    """The search of MLflow that finds the run of one `clean_key`."""
+    return f"tags.`{KEY_TAG}` = '{key}'"
+
+
+def search_filter(key: str) -> str:
+    """The search of MLflow that finds all runs of the search, or kind, of a `clean_key`."""
+    return f"tags.`{KEY_TAG}` LIKE '{key.split('/')[0]}%'"
 
 
 def split_finite(metrics: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
@@ -173,16 +193,40 @@ def record_from_line(line: str) -> RunRecord:
     """The record that `record_to_line` wrote.
 
     Raises:
-        ValueError, TypeError, KeyError, AttributeError: the line is torn or foreign.
+        ValueError: the line is torn or foreign.
     """
-    fields = json.loads(line)
-    fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
-    fields["curves"] = {
-        name: [(int(step), float(value)) for step, value in points]
-        for name, points in fields["curves"].items()
-    }
-    fields["artifacts"] = tuple(Path(path) for path in fields["artifacts"])
-    return RunRecord(**fields)
+    try:
+        fields = json.loads(line)
+        fields["metrics"] = {name: float(value) for name, value in fields["metrics"].items()}
+        fields["curves"] = {
+            name: [(int(step), float(value)) for step, value in points]
+            for name, points in fields["curves"].items()
+        }
+        fields["artifacts"] = tuple(Path(path) for path in fields["artifacts"])
+        record = RunRecord(**fields)
+        is_sound = _is_sound(record)
+    except (TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"no record ({error})") from error
+    if not is_sound:
+        raise ValueError("a record with words where numbers should be, or numbers for words")
+    return record
+
+
+def _is_sound(record: RunRecord) -> bool:
+    """Whether every field has the type that it should have.
+
+    Raises:
+        AttributeError: one that should hold others holds none.
+    """
+    words = (record.key, record.name, record.role, record.note, *record.tags.values())
+    kinds = ((str, words), (str | int | float, record.params.values()))
+    return (
+        all(isinstance(value, kind) for kind, values in kinds for value in values)
+        and isinstance(record.parent_key, str | None)
+        and isinstance(record.finished, bool)
+        and isinstance(record.recorded_at, int)
+        and 0 <= record.recorded_at < 2**53
+    )
 
 
 def stamped(record: RunRecord, now: int) -> RunRecord:

@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, RecipeError, reason
+from prunezero.errors import OutputError, RecipeError, SearchError, reason
 from prunezero.models.places import try_inside
 from prunezero.models.whole_files import replace_text, write_json
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, no_page, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth
+from prunezero.report.search_file import FILE as SEARCH_FILE
+from prunezero.report.search_file import read_asked
 from prunezero.report.tracked import baseline_row, shown
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.mirror import study_journal
-from prunezero.searching.regimes import seeds_of
+from prunezero.searching.regimes import seeds_of, windows_of
 from prunezero.searching.session import Session
 
 # The file that `optuna-dashboard` opens.
@@ -33,8 +35,11 @@ _MEASURED = (
     "draws",
     "calibration_tokens",
     "sequence_length",
+    "windows_begin_with",
     "sparsity_reached",
     *_PERPLEXITIES,
+    "validation_rounding",
+    "test_rounding",
     "kl",
     "regimes",
 )
@@ -64,6 +69,34 @@ def check_runs_dir(runs_dir: Path) -> None:
         OutputError: it cannot.
     """
     try_inside(runs_dir, "--runs-dir")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder in which a new search would replace files that no search of it has made.
+
+    Raises:
+        OutputError: it holds files, and no journal that says whose they are.
+    """
+    journal = folder / "journal.jsonl"
+    if not folder.exists() or (journal.is_file() and journal.stat().st_size):
+        return
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is a file; move it away, or choose another --name")
+    # What a search leaves that could not begin.
+    own = {journal.name, SEARCH_FILE} if _is_asked(folder) else {journal.name}
+    held = sorted(path.name for path in folder.iterdir() if path.name not in own)
+    if held:
+        raise OutputError(
+            f"{folder} holds {held[0]} but no journal of a search, so nothing in it is replaced; "
+            "move the folder away, or choose another --name"
+        )
+
+
+def _is_asked(folder: Path) -> bool:
+    try:
+        return read_asked(folder) is not None
+    except SearchError:
+        return False
 
 
 def write_run(
@@ -148,8 +181,7 @@ def _sentence(row: dict[str, Any]) -> str:
     mean = "geometric mean of " if row.get("regimes") else ""
     return (
         f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
-        f"{row['sparsity']:g} ({row['pattern']}), windows of "
-        f"{row['sequence_length']} tokens, {seeds_of(row)}."
+        f"{row['sparsity']:g} ({row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
     )
 
 

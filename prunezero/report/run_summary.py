@@ -13,7 +13,9 @@ from typing import Any
 
 from prunezero.errors import RecipeError, SearchError, did_you_mean, reason
 from prunezero.formula.criterion import Criterion
+from prunezero.pruning.bench import Settings
 from prunezero.pruning.documents import validated
+from prunezero.pruning.provenance import is_result
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.plots import pareto_front
 from prunezero.report.quoting import latex_text
@@ -105,6 +107,7 @@ def task_of(header: Mapping[str, Any], source: str) -> Task:
         SearchError: the header is not one of a search, or of another version.
     """
     try:
+        _check_header(header)
         space = validated(SearchSpace, header["space"], source)
         strategy = header.get("strategy", "evolution")
         return make_task(
@@ -118,8 +121,27 @@ def task_of(header: Mapping[str, Any], source: str) -> Task:
             ignore=header.get("ignore", ()),
             strategy=strategy,
         )
-    except (KeyError, TypeError) as error:
-        raise SearchError(f"{source} was searched by another version of prunezero") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SearchError(
+            f"{source} was searched by another version of prunezero, or its journal was changed "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Refuse what a search never writes.
+
+    Raises:
+        LookupError, TypeError, ValueError: a key is missing, or holds something else.
+    """
+    sizes = vars(Settings(**header["settings"])).values()
+    words = [header[key] for key in ("model", "text", "dtype", "pattern")]
+    words += [*header.get("also_models", []), *header.get("also", [])]
+    numbers = [*sizes, header["seed"], header.get("draws", 1)]
+    for kind, values in ((str, words), (int, numbers)):
+        wrong = [value for value in values if not isinstance(value, kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r:.40} in its header")
 
 
 def model_names(header: Mapping[str, Any], asked: Asked | None) -> dict[str, str]:
@@ -137,7 +159,7 @@ def _rivals(task: Task, known: Mapping[tuple[str, str], Row]) -> list[Row]:
     for recipe in (None, *rivals(task)):
         question = Question.of(recipe, RIVAL_SPLITS)
         row = known.get((question.kind, question.key))
-        if row is not None and "fault" not in row:
+        if row is not None and "fault" not in row and is_result(row):
             found.append({**row, "recipe": recipe.name if recipe else "dense"})
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -173,6 +174,42 @@ def _asked(options: Mapping[str, Any]) -> Asked:
     return Asked(**known | {key: tuple(known.get(key) or ()) for key in _LISTS})
 
 
+def _check_types(asked: Asked) -> None:
+    """Refuse values of other types than the fields have.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for field in fields(Asked):
+        value = getattr(asked, field.name)
+        if not _HOLDS[str(field.type)](value):
+            raise ValueError(f"{field.name} is {value!r:.40}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rule(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("formula"), str)
+        and isinstance(value.get("choices"), dict)
+    )
+
+
+# What a field of each type may hold.
+_HOLDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": _is_whole,
+    "float | None": lambda value: value is None or isinstance(value, float) or _is_whole(value),
+    "Mapping[str, Any]": lambda value: isinstance(value, dict),
+    "tuple[str, ...]": lambda value: all(isinstance(one, str) for one in value),
+    "tuple[Mapping[str, Any], ...]": lambda value: all(map(_is_rule, value)),
+}
+
+
 def _contradiction(before: Asked, key: str, value: Any) -> str:
     """Both values of an option that was typed and asks for something else; else nothing."""
     was = getattr(before, key)
@@ -221,6 +258,14 @@ def write_asked(asked: Asked, folder: Path) -> None:
     write_json({"prunezero": version("prunezero"), **asdict(asked)}, folder / FILE)
 
 
+def forget_asked(folder: Path) -> None:
+    """Take `search.json` away where no search has begun, and the folder if nothing is left."""
+    if not (folder / "journal.jsonl").exists():
+        with suppress(OSError):
+            (folder / FILE).unlink(missing_ok=True)
+            folder.rmdir()
+
+
 def read_asked(folder: Path) -> Asked | None:
     """What the search in a folder was asked to do; None where no `search.json` tells.
 
@@ -233,8 +278,10 @@ def read_asked(folder: Path) -> Asked | None:
     try:
         data = json.loads(path.read_text())
         # One that was written before there were several regimes, models or draws lacks those.
-        return _asked(data)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        found = _asked(data)
+        _check_types(found)
+        return found
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise SearchError(
             f"{path} cannot be read ({type(error).__name__}: {error}); take it away, and type the "
             "options of the search"

@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from prunezero.errors import OutputError
+from prunezero.errors import masked_uri
 from prunezero.report.records import (
     RunRecord,
     candidate_name,
@@ -27,6 +26,7 @@ from prunezero.report.records import (
     stamped,
 )
 from prunezero.report.spool import Spool, read_record
+from prunezero.report.tracking_page import tracking_uri, ui_command, view_links
 
 __all__ = [
     "RunRecord",
@@ -37,9 +37,12 @@ __all__ = [
     "run_record",
     "tracking_uri",
     "ui_command",
+    "view_links",
 ]
 
 SECONDS_BETWEEN_PROBES = 30.0
+# At who else writes what waits.
+SECONDS_BETWEEN_LOOKS = 0.5
 LINES_PER_DROP = 50
 FAILURES_OF_ONE_RECORD = 3
 # Error codes with which MLflow says that the record, not the server, is at fault.
@@ -93,6 +96,7 @@ class Tracker:
         self._refused: set[str] = set()
         self._failures: dict[str, int] = {}
         self._is_away = False
+        self._is_elsewhere = False
         self._owed = 0
         self._next_probe = 0.0
         self._lost = 0
@@ -139,6 +143,10 @@ class Tracker:
                 continue
             self._in_hand = [run] if run else []
             self._replay_when_due()
+            while run is None and self._is_elsewhere and not self._abandoned:
+                # Ours may have come too late for whoever is at it.
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                self._replay()
             if run is None or self._abandoned:
                 return
             # A record must not overtake older ones of its run, which still wait in the file.
@@ -159,7 +167,7 @@ class Tracker:
             self._is_away = False
             return True
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:300]
+            reason = masked_uri(f"{type(error).__name__}: {error}")[:300]
             self._failures[run.key] = self._failures.get(run.key, 0) + 1
             is_refused = self._is_refusal(run, error)
         if is_refused:
@@ -169,7 +177,7 @@ class Tracker:
         if not self._is_away:
             log.warning(
                 "MLflow at %s does not answer; runs are kept in %s (%s)",
-                self.uri,
+                masked_uri(self.uri),
                 self._spool.path,
                 reason,
             )
@@ -197,6 +205,22 @@ class Tracker:
             self._replay()
 
     def _replay(self) -> None:
+        """Write the waiting records, unless another process is at it."""
+        waiting = self._waiting()
+        self._is_elsewhere = False
+        try:
+            if waiting:
+                with self._spool.replaying() as is_ours:
+                    self._is_elsewhere = not is_ours
+                    if is_ours:
+                        self._write_waiting()
+                        return
+        except OSError as error:
+            log.warning("%s cannot be locked, so it waits (%s)", self._spool.path, error)
+        self._owed = len(waiting)
+        self._next_probe = time.monotonic() + SECONDS_BETWEEN_LOOKS
+
+    def _write_waiting(self) -> None:
         """Write the waiting records in their order, as far as MLflow answers."""
         runs = [(line, read_record(line)) for line in self._waiting()]
         waiting = [(line, run) for line, run in runs if run and run.key not in self._refused]
@@ -237,52 +261,6 @@ class Tracker:
             if not self._lost:
                 log.warning("runs are lost: %s cannot be written (%s)", self._spool.path, error)
             self._lost += len(runs)
-
-
-def tracking_uri(runs_dir: Path, uri: str | None = None) -> str:
-    """The URI given, else `MLFLOW_TRACKING_URI`, else the database in the runs folder."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or _database_uri(runs_dir)
-
-
-def ui_command(
-    runs_dir: Path, uri: str | None = None, *, port: int = 5000
-) -> tuple[list[str], dict[str, str]]:
-    """The command that opens the web page on this machine alone, and the environment it needs.
-
-    Raises:
-        OutputError: the runs are on a server, which has its own page.
-    """
-    store = tracking_uri(runs_dir, uri)
-    if store.startswith(("http://", "https://")):
-        raise OutputError(f"the runs are on the server {store}; open that address in a browser")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]
-    # One worker and no job runner: a quarter of the memory, and nothing here needs more.
-    command += ["--host", "127.0.0.1", "--port", str(port), "-w", "1"]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    return command, {**os.environ, **quiet}
-
-
-def view_links(runs_dir: Path, *, port: int = 5000) -> dict[str, str]:
-    """Where each saved view opens, by its name, once `ui_command` runs."""
-    from mlflow import MlflowClient
-
-    from prunezero.report.mlflow_store import EXPERIMENT
-    from prunezero.report.views import MODES, VIEWS
-
-    experiment = MlflowClient(tracking_uri=tracking_uri(runs_dir)).get_experiment_by_name(
-        EXPERIMENT
-    )
-    if experiment is None:
-        return {}
-    page = f"http://127.0.0.1:{port}/#/experiments/{experiment.experiment_id}/runs"
-    return {
-        name: f"{page}?viewStateShareKey={key}&compareRunsMode={MODES.get(name, 'CHART')}"
-        for key, (name, _) in VIEWS.items()
-    }
-
-
-def _database_uri(runs_dir: Path) -> str:
-    return f"sqlite:///{runs_dir.absolute() / 'mlflow.db'}"
 
 
 def _drained(records: queue.Queue[RunRecord | None]) -> list[RunRecord]:

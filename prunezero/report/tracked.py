@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.pruning.bench import Bench
+from prunezero.pruning.bench import Bench, beginning
 from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.report.records import RunRecord, candidate_name, run_record
@@ -112,13 +112,14 @@ def kept_files(folder: Path) -> tuple[Path, ...]:
 
 
 def described(bench: Bench, also_benches: Sequence[Bench] = ()) -> dict[str, str]:
-    """Models, text and dtype, as parameters of a record."""
+    """Models, text, dtype and what windows begin with, as parameters of a record."""
     others = ", ".join(one.language_model.name for one in also_benches)
     return {
         "model": bench.language_model.name,
         **({"also_models": others} if others else {}),
         "text": bench.text.name,
         "dtype": bench.language_model.dtype_word,
+        **beginning(one.begin_with for one in (bench, *also_benches)),
     }
 
 

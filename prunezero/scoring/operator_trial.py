@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunezero.formula.canonical import combine, number
+from prunezero.formula.canonical import combine
 from prunezero.formula.code import Step, lines_of, steps
+from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import Elementwise, shape_of

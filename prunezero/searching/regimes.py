@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prunezero.errors import SearchError
+from prunezero.pruning.bench import beginning
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.scoring.request import parse_pattern
 
@@ -103,6 +104,7 @@ def over_regimes(
         for split in first["window_losses"]
     }
     first["pattern"] = in_words(regimes)
+    first |= beginning(row.get("windows_begin_with", "") for row in rows)
     # There is no one number; each regime has its own.
     first["sparsity_reached"] = None
     first["seconds"] = sum(row["seconds"] for row in rows)
@@ -124,6 +126,12 @@ def seeds_of(row: Mapping[str, Any]) -> str:
     """The seeds of the calibration text that a row was measured with, in words."""
     first, draws = row["seed"], row.get("draws", 1)
     return f"seed {first}" if draws == 1 else f"seeds {first} to {first + draws - 1}"
+
+
+def windows_of(row: Mapping[str, Any]) -> str:
+    """The windows that a row was measured on, in words."""
+    begin = row.get("windows_begin_with", "")
+    return f"windows of {row['sequence_length']} tokens{begin and f' that begin with {begin}'}"
 
 
 def with_names(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

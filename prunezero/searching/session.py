@@ -10,14 +10,14 @@ from typing import Any
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.calibration import Progress
-from prunezero.pruning.bench import Bench
+from prunezero.pruning.bench import Bench, beginning
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.searching.benches import fitted
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.conditions import conditions, further, machine
 from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.judging.archive import Archive
+from prunezero.searching.judging.archive import Archive, check_archive
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge
 from prunezero.searching.judging.ladder import Judges, Ladder, OneJudge
@@ -157,6 +157,8 @@ def open_session(
         PruneZeroError: the model, the text and the task do not go together.
     """
     also = tuple(also_benches)
+    if archive is not None:
+        check_archive(archive)
     task = fitted(task, (bench, *also), rivals(task))
     # Opened before the long work, so that a wrong name or setting is known at once.
     journal = Journal(folder / "journal.jsonl", _header(bench, task, also), resume=resume)
@@ -229,6 +231,7 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
                 "text_fingerprint": bench.text.fingerprint,
                 "calibration_tokens": bench.settings.calibration_tokens,
                 "sequence_length": bench.settings.sequence_length,
+                **beginning(one.begin_with for one in (bench, *session.also_benches)),
                 "dtype": bench.language_model.dtype_word,
             },
         }

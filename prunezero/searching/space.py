@@ -6,16 +6,19 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES, SIGNALS, dearest
+from prunezero.formula.reading import MAX_DEPTH, MAX_NODES
 from prunezero.pruning.documents import find_document, read_document, validated
 from prunezero.pruning.recipe import Recipe, folder
 from prunezero.searching.nesting import computed_words, nested_words
 from prunezero.searching.offers import example, is_usable, signal_of
 from prunezero.searching.space_keys import (
+    Count,
+    CountOrNone,
     Exponents,
     GradientWeights,
     Group,
@@ -59,10 +62,10 @@ class SearchSpace(BaseModel):
     # other exponent, and sqr and sqrt too. A terminal is one word, and not looked into.
     forbid: Nestings = {}
     # largest formula, in words and in nesting
-    max_complexity: PositiveInt = 20
-    max_depth: PositiveInt = 8
+    max_complexity: int = Field(default=20, ge=1, le=MAX_NODES)
+    max_depth: int = Field(default=8, ge=1, le=MAX_DEPTH)
     # depth of a freshly drawn formula
-    fresh_depth: PositiveInt = 4
+    fresh_depth: int = Field(default=4, ge=1, le=8)
     # whether screening weighs the error of an output by its loss gradient: one backward pass, and
     # none where `signals` are cheaper
     weighted_by_gradient: GradientWeights = True
@@ -77,23 +80,23 @@ class SearchSpace(BaseModel):
     # lacks are left out, and of two patterns that match one layer the later one
     criteria: LayerPatterns = ()
     # candidates with a new mask in one generation
-    generation: PositiveInt = 32
+    generation: Count = 32
     # candidates that breed, the best by screening
-    population: PositiveInt = 50
+    population: Count = 50
     # how many are drawn to find one parent
-    tournament: PositiveInt = 5
+    tournament: Count = 5
     # populations that breed apart, but for a father from elsewhere and the best of every kind
-    islands: PositiveInt = 2
+    islands: Count = 2
     # share of children by crossover, by other choices, and fresh; the rest are mutants
     crossover: Share = 0.3
     chosen: Share = 0.2
     fresh: Share = 0.1
     # skeletons of each generation whose numbers are tuned, and how many numbers are tried for each
-    tuned: NonNegativeInt = 2
-    trials: PositiveInt = 30
+    tuned: CountOrNone = 2
+    trials: Count = 30
     # candidates of each generation that are glanced at, and that are measured on all search text
-    glanced: PositiveInt = 6
-    measured: PositiveInt = 2
+    glanced: Count = 6
+    measured: Count = 2
 
     @model_validator(mode="after")
     def _has_exponents(self) -> SearchSpace:

@@ -6,18 +6,18 @@ Keys after `signals` in the class see what it says: what looks at dearer signals
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from prunezero.errors import PruneZeroError, did_you_mean
-from prunezero.formula.canonical import MAX_EXPONENT, number
+from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.pruning.recipe import Formula
+from prunezero.models.patterns import check_pattern
+from prunezero.pruning.recipe import MOST_WORDS, Formula, Words
 from prunezero.scoring.request import group_columns
 from prunezero.searching.offers import check_choices, is_within, within
 
@@ -111,10 +111,7 @@ def _usable_exponents(value: tuple[float, ...]) -> tuple[float, ...]:
 
 def _readable_patterns(value: tuple[str, ...]) -> tuple[str, ...]:
     for pattern in value:
-        try:
-            re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"'{pattern}' is no regular expression: {error}") from error
+        _refused_by(check_pattern, pattern)
     return value
 
 
@@ -123,17 +120,26 @@ def _known_group(value: str) -> str:
     return value
 
 
+# What a search does in each generation is at most so much.
+Count = Annotated[int, Field(ge=1, le=100_000)]
+CountOrNone = Annotated[int, Field(ge=0, le=100_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Signal = Annotated[str, AfterValidator(_known_signal)]
-Terminals = Annotated[tuple[Formula, ...], Field(min_length=1), AfterValidator(_cheap_terminals)]
-Operators = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_known_operators)]
+Terminals = Annotated[
+    tuple[Formula, ...], Field(min_length=1), MOST_WORDS, AfterValidator(_cheap_terminals)
+]
+Operators = Annotated[Words, Field(min_length=1), AfterValidator(_known_operators)]
 Numbers = Annotated[
-    tuple[Annotated[float, Field(allow_inf_nan=False)], ...], AfterValidator(_usable_numbers)
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
+    MOST_WORDS,
+    AfterValidator(_usable_numbers),
 ]
 Exponents = Annotated[Numbers, AfterValidator(_usable_exponents)]
-Nestings = Annotated[dict[str, tuple[str, ...]], AfterValidator(_known_nestings)]
+Nestings = Annotated[dict[str, Words], MOST_WORDS, AfterValidator(_known_nestings)]
 Group = Annotated[str, AfterValidator(_known_group)]
-Offers = Annotated[dict[str, tuple[Any, ...]], AfterValidator(_cheap_choices)]
-LayerPatterns = Annotated[tuple[str, ...], AfterValidator(_readable_patterns)]
+Offers = Annotated[
+    dict[str, Annotated[tuple[Any, ...], MOST_WORDS]], AfterValidator(_cheap_choices)
+]
+LayerPatterns = Annotated[Words, AfterValidator(_readable_patterns)]
 # Costs a backward pass, so it is off where those are not allowed, whoever asked for it.
 GradientWeights = Annotated[bool, Field(validate_default=True), AfterValidator(_cheap_weights)]

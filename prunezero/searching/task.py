@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from prunezero.errors import CriterionError, ModelError
-from prunezero.formula.canonical import number
+from prunezero.formula.algebra import multiply, without_factor
+from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
 from prunezero.models.units import Layer, matching
 from prunezero.pruning.documents import validated
@@ -59,15 +60,16 @@ class Rule:
 
 def factor_of(criterion: Criterion, base: Criterion) -> float | None:
     """By what a formula is another one multiplied, to three decimals; None if it is not."""
-    factor, rest = criterion.sympy.as_content_primitive()
-    share, same = base.sympy.as_content_primitive()
-    return round(float(factor / share), 3) if rest == same else None
+    factor, rest = without_factor(criterion.sympy)
+    share, same = without_factor(base.sympy)
+    ratio = round(float(factor / share), 3)
+    return ratio if rest == same and ratio > 0 else None
 
 
 def scaled(base: Criterion, factor: float) -> Criterion | None:
     """The formula times a factor; None where a constant becomes too large or too small."""
     with suppress(CriterionError):
-        return Criterion.from_sympy(number(round(factor, 3)) * base.sympy)
+        return Criterion.from_sympy(multiply(number(round(factor, 3)), base.sympy))
     return None
 
 

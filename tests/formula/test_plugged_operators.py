@@ -147,7 +147,7 @@ def test_its_word_is_read_simplified_and_printed(written: str, canonical: str) -
 def test_it_has_a_size_a_shape_latex_and_a_place_in_recipes() -> None:
     criterion = Criterion.parse("sigmoid(abs(W)*X)")
     assert (
-        criterion.latex == r"\operatorname{sigmoid}\left(\lVert X_j\rVert_2 \left|{W}\right|\right)"
+        criterion.latex == r"\operatorname{sigmoid}\left(\left|W\right| \lVert X_j\rVert_2\right)"
     )
     assert (criterion.complexity, criterion.depth, criterion.shape) == (5, 4, "element")
     assert Criterion.parse("sigmoid(X)").shape == "column"

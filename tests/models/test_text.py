@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from prunezero.errors import TextError
-from prunezero.models import demo_text, text_sources
+from prunezero.models import demo_text, text_rows
+from prunezero.models import text as text_module
 from prunezero.models.demo_text import clean
-from prunezero.models.text import SPLITS, Text, divide, load_text, windows
-from prunezero.models.text_sources import cut_running_text, read_documents
-from tests.tiny_models import LONGEST, tiny_model
+from prunezero.models.running_text import cut_running_text
+from prunezero.models.text import SPLITS, Text, distinct, divide, load_text, windows
+from prunezero.models.text_sources import read_source
+from prunezero.models.windows import begin_with
+from prunezero.report import pruner_template
+from tests.tiny_models import LONGEST, tiny_model, tiny_tokenizer
 
 DOCUMENTS = [f"Document number {place} is about pruning." for place in range(40)]
 
@@ -20,6 +26,10 @@ def write_jsonl(path: Path, documents: list[str], column: str = "text") -> Path:
     rows = [json.dumps({column: document, "url": "x"}) + "\n" for document in documents]
     path.write_text("".join(rows))
     return path
+
+
+def read_documents(name: str) -> dict[str, list[str]]:
+    return read_source(name).documents
 
 
 def simple(**documents: tuple[str, ...]) -> Text:
@@ -43,7 +53,7 @@ def test_the_same_documents_are_always_divided_alike_and_not_in_their_order() ->
 
 
 def test_a_document_that_comes_twice_is_in_one_split_only() -> None:
-    parts = divide({"train": DOCUMENTS * 3})
+    parts = divide(distinct({"train": DOCUMENTS * 3}))
     assert sum(map(len, parts.values())) == len(DOCUMENTS)
 
 
@@ -82,7 +92,7 @@ def test_a_text_file_is_cut_between_paragraphs_and_nothing_is_lost(tmp_path: Pat
 
 
 def test_one_endless_line_is_cut_into_pieces_of_whole_words() -> None:
-    pieces = cut_running_text("prune the model " * 2000)
+    pieces, _ = cut_running_text("prune the model " * 2000)
     assert len(pieces) > 15
     assert " ".join(pieces).split() == ["prune", "the", "model"] * 2000
 
@@ -102,7 +112,7 @@ def test_rows_that_are_lines_of_wikitext_become_articles(tmp_path: Path) -> None
 def test_reading_stops_when_there_is_more_than_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_sources, "MOST_CHARACTERS", 100)
+    monkeypatch.setattr(text_rows, "MOST_CHARACTERS", 100)
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     assert read_documents(str(path)) == {"train": DOCUMENTS[:3]}
 
@@ -142,6 +152,66 @@ def test_windows_are_the_first_tokens_with_an_end_between_documents() -> None:
     # 1 is </s>; "a" is 68.
     assert found.tolist() == [[68, 69, 1], [70, 71, 72], [1, 73, 74]]
     assert found.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("around", "first", "word"),
+    [
+        ("<s> $A", [0], "<s>"),
+        ("<s> $A </s>", [0], "<s>"),
+        ("<s> <unk> $A", [0, 2], "<s> <unk>"),
+        ("$A </s>", [], ""),
+    ],
+)
+def test_windows_of_every_split_begin_as_the_tokenizer_begins_a_text(
+    around: str, first: list[int], word: str
+) -> None:
+    tokenizer = tiny_tokenizer(around)
+    model = replace(tiny_model(), tokenizer=tokenizer)
+    text = simple(**dict.fromkeys(SPLITS, ("abcde", "fghij" * 9)))
+    # 1 is </s>, between documents; "a" is 68.
+    follow = [68, 69, 70, 71, 72, 1, 73, 74, 75]
+    each = 4 - len(first)
+    for split in SPLITS:
+        found = windows(text, split, model, length=4, count=51 // each).tolist()
+        assert found[:2] == [[*first, *follow[at : at + each]] for at in (0, each)]
+        assert all(window[: len(first)] == first for window in found)
+    assert begin_with(tokenizer) == word
+    # The exported page cuts one text, which ends nowhere inside.
+    page = pruner_template.windows(tokenizer, "abcdefgh", 4)
+    plain = list(range(68, 76))
+    assert torch.cat(page[:2]).tolist() == [[*first, *plain[at : at + each]] for at in (0, each)]
+    with pytest.raises(TextError, match=f"need {(51 // each + 1) * each}"):
+        windows(text, "test", model, length=4, count=51 // each + 1)
+
+
+def test_windows_too_short_for_text_behind_the_first_tokens_are_refused() -> None:
+    model = replace(tiny_model(), tokenizer=tiny_tokenizer("<s> <unk> $A"))
+    with pytest.raises(TextError, match="no text behind the 2 that .* use a length of at least 3"):
+        windows(simple(test=("abc",)), "test", model, length=2, count=1)
+    assert pruner_template.windows(model.tokenizer, "abc", 2) == []
+
+
+def test_long_documents_are_tokenized_in_pieces_with_the_ids_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    document, model = "prune the model " * 8, tiny_model()
+    given: list[int] = []
+    whole = windows(simple(test=(document,)), "test", model, length=32, count=4)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    tokenizer = model.tokenizer
+
+    class Counting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            given.append(len(text))
+            return tokenizer(text, **options)
+
+    counting = replace(model, tokenizer=Counting())
+    found = windows(simple(test=(document,)), "test", counting, length=32, count=4)
+    assert torch.equal(found, whole)
+    assert max(given) <= 20 and len(given) > 7
 
 
 def test_calibration_windows_are_drawn_from_the_whole_split_by_the_seed() -> None:

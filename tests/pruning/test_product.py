@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,25 @@ def test_tensors_that_are_stored_without_the_prefix_of_the_model_keep_their_name
     assert_source_with_fewer_numbers(one, source)
     with safe_open(one / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "from": "somewhere"}
+
+
+def test_files_in_folders_and_tensors_that_nobody_uses_are_mirrored(tmp_path: Path) -> None:
+    source = save_source("llama", tmp_path / "source", torch.bfloat16)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    old = index["weight_map"][UP]
+    index["weight_map"] = {
+        name: f"parts/{file}" if file == old else file for name, file in index["weight_map"].items()
+    }
+    tensors = load_file(source / old)
+    (source / old).unlink()
+    (source / "parts").mkdir()
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**tensors, **more}, source / "parts" / old, metadata={"format": "pt"})
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    recipe = Recipe.load("wanda")
+    one = in_memory(source, tmp_path / "memory", recipe, "auto")
+    assert digests(one) == digests(streamed(source, tmp_path / "streamed", recipe, "auto"))
+    assert digests(one).keys() == {*digests(source), "recipe.yaml"}
+    saved = load_file(one / "parts" / old)
+    assert torch.equal(saved[next(iter(more))], torch.ones(4))
+    assert (saved[UP] == 0).float().mean() == 0.5

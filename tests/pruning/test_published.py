@@ -54,6 +54,12 @@ def test_the_warning_names_both_numbers_and_what_to_check() -> None:
     assert "dense perplexity nan where 5.47" in (warning(perplexity=math.nan) or "")
 
 
+def test_the_warning_says_where_our_windows_begin_otherwise() -> None:
+    assert "begins" not in (warning(perplexity=6.02) or "")
+    found = warning(perplexity=5.3, begin="<s>") or ""
+    assert found.endswith("each window here begins with <s>, there the first alone did")
+
+
 def test_windows_of_a_length_that_nobody_published_are_said_not_to_compare() -> None:
     found = warning(sequence_length=256, perplexity=5.47) or ""
     assert "windows of 2,048 and 4,096 tokens" in found and "those of 256 cannot" in found

@@ -13,8 +13,10 @@ from prunezero.errors import OutputError
 from prunezero.models.units import find_layers
 from prunezero.pruning.bench import with_choices
 from prunezero.pruning.recipe import Recipe
-from prunezero.report.run_folder import check_runs_dir, list_runs, write_winner
+from prunezero.report.run_folder import check_runs_dir, list_runs, refuse_foreign, write_winner
 from prunezero.report.saved_model import save_pruned
+from prunezero.report.search_file import asked_for, forget_asked, write_asked
+from tests.report.test_search_file import OPTIONS
 from tests.searching.bench import tiny_bench
 
 
@@ -93,3 +95,39 @@ def test_one_damaged_run_does_not_hide_the_others_from_the_list(tmp_path: Path) 
     assert rows["good"]["test"] == "8.25" and rows["good"]["state"] == "finished"
     assert rows["torn"]["state"] == rows["bare"]["state"] == "recipe.yaml cannot be read"
     assert rows["half"]["state"] == "go on with --resume"
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "notes.txt", "optuna.log", "search.json"])
+def test_a_folder_that_no_search_made_is_never_searched_into(name: str, tmp_path: Path) -> None:
+    refuse_foreign(tmp_path / "new")
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"holds {name} but no journal of a search.*--name"):
+        refuse_foreign(tmp_path)
+    (tmp_path / "journal.jsonl").touch()
+    with pytest.raises(OutputError, match=f"holds {name} but no journal"):
+        refuse_foreign(tmp_path)
+    with pytest.raises(OutputError, match="is a file"):
+        refuse_foreign(tmp_path / name)
+
+
+def test_what_a_search_left_that_could_not_begin_is_no_hindrance(tmp_path: Path) -> None:
+    write_asked(asked_for(OPTIONS), tmp_path)
+    refuse_foreign(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("mine")
+    with pytest.raises(OutputError, match="holds recipe.yaml but no journal"):
+        refuse_foreign(tmp_path)
+    (tmp_path / "journal.jsonl").write_text("of a search")
+    refuse_foreign(tmp_path)
+
+
+def test_a_search_that_could_not_begin_leaves_no_trace(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write_asked(asked_for(OPTIONS), folder)
+    forget_asked(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    write_asked(asked_for(OPTIONS), folder)
+    (folder / "journal.jsonl").touch()
+    forget_asked(folder)
+    assert (folder / "search.json").is_file()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import http.server
+import importlib
 import math
+import multiprocessing
 import socket
 import sqlite3
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +21,11 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.report import track
-from prunezero.report.mlflow_store import is_network_disk
+from prunezero.report.mlflow_store import MlflowStore
 from prunezero.report.records import RunRecord, run_record
 from prunezero.report.spool import Spool, read_record
 from prunezero.report.track import Tracker, tracking_uri, ui_command
+from prunezero.report.tracking_database import is_network_disk
 from prunezero.report.views import VIEW_TAG, VIEWS
 
 pytestmark = pytest.mark.filterwarnings(
@@ -327,6 +331,136 @@ def test_the_database_writes_ahead_and_the_experiment_has_its_views(database: Pa
     tags = client_of(database).get_experiment_by_name("prunezero").tags
     assert {VIEW_TAG + key for key in VIEWS} <= set(tags)
     assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def one_of_several(folder: Path, name: str) -> None:
+    """What a search does with a runs folder that it shares, in a process of its own."""
+    tracker = Tracker(folder)
+    tracker.record(RunRecord(key="baseline/dense", name="dense", role="dense", metrics={"a": 1.0}))
+    tracker.record(RunRecord(key=f"{name}/1", name=name, role="candidate"))
+    sys.exit(tracker.close(100))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_three_processes_at_once_store_what_waited_and_what_they_share_once(
+    tmp_path: Path,
+) -> None:
+    waiting = [replace(candidate(slot), recorded_at=1) for slot in range(6)]
+    Spool(tmp_path / "untracked.jsonl").append([replace(PARENT, recorded_at=1), *waiting])
+    # MLflow is imported once, and each process begins with it.
+    importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+    context = multiprocessing.get_context("fork")
+    names = ("one", "two", "three")
+    started = [context.Process(target=one_of_several, args=(tmp_path, name)) for name in names]
+    begin = time.monotonic()
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    assert time.monotonic() - begin < 60  # who waits in vain gives up after 100
+    # Who ended first may have seen what the others still had to write.
+    assert None not in [process.exitcode for process in started]
+    assert not (tmp_path / "untracked.jsonl").exists()
+    client = client_of(tmp_path)
+    experiment = client.get_experiment_by_name("prunezero")
+    found = client.search_runs([experiment.experiment_id])
+    own = ["baseline/dense", "one/1", "two/1", "three/1", "night"]
+    keys = sorted(run.data.tags["prunezero.key"] for run in found)
+    assert keys == sorted([*own, *(record.key for record in waiting)])
+    for run in found:
+        for metric in run.data.metrics:
+            assert len(client.get_metric_history(run.info.run_id, metric)) == 1
+
+
+def test_who_else_writes_what_waits_is_waited_for(store: RememberingStore, tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "untracked.jsonl")
+    spool.append([candidate(7)])
+    with spool.replaying() as is_ours:
+        assert is_ours
+        tracker = Tracker(tmp_path)
+        tracker.record(candidate(8))
+        assert tracker.close(timeout=1.0) == 2
+    assert store.runs == []
+    assert Tracker(tmp_path).close() == 0
+    assert store.runs == ["night/00007", "night/00008"]
+
+
+def test_a_crash_between_writing_and_dropping_stores_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = replace(PARENT, recorded_at=1)
+    step = {"search/best_perplexity": [(0, 20.0)]}
+    records = [search, replace(candidate(0), recorded_at=2)]
+    records += [RunRecord("night", "", "search", curves=step, finished=False, recorded_at=3)]
+    records += [replace(search, finished=True, recorded_at=4)]
+    Spool(tmp_path / "untracked.jsonl").append(records)
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "drop", lambda spool, lines: None)
+        Tracker(tmp_path).close(60)
+    assert Tracker(tmp_path).close(60) == 0
+    client = client_of(tmp_path)
+    experiment = client.get_experiment_by_name("prunezero")
+    found = {
+        run.data.tags["prunezero.key"]: run for run in client.search_runs(experiment.experiment_id)
+    }
+    assert sorted(found) == ["night", "night/00000"]
+    assert found["night"].info.status == "FINISHED"
+    run_id = found["night"].info.run_id
+    assert len(client.get_metric_history(run_id, "search/best_perplexity")) == 1
+
+
+@pytest.mark.parametrize(
+    "spelling", ["{secret}", "{runs}/../secret", "{runs}/link", "{runs}/folder"]
+)
+def test_files_outside_the_runs_folder_are_never_copied_to_mlflow(
+    spelling: str, tmp_path: Path
+) -> None:
+    runs, secret = tmp_path / "runs", tmp_path / "secret"
+    (runs / "folder").mkdir(parents=True)
+    secret.write_text("it")
+    (runs / "link").symlink_to(secret)
+    (runs / "folder" / "link").symlink_to(secret)
+    (runs / "own").write_text("mine")
+    foreign = Path(spelling.format(secret=secret, runs=runs))
+    log = CopiedFiles(runs)
+    told = log.store._log_artifacts("run", candidate(0, artifacts=(foreign, runs / "own")), {})
+    assert log.copied == [str(runs / "own")]
+    assert told == {"outside.artifacts": str(foreign)}
+
+
+class CopiedFiles:
+    """A store whose client notes the files that it is given."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.copied: list[str] = []
+        self.store = MlflowStore.__new__(MlflowStore)
+        self.store._runs_dir = runs_dir.resolve()
+        self.store._client = self
+
+    def log_artifact(self, run_id: str, path: str) -> None:
+        self.copied.append(path)
+
+    def log_artifacts(self, run_id: str, path: str, artifact_path: str) -> None:
+        self.copied.append(path)
+
+
+def test_a_password_is_neither_logged_nor_shown_in_a_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(tracker: Tracker) -> Any:
+        raise ConnectionError(f"no answer from {tracker.uri}/api?token=s3cret")
+
+    monkeypatch.setattr(Tracker, "_connect", refuse)
+    tracker = Tracker(tmp_path, uri="https://alice:s3cret@127.0.0.1:9")
+    tracker.record(candidate(0))
+    assert tracker.close() == 1
+    assert "https://***@127.0.0.1:9" in caplog.text
+    command, environment = ui_command(tmp_path, "mysql://alice:s3cret@127.0.0.1/runs")
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == "mysql://alice:s3cret@127.0.0.1/runs"
+    with pytest.raises(OutputError, match=r"https://\*\*\*@there") as refused:
+        ui_command(tmp_path, "https://alice:s3cret@there")
+    written = [path.read_text() for path in tmp_path.iterdir()]
+    assert "s3cret" not in " ".join([caplog.text, str(refused.value), *command, *written])
 
 
 def test_the_uri_is_the_argument_then_the_environment_then_the_folder(

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from prunezero.errors import ScoreError, SelectionError, StatisticsError
-from prunezero.formula.canonical import combine, number
+from prunezero.formula.canonical import combine
 from prunezero.formula.code import torch_lines
+from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
 from prunezero.scoring import fused, score

@@ -189,7 +189,7 @@ def test_searches_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> No
 
 
 def test_an_archive_that_cannot_be_written_is_said_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written or read"):
         Archive(tmp_path, CONDITIONS)
 
 

@@ -18,6 +18,28 @@ from prunezero.errors import OutputError, reason
 from prunezero.models.checked_lines import line_of, record_of
 from prunezero.models.digests import joined_digest
 
+# Bytes in which at least one line is whole.
+_BEGINNING = 2**22
+
+
+def check_archive(path: Path) -> None:
+    """Refuse a file that is something else, before long work; nothing is added to it then.
+
+    Raises:
+        OutputError: it is, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_BEGINNING)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written or read: {error.strerror}") from error
+    if begin.strip() and not any(map(record_of, begin.split(b"\n"))):
+        raise OutputError(
+            f"{path} is no archive of searches, or damaged in every line; move it away"
+        )
+
 
 class Archive:
     """A file of answers that several searches read and append to, also at the same time."""
@@ -31,17 +53,13 @@ class Archive:
         Raises:
             OutputError: the file cannot be read or written, or is something else.
         """
+        check_archive(path)
         self._path = path
         self._context = joined_digest([json.dumps(conditions, sort_keys=True)])
         self._answers: dict[tuple[str, str], dict[str, Any]] = {}
         with self._open() as file:
-            data = file.read()
-        records = [record for record in map(record_of, data.split(b"\n")) if record]
-        if data.strip() and not records:
-            raise OutputError(
-                f"{path} is no archive of searches, or damaged in every line; move it away"
-            )
-        for record in records:
+            lines = file.read().split(b"\n")
+        for record in filter(None, map(record_of, lines)):
             # A torn line was never an answer; other conditions are other searches' business.
             if record.get("context") == self._context and isinstance(record.get("answer"), dict):
                 self._answers[str(record.get("kind")), str(record.get("key"))] = record["answer"]

@@ -11,7 +11,8 @@ import random
 from typing import Any
 
 from prunezero.errors import CriterionError
-from prunezero.formula.canonical import combine, number
+from prunezero.formula.canonical import combine
+from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.functions import REDUCTIONS
 from prunezero.formula.vocabulary import OPERATORS

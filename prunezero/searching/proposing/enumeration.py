@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import CriterionError
-from prunezero.formula.canonical import combine, number
+from prunezero.formula.canonical import combine
+from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import AXES

@@ -1,7 +1,7 @@
 """How formulas breed: random trees, mutation, crossover, as pure functions of (tree, rng).
 
 A tree is the criterion's own SymPy expression. A child is built in raw form and becomes a
-`Criterion`, so SymPy has simplified it before anyone looks at it; what no mask can see is taken
+`Criterion`, so it is simplified before anyone looks at it; what no mask can see is taken
 away (`formula/ranking.py`), and a child that is no formula of the space is drawn again, from the
 same generator, up to a limit.
 """
@@ -15,9 +15,9 @@ from typing import Any
 import sympy
 
 from prunezero.errors import CriterionError
-from prunezero.formula.canonical import combine, number
+from prunezero.formula.canonical import combine, with_arguments
+from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.functions import MatrixFunction
 from prunezero.formula.ranking import ranking_form
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.searching.space import SearchSpace
@@ -261,12 +261,12 @@ def _at(tree: Any, path: Path) -> Any:
 
 
 def _replaced(tree: Any, path: Path, part: Any, *, rebuild: bool = True) -> Any:
-    """The tree with another part at a place; SymPy simplifies on the way up when it rebuilds."""
+    """The tree with another part at a place; what is above is simplified if it is rebuilt."""
     if not path:
         return part
     index, *rest = path
     arguments = list(tree.args)
     arguments[index] = _replaced(arguments[index], tuple(rest), part, rebuild=rebuild)
-    if rebuild or isinstance(tree, MatrixFunction):
-        return tree.func(*arguments)
+    if rebuild:
+        return with_arguments(tree, arguments)
     return tree.func(*arguments, evaluate=False)

@@ -1,0 +1,54 @@
+"""What rounding alone changes in a figure is measured and shown."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunezero.cli.tables import results_table
+from prunezero.pruning.compare import compare, rounding
+from prunezero.pruning.recipe import Recipe
+from tests.searching.bench import tiny_bench
+
+
+def test_the_reversed_bench_has_the_same_calibration_windows_in_the_opposite_order() -> None:
+    bench = tiny_bench()
+    drawn, back = bench.windows("calibration"), bench.reversed().windows("calibration")
+    assert len(drawn) > 1 and not torch.equal(drawn, back)
+    assert [ids.tolist() for ids in back] == [ids.tolist() for ids in drawn][::-1]
+    for split in ("search", "validation", "test"):
+        assert torch.equal(bench.reversed().windows(split), bench.windows(split))
+    assert torch.equal(bench.reversed().reversed().windows("calibration"), drawn)
+
+
+@pytest.mark.parametrize("statistics", ["dense", "sequential"])
+def test_only_recipes_that_mend_weights_are_pruned_again_in_reverse(statistics: str) -> None:
+    bench = tiny_bench()
+    recipes = [Recipe.load("wanda"), Recipe.load("sparsegpt")]
+    dense, wanda, sparsegpt = compare(bench, recipes, 0.5, statistics=statistics)
+    assert "test_rounding" not in dense and "test_rounding" not in wanda
+    back = bench.reversed()
+    (_, again) = compare(back, recipes[1:], 0.5, statistics=statistics, with_rounding=False)
+    for split in ("validation", "test"):
+        change = abs(sparsegpt[f"{split}_perplexity"] - again[f"{split}_perplexity"])
+        assert sparsegpt[f"{split}_rounding"] == change
+    assert "test_rounding" not in again
+
+
+def test_a_perplexity_that_is_no_number_has_no_rounding() -> None:
+    row = {"test_perplexity": float("inf"), "validation_perplexity": 3.0}
+    again = {"test_perplexity": float("inf"), "validation_perplexity": 3.5}
+    assert rounding(row, again, ("validation", "test")) == {"validation_rounding": 0.5}
+
+
+def test_the_table_shows_rounding_beside_the_figure_it_belongs_to() -> None:
+    row = {"recipe": "a", "validation_perplexity": 31.5, "test_perplexity": 40.0, "kl": 1.0}
+    table = results_table([row, {**row, "recipe": "b", "test_rounding": 0.25}], "rows")
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["test"] == ["40.00", "40.00 ±0.25"]
+    assert cells["validation"] == ["31.50", "31.50"]
+
+
+def test_recipes_that_choose_weights_alone_mend_none() -> None:
+    assert Recipe.load("sparsegpt").mends and Recipe.load("admm").mends
+    assert not any(Recipe.load(name).mends for name in ("wanda", "ria", "gblm", "magnitude"))

@@ -1,0 +1,147 @@
+"""Whatever stands in the files of a search, they are read or refused in a sentence of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from prunezero.errors import PruneZeroError, RecipeError
+from prunezero.models.checked_lines import line_of
+from prunezero.pruning.documents import write_document
+from prunezero.pruning.recipe import Recipe
+from prunezero.report.records import RunRecord, record_to_line
+from prunezero.report.run_folder import list_runs, pruner_fields
+from prunezero.report.run_summary import read_run, results
+from prunezero.report.search_file import read_asked
+from prunezero.report.spool import read_record
+from prunezero.report.verification import claims
+from prunezero.searching.judging.judge import Question
+from prunezero.searching.rivals import rivals
+from prunezero.searching.session import _header, make_task
+from tests.report.test_search_file import OPTIONS
+from tests.searching.bench import tiny_bench, tiny_space
+
+ROW = {
+    "recipe": "mine",
+    "sparsity": 0.5,
+    "pattern": "free",
+    "seed": 0,
+    "sequence_length": 16,
+    "calibration_tokens": 64,
+    "test_perplexity": 8.25,
+    "regimes": [{"sparsity": 0.5, "pattern": "free", "test_perplexity": 8.25}],
+}
+TASK = make_task(tiny_space(), 0.5)
+HEADER = json.loads(json.dumps(_header(tiny_bench(), TASK)))
+ASKED = {**OPTIONS, "space_content": HEADER["space"], "start": [{"formula": "W", "choices": {}}]}
+RIVAL = Question.of(rivals(TASK)[0], ("search", "validation"))
+RECORDS = [
+    {"header": HEADER},
+    {"kind": RIVAL.kind, "key": RIVAL.key, "result": {**ROW, "search_perplexity": 9.0}},
+]
+RECIPE = {
+    "schema_version": 1,
+    "name": "mine",
+    "criterion": "abs(W)*X",
+    "provenance": {"slot": 0, "measured": [ROW, {**ROW, "regimes": None}]},
+}
+LINE = json.loads(
+    record_to_line(
+        RunRecord(
+            "night/1",
+            "c1",
+            "candidate",
+            params={"seed": 1},
+            metrics={"a": 1.0},
+            curves={"b": [(0, 1.0)]},
+            tags={"status": "new"},
+            artifacts=(Path("a"),),
+        )
+    )
+)
+OTHERS: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, -1, 0, 1.5, 10**30, "", "x", "nan", [], [1], ["x"], [[]], {}, {"x": 1}, [{}]]
+)
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value inside plain data."""
+    inside: Any = data.items() if isinstance(data, dict) else ()
+    inside = enumerate(data) if isinstance(data, list) else inside
+    for key, value in inside:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def changed(data: Any, way: tuple[Any, ...], value: Any, is_gone: bool) -> Any:
+    """A copy of plain data with another value at one place, or none."""
+    copy = json.loads(json.dumps(data))
+    holder = copy
+    for key in way[:-1]:
+        holder = holder[key]
+    if is_gone:
+        del holder[way[-1]]
+    else:
+        holder[way[-1]] = value
+    return copy
+
+
+FILES = {"journal": RECORDS, "search": ASKED, "recipe": RECIPE, "line": LINE}
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_files_with_any_value_changed_are_read_or_refused_in_a_sentence(
+    data: st.DataObject, tmp_path: Path
+) -> None:
+    name = data.draw(st.sampled_from(sorted(FILES)))
+    way = data.draw(st.sampled_from(list(places(FILES[name]))))
+    is_gone = data.draw(st.booleans())
+    files = FILES | {name: changed(FILES[name], way, data.draw(OTHERS), is_gone)}
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "journal.jsonl").write_bytes(b"".join(map(line_of, files["journal"])))
+    (folder / "search.json").write_text(json.dumps(files["search"]))
+    write_document(files["recipe"], folder / "recipe.yaml")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        list_runs(folder.parent)
+        read_record(json.dumps(files["line"]))
+        with contextlib.suppress(PruneZeroError):
+            asked = read_asked(folder)
+            assert asked is not None
+            asked.task()
+        with contextlib.suppress(PruneZeroError):
+            run = read_run(folder)
+            results(run)
+            claims(run, 3)
+            assert run.recipe is not None
+            pruner_fields(run.recipe)
+
+
+def test_the_files_that_are_changed_here_are_sound_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_bytes(b"".join(map(line_of, RECORDS)))
+    (tmp_path / "search.json").write_text(json.dumps(ASKED))
+    write_document(RECIPE, tmp_path / "recipe.yaml")
+    run = read_run(tmp_path)
+    assert run.rivals[0]["search_perplexity"] == 9.0
+    assert run.asked is not None and results(run)[-1]["test_perplexity"] == 8.25
+    assert read_record(json.dumps(LINE)) is not None
+
+
+@pytest.mark.parametrize("lacking", ["recipe", "sparsity", "pattern", "seed", "sequence_length"])
+def test_provenance_without_a_key_is_one_sentence(lacking: str, tmp_path: Path) -> None:
+    row = {key: value for key, value in ROW.items() if key != lacking}
+    write_document({**RECIPE, "provenance": {"measured": [row]}}, tmp_path / "recipe.yaml")
+    with pytest.raises(RecipeError, match=rf"provenance: measured.0.{lacking} is not as a search"):
+        Recipe.load(tmp_path / "recipe.yaml")
