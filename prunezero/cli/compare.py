@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli import options
+from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.options import (
     Allocate,
     CalibrationTokens,
@@ -41,6 +42,8 @@ def compare(
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     allocate: Allocate = None,
+    targets: Targets = "",
+    ignore: Ignore = "",
     statistics: Annotated[
         str, typer.Option(help="`dense` or `sequential`, the same for every recipe.")
     ] = "dense",
@@ -75,8 +78,11 @@ def compare(
         prunezero compare --model demo --sparsity 0.6 --statistics sequential --json out.json
 
         prunezero compare --model demo --recipes wanda,sparsegpt --sparsity 0.7 --allocate owl
+
+        prunezero compare --model demo --recipes wanda,ria --sparsity 0.5 --ignore down_proj
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
+    from prunezero.models.patterns import patterns_of
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir
@@ -85,7 +91,14 @@ def compare(
     options.check_statistics(statistics)
     options.check_json(json_file)
     chosen = [
-        with_choices(recipe, pattern=pattern, statistics=statistics, allocate=allocate)
+        with_choices(
+            recipe,
+            pattern=pattern,
+            statistics=statistics,
+            allocate=allocate,
+            targets=patterns_of(targets) or None,
+            ignore=patterns_of(ignore) or None,
+        )
         for recipe in options.load_recipes(recipes)
     ]
     for recipe in chosen:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli import options
-from prunezero.cli.amounts import bytes_of
+from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.options import (
     Allocate,
     CalibrationTokens,
@@ -53,10 +53,8 @@ def prune(
     output: Annotated[
         Path | None, typer.Option(help="New folder for the pruned model; without it, only report.")
     ] = None,
-    targets: Annotated[
-        str, typer.Option(help="Layers to prune: names, endings or re:PATTERN, by commas.")
-    ] = "",
-    ignore: Annotated[str, typer.Option(help="Layers to leave alone, written likewise.")] = "",
+    targets: Targets = "",
+    ignore: Ignore = "",
     statistics: Statistics = None,
     seed: Seed = 0,
     memory_limit: Annotated[
@@ -96,6 +94,7 @@ def prune(
         prunezero prune --model ./7b --recipe wanda --sparsity 0.5 --memory-limit 6GiB --output out
     """
     from prunezero.cli.tables import say, waiting
+    from prunezero.models.patterns import patterns_of
     from prunezero.models.places import try_folder
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.recipe import Recipe
@@ -109,8 +108,8 @@ def prune(
         pattern=pattern,
         allocate=allocate,
         statistics=statistics,
-        targets=_words(targets),
-        ignore=_words(ignore),
+        targets=patterns_of(targets) or None,
+        ignore=patterns_of(ignore) or None,
     )
     fraction = settled_sparsity(chosen.pattern, sparsity)
     settings = options.make_settings(
@@ -242,7 +241,3 @@ def _folder_of_steps(recipe: Recipe, output: Path | None) -> Path | None:
             f"'{folder}' holds no steps of this command; move it away, or choose another output"
         )
     return folder
-
-
-def _words(names: str) -> tuple[str, ...] | None:
-    return tuple(word.strip() for word in names.split(",") if word.strip()) or None

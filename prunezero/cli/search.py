@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prunezero.cli import asking, options
-from prunezero.cli.amounts import seconds_of
+from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.options import (
     Also,
     AlsoModel,
@@ -65,6 +65,8 @@ def search(
     also: Also = "",
     also_model: AlsoModel = None,
     draws: Draws = 1,
+    targets: Targets = "",
+    ignore: Ignore = "",
     space: Space = "formulas",
     signals: Signals = None,
     budget: Budget = None,
@@ -109,6 +111,8 @@ def search(
         prunezero search --model demo --sparsity 0.5 --space pipeline --start-from first --time 1h
 
         prunezero search --model demo --sparsity 0.5 --space tiny --budget 20 --name quick
+
+        prunezero search --model demo --sparsity 0.5 --targets q_proj,k_proj,v_proj --time 10m
 
         prunezero search --time 10m --name first --resume
     """

@@ -14,6 +14,7 @@ from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, writ
 if TYPE_CHECKING:
     from prunezero.cli.fitting import Table
     from prunezero.report.run_summary import Run
+    from prunezero.searching.task import Task
 
 # Columns of the front, by the key of a candidate's row.
 _FRONT = {
@@ -111,9 +112,15 @@ def _about(run: Run) -> dict[str, str]:
         "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
         "signals": f"{task.space.dearest_signal}, the dearest that a rule can look at",
         **({"draws": f"{task.draws} of calibration text"} if task.draws > 1 else {}),
+        **{key: ", ".join(value) for key, value in _layers(task).items() if value},
         "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
         f"tokens calibrate in {str(header['dtype']).removeprefix('torch.')}",
     }
+
+
+def _layers(task: Task) -> dict[str, tuple[str, ...]]:
+    """The patterns that choose layers."""
+    return {"targets": task.targets, "ignore": task.ignore}
 
 
 def _counts(run: Run) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Names of models, files and recipes may hold brackets and colons, which are no markup here.
 console = Console(markup=False, emoji=False)
+# Columns of the patterns that choose layers, where there are any.
+_LAYERS = ("targets", "ignore")
 
 
 def say(text: str, *, style: str = "") -> None:
@@ -156,13 +158,22 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
 
     row = rows[-1]
 
+    # Recipes of one table may choose layers each for themselves.
+    chosen = {f"{word} {one[word]}" for one in rows for word in _LAYERS if word in one}
+    pruned = [one for one in rows if one["recipe"] != "dense"]
+    alike = [told for told in sorted(chosen) if all(_tells(one, told) for one in pruned)]
     what = "geometric mean of the perplexities" if row.get("regimes") else "perplexity"
     return (
         f"{what} of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
         f"{windows_of(row)}; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
-        f"pattern {row['pattern']}, {seeds_of(row)}"
+        f"pattern {row['pattern']}, {seeds_of(row)}" + "".join(f", {told}" for told in alike)
     )
+
+
+def _tells(row: dict[str, Any], told: str) -> bool:
+    """Whether a row was measured with these layers alone, or without them."""
+    return any(told == f"{word} {row.get(word)}" for word in _LAYERS)
 
 
 def say_about(benches: Sequence[Bench]) -> None:
@@ -176,14 +187,17 @@ def say_about(benches: Sequence[Bench]) -> None:
 
 def _about_model(bench: Bench) -> str:
     """One line on the model at hand."""
-    from prunezero.models.units import find_layers
+    from prunezero.models.units import find_layers, uncalled_layers
 
     loaded = bench.language_model
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
     layers = len(find_layers(loaded.model))
+    uncalled = uncalled_layers(loaded.model)
+    kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in uncalled}))
+    left = f"; {len(uncalled)} more ({kinds}) are never called, and left alone" if uncalled else ""
     return (
         f"{loaded.name}: {type(loaded.model).__name__}, {count / 1e6:.1f} M parameters, "
-        f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}"
+        f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}{left}"
     )
 
 

@@ -16,6 +16,7 @@ from prunezero.errors import ModelError
 from prunezero.models.digests import joined_digest, tensor_digests
 from prunezero.models.own_changes import refuse_own_changes
 from prunezero.models.source import Source
+from prunezero.models.units import note_calls
 
 # Written on the way to and from a disk; they change nothing in what the model computes, and the
 # tensors carry their dtype.
@@ -68,7 +69,7 @@ def wrap_model(
     model.requires_grad_(False)
     first = next(model.parameters())
     ids = torch.zeros((1, 2), dtype=torch.long, device=first.device)
-    refuse_own_changes(model, name, lambda: model(ids))
+    refuse_own_changes(model, name, lambda: note_calls(model, lambda: model(ids)))
     fingerprint = model_fingerprint(model, tokenizer)
     return LanguageModel(model, tokenizer, name, fingerprint, first.dtype, first.device, source)
 

@@ -41,6 +41,11 @@ print(re.search(pattern, name) is not None)
 _spent: defaultdict[str, float] = defaultdict(float)
 
 
+def patterns_of(text: str) -> tuple[str, ...]:
+    """The patterns of a text, of which commas stand between two."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def check_pattern(pattern: str) -> str:
     """The pattern, if it is one that can be searched in names of layers.
 

@@ -31,7 +31,7 @@ from prunezero.models.loading import (
 from prunezero.models.observing import removing
 from prunezero.models.own_changes import refuse_own_changes
 from prunezero.models.shards import STORED_DTYPES, Shard, Shards
-from prunezero.models.units import find_blocks
+from prunezero.models.units import find_blocks, note_calls
 from prunezero.models.walk import record_calls
 
 
@@ -78,7 +78,8 @@ class StreamedModel:
         self._model_names = {parameter: names[0] for parameter, names in names_of.items()}
         parameters = {name for names in names_of.values() for name in names}
         self._stored_buffers = {
-            name: self._stored_name([name]) for name in model.state_dict().keys() - parameters
+            name: self._stored_name([name])
+            for name in sorted(model.state_dict().keys() - parameters)
         }
         stored = sorted(checkpoint.source.names.values())
         check_finite(((name, self.shards.read(name)) for name in stored), called)
@@ -86,6 +87,9 @@ class StreamedModel:
         run = partial(record_calls, model.base_model, self.blocks, ids)
         with self.outside(), self.block(0):
             refuse_own_changes(model, called, run)
+        # Which layers are called is seen without their weights.
+        with self.outside(), self.outlined(), torch.no_grad():
+            note_calls(model, partial(model.base_model, ids, use_cache=False))
 
     def _stored_name(self, names: list[str]) -> str:
         """The name that a parameter or buffer has in the files."""
@@ -187,7 +191,8 @@ class StreamedModel:
         weights = [parameter for block in self._inside for parameter in block]
         outlines = []
         for weight in weights:
-            number = torch.zeros((1,) * weight.dim(), dtype=weight.dtype)
+            one = (1,) * weight.dim()
+            number = torch.zeros(one, dtype=weight.dtype, device=self.language_model.device)
             outlines.append(nn.Parameter(number.expand(weight.shape), requires_grad=False))
         for weight, outline in zip(weights, outlines, strict=True):
             _exchange(weight, outline)

@@ -7,8 +7,10 @@ linear maps inside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ from prunezero.models.patterns import fits
 
 # The modules that choose experts; their few rows decide where tokens go.
 ROUTERS = ("gate", "router")
+# Under this name a model keeps what `note_calls` has found out about it.
+_UNCALLED = "_prunezero_uncalled"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def find_layers(
 ) -> list[Layer]:
     """The prunable layers inside the decoder blocks, in the order of the model.
 
-    Never embeddings, norms, routers or the output head; a shared weight appears once.
+    Never embeddings, norms, routers, the output head, or what `uncalled_layers` names; a shared
+    weight appears once.
 
     Args:
         model: a decoder-only model.
@@ -90,6 +95,7 @@ def find_layers(
     """
     layers = _all_layers(model)
     names = [layer.name for layer in layers]
+    _refuse_uncalled(targets, names, uncalled_layers(model))
     wanted = [_matcher(pattern, names, names) for pattern in targets]
     modules = [name for name, _ in model.named_modules()]
     unwanted = [_matcher(pattern, modules, names) for pattern in ignore]
@@ -105,6 +111,57 @@ def find_layers(
             f"{list(targets)} choose; layers are, for example, {_examples(names)}"
         )
     return chosen
+
+
+def note_calls(model: nn.Module, run: Callable[[], object]) -> None:
+    """Run a model, and remember which of its layers that did not call.
+
+    Experts are left out, which text chooses. Of a run that failed nothing is remembered.
+
+    Args:
+        run: a forward pass; its own errors are left to those who need its result.
+    """
+    prefix, blocks = _block_list(model)
+    left = {
+        f"{prefix}.{index}.{path}": module
+        for index, block in enumerate(blocks)
+        for path, module in _linear_modules(block)
+        if "expert" not in path
+    }
+
+    def forget(name: str, module: nn.Module, args: Any) -> None:
+        left.pop(name, None)
+
+    handles = [
+        module.register_forward_pre_hook(partial(forget, name)) for name, module in left.items()
+    ]
+    try:
+        with suppress(Exception):
+            run()
+            vars(model)[_UNCALLED] = tuple(left)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def uncalled_layers(model: nn.Module) -> tuple[str, ...]:
+    """Names of layers that the forward pass never calls, though it may read their weights.
+
+    No input of theirs can be seen, so they are left alone; `note_calls` has found them.
+    """
+    found: tuple[str, ...] = vars(model).get(_UNCALLED, ())
+    return found
+
+
+def _refuse_uncalled(targets: Sequence[str], names: list[str], uncalled: Sequence[str]) -> None:
+    for pattern in targets:
+        only = [name for name in uncalled if fits(pattern, name)]
+        if only and not any(fits(pattern, name) for name in names):
+            raise ModelError(
+                f"layer pattern '{pattern}' matches only layers that the forward pass never calls, "
+                f"'{only[0]}' among them, which are left alone; choose others, for example "
+                f"{_examples(names)}"
+            )
 
 
 def matching(pattern: str, layers: Sequence[Layer]) -> set[str]:
@@ -142,6 +199,7 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _all_layers(model: nn.Module) -> list[Layer]:
     prefix, blocks = _block_list(model)
     layers: list[Layer] = []
+    uncalled = set(uncalled_layers(model))
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for index, block in enumerate(blocks):
         _refuse_fused_experts(block, f"{prefix}.{index}")
@@ -151,6 +209,8 @@ def _all_layers(model: nn.Module) -> list[Layer]:
             assert isinstance(weight, Tensor)  # for the type checker
             name = f"{prefix}.{index}.{path}"
             _check_weight(weight, name)
+            if name in uncalled:
+                continue
             key = (weight.data_ptr(), tuple(weight.shape))
             if key not in seen:
                 seen.add(key)

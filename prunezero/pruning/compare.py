@@ -52,7 +52,14 @@ def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) ->
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
+        **layers_told(recipe.targets, recipe.ignore),
     }
+
+
+def layers_told(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, str]:
+    """Columns of the patterns that choose layers; none where all are pruned."""
+    told = {"targets": ", ".join(targets), "ignore": ", ".join(ignore)}
+    return {key: patterns for key, patterns in told.items() if patterns}
 
 
 class Stand:
@@ -191,6 +198,8 @@ def compare(
     pattern: str | None = None,
     statistics: str = "dense",
     allocate: str | None = None,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
     with_rounding: bool = True,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -200,14 +209,17 @@ def compare(
     sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`,
     `windows_begin_with` where the tokenizer does so by itself, and the formula, those of some
     layers, the words of all of them and the dearest signal they look at, their comparison group,
-    allocation and updates. Perplexity is exp of the mean nats per token, kl is in nats per token on
-    validation text, seconds are those of pruning alone; `window_losses` holds the nats per token of
-    each window by split, so that recipes can be compared in pairs.
+    allocation and updates, and where some layers are chosen, `targets` and `ignore`. Perplexity is
+    exp of the mean nats per token, kl is in nats per token on validation text, seconds are those of
+    pruning alone; `window_losses` holds the nats per token of each window by split, so that recipes
+    can be compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.
         statistics: "dense" or "sequential" for all recipes, so that a table never mixes them.
         allocate: a word for all recipes; None leaves each its own.
+        targets: patterns of the layers to prune, as in `find_layers`; None leaves each its own.
+        ignore: patterns of those to leave alone, likewise.
         with_rounding: prune by each recipe that mends weights once more, on the calibration windows
             in reverse order; columns `validation_rounding` and `test_rounding` say by how much
             that changes its perplexities. No smaller difference between two rows means anything.
@@ -216,7 +228,8 @@ def compare(
         PruneZeroError: some recipe cannot be applied; raised before anything is measured.
     """
     choices = {"pattern": pattern, "statistics": statistics, "allocate": allocate}
-    changed = [with_choices(recipe, **choices) for recipe in recipes]
+    layers_chosen = {"targets": targets, "ignore": ignore}
+    changed = [with_choices(recipe, **choices, **layers_chosen) for recipe in recipes]
     layers: dict[str, Layer] = {}
     for recipe in changed:
         fraction = settled_sparsity(recipe.pattern, sparsity)

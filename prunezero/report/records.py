@@ -41,6 +41,8 @@ PARAM_NAMES = (
     "pattern",
     "allocate",
     "update",
+    "targets",
+    "ignore",
     "sparsity",
     "statistics",
     "model",

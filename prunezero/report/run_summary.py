@@ -130,6 +130,8 @@ def task_of(header: Mapping[str, Any], source: str) -> Task:
             also=",".join(header.get("also", ())),
             seed=header["seed"],
             draws=header.get("draws", 1),
+            targets=header.get("targets", ()),
+            ignore=header.get("ignore", ()),
             strategy=strategy,
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:

@@ -14,6 +14,7 @@ from typing import Any
 from prunezero.errors import SearchError, differences
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
+from prunezero.models.patterns import patterns_of
 from prunezero.models.whole_files import write_json
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.documents import validated
@@ -70,6 +71,10 @@ class Asked:
     """further models, as `load_model` takes them"""
     draws: int = 1
     """of calibration text that rules have to be good on"""
+    targets: str = ""
+    """layers to prune, by pattern, with commas between them"""
+    ignore: str = ""
+    """layers to leave alone, likewise"""
     signals: str = SIGNALS[-1]
     """the dearest that a rule may look at, as `space_content` has it"""
     start_from: tuple[str, ...] = ()
@@ -94,6 +99,8 @@ class Asked:
             start=[Rule(Criterion.parse(one["formula"]), one["choices"]) for one in self.start],
             from_scratch=self.from_scratch,
             strategy=self.strategy,
+            targets=patterns_of(self.targets),
+            ignore=patterns_of(self.ignore),
         )
 
     def settled(self, bench: Bench, task: Task) -> Asked:
@@ -219,6 +226,8 @@ def _contradiction(before: Asked, key: str, value: Any) -> str:
         if content["name"] == before.space_content["name"]:
             told = differences(before.space_content, content)
         return "" if content == before.space_content else told
+    if key in ("targets", "ignore"):
+        return "" if patterns_of(value) == patterns_of(was) else told
     if key == "also":
         return "" if read_regimes(value) == read_regimes(was) else told
     if key == "device":

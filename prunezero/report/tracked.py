@@ -9,6 +9,7 @@ from typing import Any
 
 from prunezero.models.digests import joined_digest
 from prunezero.pruning.bench import Bench, beginning
+from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.report.records import RunRecord, candidate_name, run_record
 from prunezero.searching.candidate import Candidate
@@ -41,6 +42,7 @@ def tracked_rows(
         words = [row[key] for key in told]
         words += [row["sequence_length"], row["calibration_tokens"]]
         words += [f"{row['draws']} draws"] if "draws" in row else []
+        words += [f"{word} {row[word]}" for word in ("targets", "ignore") if word in row]
         # Numbers of other text, versions or formulas are no news of the same run.
         rule = [str(row.get(key)) for key in ("formula", "criteria", "compare", "update")]
         words += [joined_digest([around, *rule])[:16]]
@@ -73,6 +75,7 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
         "statistics": "dense",
         "seed": task.seed,
         "draws": task.draws,
+        **layers_told(task.targets, task.ignore),
     }
     parent = search_key(session, name)
     key = f"{parent}/{candidate.slot:05d}"
@@ -108,6 +111,7 @@ def tracked_search(
         "compare": task.space.compare,
         "seed": task.seed,
         "draws": task.draws,
+        **layers_told(task.targets, task.ignore),
         "seeds": len(task.seeds),
         "calibration_tokens": bench.settings.calibration_tokens,
         "sequence_length": bench.settings.sequence_length,

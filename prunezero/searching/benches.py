@@ -63,7 +63,8 @@ def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Ta
     found = []
     for bench in benches:
         with about(bench, benches):
-            found.append(find_layers(bench.language_model.model))
+            model = bench.language_model.model
+            found.append(find_layers(model, targets=task.targets, ignore=task.ignore))
             for regime in task.regimes:
                 for recipe in [*_examples(task), *rivals]:
                     one = with_choices(recipe, pattern=regime.pattern)

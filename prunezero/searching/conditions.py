@@ -130,10 +130,14 @@ def _ids(bench: Bench, split: str) -> str:
 
 
 def further(task: Task) -> dict[str, Any]:
-    """The words of further regimes and the number of draws, where there are several."""
-    words = [regime.word for regime in task.also]
-    draws = {"draws": task.draws} if task.draws > 1 else {}
-    return {**({"also": words} if words else {}), **draws}
+    """Words of further regimes, number of draws, patterns of layers; where there are any."""
+    told = {
+        "also": [regime.word for regime in task.also],
+        "draws": task.draws if task.draws > 1 else None,
+        "targets": list(task.targets),
+        "ignore": list(task.ignore),
+    }
+    return {key: value for key, value in told.items() if value}
 
 
 def further_models(also_benches: Sequence[Bench]) -> dict[str, list[Any]]:

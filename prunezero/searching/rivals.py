@@ -20,12 +20,15 @@ def rivals(task: Task) -> list[Recipe]:
     A search that uses no gradients is not compared with recipes that would need them collected.
     """
     has_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
+    layers = {"targets": task.targets, "ignore": task.ignore}
     formulas = [
-        with_choices(Recipe.load(name), pattern=task.pattern, statistics="dense")
+        with_choices(Recipe.load(name), pattern=task.pattern, statistics="dense", **layers)
         for name in FORMULAS
     ]
     mending = PIPELINES if "update" in task.options else ()
-    pipelines = [with_choices(Recipe.load(name), pattern=task.pattern) for name in mending]
+    pipelines = [
+        with_choices(Recipe.load(name), pattern=task.pattern, **layers) for name in mending
+    ]
     return [
         recipe
         for recipe in (*formulas, *pipelines)

@@ -64,6 +64,8 @@ def make_task(
     start: Sequence[Rule] = (),
     from_scratch: bool = False,
     strategy: str = "evolution",
+    targets: Sequence[str] = (),
+    ignore: Sequence[str] = (),
 ) -> Task:
     """A search task, seeded with the published formulas that the space can write.
 
@@ -74,6 +76,8 @@ def make_task(
             formulas that it cannot write.
         from_scratch: whether it starts without published formulas.
         strategy: who proposes rules, see `proposing/catalogue.py`.
+        targets: patterns of the layers to prune, as in `find_layers`.
+        ignore: patterns of those to leave alone.
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
@@ -88,6 +92,7 @@ def make_task(
     published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
     settled = settled_sparsity(pattern, sparsity)
     task = Task(space, settled, pattern, seed, (), strategy, read_regimes(also), draws)
+    task = replace(task, targets=tuple(targets), ignore=tuple(ignore))
     if len(set(task.regimes)) < len(task.regimes):
         raise SearchError(f"--also {also}: a regime stands there twice, or is the search's own")
     if not all(regime.sparsity for regime in task.regimes):
@@ -260,6 +265,8 @@ def find(
     budget: int | None = None,
     from_scratch: bool = False,
     strategy: str = "evolution",
+    targets: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     resume: bool = False,
 ) -> Iterator[Candidate]:
     """Search from Python: yields each candidate when screened, and again when it is measured.
@@ -276,6 +283,8 @@ def find(
         start: rules to begin with, beside published formulas.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         strategy: who proposes rules, see `proposing/catalogue.py`.
+        targets: patterns of the layers to prune, as in `find_layers`.
+        ignore: patterns of those to leave alone.
 
     Raises:
         PruneZeroError: model, text and task do not go together, or the journal belongs to others.
@@ -291,6 +300,8 @@ def find(
         start=start,
         from_scratch=from_scratch,
         strategy=strategy,
+        targets=targets,
+        ignore=ignore,
     )
     session = open_session(bench, task, Path(folder), also_benches=also_benches, resume=resume)
     try:

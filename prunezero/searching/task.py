@@ -106,6 +106,10 @@ class Task:
     """layers, by pattern, whose share of the sparsity its rules may change; see `on`"""
     criteria: tuple[str, ...] = ()
     """layers, by pattern, that its rules may have other formulas for; see `on`"""
+    targets: tuple[str, ...] = ()
+    """layers to prune, by pattern; all where there is none"""
+    ignore: tuple[str, ...] = ()
+    """layers to leave alone, by pattern"""
 
     @cached_property
     def regimes(self) -> tuple[Regime, ...]:
@@ -169,6 +173,7 @@ class Task:
             rule = Rule(rule)
         fields = {"compare": self.space.compare, "pattern": self.pattern, **rule.choices}
         fields |= {"name": name, "criterion": rule.criterion}
+        fields |= {"targets": self.targets, "ignore": self.ignore}
         return validated(Recipe, fields, f"candidate {rule.text}")
 
     def with_formula(self, recipe: Recipe, criterion: Criterion) -> Recipe:

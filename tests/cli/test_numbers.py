@@ -11,7 +11,7 @@ import pytest
 from typer.models import OptionInfo
 
 from prunezero.cli import app, asking
-from prunezero.cli.amounts import bytes_of, seconds_of
+from prunezero.cli.quantities import bytes_of, seconds_of
 from prunezero.errors import PruneZeroError, RecipeError
 from prunezero.models import loading
 from tests.cli.conftest import Run

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.units import Layer, find_blocks, find_layers
-from tests.tiny_models import BLOCKS, FAMILIES, tiny_network
+from prunezero.models.language_model import wrap_model
+from prunezero.models.streaming import StreamedModel
+from prunezero.models.units import Layer, find_blocks, find_layers, note_calls, uncalled_layers
+from tests.tiny_models import BLOCKS, FAMILIES, tiny_network, tiny_tokenizer
 
 LAYERS_PER_BLOCK = {"llama": 7, "mistral": 7, "qwen3": 7, "gemma3": 7, "gpt2": 4, "opt": 6}
 
@@ -169,3 +173,39 @@ def test_packed_weights_are_refused_by_dtype_and_shape() -> None:
     find_blocks(network)[1].mlp.up_proj.weight = packed  # type: ignore[union-attr]
     with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj' is torch.uint8 .*quantized"):
         find_layers(network)
+
+
+def tiny_mamba() -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    sizes = {"vocab_size": 97, "hidden_size": 32, "state_size": 8, "time_step_rank": 4}
+    configuration = MambaConfig(num_hidden_layers=2, **sizes)
+    network: torch.nn.Module = AutoModelForCausalLM.from_config(configuration, dtype=torch.float32)
+    return network.eval()
+
+
+def test_layers_that_the_forward_pass_never_calls_are_named_and_left_alone(tmp_path: Path) -> None:
+    network = tiny_mamba()
+    network.save_pretrained(tmp_path)  # type: ignore[operator]
+    tiny_tokenizer().save_pretrained(tmp_path)
+    # Its weight is read, and the module passed over.
+    never = tuple(f"backbone.layers.{block}.mixer.dt_proj" for block in (0, 1))
+    streamed = StreamedModel(tmp_path, device="cpu")
+    for model in (wrap_model(network, tiny_tokenizer(), name="mamba"), streamed.language_model):
+        assert uncalled_layers(model.model) == never
+        with streamed.outlined():
+            layers = find_layers(model.model, ignore=["dt_proj"])
+            with pytest.raises(ModelError, match="'dt_proj' matches only layers that the forward"):
+                find_layers(model.model, targets=["dt_proj"])
+        assert [layer.name.split(".")[-1] for layer in layers[:3]] == [
+            "in_proj",
+            "x_proj",
+            "out_proj",
+        ]
+        assert len(layers) == 6
+
+
+def test_of_a_forward_pass_that_fails_nothing_is_concluded() -> None:
+    network = tiny_mamba()
+    note_calls(network, lambda: network(torch.full((1, 2), 10**6)))
+    assert uncalled_layers(network) == () and len(find_layers(network)) == 8

@@ -87,6 +87,10 @@ class Plan:
     """fields of the recipes that are measured beside those of the task, as JSON holds them"""
     also_models: tuple[tuple[str, str], ...] = ()
     """further models: name or absolute path, and dtype"""
+    targets: tuple[str, ...] = ()
+    """layers to prune, by pattern"""
+    ignore: tuple[str, ...] = ()
+    """layers to leave alone, by pattern"""
 
     @classmethod
     def of(
@@ -115,6 +119,8 @@ class Plan:
             seeds=tuple(seed.criterion.text for seed in task.seeds),
             rivals=tuple(one.model_dump(mode="json", by_alias=True) for one in rivals),
             also_models=tuple((_from_anywhere(one.name), one.dtype_word) for one in others),
+            targets=task.targets,
+            ignore=task.ignore,
         )
 
     def judge(self, threads: int) -> Judge:
@@ -143,8 +149,17 @@ class Plan:
     def _task(self) -> Task:
         space = validated(SearchSpace, dict(self.space), "a plan")
         seeds = tuple(Rule(Criterion.parse(text)) for text in self.seeds)
-        also, draws = self.also, self.draws
-        return Task(space, self.sparsity, self.pattern, self.seed, seeds, also=also, draws=draws)
+        return Task(
+            space,
+            self.sparsity,
+            self.pattern,
+            self.seed,
+            seeds,
+            also=self.also,
+            draws=self.draws,
+            targets=self.targets,
+            ignore=self.ignore,
+        )
 
 
 def _from_anywhere(name: str) -> str:

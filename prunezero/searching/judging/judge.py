@@ -133,7 +133,7 @@ class Judge:
             # Draws of one model stand side by side, and share all that calibration does not change.
             stand = self._posts[-1].stand if place % task.draws else None
             told = told_of(one, self._benches, progress)
-            self._posts.append(Post.of(one, sums, space, told, stand=stand))
+            self._posts.append(Post.of(one, sums, task, told, stand=stand))
         self.probe = lru_cache(maxsize=_PROBES)(self._probed)
         self._rungs = {
             "layer error": self._layer_error,

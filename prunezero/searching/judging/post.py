@@ -13,7 +13,7 @@ from prunezero.models.units import find_layers
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
 from prunezero.searching.judging.samples import Stack, probe_of, sample_rows, stacked
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.task import Task
 
 # Numbers of a formula are tried on every third layer; a Llama block has seven kinds.
 _TUNED_ON = 3
@@ -37,7 +37,7 @@ class Post:
         cls,
         bench: Bench,
         sums: Iterable[str],
-        space: SearchSpace,
+        task: Task,
         progress: Progress | None = None,
         *,
         stand: Stand | None = None,
@@ -45,14 +45,16 @@ class Post:
         """Calibrate the model, or find its statistics where an earlier process left them.
 
         Args:
-            sums: over calibration text, of every layer.
-            space: what a formula may look at, and which layers may have one of their own.
+            sums: over calibration text, of every layer that is pruned.
+            task: says which those are, what a formula may look at, and which may have one of their
+                own.
             stand: of the same model under another draw of calibration text.
 
         Raises:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
-        layers = find_layers(bench.language_model.model)
+        space = task.space
+        layers = find_layers(bench.language_model.model, targets=task.targets, ignore=task.ignore)
         statistics = bench.statistics(layers, sums, progress)
         if stand is None:
             stand = Stand(bench, statistics, splits=("search", "validation", "test"))
