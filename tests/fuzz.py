@@ -2,8 +2,8 @@
 
 `python -m tests.fuzz --inputs 1000000 --seed 0` reads that many random inputs, each of them a
 function of its number, so that a run goes on where an earlier one stopped: `--seed` is the first
-number. It prints the slowest (CPU seconds), the largest growth of memory, and every input that took more than
-is allowed or ended otherwise than by an answer or an error of ours.
+number. It prints the slowest (CPU seconds), the largest growth of memory, and every input that took
+more than is allowed, or ended otherwise than by an answer or an error of ours.
 """
 
 from __future__ import annotations
@@ -123,20 +123,17 @@ def tree(rng: random.Random) -> Callable[[Path], object]:
 
 
 def value(rng: random.Random) -> Any:
-    return rng.choice(
-        [
-            lambda: rng.choice(NUMBERS),
-            lambda: random_text(rng, 2),
-            lambda: rng.choice(
-                ["2:4", "999999:1000000", "none", "uniform", "128 columns", "", "~"]
-            ),
-            lambda: [value(rng) for _ in range(rng.randint(0, 3))],
-            lambda: {random_word(rng): value(rng)},
-            lambda: True,
-            lambda: "".join(chr(rng.choice([9, 10, 32, 58, 133, 8232, 65279])) for _ in range(4)),
-            lambda: [0] * rng.choice([1, 300, 5000]),
-        ]
-    )()
+    kinds: list[Callable[[], Any]] = [
+        lambda: rng.choice(NUMBERS),
+        lambda: random_text(rng, 2),
+        lambda: rng.choice(["2:4", "999999:1000000", "none", "uniform", "128 columns", "", "~"]),
+        lambda: [value(rng) for _ in range(rng.randint(0, 3))],
+        lambda: {random_word(rng): value(rng)},
+        lambda: True,
+        lambda: "".join(chr(rng.choice([9, 10, 32, 58, 133, 8232, 65279])) for _ in range(4)),
+        lambda: [0] * rng.choice([1, 300, 5000]),
+    ]
+    return rng.choice(kinds)()
 
 
 def random_word(rng: random.Random) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+import shlex
 from pathlib import Path
 
 import pytest
 
-from prunezero.errors import did_you_mean, reason
+from prunezero.errors import did_you_mean, reason, shell_word
 
 
 def raised_from(cause: BaseException) -> BaseException:
@@ -60,6 +62,13 @@ def test_a_file_that_the_sentence_names_is_not_named_twice() -> None:
     assert reason(beside, path) == "Permission denied"
     other = PermissionError(errno.EACCES, "Permission denied", "/proc/none")
     assert reason(other, path) == "Permission denied: '/proc/none'"
+
+
+@pytest.mark.parametrize("name", ["runs", "my runs", "a'b", "$(rm x)", "-rf", "*.json", "a\nb", ""])
+def test_a_name_in_an_advised_command_is_that_name_again(name: str) -> None:
+    (word,) = shlex.split(shell_word(name))
+    assert os.path.normpath(word) == os.path.normpath(name)
+    assert not word.startswith("-")
 
 
 def test_a_known_word_is_not_taken_for_its_own_mistyping() -> None:

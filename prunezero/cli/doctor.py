@@ -84,8 +84,8 @@ def _parity() -> str:
 
 
 def _places(runs_dir: Path) -> dict[str, str]:
+    from prunezero.models.cache import cache_dir
     from prunezero.models.gguf import DEMO_PACKAGE
-    from prunezero.models.loading import cache_dir
     from prunezero.report.track import tracking_uri
 
     cache = cache_dir()

@@ -16,7 +16,7 @@ from pathlib import Path
 from traceback import extract_tb, print_exception
 from typing import Any, TextIO, cast
 
-from prunezero.errors import PruneZeroError, printable, reason
+from prunezero.errors import PruneZeroError, masked_uri, printable, reason
 
 # As shells report a program that SIGINT or SIGPIPE ended.
 INTERRUPTED, READER_LEFT = 130, 141
@@ -164,7 +164,7 @@ def _spot(error: BaseException) -> str:
 
 
 def _say(sentence: str) -> None:
-    print(f"prunezero: {printable(sentence)}", file=sys.stderr)
+    print(f"prunezero: {printable(masked_uri(sentence))}", file=sys.stderr)
 
 
 def _code_of(error: SystemExit) -> int:

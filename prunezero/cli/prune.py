@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunezero.cli import options
+from prunezero.cli.amounts import bytes_of
 from prunezero.cli.options import (
     Allocate,
     CalibrationTokens,
@@ -29,6 +32,8 @@ from prunezero.cli.quantities import bytes_of
 from prunezero.errors import OutputError
 
 if TYPE_CHECKING:
+    from prunezero.models.saving import SavedSparsity
+    from prunezero.models.units import Layer
     from prunezero.pruning.bench import Bench
     from prunezero.pruning.recipe import Recipe
 
@@ -91,7 +96,7 @@ def prune(
         prunezero prune --model ./7b --recipe wanda --sparsity 0.5 --memory-limit 6GiB --output out
     """
     from prunezero.cli.tables import say, waiting
-    from prunezero.models.loading import check_writable
+    from prunezero.models.places import try_folder
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.pruning.requirements import settled_sparsity
@@ -112,11 +117,12 @@ def prune(
         sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
     )
     if output is not None:
-        output = check_writable(output)
+        output = try_folder(output)
+    faults: list[OutputError] = []
     if limit is None:
         with waiting(f"loading {model}"):
             bench = set_up(model, text, settings, dtype=dtype, device=device)
-        row = _prune_in_memory(bench, chosen, fraction, output)
+        row = _prune_in_memory(bench, chosen, fraction, output, faults)
     else:
         from prunezero.cli.streamed import open_files, prune_files
 
@@ -126,27 +132,32 @@ def prune(
             streamed, bench = open_files(model, text, settings, dtype=dtype, device=device)
         row = prune_files(streamed, bench, chosen, fraction, output, limit)
     say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
-    options.write_json({"model": model, "text": text, **row}, json_file)
+    with _noted(faults):
+        options.write_json({"model": model, "text": text, **row}, json_file)
+    if faults:
+        raise OutputError("; ".join(map(str, faults)))
 
 
 def _prune_in_memory(
-    bench: Bench, recipe: Recipe, sparsity: float, output: Path | None
+    bench: Bench, recipe: Recipe, sparsity: float, output: Path | None, faults: list[OutputError]
 ) -> dict[str, Any]:
-    """Prune, measure, print, and save where an output is named; returns the pruned row."""
+    """Prune, measure, print, and save where an output is named; returns the pruned row.
+
+    What the disk does not take is added to the faults, once all else is done.
+    """
     from prunezero.cli.tables import (
         Bars,
         console,
         results_table,
-        say,
         say_about,
         say_conditions,
         waiting,
     )
-    from prunezero.models.saving import check_names
+    from prunezero.models.places import check_room
+    from prunezero.models.saving import check_names, saved_bytes
     from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums
-    from prunezero.report.saved_model import save_pruned
 
     name = bench.language_model.name
     say_about([bench])
@@ -155,6 +166,7 @@ def _prune_in_memory(
     reordering = Reordering(bench.language_model, recipe, layers)
     if output is not None:
         check_names(bench.language_model, moves=reordering.moves)
+        check_room(output, saved_bytes(bench.language_model), "the pruned model")
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
         sums = bench.statistics(layers, dense_sums([recipe]), bars)
@@ -163,19 +175,51 @@ def _prune_in_memory(
             rows = [stand.dense_row(SPLITS)]
         with waiting(f"pruning by {recipe.name}, then measuring"):
             rows.append(stand.row(recipe, sparsity, SPLITS, keep=True, folder=steps, progress=bars))
-    if output is not None:
-        saved = save_pruned(bench, recipe, rows, layers, output)
-        rows[-1]["sparsity_reached"] = saved.sparsity
-    if steps is not None:
-        shutil.rmtree(steps)
     console.print(results_table(rows, f"{recipe.name} on {name}"))
     say_conditions(rows, name, [bench])
     if output is not None:
-        say(
-            f"saved to {output}: {saved.zeros} of {saved.total} weights of {len(layers)} layers "
-            "are zero, counted from the files"
-        )
+        with _noted(faults):
+            rows[-1]["sparsity_reached"] = _save(bench, recipe, rows, layers, output)
+            if steps is not None:
+                shutil.rmtree(steps, ignore_errors=True)
     return rows[-1]
+
+
+def _save(
+    bench: Bench,
+    recipe: Recipe,
+    rows: Sequence[dict[str, Any]],
+    layers: Sequence[Layer],
+    output: Path,
+) -> float:
+    """Save what is on the bench, and print what was saved; the sparsity counted in the files.
+
+    Raises:
+        OutputError: it is not in the output; the message says where it is.
+    """
+    from prunezero.cli.rescue import saved_or_kept
+    from prunezero.cli.tables import say
+    from prunezero.models.saving import saved_bytes
+    from prunezero.report.saved_model import save_pruned
+
+    def save(folder: Path) -> SavedSparsity:
+        return save_pruned(bench, recipe, rows, layers, folder)
+
+    saved = saved_or_kept(save, output, saved_bytes(bench.language_model))
+    say(
+        f"saved to {output}: {saved.zeros} of {saved.total} weights of {len(layers)} layers "
+        "are zero, counted from the files"
+    )
+    return saved.sparsity
+
+
+@contextmanager
+def _noted(faults: list[OutputError]) -> Iterator[None]:
+    """Within it, what cannot be written is noted and stops nothing."""
+    try:
+        yield
+    except OutputError as error:
+        faults.append(error)
 
 
 def _folder_of_steps(recipe: Recipe, output: Path | None) -> Path | None:

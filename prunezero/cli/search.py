@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prunezero.cli import asking, options
+from prunezero.cli.amounts import seconds_of
 from prunezero.cli.options import (
     Also,
     AlsoModel,

@@ -58,6 +58,7 @@ def prune_files(
     """
     from prunezero.cli.tables import Bars, console, results_table, say, say_about, say_conditions
     from prunezero.models.memory import PeakMemory
+    from prunezero.models.places import check_room
     from prunezero.pruning.compare import SPLITS
     from prunezero.pruning.requirements import check_recipe
     from prunezero.pruning.streamed import checked_sums, prune_streamed
@@ -68,6 +69,9 @@ def prune_files(
     with streamed.outlined():
         say_about([bench])
         layers = check_recipe(bench.language_model, recipe, sparsity)
+    partial = output.absolute().with_name(f"{output.name}.partial")
+    there = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
+    check_room(output, max(0, streamed.shards.bytes - there), "the pruned model")
     measured = {split: bench.windows(split) for split in SPLITS}
     measuring = _checked_estimates(streamed, recipe, layers, ids, measured, limit)
     peak = PeakMemory(bench.language_model.device)

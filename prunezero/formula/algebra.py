@@ -132,8 +132,9 @@ def power(base: Any, exponent: Any) -> Any:
     if isinstance(base, sympy.Abs) and is_whole:
         if exponent % 2 == 0:
             return power(base.args[0], exponent)
-        if exponent > 0:
-            return multiply(power(base.args[0], exponent - 1), base)
+        if exponent != -1:
+            sign = sympy.sign(exponent)
+            return multiply(power(base.args[0], exponent - sign), power(base, sign))
     return sympy.Pow(base, checked_exponent(exponent), evaluate=False)
 
 

@@ -37,8 +37,11 @@ def try_folder(folder: str | Path) -> Path:
         _refuse_taken(folder, path)
         _tried(lambda: _try_folder(path))
     except (OSError, RuntimeError, ValueError) as error:
+        # So the system speaks of a folder on which a disk is mounted.
+        is_busy = isinstance(error, OSError) and error.errno == errno.EBUSY
+        advice = "name a folder inside it" if is_busy else "choose another folder"
         raise OutputError(
-            f"folder '{folder}' cannot be written ({reason(error, folder)}); choose another folder"
+            f"folder '{folder}' cannot be written ({reason(error, folder)}); {advice}"
         ) from error
     return path
 

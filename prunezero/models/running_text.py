@@ -6,8 +6,9 @@ A document never hangs on how long a line or a paragraph is: endless ones are cu
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import islice
 
 # Running text without articles is cut into documents of this many characters, or more and shorter
@@ -25,6 +26,8 @@ _ANY_HEADING = re.compile(r" ?(?:= )+[^=\n]+(?: =)+ ?\n?")
 _FEWEST_BLANK = 0.1
 _FEWEST_HEADINGS = 0.02
 _FEWEST_SINGLE = 0.99
+# A paragraph that two texts do not share by chance.
+_TELLING_CHARACTERS = 100
 
 
 def cut_running_text(text: str) -> tuple[list[str], str]:
@@ -54,6 +57,40 @@ def are_lines(rows: Sequence[str]) -> bool:
         and headings >= max(1, _FEWEST_HEADINGS * len(full))
         and single >= _FEWEST_SINGLE * len(full)
     )
+
+
+def content_digest(text: str) -> bytes:
+    """A digest of all but white space, in parts because words take far more memory than text."""
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(text), PARAGRAPH_CHARACTERS):
+        digest.update("".join(text[start : start + PARAGRAPH_CHARACTERS].split()).encode())
+    return digest.digest()
+
+
+def paragraph_digests(text: str) -> set[bytes]:
+    """What `without_paragraphs` knows paragraphs by."""
+    return {content_digest(part) for part in _parts(text)}
+
+
+def without_paragraphs(text: str, known: Set[bytes]) -> tuple[str, int]:
+    """The text without paragraphs that another has too, and how many these are.
+
+    Short ones, such as the number of a chapter, tell nothing: without a long one in common, texts
+    have nothing in common.
+    """
+    if not any(
+        len(one) >= _TELLING_CHARACTERS and content_digest(one) in known for one in _parts(text)
+    ):
+        return text, 0
+    parts = list(_parts(text))
+    kept = [part for part in parts if content_digest(part) not in known]
+    return "\n\n".join(kept), len(parts) - len(kept)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Paragraphs, or lines when there are too few."""
+    are_paragraphs = _are_enough(_split(r"\n\s*\n", text))
+    return _split(r"\n\s*\n" if are_paragraphs else r"\n", text)
 
 
 def _gathered(paragraphs: Iterator[str], target: int) -> Iterator[str]:

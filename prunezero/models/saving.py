@@ -54,6 +54,13 @@ def check_writable(folder: str | Path) -> Path:
     return path
 
 
+def saved_bytes(language_model: LanguageModel) -> int:
+    """Bytes that the weights of a model will take on the disk, about."""
+    if language_model.source is not None:
+        return language_model.source.shards.bytes
+    return sum(parameter.nbytes for parameter in language_model.model.parameters())
+
+
 def save_model(
     language_model: LanguageModel, folder: str | Path, *, files: Mapping[str, str] | None = None
 ) -> Path:

@@ -124,6 +124,12 @@ class Shards:
             sizes[stored.dtype] += prod(stored.shape)
         return STORED_DTYPES.get(sizes.most_common(1)[0][0]) if sizes else None
 
+    @property
+    def bytes(self) -> int:
+        """Sizes of the files, together."""
+        files = {stored.file for stored in self.tensors.values()}
+        return sum((self.folder / file).stat().st_size for file in files)
+
     def read(self, name: str) -> Tensor:
         """A copy of the named tensor on the CPU, in its stored dtype.
 

@@ -20,6 +20,7 @@ from torch import Tensor, tensor
 from prunezero.errors import TextError, did_you_mean
 from prunezero.models.demo_text import demo_documents
 from prunezero.models.language_model import LanguageModel
+from prunezero.models.running_text import content_digest
 from prunezero.models.text_sources import OWN_SPLITS, TextSource, read_source
 from prunezero.models.windows import check_length, check_windows, first_tokens
 
@@ -82,19 +83,11 @@ def distinct(own: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     for split in sorted(own, key=OWN_SPLITS.index, reverse=True):
         kept[split] = []
         for text in own[split]:
-            key = _without_blanks(text)
+            key = content_digest(text)
             if key not in seen:
                 seen.add(key)
                 kept[split].append(text)
     return {split: kept[split] for split in own}
-
-
-def _without_blanks(text: str) -> bytes:
-    """A digest of all but white space, in parts because words take far more memory than text."""
-    digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, len(text), PIECE_CHARACTERS):
-        digest.update("".join(text[start : start + PIECE_CHARACTERS].split()).encode())
-    return digest.digest()
 
 
 def _notes(source: TextSource, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -102,6 +95,8 @@ def _notes(source: TextSource, own: Mapping[str, Sequence[str]]) -> Iterator[str
     yield from source.guesses
     if source.left_out:
         yield f"rows without text (null, empty or missing) are left out: {source.left_out:,}"
+    if source.repeated:
+        yield f"paragraphs that a later split has too are left out: {source.repeated:,}"
     several = sum(map(len, source.documents.values())) - sum(map(len, own.values()))
     if several:
         places = "once" if len(own) == 1 else "once, in the latest split that holds them"

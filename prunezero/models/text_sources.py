@@ -10,7 +10,13 @@ from typing import Any
 
 from prunezero.errors import TextError, did_you_mean, reason
 from prunezero.models.names import is_spelled_as_path
-from prunezero.models.running_text import FEWEST_DOCUMENTS, are_lines, cut_running_text
+from prunezero.models.running_text import (
+    FEWEST_DOCUMENTS,
+    are_lines,
+    cut_running_text,
+    paragraph_digests,
+    without_paragraphs,
+)
 from prunezero.models.text_rows import (
     COLUMNS,
     ending_of,
@@ -47,6 +53,12 @@ class TextSource:
     """each in a few words, none twice"""
     left_out: int = 0
     """rows and files without text"""
+    repeated: int = 0
+    """paragraphs of running text that a later split has too, which are left out"""
+    read: set[bytes] = field(default_factory=set)
+    """digests of the paragraphs of running text"""
+    known: set[bytes] = field(default_factory=set)
+    """of these those in later splits than the one being read"""
 
     def guess(self, words: str) -> None:
         """Keep what was guessed, unless it is known already."""
@@ -98,12 +110,16 @@ def _read_folder(folder: Path, source: TextSource) -> None:
         source.guess("; ".join(told))
     elif len(files) > 1:
         source.guess(f"read from {_names(files, folder)}")
-    for split, some in by_split.items():
+    for split in sorted(by_split, key=OWN_SPLITS.index, reverse=True):
+        some = by_split[split]
         # Whether each .txt file may be a document of its own.
         are_documents = len(some) >= FEWEST_DOCUMENTS
         source.documents[split] = [
-            text for file in some for text in _read_file(file, source, is_one=are_documents)
+            text
+            for file in some
+            for text in _read_file(file, source, is_one=are_documents, are_split=len(by_split) > 1)
         ]
+        source.known |= source.read
 
 
 def _text_files(paths: Iterable[Path]) -> list[Path]:
@@ -135,7 +151,9 @@ def _own_split(path: Path) -> str:
     return "train"
 
 
-def _read_file(path: Path, source: TextSource, *, is_one: bool = False) -> list[str]:
+def _read_file(
+    path: Path, source: TextSource, *, is_one: bool = False, are_split: bool = False
+) -> list[str]:
     ending = ending_of(path)
     if ending not in SUFFIXES or (ending == ".parquet" and is_compressed(path)):
         raise TextError(
@@ -152,6 +170,10 @@ def _read_file(path: Path, source: TextSource, *, is_one: bool = False) -> list[
     if is_one:
         source.guess("each .txt file is a document")
         return _with_text([text], source)
+    text, repeated = without_paragraphs(text, source.known)
+    source.repeated += repeated
+    if are_split:
+        source.read |= paragraph_digests(text)
     documents, where = cut_running_text(text)
     source.guess(f"running text is cut {where}")
     return documents

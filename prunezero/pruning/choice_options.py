@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
+from prunezero.pruning.documents import MOST_WORDS, LayerPattern, LayerPatterns
+
 
 class Options(BaseModel):
     """The numbers of a word that has none."""
@@ -67,10 +69,12 @@ class HeavyTail(Options):
 class Table(Options):
     """Ratios by layer pattern, scaled so that the model as a whole loses what was asked for."""
 
-    ratios: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(
-        min_length=1,
-        description="removed share relative to other layers, by layer pattern, such as "
-        "{mlp: 1.2, 'layers.0': 0.5}; the last that matches counts, other layers have 1",
+    ratios: Annotated[dict[LayerPattern, Annotated[float, Field(ge=0, le=1e6)]], MOST_WORDS] = (
+        Field(
+            min_length=1,
+            description="removed share relative to other layers, by layer pattern, such as "
+            "{mlp: 1.2, 'layers.0': 0.5}; the last that matches counts, other layers have 1",
+        )
     )
 
 
@@ -113,7 +117,7 @@ class Dsnot(Options):
 class Permutation(Options):
     """Which layers' input channels are put into another order before an N:M mask is chosen."""
 
-    layers: tuple[str, ...] = Field(
+    layers: LayerPatterns = Field(
         default=(),
         description="layers to permute, as in `targets`; all whose order neighbours can follow, if "
         "empty",

@@ -8,22 +8,49 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
-from prunezero.errors import RecipeError, did_you_mean, reason
+from prunezero.errors import PruneZeroError, RecipeError, did_you_mean, reason
+from prunezero.models.patterns import check_pattern
 from prunezero.models.whole_files import write_text
 
 MAX_BYTES = 64 * 1024
 MAX_NODES = 4096
 MAX_DEPTH = 16
+# Of one document, more are not told at once.
+_MOST_FAULTS = 50
 # Keys that people expect in a document, and where they belong.
 ELSEWHERE = {"sparsity": "how much goes is no part of a recipe; say it with --sparsity"}
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def checked(check: Callable[[str], object], value: str) -> str:
+    """The value, if a check of ours lets it pass; pydantic gathers the faults of all keys."""
+    try:
+        check(value)
+    except PruneZeroError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+def _not_too_many(value: object) -> object:
+    if isinstance(value, Sized) and not isinstance(value, str) and len(value) > MAX_ENTRIES:
+        raise ValueError(f"{len(value)} entries are too many; at most {MAX_ENTRIES} are read")
+    return value
+
+
+# Of a list or mapping that people write; looked at before what is in it is.
+MAX_ENTRIES = 256
+MOST_WORDS = BeforeValidator(_not_too_many)
+Words = Annotated[tuple[str, ...], MOST_WORDS]
+LayerPattern = Annotated[str, AfterValidator(lambda value: checked(check_pattern, value))]
+LayerPatterns = Annotated[tuple[LayerPattern, ...], MOST_WORDS]
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -165,8 +192,11 @@ def validated(kind: type[Model], data: dict[str, Any], source: str) -> Model:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        faults = [_fault(kind, fault) for fault in error.errors()]
-        raise RecipeError("\n".join(f"{source}{fault}" for fault in faults)) from error
+        faults = [f"{_fault(kind, fault):.500}" for fault in error.errors()]
+        told = faults[:_MOST_FAULTS]
+        if len(faults) > len(told):
+            told.append(f": and {len(faults) - len(told)} faults more")
+        raise RecipeError("\n".join(f"{source}{fault}" for fault in told)) from error
 
 
 def _fault(kind: type[BaseModel], fault: Any) -> str:

@@ -9,12 +9,11 @@ takes either. The sparsity is an argument, never part of a recipe.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -28,7 +27,7 @@ from pydantic import (
 from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import dearest
-from prunezero.models.patterns import check_pattern, fitting
+from prunezero.models.patterns import fitting
 from prunezero.pruning.choices import (
     MENDING,
     WORDS,
@@ -42,6 +41,10 @@ from prunezero.pruning.choices import (
 )
 from prunezero.pruning.documents import (
     MAX_BYTES,
+    MOST_WORDS,
+    LayerPattern,
+    LayerPatterns,
+    checked,
     find_document,
     read_document,
     to_yaml,
@@ -71,20 +74,6 @@ Formula = Annotated[
     PlainSerializer(lambda criterion: criterion.text),
     WithJsonSchema({"type": "string"}),
 ]
-
-
-def _not_too_many(value: object) -> object:
-    if isinstance(value, Sized) and not isinstance(value, str) and len(value) > MAX_ENTRIES:
-        raise ValueError(f"{len(value)} entries are too many; at most {MAX_ENTRIES} are read")
-    return value
-
-
-# Of a list or mapping that people write; looked at before what is in it is.
-MAX_ENTRIES = 256
-MOST_WORDS = BeforeValidator(_not_too_many)
-Words = Annotated[tuple[str, ...], MOST_WORDS]
-LayerPattern = Annotated[str, AfterValidator(lambda value: _checked(check_pattern, value))]
-LayerPatterns = Annotated[tuple[LayerPattern, ...], MOST_WORDS]
 
 
 class Recipe(BaseModel):
@@ -151,12 +140,12 @@ class Recipe(BaseModel):
     @field_validator("compare")
     @classmethod
     def _known_group(cls, value: str) -> str:
-        return _checked(group_columns, value)
+        return checked(group_columns, value)
 
     @field_validator("pattern")
     @classmethod
     def _known_pattern(cls, value: str) -> str:
-        return _checked(parse_pattern, value)
+        return checked(parse_pattern, value)
 
     @model_validator(mode="after")
     def _can_rank(self) -> Recipe:
@@ -307,12 +296,3 @@ def folder(name: Literal["baselines", "search_spaces"]) -> Path:
 def published_recipes() -> dict[str, Path]:
     """The files of `baselines/`, by recipe name."""
     return {path.stem: path for path in sorted(folder("baselines").glob("*.yaml"))}
-
-
-def _checked(check: Callable[[str], object], value: str) -> str:
-    """The value, if a check of ours lets it pass; pydantic gathers the faults of all keys."""
-    try:
-        check(value)
-    except PruneZeroError as error:
-        raise ValueError(str(error)) from error
-    return value

@@ -4,6 +4,8 @@ The functions stand here as they stand in a page, behind those of `pruner_templa
 """
 
 import re
+import signal
+import threading
 from typing import Any
 
 import torch
@@ -88,9 +90,28 @@ def fits(pattern: str, name: str) -> bool:
     if not pattern.startswith("re:"):
         return name == pattern or name.endswith(f".{pattern}")
     try:
-        return re.search(pattern[3:], name) is not None
-    except re.error as error:
+        return found_in_time(pattern.removeprefix("re:"), name)
+    except (re.error, RecursionError, OverflowError) as error:
         raise RefusalError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def found_in_time(expression: str, name: str) -> bool:
+    """Whether an expression is found in a name within a quarter of a second of the processor."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "SIGVTALRM"
+    ):
+        return re.search(expression, name) is not None
+
+    def stop(number: int, frame: Any) -> None:
+        raise RefusalError(f"the expression {expression!r} takes too long on {name}")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.25)
+    try:
+        return re.search(expression, name) is not None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def matrix(module: Any) -> Tensor:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import RecipeError, SearchError, did_you_mean, reason
+from prunezero.errors import RecipeError, SearchError, did_you_mean, reason, shell_word
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.bench import Settings
 from prunezero.pruning.documents import validated
@@ -63,6 +63,12 @@ class Run:
         return [] if self.recipe is None else list(self.recipe.provenance.get("measured", []))
 
 
+def list_runs_command(runs_dir: Path) -> str:
+    """What to type for the searches of a runs folder."""
+    where = "" if runs_dir == Path("runs") else f" --runs-dir {shell_word(runs_dir)}"
+    return f"`prunezero list runs{where}`"
+
+
 def find_run(run: str, runs_dir: Path) -> Path:
     """The folder of a search, by its name inside the runs folder or by its path.
 
@@ -72,9 +78,16 @@ def find_run(run: str, runs_dir: Path) -> Path:
     for folder in (runs_dir / run, Path(run)):
         if os.path.isfile(folder / "journal.jsonl"):
             return folder
+        if run and os.path.isdir(folder):
+            raise SearchError(
+                f"there is no search '{run[:80]}' in {runs_dir}, for the folder {folder} has no "
+                f"journal.jsonl; see {list_runs_command(runs_dir)}"
+            )
     known = [journal.parent.name for journal in sorted(runs_dir.glob("*/journal.jsonl"))]
-    near = did_you_mean(Path(run).name, known) or "; see `prunezero list runs`"
-    raise SearchError(f"there is no search '{run[:80]}' in {runs_dir}{near}")
+    name = Path(run).name
+    near = f"; did you mean '{name}'?" if name in known else did_you_mean(name, known)
+    see = near or f"; see {list_runs_command(runs_dir)}"
+    raise SearchError(f"there is no search '{run[:80]}' in {runs_dir}{see}")
 
 
 def read_run(folder: Path) -> Run:

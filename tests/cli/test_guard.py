@@ -62,6 +62,11 @@ ENDS: dict[str, tuple[Callable[[], object], int, str]] = {
         "OverflowError: cannot convert float infinity to integer",
     ),
     "a fault of ours": (raising(KeyError("header")), 1, "KeyError: 'header' is missing"),
+    "a library that tells a password": (
+        raising(ValueError("no answer from https://alice:s3cret@127.0.0.1:9")),
+        1,
+        "no answer from https://***@127.0.0.1:9",
+    ),
     "Ctrl-C": (raising(KeyboardInterrupt()), 130, "prunezero: stopped\n"),
     "an exit": (raising(SystemExit(3)), 3, ""),
     "nothing": (lambda: None, 0, ""),

@@ -62,6 +62,7 @@ def test_text_and_sympy_both_read_back_to_the_same_criterion(seed: int) -> None:
         ("W**3/W*X", "W**2*X"),
         ("(-2*abs(W)*X)**2", "(2*W*X)**2"),
         ("(W*X)**2", "(W*X)**2"),
+        ("X/abs(W)**3", "X/abs(W)/W**2"),
         ("row_norm(R1) * W", "W*R1"),
         ("col_sum(X) * W", "W*X"),
         ("row_max(row_sum(abs(W))) * W", "W*row_sum(abs(W))"),

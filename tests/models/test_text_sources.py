@@ -204,8 +204,22 @@ def test_a_folder_of_equal_files_puts_no_document_into_two_splits(tmp_path: Path
     text = load_text(str(tmp_path))
     assert all(text.documents.values())
     assert len(placed(text)) == len(set(placed(text)))
-    assert "are kept once, in the latest split that holds them" in "; ".join(text.notes)
+    assert "paragraphs that a later split has too are left out: 160" in text.notes
     assert "so all are divided anew" in "; ".join(text.notes)
+
+
+def test_a_text_that_holds_another_loses_its_paragraphs(tmp_path: Path) -> None:
+    every = [f"Paragraph {place} " + "goes on " * 30 for place in range(200)]
+    (tmp_path / "train.txt").write_text("\n\n".join(["Title", *every]))
+    (tmp_path / "test.txt").write_text("\n\n".join(["Title", *every[90:150]]))
+    text = load_text(str(tmp_path))
+    held = {split: set("\n\n".join(texts).split("\n\n")) for split, texts in text.documents.items()}
+    assert held["test"] == {"Title", *(one.strip() for one in every[90:150])}
+    assert all(held["test"].isdisjoint(held[split]) for split in SPLITS[:3])
+    # A title alone is nothing in common.
+    (tmp_path / "train.txt").write_text("\n\n".join(["Title", *every[:90]]))
+    notes = load_text(str(tmp_path)).notes
+    assert not any("left out" in note for note in notes)
 
 
 def test_the_later_split_keeps_what_several_hold(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from prunezero.errors import ModelError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.patterns import fits
 from prunezero.report.card import model_card
@@ -136,9 +136,15 @@ def test_a_page_means_the_same_layers_by_every_pattern(tmp_path: Path) -> None:
     own = {pattern: Criterion.parse("abs(W)*2") for pattern in PATTERNS}
     page = page_of(tmp_path, targets=PATTERNS, ignore=PATTERNS[::-1], criteria=own)
     assert page.TARGETS == page.OWN == page.IGNORE[::-1] == list(PATTERNS)
-    means = [meaning(fits, pattern, re.error) for pattern in PATTERNS]
+    means = [meaning(fits, pattern, ModelError) for pattern in PATTERNS]
     assert means == [meaning(page.fits, pattern, page.RefusalError) for pattern in PATTERNS]
     assert [] in means and all(map(any, means[-4:]))
+
+
+def test_a_page_gives_an_endless_expression_no_more_time_than_the_engine(tmp_path: Path) -> None:
+    page = page_of(tmp_path)
+    with pytest.raises(page.RefusalError, match="takes too long on model.layers.0"):
+        page.fits("re:^(([a-z_.0-9])+)+!", "model.layers.0.self_attn.q_proj")
 
 
 @pytest.mark.parametrize("words", HOSTILE)

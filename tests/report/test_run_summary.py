@@ -128,5 +128,18 @@ def test_a_journal_that_is_no_search_is_refused(header: dict[str, Any], tmp_path
     with pytest.raises(PruneZeroError, match=str(tmp_path)):
         read_run(tmp_path)
     (tmp_path / "journal.jsonl").write_text("damaged\n")
-    with pytest.raises(SearchError, match="holds no search"):
+    with pytest.raises(SearchError, match="no journal of a search"):
         read_run(tmp_path)
+
+
+def test_a_search_that_is_not_found_is_not_taken_for_its_own_mistyping(tmp_path: Path) -> None:
+    runs = tmp_path / "my runs"
+    for name in ("s", "empty"):
+        (runs / name).mkdir(parents=True)
+    (runs / "s" / "journal.jsonl").write_text("")
+    with pytest.raises(SearchError, match="^there is no search 'x/s' .*; did you mean 's'[?]$"):
+        find_run("x/s", runs)
+    with pytest.raises(SearchError, match=r"has no journal.jsonl; see `prunezero list runs --runs"):
+        find_run("empty", runs)
+    with pytest.raises(SearchError, match=f"--runs-dir '{runs}'`$"):
+        find_run("quite-another", runs)

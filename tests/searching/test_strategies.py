@@ -318,5 +318,5 @@ def test_a_search_races_candidates_with_tables(tmp_path: Path) -> None:
 
 
 def test_a_pattern_of_layers_that_cannot_be_read_is_told() -> None:
-    with pytest.raises(ValueError, match="is no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         tiny_space(ratios=["re:("])
