@@ -215,6 +215,7 @@ def kernel_of(text: str, folder: Path, name: str = "kernel") -> Any:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the engine's kernel runs on the GPU here")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::prunezero.errors.FormulaWarning")
 def test_random_formulas_of_all_shapes_score_as_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
