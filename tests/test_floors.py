@@ -118,7 +118,8 @@ def test_importing_prunezero_loads_no_heavy_library() -> None:
 def test_files_and_functions_keep_their_size() -> None:
     for path in FILES:
         text = path.read_text()
-        assert len(text.splitlines()) <= 300, path
+        # One idea a file, whatever its length; beyond this it was never one.
+        assert len(text.splitlines()) <= 500, path
         for node in ast.walk(ast.parse(text)):
             # A command's signature is its options, and its docstring is its help.
             if isinstance(node, ast.FunctionDef) and floor_of(path) != "cli":
