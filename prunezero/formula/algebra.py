@@ -6,7 +6,7 @@ A rule here looks at one node and its arguments, so each costs as much as the no
 
 All but four rules keep the value of the formula as typed, whatever the weights are, but for the
 rounding of float32 and what leaves its range. Those four keep it but at some points, and are
-reported to `changes`:
+reported to `changes.py`:
 
 - `x/x` is 1, also where x is 0 (as typed, 0/0 is 0);
 - `exp(x)*exp(y)` is `exp(x + y)`, and `exp(x)**2` is `exp(2*x)`, also where exp sees at most 80;
@@ -20,42 +20,19 @@ float32; a root, which makes numbers tamer, is taken of each factor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cmp_to_key, lru_cache
+from functools import cmp_to_key
 from typing import Any
 
 import sympy
 
 from prunezero.errors import CriterionError
+from prunezero.formula.changes import SHRUNK, has_shrunk, is_heard, report
 from prunezero.formula.constants import MAX_EXPONENT, checked_exponent, number
 from prunezero.formula.functions import AXES, SHAPES, MatrixFunction, reduces_nothing, shape_of
+from prunezero.formula.signs import is_at_least_one, never_negative
 
 _ZERO, _ONE = sympy.S.Zero, sympy.S.One
 _order = cmp_to_key(sympy.Basic.compare)
-
-# What was rewritten since a reader began to listen; None where nobody does.
-_heard: ContextVar[set[str] | None] = ContextVar("_heard", default=None)
-# A part of the formula went, and with it an axis along which it varied.
-_SHRUNK = "shrunk"
-
-
-@contextmanager
-def changes() -> Iterator[set[str]]:
-    """The points, in words, at which what is built meanwhile differs from what was typed."""
-    heard: set[str] = set()
-    token = _heard.set(heard)
-    try:
-        yield heard
-    finally:
-        _heard.reset(token)
-        heard.discard(_SHRUNK)
-
-
-def _report(point: str) -> None:
-    heard = _heard.get()
-    if heard is not None:
-        heard.add(point)
 
 
 def add(*terms: Any) -> Any:
@@ -94,8 +71,8 @@ def multiply(*factors: Any) -> Any:
     for base, exponent in powers.items():
         if exponent != 0:
             kept.append(power(base, exponent))
-        elif not _is_at_least_one(base):
-            _report("where something that is divided by itself is 0")
+        elif not is_at_least_one(base):
+            report("where something that is divided by itself is 0")
     kept += _together(exponents)
     # What a power became may be a product, or have a base that stands among the others.
     if not all(isinstance(one, sympy.exp) or _is_settled(one, powers) for one in kept):
@@ -119,7 +96,7 @@ def power(base: Any, exponent: Any) -> Any:
     if isinstance(base, sympy.Rational):
         return _power_of_number(base, exponent)
     if isinstance(base, sympy.exp):
-        _report("where exp sees more than 80")
+        report("where exp sees more than 80")
         return exponential(multiply(exponent, base.args[0]))
     is_whole = exponent.is_integer
     if isinstance(base, sympy.Pow):
@@ -184,7 +161,7 @@ def exponential(x: Any) -> Any:
     for term in x.args if isinstance(x, sympy.Add) else [x]:
         factor, rest = coefficient(term)
         if isinstance(rest, sympy.log) and abs(factor) <= MAX_EXPONENT:
-            _report("where log sees less than 1e-12, or exp more than 80")
+            report("where log sees less than 1e-12, or exp more than 80")
             outside.append(power(rest.args[0], factor))
         else:
             inside.append(term)
@@ -197,7 +174,7 @@ def logarithm(x: Any) -> Any:
     """log(|x|)."""
     seen = absolute(x)
     if isinstance(seen, sympy.exp):
-        _report("where exp sees more than 80, or log less than 1e-12")
+        report("where exp sees more than 80, or log less than 1e-12")
         return seen.args[0]
     return _ZERO if seen == 1 else sympy.log(seen, evaluate=False)
 
@@ -214,9 +191,8 @@ def hyperbolic_tangent(x: Any) -> Any:
 def applied(function: type[Any], x: Any) -> Any:
     """A function of `functions.py`, or the value itself where there is nothing to reduce."""
     if issubclass(function, MatrixFunction):
-        heard = _heard.get()
-        if heard is not None and _SHRUNK in heard:
-            _report("in the count of what is summed, where what varied along it has gone")
+        if has_shrunk():
+            report("in the count of what is summed, where what varied along it has gone")
         if reduces_nothing(function, x):
             return absolute(x) if function.never_negative else x
     return function(x, evaluate=False)
@@ -253,33 +229,6 @@ def without_factor(expression: Any) -> tuple[Any, Any]:
 def base_and_exponent(factor: Any) -> tuple[Any, Any]:
     """A factor as base and exponent, 1 where it is no power."""
     return factor.args if isinstance(factor, sympy.Pow) else (factor, _ONE)
-
-
-@lru_cache(maxsize=4096)
-def never_negative(x: Any) -> bool:
-    """Whether surely no value of it is below 0, by the signs of its parts alone."""
-    if isinstance(x, sympy.Rational):
-        return bool(x >= 0)
-    if isinstance(x, sympy.exp | sympy.Abs):
-        return True
-    if isinstance(x, sympy.Add | sympy.Mul):
-        return all(map(never_negative, x.args))
-    if isinstance(x, sympy.Pow):
-        base, exponent = x.args
-        return never_negative(base) or bool(exponent.is_integer and exponent % 2 == 0)
-    if isinstance(x, sympy.tanh):
-        return never_negative(x.args[0])
-    if isinstance(x, sympy.log):
-        return _is_at_least_one(x.args[0])
-    if x.args:
-        return bool(x.never_negative or (x.keeps_sign and never_negative(x.args[0])))
-    return bool(x.is_nonnegative)
-
-
-def _is_at_least_one(x: Any) -> bool:
-    terms = x.args if isinstance(x, sympy.Add) else (x,)
-    constants = [term for term in terms if isinstance(term, sympy.Rational)]
-    return sum(constants) >= 1 and all(map(never_negative, terms))
 
 
 def _begins_negative(x: Any) -> bool:
@@ -325,14 +274,14 @@ def _is_settled(factor: Any, powers: dict[Any, Any]) -> bool:
 
 def _together(exponents: list[Any]) -> list[Any]:
     if len(exponents) > 1:
-        _report("where exp sees more than 80")
+        report("where exp sees more than 80")
     joint = exponential(add(*exponents)) if exponents else _ONE
     return [] if joint == 1 else [joint]
 
 
 def _watch_shape(before: Iterable[Any], after: Iterable[Any]) -> None:
-    if _heard.get() is not None and joint_shape(before) != joint_shape(after):
-        _report(_SHRUNK)
+    if is_heard() and joint_shape(before) != joint_shape(after):
+        report(SHRUNK)
 
 
 def joint_shape(nodes: Iterable[Any]) -> str:

@@ -19,6 +19,7 @@ from prunezero.formula import algebra
 from prunezero.formula.constants import checked_exponent, number
 from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import NAMED, stand_in
+from prunezero.formula.signs import never_negative
 from prunezero.formula.vocabulary import OPERATORS, Operator
 
 # The deepest rewriting seen in tests settles in two passes.
@@ -66,7 +67,7 @@ def combine(operator: Operator, *arguments: Any) -> Any:
 def _written_out(operator: Operator, arguments: tuple[Any, ...]) -> Any:
     """What another package's operator builds; it sees small stand-ins for what may be large."""
     values = {
-        stand_in(argument, place, nonnegative=algebra.never_negative(argument)): argument
+        stand_in(argument, place, nonnegative=never_negative(argument)): argument
         for place, argument in enumerate(arguments)
     }
     return _rebuild(operator.build(*values), dict(values))

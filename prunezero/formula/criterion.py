@@ -16,8 +16,9 @@ from typing import Any
 import sympy
 
 from prunezero.errors import CriterionError, FormulaWarning, did_you_mean
-from prunezero.formula.algebra import changes, negated
+from prunezero.formula.algebra import negated
 from prunezero.formula.canonical import canonical, combine
+from prunezero.formula.changes import changes
 from prunezero.formula.constants import number
 from prunezero.formula.features import FEATURES, dearest
 from prunezero.formula.functions import shape_of

