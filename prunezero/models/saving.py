@@ -184,7 +184,8 @@ def check_names(language_model: LanguageModel, *, moves: bool = False) -> None:
             way = "load the model with dtype" if is_enough else "convert the source to"
             raise ModelError(
                 f"the recipe moves channels of '{layer.name}', and {language_model.dtype_word} "
-                f"does not hold all numbers of its files, which are {str(stored)[6:]}; {way} float32"
+                f"does not hold all numbers of its files, which are {str(stored)[6:]}; {way} "
+                "float32"
             )
 
 
