@@ -92,6 +92,7 @@ def power(base: Any, exponent: Any) -> Any:
     if exponent == 1:
         return base
     if exponent == 0:
+        _watch_shape([base], [])
         return _ONE
     if isinstance(base, sympy.Rational):
         return _power_of_number(base, exponent)

@@ -35,6 +35,7 @@ def test_random_formulas_have_the_values_of_their_text_on_seven_kinds_of_layers(
         ("sqrt(exp(X))/abs(W)", "exp(0.5*X)/abs(W)", "exp sees more than 80"),
         ("log(exp(W))", "W", "exp sees more than 80, or log less"),
         ("W*row_sum(R1*X/X)", "W*R1", "the count of what is summed"),
+        ("W*row_sum(R1*X**0)", "W*R1", "the count of what is summed"),
     ],
 )
 def test_a_reader_is_told_where_the_simplified_form_differs(
