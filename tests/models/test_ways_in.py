@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunezero.errors import ModelError
 from prunezero.models import gguf
+from prunezero.models.file_digests import is_sealed
 from prunezero.models.loading import load_model
 from prunezero.models.streaming import StreamedModel
 from tests.tiny_gguf import write_gguf
@@ -340,4 +341,4 @@ def test_an_unpacked_gguf_says_its_rotary_base_and_tokenizer_as_transformers_4_r
     assert config["rope_scaling"] is None
     words = json.loads((folder / "tokenizer_config.json").read_text())
     assert words["tokenizer_class"] in ("LlamaTokenizer", "PreTrainedTokenizerFast")
-    assert gguf.is_sealed(folder)
+    assert is_sealed(folder)
