@@ -93,7 +93,11 @@ class OutputError(PruneZeroError):
     """A folder that cannot be written."""
 
 
-class FormulaWarning(UserWarning):
+class PruneZeroWarning(UserWarning):
+    """What a user should know of work that goes on."""
+
+
+class FormulaWarning(PruneZeroWarning):
     """A formula means its simplified form, which somewhere differs from the text as typed."""
 
 
