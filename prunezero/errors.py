@@ -93,7 +93,11 @@ class OutputError(PruneZeroError):
     """A folder that cannot be written."""
 
 
-class FormulaWarning(UserWarning):
+class PruneZeroWarning(UserWarning):
+    """What a user should know of work that goes on."""
+
+
+class FormulaWarning(PruneZeroWarning):
     """A formula means its simplified form, which somewhere differs from the text as typed."""
 
 
@@ -183,13 +187,16 @@ def shortened(text: str) -> str:
 
 
 # Names of values that nobody else may read, in the query of a URI or in a connection text.
+_PASSWORD = "(?:password|passwd|passphrase|pwd|secret)"
 _SECRET = (
-    "(?:[a-z0-9]+[_.-])*(?:pass|passwd|password|passphrase|pwd|secret|token|auth|authorization|"
-    "credentials?|sig|signature|user|username|(?:api|access|secret|private|account|shared)?key|"
-    "accesstoken|secretkey|apitoken)"
+    rf"(?:[a-z0-9_.-]*(?:{_PASSWORD}|token|signature|credentials?)|(?:[a-z0-9]+[_.-])*"
+    "(?:pass|auth|authorization|sig|user|username|(?:api|access|secret|private|account|shared)?key|"
+    "secretkey|sharedaccesskey))"
 )
 _IN_QUERY = re.compile(rf"([?&;#]{_SECRET}=)[^&#;\s'\"<>`]+", re.I)
-_IN_WORDS = re.compile(r"(\b(?:password|passwd|pwd|secret)\s?[=:]\s?)[^&#;,\s'\"<>`]+", re.I)
+# The same where a whole connection text is one value of a query, as ODBC has it.
+_IN_ENCODED = re.compile(rf"(%(?:3B|26|3F){_SECRET}%3D)(?:(?!%3B|%26)[^&#;\s'\"<>`])+", re.I)
+_IN_WORDS = re.compile(rf"(\b\w*{_PASSWORD}['\"]?\s?[=:]\s?['\"]?)[^&#;,\s'\"<>`]+", re.I)
 _SCHEME = "[a-z][a-z0-9+.-]{0,30}"
 # Everything up to the next blank or URI: a password may hold any other sign.
 _URI = re.compile(rf"({_SCHEME}://)((?:(?!{_SCHEME}://)\S)+)", re.I)
@@ -200,7 +207,9 @@ def masked_uri(text: str) -> str:
     """A URI, or a text with some in it, with `***` for users, passwords and other secrets."""
     text = _URI.sub(lambda found: found[1] + _without_user(found[2]), text)
     text = _ENCODED_URI.sub(r"\1***%40", text)
-    return _IN_WORDS.sub(r"\1***", _IN_QUERY.sub(r"\1***", text))
+    for secret in (_IN_QUERY, _IN_ENCODED, _IN_WORDS):
+        text = secret.sub(r"\1***", text)
+    return text
 
 
 def _without_user(rest: str) -> str:

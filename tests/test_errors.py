@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from prunezero.errors import did_you_mean, reason, shell_word
+import prunezero
+from prunezero.cli import _one_sentence
+from prunezero.errors import PruneZeroWarning, did_you_mean, reason, shell_word
 
 
 def raised_from(cause: BaseException) -> BaseException:
@@ -74,3 +77,25 @@ def test_a_name_in_an_advised_command_is_that_name_again(name: str) -> None:
 def test_a_known_word_is_not_taken_for_its_own_mistyping() -> None:
     assert did_you_mean("s", ["s"]) == ""
     assert did_you_mean("wandaa", ["wanda", "ria"]) == "; did you mean 'wanda'?"
+
+
+def test_every_warning_of_ours_is_of_our_kind_so_that_a_terminal_shows_it_as_a_sentence() -> None:
+    package = Path(prunezero.__file__).parent
+    files = {path: path.read_text("utf-8") for path in package.rglob("*.py")}
+    # A page stands alone, without our kinds.
+    found = {
+        f"{path.name}: {call}"
+        for path, code in files.items()
+        for call in re.findall(r"warnings\.warn\(.*?stacklevel", code, re.DOTALL)
+        if path.name != "pruner_template.py"
+    }
+    assert len(found) >= 10
+    assert not [call for call in found if not re.search(r"\b(PruneZero|Formula)Warning,", call)]
+
+
+def test_a_warning_of_ours_is_shown_in_one_line_without_the_code(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show = _one_sentence(lambda *where: pytest.fail("as Python shows it"))
+    show(PruneZeroWarning("http://u:secret@h\x1b[2J is damaged"), PruneZeroWarning, "file.py", 3)
+    assert capsys.readouterr().err == "prunezero: http://***@h\\x1b[2J is damaged\n"

@@ -34,6 +34,14 @@ from prunezero.errors import OutputError, PruneZeroError, masked_uri
         ("a http://u:s3cret@h, b ftp://v:s3cret@g.", "a http://***@h, b ftp://***@g."),
         ("http://u:s3cret@h;http://v:s3cret@g", "http://***@h;http://***@g"),
         ("('http://u:s3cret@h:9/x')", "('http://***@h:9/x')"),
+        ("postgresql://h/d?sslpassword=s3cret&a=1", "postgresql://h/d?sslpassword=***&a=1"),
+        ("https://h/?SharedAccessKey=s3cret;a=1", "https://h/?SharedAccessKey=***;a=1"),
+        (
+            "mssql+pyodbc:///?odbc_connect=SERVER%3Dh%3BPWD%3Ds3c%20ret%3BEncrypt%3Dyes&a=1",
+            "mssql+pyodbc:///?odbc_connect=SERVER%3Dh%3BPWD%3D***%3BEncrypt%3Dyes&a=1",
+        ),
+        ("{'password': 's3cret', 'a': 1}", "{'password': '***', 'a': 1}"),
+        ("MLFLOW_TRACKING_PASSWORD=s3cret", "MLFLOW_TRACKING_PASSWORD=***"),
         ("host=h password=s3cret dbname=x", "host=h password=*** dbname=x"),
     ],
 )

@@ -6,7 +6,6 @@ Each command is one module beside this one; here they are gathered, behind the g
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +15,14 @@ import typer
 from prunezero.cli.compare import compare
 from prunezero.cli.doctor import doctor
 from prunezero.cli.export import export
-from prunezero.cli.guard import guarded
+from prunezero.cli.guard import guarded, say_aside
 from prunezero.cli.listing import list_
 from prunezero.cli.prune import prune
 from prunezero.cli.search import search
 from prunezero.cli.show import show
 from prunezero.cli.ui import ui
 from prunezero.cli.verify import verify
-from prunezero.errors import FormulaWarning
+from prunezero.errors import PruneZeroWarning
 
 app = typer.Typer(
     name="prunezero",
@@ -53,11 +52,11 @@ def main() -> None:
 
 
 def _one_sentence(otherwise: Callable[..., None]) -> Callable[..., None]:
-    """How a warning is shown: ours about a formula as one sentence, others as before."""
+    """How a warning is shown: ours as one sentence, others as before."""
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, FormulaWarning):
-            print(f"prunezero: {message}", file=sys.stderr)
+        if issubclass(category, PruneZeroWarning):
+            say_aside(str(message))
         else:
             otherwise(message, category, *where, **more)
 

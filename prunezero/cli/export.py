@@ -51,8 +51,8 @@ def export(
         prunezero export --recipe sparsegpt --kernel kernel.py
     """
     from prunezero.cli.tables import say
-    from prunezero.errors import OutputError, shell_word
-    from prunezero.models.places import try_file
+    from prunezero.errors import shell_word
+    from prunezero.models.places import check_apart, try_file
     from prunezero.pruning.bench import with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.report.export import write_pruner
@@ -64,8 +64,7 @@ def export(
         output = Path("pruner.py")
     try_file(output, "--output", example="pruner.py")
     try_file(kernel, "--kernel", example="kernel.py")
-    if output is not None and kernel is not None and output.absolute() == kernel.absolute():
-        raise OutputError(f"--output and --kernel both name {output}; give each its own file")
+    check_apart({"--output": output, "--kernel": kernel})
     found = runs_dir / recipe / "recipe.yaml"
     chosen = Recipe.load(found if os.path.isfile(found) else recipe)
     fields = pruner_fields(with_choices(chosen, pattern=pattern, statistics=statistics))

@@ -118,19 +118,19 @@ def _lost(out: Outlet) -> int:
         return 0
     if isinstance(out.fault, BrokenPipeError):
         return READER_LEFT
-    _say(f"the output could not be written ({reason(out.fault)}); the rest was done")
+    say_aside(f"the output could not be written ({reason(out.fault)}); the rest was done")
     return 1
 
 
 def _ended_by(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
-        _say("stopped")
+        say_aside("stopped")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return READER_LEFT
     if os.environ.get(TRACEBACK):
         print_exception(error)
-    _say(_sentence(error))
+    say_aside(_sentence(error))
     return 1
 
 
@@ -163,14 +163,15 @@ def _spot(error: BaseException) -> str:
     return f" (in {Path(spots[-1].filename).name}, line {spots[-1].lineno})" if spots else ""
 
 
-def _say(sentence: str) -> None:
+def say_aside(sentence: str) -> None:
+    """One sentence of ours on standard error."""
     print(f"prunezero: {printable(masked_uri(sentence))}", file=sys.stderr)
 
 
 def _code_of(error: SystemExit) -> int:
     if error.code is None or isinstance(error.code, int):
         return error.code or 0
-    _say(str(error.code))
+    say_aside(str(error.code))
     return 1
 
 

@@ -95,13 +95,14 @@ def prune(
     """
     from prunezero.cli.tables import say, waiting
     from prunezero.models.patterns import patterns_of
-    from prunezero.models.places import try_folder
+    from prunezero.models.places import check_apart, try_folder
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.pruning.requirements import settled_sparsity
 
     options.check_statistics(statistics)
     options.check_json(json_file)
+    check_apart({"--json": json_file, "--output": output})
     limit = bytes_of(memory_limit)
     chosen = with_choices(
         Recipe.load(recipe),

@@ -39,9 +39,11 @@ def saved_or_kept(save: Callable[[Path], Saved], output: Path, size: int) -> Sav
         return fault
     for place in _places_elsewhere(output, size):
         if not isinstance(_fault_of(save, place), OutputError):
+            # Into a folder that is there, `mv` would move it one level too deep.
+            emptied = f"rmdir {shell_word(output)} && " if output.is_dir() else ""
             raise OutputError(
                 f"{fault}; the pruned model is kept in {place}, make room and move it by: "
-                f"mv {shell_word(place)} {shell_word(output)}"
+                f"{emptied}mv {shell_word(place)} {shell_word(output)}"
             ) from fault
         with suppress(OSError):
             place.parent.rmdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunezero.errors import StatisticsError, did_you_mean, reason
+from prunezero.errors import PruneZeroWarning, StatisticsError, did_you_mean, reason
 from prunezero.models.gradients import gradient_statistics
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.statistics_cache import cache_folder, limit_size, read_sums, write_sums
@@ -127,7 +127,9 @@ def _keep(
             write_sums(folder, collected, frozenset({name}))
         except (OSError, SafetensorError) as error:
             warnings.warn(
-                f"calibration sums are not kept in {folder}: {reason(error, folder)}", stacklevel=3
+                f"calibration sums are not kept in {folder}: {reason(error, folder)}",
+                PruneZeroWarning,
+                stacklevel=3,
             )
             return
         tell("sums kept on disk", done, len(names))

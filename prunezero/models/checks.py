@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunezero.errors import ModelError, PruneZeroError, reason
+from prunezero.errors import ModelError, PruneZeroError, PruneZeroWarning, reason
 from prunezero.models.shards import STORED_DTYPES, StoredTensor
 from prunezero.models.sizes import building_at_most
 from prunezero.models.source import names_in_files, targets_of
@@ -142,6 +142,7 @@ def check_unused(keys: Iterable[str], prefix: str, name: str) -> None:
         warnings.warn(
             f"the files of model '{name}' hold {len(unused)} tensors that it does not use, "
             f"'{unused[0]}' among them; they are left alone",
+            PruneZeroWarning,
             stacklevel=2,
         )
 

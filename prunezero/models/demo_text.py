@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from prunezero.errors import TextError
+from prunezero.errors import PruneZeroWarning, TextError
 from prunezero.models.cache import cache_dir
 from prunezero.models.checked_lines import line_of, record_of
 from prunezero.models.digests import joined_digest
@@ -48,7 +48,7 @@ def demo_documents() -> list[str]:
     known = record_of(path.read_bytes().rstrip(b"\n")) if path.is_file() else None
     if known is None:
         if path.is_file():
-            warnings.warn(f"{path} is damaged and is made anew", stacklevel=2)
+            warnings.warn(f"{path} is damaged and is made anew", PruneZeroWarning, stacklevel=2)
         known = {"articles": list(_articles(dump))}
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(line_of(known), path)

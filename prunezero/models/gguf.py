@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import ModelError, PruneZeroError, reason
+from prunezero.errors import ModelError, PruneZeroError, PruneZeroWarning, reason
 from prunezero.models.cache import cache_dir
 from prunezero.models.checks import check_finite, check_report, check_unused
 from prunezero.models.companions import edit_configuration
@@ -71,7 +71,7 @@ def unpacked_gguf(path: Path) -> Path:
     folder = cache_dir() / "models" / fingerprint
     if not is_sealed(folder):
         if folder.is_dir():
-            warnings.warn(f"{folder} is damaged and is made anew", stacklevel=2)
+            warnings.warn(f"{folder} is damaged and is made anew", PruneZeroWarning, stacklevel=2)
         folder.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=".unfinished.", dir=folder.parent))
         try:

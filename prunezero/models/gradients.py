@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prunezero.errors import StatisticsError
+from prunezero.errors import PruneZeroWarning, StatisticsError
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.observing import empty_statistics, removing
 from prunezero.models.units import Layer, find_blocks
@@ -162,5 +162,6 @@ def _check_zeros(collected: dict[str, Statistics]) -> None:
         warnings.warn(
             f"{zeros / numbers:.0%} of the gradient sums are exactly zero; "
             "try --dtype float32, or more calibration sequences",
+            PruneZeroWarning,
             stacklevel=4,
         )

@@ -11,7 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
@@ -73,6 +73,21 @@ def try_file(path: Path | None, option: str, *, example: str = "result.json") ->
         _try_file(target.parent)
     except (OSError, ValueError) as error:
         raise OutputError(f"{option} {path} cannot be written: {reason(error, path)}") from error
+
+
+def check_apart(places: Mapping[str, Path | None]) -> None:
+    """Refuse options that name one place: what is written last would be in the way, or be lost.
+
+    Raises:
+        OutputError: two of them do.
+    """
+    seen: dict[str, str] = {}
+    for option, path in places.items():
+        if path is None or is_special(path):
+            continue
+        other = seen.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise OutputError(f"{other} and {option} both name {path}; give each its own place")
 
 
 def try_inside(folder: Path, option: str) -> None:

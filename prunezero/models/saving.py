@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError, OutputError, reason
+from prunezero.errors import ModelError, OutputError, PruneZeroWarning, reason
 from prunezero.models.biases import note_opened_biases
 from prunezero.models.companions import copy_companions
 from prunezero.models.language_model import LanguageModel, quiet
@@ -198,7 +198,9 @@ def _save_network(model: Any, folder: Path) -> None:
         if settings is None:
             raise
         # Sampling settings that transformers refuses to write say nothing about the weights.
-        warnings.warn(f"generation settings are left out: {reason(error)}", stacklevel=3)
+        warnings.warn(
+            f"generation settings are left out: {reason(error)}", PruneZeroWarning, stacklevel=3
+        )
         model.generation_config = type(settings)()
         try:
             model.save_pretrained(folder)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.errors import StatisticsError, reason
+from prunezero.errors import PruneZeroWarning, StatisticsError, reason
 from prunezero.models.checked_lines import line_of, record_of
 from prunezero.models.digests import joined_digest, tensor_digest, tensor_digests
 from prunezero.models.language_model import LanguageModel
@@ -73,7 +73,11 @@ def read_sums(
             found[name] = _read(path, name, layers)
         # Whatever a damaged file makes a reader do.
         except Exception as error:
-            warnings.warn(f"{path} is damaged and is made anew ({reason(error)})", stacklevel=3)
+            warnings.warn(
+                f"{path} is damaged and is made anew ({reason(error)})",
+                PruneZeroWarning,
+                stacklevel=3,
+            )
     if found:
         # The mark of its last use; a cache that cannot be written can be read all the same.
         with suppress(OSError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, RecipeError, SearchError, reason
+from prunezero.errors import OutputError, PruneZeroWarning, RecipeError, SearchError, reason
 from prunezero.models.places import try_inside
 from prunezero.models.whole_files import replace_text, write_json
 from prunezero.pruning.recipe import Recipe
@@ -128,6 +128,7 @@ def _write_study(text: str, path: Path) -> None:
     except OSError as error:
         warnings.warn(
             f"{path} cannot be written, so Optuna is shown nothing new: {reason(error, path)}",
+            PruneZeroWarning,
             stacklevel=3,
         )
 

@@ -70,8 +70,7 @@ def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Ta
                     one = with_choices(recipe, pattern=regime.pattern)
                     layers = check_recipe(bench.language_model, one, regime.sparsity)
                     _check_permutation(bench.language_model, one, layers)
-            # The judge of one model says so soon enough.
-            for split in SPLITS if len(benches) > 1 else ():
+            for split in SPLITS:
                 bench.windows(split)
     return task.on(*found)
 

@@ -58,6 +58,17 @@ def test_a_full_disk_keeps_the_model_on_another_and_says_how_to_move_it(
     assert told.endswith(f"mv '{kept.parent}' '{output}'")
 
 
+def test_an_empty_folder_that_was_named_is_not_in_the_way_of_the_move(
+    tmp_path: Path, elsewhere: Path
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    with pytest.raises(OutputError) as caught:
+        saved_or_kept(saving_where(lambda folder: folder != output), output, 1)
+    (kept,) = elsewhere.glob("prunezero-*/out/config.json")
+    assert str(caught.value).endswith(f"rmdir {output} && mv {kept.parent} {output}")
+
+
 def test_where_no_disk_has_room_it_is_tried_once_more(tmp_path: Path, elsewhere: Path) -> None:
     output, tries = tmp_path / "out", []
 

@@ -11,7 +11,7 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.models import places
-from prunezero.models.places import check_room, try_file, try_folder, try_inside
+from prunezero.models.places import check_apart, check_room, try_file, try_folder, try_inside
 from prunezero.models.whole_files import write_text
 from tests.searching.test_disks import no_file_longer_than
 
@@ -185,6 +185,14 @@ def test_room_is_compared_with_what_will_be_written(
     check_room(tmp_path / "not/there", 40, "saving")
     with pytest.raises(OutputError, match=r"saving takes about 0.0 MiB but the disk of"):
         check_room(tmp_path / "not/there", 41, "saving")
+
+
+def test_two_options_do_not_name_one_place(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    check_apart({"--json": tmp_path / "a", "--output": tmp_path / "b", "--kernel": None})
+    check_apart({"--json": Path(os.devnull), "--output": Path(os.devnull)})
+    with pytest.raises(OutputError, match="--json and --output both name .*link"):
+        check_apart({"--json": tmp_path / "a", "--output": tmp_path / "link"})
 
 
 def test_a_device_and_a_pipe_are_written_to_and_stay_what_they_are(tmp_path: Path) -> None:

@@ -80,8 +80,10 @@ def test_resuming_is_refused_whichever_setting_changed(key: str, tmp_path: Path)
 def test_a_search_that_could_not_begin_does_not_stand_in_its_own_way(tmp_path: Path) -> None:
     bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
     greedy = Settings(**{**vars(SETTINGS), "test_tokens": 10**6})
-    with pytest.raises(TextError, match="test split"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TextError, match="test split"):
+        patch.setattr("prunezero.searching.session.Judge", _interrupted)  # no long work before
         open_session(Bench(bench.language_model, bench.text, greedy), task, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
     open_session(bench, task, tmp_path / "run").journal.close()
 
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import OutputError, SearchError, differences, reason
+from prunezero.errors import OutputError, PruneZeroWarning, SearchError, differences, reason
 from prunezero.models.checked_lines import line_of, record_of
 from prunezero.models.digests import joined_digest
 
@@ -102,7 +102,9 @@ class Journal:
         # The journal itself is open for appending alone.
         with self.path.open("r+b") as file:
             file.write(line)
-        warnings.warn(f"{self.path}, line 1 was damaged and is written anew", stacklevel=4)
+        warnings.warn(
+            f"{self.path}, line 1 was damaged and is written anew", PruneZeroWarning, stacklevel=4
+        )
         return line + data[len(line) :]
 
     def _tell(self, places: Sequence[int]) -> None:
@@ -112,6 +114,7 @@ class Journal:
             lines = "line" if len(places) == 1 else f"{len(places)} lines, the first line"
             warnings.warn(
                 f"{self.path}, {lines} {places[0]}: damaged; what stood there is computed again",
+                PruneZeroWarning,
                 stacklevel=4,
             )
 
