@@ -167,10 +167,10 @@ def printable(text: str) -> str:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What a request that is kept on disk has otherwise than the present one, for a message.
 
-    Keys with other values as "key: before, now after", by semicolons; of texts of several lines
-    the lines that differ. Nothing where nothing differs.
+    Keys with other values as "key: before, now after", in the order of `now`, by semicolons; of
+    texts of several lines the lines that differ. Nothing where nothing differs.
     """
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
     return "; ".join(_difference(key, str(before.get(key)), str(now.get(key))) for key in changed)
 
 

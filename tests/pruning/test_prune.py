@@ -142,8 +142,8 @@ def test_targets_and_ignore_choose_layers_and_say_when_they_match_none() -> None
 
 
 def test_scores_that_rank_nothing_are_refused_by_formula_and_layer() -> None:
-    with pytest.raises(ScoreError, match=r"W/W|layers\.0.*same score"):
-        prune(tiny_model(), recipe("W**0.5/W**0.5*layer_max(W)"), 0.5)
+    with pytest.raises(ScoreError, match=r"layers\.0.*same score"):
+        prune(tiny_model(), recipe("layer_max(W)"), 0.5)
     model = tiny_model()
     find_layers(model.model)[3].weight[0, 0] = float("nan")
     with pytest.raises(ScoreError, match=r"abs\(W\) gives 1 of .*layers\.0.* score that is NaN"):
