@@ -20,6 +20,8 @@ ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_a
 _CODE_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 # It would be read in place of the files that are checked.
 _OTHER_FILE = "transformers_weights"
+# Where peft is installed, transformers would load the model that such a file names, not this one.
+_ADAPTER = "adapter_config.json"
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -52,6 +54,11 @@ def checked_checkpoint(source: str, name: str) -> Checkpoint:
     kind = CONFIG_MAPPING[raw["model_type"]]
     _refuse_other_kinds(raw, kind, name)
     shards = Shards(_folder_of(source))
+    if (shards.folder / _ADAPTER).is_file():
+        raise ModelError(
+            f"model '{name}' comes with an adapter ({_ADAPTER}); merge it into the weights first, "
+            "or take that file away to prune the model without it"
+        )
     check_sizes(raw, getattr(kind, "attribute_map", {}), len(shards.tensors), name)
     configuration = kind.from_dict(raw)
     names = check_layout(configuration, shards.tensors, name)

@@ -20,7 +20,7 @@ from prunezero.models.file_digests import is_sealed
 from prunezero.models.loading import load_model
 from prunezero.models.streaming import StreamedModel
 from tests.tiny_gguf import write_gguf
-from tests.tiny_models import tiny_network, tiny_tokenizer
+from tests.tiny_models import save_tiny_model, tiny_network, tiny_tokenizer
 
 Tensors = dict[str, Tensor]
 Settings = dict[str, Any]
@@ -321,6 +321,14 @@ def test_a_tensor_outside_the_blocks_that_is_not_used_is_told(way: str, tmp_path
     tensors, settings = tiny_llama()
     with pytest.warns(UserWarning, match="hold 1 tensors that it does not use, 'value.weight'"):
         WAYS[way](tmp_path, {**tensors, "value.weight": torch.ones(3)}, settings)
+
+
+def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model("llama", tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "another"}')
+    for way in (loaded, streamed):
+        with pytest.raises(ModelError, match="comes with an adapter.*merge it"):
+            way(folder)
 
 
 def test_what_an_older_version_unpacked_of_a_gguf_file_is_never_read(
