@@ -213,8 +213,8 @@ def say_conditions(rows: Sequence[dict[str, Any]], model: str, benches: Sequence
     say(conditions(rows, model, benches[0]))
     if any("test_rounding" in row for row in rows):
         say(
-            "±: what the same calibration windows in reverse order change, which is rounding; no "
-            "smaller difference means anything"
+            "±: how much rounding alone changes it, by the same calibration windows in reverse "
+            "order: no smaller difference means anything, and other text usually changes more"
         )
     for warning in dense_warnings(rows[0], benches):
         say(f"warning: {warning}", style="yellow")

@@ -103,17 +103,20 @@ def copy_companions(source: Path, target: Path, *, ours: Collection[str] = ()) -
         shutil.copyfile(source / name, target / place)
 
 
-def edit_configuration(folder: Path, changes: Mapping[str, Any], *, part: str = "") -> None:
-    """Change keys of config.json, and leave all others and their order as they are.
+def edit_configuration(
+    folder: Path, changes: Mapping[str, Any], *, part: str = "", name: str = "config.json"
+) -> None:
+    """Change keys of a JSON file of settings, and leave all others and their order as they are.
 
     Args:
         changes: value by key.
         part: the key of the settings inside which they stand; the outermost ones if empty.
+        name: of the file.
 
     Raises:
         OSError: the file cannot be read or written.
     """
-    path = folder / "config.json"
+    path = folder / name
     settings = json.loads(path.read_text(encoding="utf-8"))
     inner = settings[part] if part else settings
     inner |= changes

@@ -164,12 +164,21 @@ def _find_head(language_model: LanguageModel, windows: Tensor) -> Head:
     plain: Head = model.get_output_embeddings()
     # A model may cap or scale its logits: then its own forward is run on the given hidden states.
     for head in (plain, lambda states: _logits_of(model, states)):
-        if torch.allclose(head(hidden), logits, rtol=1e-3, atol=1e-4, equal_nan=True):
+        if _makes(head, hidden, logits):
             return head
     raise ModelError(
         f"the logits of {type(model).__name__} do not follow from its final hidden states; "
         "this layout is not supported"
     )
+
+
+def _makes(head: Head, hidden: Tensor, logits: Tensor) -> bool:
+    try:
+        made = head(hidden)
+    except RuntimeError:
+        # Hidden states of a wider dtype than the head's, which the model narrows by itself.
+        return False
+    return torch.allclose(made.float(), logits.float(), rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _logits_of(model: Any, states: Tensor) -> Tensor:

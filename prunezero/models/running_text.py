@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence, Set
-from itertools import islice
+from itertools import chain, islice
 
 # Running text without articles is cut into documents of this many characters, or more and shorter
 # ones when there is too little of it.
@@ -68,8 +68,9 @@ def content_digest(text: str) -> bytes:
 
 
 def paragraph_digests(text: str) -> set[bytes]:
-    """What `without_paragraphs` knows paragraphs by."""
-    return {content_digest(part) for part in _parts(text)}
+    """What `without_paragraphs` knows the paragraphs and lines of a text by."""
+    parts = chain(_split(r"\n\s*\n", text), _split(r"\n", text))
+    return {content_digest(part) for part in parts}
 
 
 def without_paragraphs(text: str, known: Set[bytes]) -> tuple[str, int]:

@@ -180,10 +180,12 @@ def check_names(language_model: LanguageModel, *, moves: bool = False) -> None:
                 "and prune that folder"
             )
         if (moves or source.moved) and not holds(language_model.dtype, stored):
+            is_enough = holds(torch.float32, stored)
+            way = "load the model with dtype" if is_enough else "convert the source to"
             raise ModelError(
                 f"the recipe moves channels of '{layer.name}', and {language_model.dtype_word} "
-                f"does not hold all numbers of its files, which are {str(stored)[6:]}; load the "
-                "model with dtype float32"
+                f"does not hold all numbers of its files, which are {str(stored)[6:]}; {way} "
+                "float32"
             )
 
 

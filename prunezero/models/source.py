@@ -146,6 +146,9 @@ def _is_kept(stored: Tensor, weight: Tensor) -> Tensor:
     """Which numbers are those of the file, as far as the dtype of the computation tells."""
     asked = stored.to(weight.dtype)
     same = asked.view(_BITS[weight.dtype.itemsize]) == weight.view(_BITS[weight.dtype.itemsize])
+    if bool(same.all()):
+        # Nothing was removed here.
+        return same
     # A number too small for the computation cannot be told from one that was removed.
     return same & ~((weight == 0) & (stored != 0))
 

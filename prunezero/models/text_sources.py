@@ -54,9 +54,9 @@ class TextSource:
     left_out: int = 0
     """rows and files without text"""
     repeated: int = 0
-    """paragraphs of running text that a later split has too, which are left out"""
+    """paragraphs that a later split has too, which are left out"""
     read: set[bytes] = field(default_factory=set)
-    """digests of the paragraphs of running text"""
+    """digests of the paragraphs of files of a split"""
     known: set[bytes] = field(default_factory=set)
     """of these those in later splits than the one being read"""
 
@@ -161,7 +161,8 @@ def _read_file(
             f"known endings: {', '.join(SUFFIXES)}, and .gz, .bz2, .xz or .zst behind"
         )
     if ending != ".txt":
-        return _documents_of(str(path), READERS[ending](path), source)
+        documents = _documents_of(str(path), READERS[ending](path), source)
+        return _without_known(documents, source) if are_split else documents
     try:
         with open_text(path) as file:
             text = file.read()
@@ -169,7 +170,8 @@ def _read_file(
         raise TextError(f"'{path}' cannot be read as UTF-8 text ({reason(error, path)})") from error
     if is_one:
         source.guess("each .txt file is a document")
-        return _with_text([text], source)
+        documents = _with_text([text], source)
+        return _without_known(documents, source) if are_split else documents
     text, repeated = without_paragraphs(text, source.known)
     source.repeated += repeated
     if are_split:
@@ -177,6 +179,19 @@ def _read_file(
     documents, where = cut_running_text(text)
     source.guess(f"running text is cut {where}")
     return documents
+
+
+def _without_known(documents: list[str], source: TextSource) -> list[str]:
+    """Those of which a later split does not hold every paragraph."""
+    kept = []
+    for document in documents:
+        rest, repeated = without_paragraphs(document, source.known)
+        if rest or not repeated:
+            kept.append(document)
+            source.read |= paragraph_digests(document)
+        else:
+            source.repeated += repeated
+    return kept
 
 
 def _read_hub(name: str, source: TextSource) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from prunezero.errors import OutputError, differences, reason
+from prunezero.models.digests import file_digest
 from prunezero.models.shards import write_shard
 from prunezero.models.units import Layer
 from prunezero.models.whole_files import replace_text
@@ -69,7 +70,7 @@ class Stages:
                 "one with its own options, or delete the folder"
             )
         if stage:
-            self._restore(folder / f"step-{step}-{stage}.safetensors")
+            self._restore(folder / f"step-{step}-{stage}.safetensors", known.get("digest"))
         self._finished = (step, stage)
 
     def has(self, step: int, stage: str) -> bool:
@@ -91,7 +92,7 @@ class Stages:
         write_shard(path, tensors)
         try:
             request = json.loads((self._folder / "request.json").read_text())
-            finished = request | {"finished": [step, stage]}
+            finished = request | {"finished": [step, stage], "digest": file_digest(path)}
             replace_text(json.dumps(finished), self._folder / "request.json")
             self._finished = (step, stage)
             used_up = [old for old in self._folder.glob("step-*") if old != path]
@@ -112,15 +113,18 @@ class Stages:
         biases = [(f"{layer.name}.bias", layer.bias) for layer in self._layers]
         return found + [(name, bias) for name, bias in biases if bias is not None]
 
-    def _restore(self, path: Path) -> None:
+    def _restore(self, path: Path, digest: str | None) -> None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
+            # A flipped bit would be a wrong weight that nobody sees.
+            if file_digest(path) != digest:
+                raise ValueError("it is not what was written")
             kept = load_file(path)
             for name, tensor in self._tensors():
                 tensor.copy_(kept[name])
-        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        except (OSError, SafetensorError, ValueError, LookupError, RuntimeError) as error:
             raise OutputError(
                 f"'{path}' is damaged ({reason(error, path)}); delete its folder"
             ) from error

@@ -48,8 +48,8 @@ def model_card(
     """
     parts = [
         _front_matter(base_model, license_id),
-        "Free-form zeros do not make a model smaller or faster by themselves: the files keep the "
-        "size of the dense model, and ordinary kernels multiply by the zeros.",
+        "Zeros do not make a model smaller or faster by themselves: the files keep the size of the "
+        "dense model, and ordinary kernels multiply by the zeros.",
         f"# {markdown_text(base_model.rstrip('/').split('/')[-1])}, pruned\n\n"
         "Pruned by prunezero: the weights with the lowest value of this formula are exact zeros."
         f"\n\n$$ {criterion.latex} $$\n\nAs text: {markdown_code(criterion.text)}",

@@ -278,3 +278,10 @@ if __name__ == "__main__":
     print(f"{report['zeros']} weights are zero, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
+    # A library that writes settings anew writes its own dialect of them, and weights for one user.
+    for path in Path(options.output).iterdir():
+        own = Path(options.model, path.name)
+        if own.is_file() and path.suffix in (".json", ".jinja") and ".index." not in path.name:
+            path.write_bytes(own.read_bytes())
+        if path.is_file():
+            path.chmod(Path(options.output, "config.json").stat().st_mode)

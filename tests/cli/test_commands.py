@@ -75,7 +75,7 @@ def test_prune_saves_a_folder_that_plain_transformers_loads(run: Run) -> None:
     weights = AutoModelForCausalLM.from_pretrained("pruned").state_dict()
     assert (weights["model.layers.0.mlp.down_proj.weight"] == 0).float().mean() == 0.5
     card = Path("pruned/README.md").read_text()
-    assert card.split("---\n")[2].strip().startswith("Free-form zeros do not make a model smaller")
+    assert card.split("---\n")[2].strip().startswith("Zeros do not make a model smaller")
 
 
 def test_search_leaves_a_recipe_a_pruner_tables_and_pictures_then_resumes(run: Run) -> None:

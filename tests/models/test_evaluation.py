@@ -10,9 +10,10 @@ from torch.nn.functional import cross_entropy, kl_div
 from prunezero.errors import ModelError, TextError
 from prunezero.models import evaluation
 from prunezero.models.evaluation import count_sparsity, dense_reference, evaluate
+from prunezero.models.loading import wrap_model
 from prunezero.models.saving import save_model
 from prunezero.models.units import find_layers
-from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
+from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("chunk", [512, 7])
@@ -49,6 +50,19 @@ def test_capped_logits_are_measured_as_the_model_computes_them() -> None:
     assert measured.perplexity == pytest.approx(math.exp(loss.item()), rel=1e-6)
     assert measured.kl == 0.0
     assert evaluate(model, ids).kl is None
+
+
+def test_a_model_that_narrows_its_hidden_states_itself_is_measured_in_bfloat16() -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}
+    configuration = Mamba2Config(vocab_size=97, hidden_size=32, num_hidden_layers=2, **sizes)
+    network = Mamba2ForCausalLM(configuration).to(torch.bfloat16)
+    model, ids = wrap_model(network, tiny_tokenizer(), name="mamba2"), tiny_batches(2, 24)
+    with torch.no_grad():
+        logits = network(ids).logits.float()
+    loss = cross_entropy(logits[:, :-1].reshape(-1, 97), ids[:, 1:].reshape(-1))
+    assert evaluate(model, ids).perplexity == pytest.approx(math.exp(loss.item()), rel=1e-3)
 
 
 def test_a_model_that_blew_up_has_no_perplexity() -> None:

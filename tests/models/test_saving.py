@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunezero.errors import OutputError
 from prunezero.models.loading import load_model
 from prunezero.models.saving import check_writable, save_model
+from prunezero.models.shards import SINGLE as FILE
 from prunezero.models.units import find_layers
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
@@ -41,6 +43,26 @@ def test_a_saved_model_loads_with_the_fingerprint_it_had(family: str, tmp_path: 
     save_model(model, tmp_path / "saved")
     loaded = load_model(str(tmp_path / "saved"), dtype="float32", device="cpu")
     assert loaded.fingerprint == model.fingerprint
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_numbers_too_small_for_the_computation_stay_where_nothing_was_removed(
+    dtype: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    save_model(tiny_model("qwen3"), source)
+    tiny = {name: tensor.double() for name, tensor in load_file(source / FILE).items()}
+    for tensor in tiny.values():
+        tensor.view(-1)[:2] = torch.tensor([1e-300, -0.0], dtype=torch.float64)
+    save_file(tiny, source / FILE, metadata={"format": "pt"})
+    model = load_model(str(source), dtype=dtype, device="cpu")
+    pruned = find_layers(model.model)[0]
+    pruned.weight[:, ::2] = 0.0
+    save_model(model, tmp_path / "pruned")
+    saved = load_file(tmp_path / "pruned" / FILE)
+    assert not saved[f"{pruned.name}.weight"][:, ::2].any()
+    for name in saved.keys() - {f"{pruned.name}.weight"}:
+        assert torch.equal(saved[name].view(torch.int64), tiny[name].view(torch.int64)), name
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:

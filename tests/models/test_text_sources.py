@@ -222,6 +222,22 @@ def test_a_text_that_holds_another_loses_its_paragraphs(tmp_path: Path) -> None:
     assert not any("left out" in note for note in notes)
 
 
+@pytest.mark.parametrize("running", ["train", "test"])
+def test_rows_and_running_text_with_the_same_paragraphs_share_none_between_splits(
+    running: str, tmp_path: Path
+) -> None:
+    every = [f"Paragraph {place} " + "goes on " * 30 for place in range(200)]
+    of = {"train": every[:150], "test": every[90:]}
+    (tmp_path / f"{running}.txt").write_text("\n\n".join(of.pop(running)))
+    ((other, rest),) = of.items()
+    write_rows(tmp_path / f"{other}.jsonl", [{"text": one} for one in rest])
+    text = load_text(str(tmp_path))
+    held = {split: set("\n\n".join(texts).split("\n\n")) for split, texts in text.documents.items()}
+    assert {one.strip() for one in held["test"]} == {one.strip() for one in every[90:]}
+    assert sum(len(held[split]) for split in SPLITS) == 200
+    assert "paragraphs that a later split has too are left out: 60" in text.notes
+
+
 def test_the_later_split_keeps_what_several_hold(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", ROWS)
     write_rows(tmp_path / "valid.jsonl", [*ROWS[:3], ROWS[200], ROWS[200]])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunezero.errors import ModelError
 from prunezero.models import gguf
+from prunezero.models.file_digests import is_sealed
 from prunezero.models.loading import load_model
 from prunezero.models.streaming import StreamedModel
 from tests.tiny_gguf import write_gguf
@@ -329,3 +330,15 @@ def test_what_an_older_version_unpacked_of_a_gguf_file_is_never_read(
     now = gguf.unpacked_gguf(path)
     monkeypatch.setattr(gguf, "FORMAT_VERSION", gguf.FORMAT_VERSION - 1)
     assert gguf.unpacked_gguf(path) != now
+
+
+def test_an_unpacked_gguf_says_its_rotary_base_and_tokenizer_as_transformers_4_reads_them(
+    tmp_path: Path,
+) -> None:
+    folder = gguf.unpacked_gguf(write_gguf(tmp_path / "model.gguf", *tiny_llama()))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["rope_scaling"] is None
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    assert words["tokenizer_class"] in ("LlamaTokenizer", "PreTrainedTokenizerFast")
+    assert is_sealed(folder)

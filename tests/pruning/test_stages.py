@@ -145,6 +145,16 @@ def test_weights_that_are_cut_off_or_gone_or_of_other_layers_are_refused(tmp_pat
         opened(tiny_model(), tmp_path)
 
 
+def test_weights_with_a_flipped_bit_are_refused(tmp_path: Path) -> None:
+    kept_stages(tmp_path, tiny_model(), 3)
+    path = tmp_path / "step-1-pruned.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-99] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(OutputError, match="it is not what was written.*delete its folder"):
+        opened(tiny_model(), tmp_path)
+
+
 def test_a_stage_that_nobody_knows_is_damage(tmp_path: Path) -> None:
     kept_stages(tmp_path, tiny_model(), 1)
     text = json.dumps({"request": REQUEST, "finished": [0, "polished"]})

@@ -40,9 +40,9 @@ def test_front_matter_says_what_the_hub_asks() -> None:
     assert "license" not in card()[0]
 
 
-def test_the_first_line_promises_neither_size_nor_speed() -> None:
+def test_the_first_line_promises_neither_size_nor_speed_of_any_pattern() -> None:
     _, body = card()
-    assert body.startswith("Free-form zeros do not make a model smaller or faster by themselves")
+    assert body.startswith("Zeros do not make a model smaller or faster by themselves")
 
 
 def test_the_table_names_the_conditions_of_each_number() -> None:

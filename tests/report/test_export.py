@@ -426,3 +426,17 @@ def test_page_runs_as_a_program_and_saves_the_pruned_model(tmp_path: Path) -> No
     weights = load_file(tmp_path / "pruned" / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))
     assert (weights[name] == 0).float().mean() == 0.25
+
+
+def test_page_keeps_settings_byte_for_byte_and_saves_for_whoever_may_read_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    save_tiny_model("llama", dense)
+    for path in dense.glob("*.json"):
+        path.write_text(path.read_text() + "\n ")
+    run_page(Recipe.load("magnitude"), tmp_path, monkeypatch, "--sparsity", "0.5")
+    for path in dense.glob("*.json"):
+        assert (pruned / path.name).read_bytes() == path.read_bytes(), path.name
+    modes = {path.name: path.stat().st_mode for path in pruned.iterdir()}
+    assert modes["model.safetensors"] == (tmp_path / "text.txt").stat().st_mode
