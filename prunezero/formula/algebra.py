@@ -97,7 +97,8 @@ def power(base: Any, exponent: Any) -> Any:
     if isinstance(base, sympy.Rational):
         return _power_of_number(base, exponent)
     if isinstance(base, sympy.exp):
-        report("where exp sees more than 80")
+        if exponent < 0 or _may_be_positive(base.args[0]):
+            report("where exp sees more than 80")
         return exponential(multiply(exponent, base.args[0]))
     is_whole = exponent.is_integer
     if isinstance(base, sympy.Pow):
@@ -274,10 +275,14 @@ def _is_settled(factor: Any, powers: dict[Any, Any]) -> bool:
 
 
 def _together(exponents: list[Any]) -> list[Any]:
-    if len(exponents) > 1:
+    if len(exponents) > 1 and any(map(_may_be_positive, exponents)):
         report("where exp sees more than 80")
     joint = exponential(add(*exponents)) if exponents else _ONE
     return [] if joint == 1 else [joint]
+
+
+def _may_be_positive(x: Any) -> bool:
+    return not never_negative(negated(x))
 
 
 def _watch_shape(before: Iterable[Any], after: Iterable[Any]) -> None:

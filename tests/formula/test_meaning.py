@@ -48,7 +48,16 @@ def test_a_reader_is_told_where_the_simplified_form_differs(
 
 @pytest.mark.parametrize(
     "typed",
-    ["X*abs(W)", "sqrt(W**2)*X", "W**3/W", "(1 + X)*W/(1 + X)", "exp(-X)*abs(W)", "W - W + X*W"],
+    [
+        "X*abs(W)",
+        "sqrt(W**2)*X",
+        "W**3/W",
+        "(1 + X)*W/(1 + X)",
+        "exp(-X)*abs(W)",
+        "W - W + X*W",
+        "exp(-X)*exp(-Y)*W",
+        "exp(-X)**2*W",
+    ],
 )
 def test_nothing_is_told_where_the_value_stays(typed: str) -> None:
     Criterion.parse(typed)  # warnings are errors
