@@ -162,6 +162,7 @@ def test_a_formula_made_to_stall_simplification_is_ranked_at_once(text: str) -> 
     assert calls < AT_ONCE
 
 
+@pytest.mark.filterwarnings("ignore::prunezero.errors.FormulaWarning")
 def test_drawn_formulas_of_the_largest_size_are_ranked_or_refused_at_once() -> None:
     rng = random.Random(0)
     found = [calls_to_rank(drawn(rng, size, MAX_DEPTH)) for size in (40, 60, 80) * 12]
