@@ -205,8 +205,14 @@ def _stop(*_: object) -> None:
     raise _TooLong
 
 
-def run(first: int, count: int, *, at_most: float = float("inf")) -> Report:
-    """Read the inputs of these numbers, or as many as `at_most` CPU seconds allow."""
+def run(
+    first: int, count: int, *, at_most: float = float("inf"), seconds: float = SECONDS
+) -> Report:
+    """Read the inputs of these numbers, or as many as `at_most` CPU seconds allow.
+
+    Args:
+        seconds: of CPU, from which on an input is a fault.
+    """
     report, begin = Report(), time.process_time()
     weights = [weight for weight, _ in KINDS.values()]
     before = signal.signal(signal.SIGPROF, _stop)
@@ -215,7 +221,7 @@ def run(first: int, count: int, *, at_most: float = float("inf")) -> Report:
         for number in range(first, first + count):
             rng = random.Random(number)
             kind = rng.choices(list(KINDS), weights)[0]
-            _one(f"{kind} {number}", KINDS[kind][1](rng), Path(folder), report)
+            _one(f"{kind} {number}", KINDS[kind][1](rng), Path(folder), report, seconds)
             report.inputs[kind] += 1
             if time.process_time() - begin > at_most:
                 break
@@ -223,7 +229,9 @@ def run(first: int, count: int, *, at_most: float = float("inf")) -> Report:
     return report
 
 
-def _one(name: str, load: Callable[[Path], object], folder: Path, report: Report) -> None:
+def _one(
+    name: str, load: Callable[[Path], object], folder: Path, report: Report, most: float
+) -> None:
     memory, start = _memory(), time.process_time()
     signal.setitimer(signal.ITIMER_PROF, 20)
     try:
@@ -238,7 +246,7 @@ def _one(name: str, load: Callable[[Path], object], folder: Path, report: Report
     seconds, grown = time.process_time() - start, _memory() - memory
     report.slowest = max(report.slowest, (seconds, name))
     report.largest = max(report.largest, (grown, name))
-    if seconds > SECONDS or grown > BYTES:
+    if seconds > most or grown > BYTES:
         report.faults.append(f"{name}: {seconds:.2f} CPU seconds, {grown / 2**20:.0f} MiB")
 
 
