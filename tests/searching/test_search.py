@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from prunezero.errors import OutputError, SearchError
+from prunezero.errors import OutputError, PruneZeroWarning, SearchError
 from prunezero.formula import Criterion
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.judging.journal import Journal
@@ -166,15 +166,20 @@ def test_a_torn_last_record_is_dropped_wherever_it_was_cut(tmp_path: Path) -> No
         journal.close()
 
 
-def test_a_journal_that_was_edited_is_refused_by_line(tmp_path: Path) -> None:
+def test_a_line_of_a_journal_that_was_edited_is_named_and_counts_for_nothing(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "run" / "journal.jsonl"
     journal = Journal(path, {"model": "a"}, resume=False)
     for word in "WXG":
         journal.write("layer error", word, {"layer_error": 0.1})
     journal.close()
     path.write_bytes(path.read_bytes().replace(b'"X"', b'"Y"'))
-    with pytest.raises(SearchError, match="line 3 is damaged"):
-        Journal(path, {"model": "a"}, resume=True)
+    with pytest.warns(PruneZeroWarning, match="line 3: damaged"):
+        journal = Journal(path, {"model": "a"}, resume=True)
+    known = {word: journal.known("layer error", word) for word in "WXYG"}
+    journal.close()
+    assert [word for word, result in known.items() if result is not None] == ["W", "G"]
 
 
 def test_resuming_under_other_settings_is_refused_with_the_difference(tmp_path: Path) -> None:
