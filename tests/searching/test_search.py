@@ -166,7 +166,7 @@ def test_a_torn_last_record_is_dropped_wherever_it_was_cut(tmp_path: Path) -> No
         journal.close()
 
 
-def test_a_line_of_a_journal_that_was_edited_is_named_and_counts_for_nothing(
+def test_an_edited_line_of_a_journal_is_named_and_counts_for_nothing(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "run" / "journal.jsonl"
