@@ -179,6 +179,7 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> Non
     assert said == ["idle", "record", "run", "record", "wait"]
 
 
+@pytest.mark.filterwarnings("ignore::prunezero.errors.FormulaWarning")
 def test_the_population_is_always_the_same_and_fit_for_any_rows() -> None:
     module = script("scoring_population")
     found = module.formulas()
