@@ -12,10 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "prunezero"
-FLOORS = ["errors", "formula", "scoring", "models", "pruning", "searching", "report", "cli"]
+FLOORS = [
+    "errors",
+    "files",
+    "formula",
+    "scoring",
+    "models",
+    "pruning",
+    "searching",
+    "report",
+    "cli",
+]
 # A library may be used on these floors only.
 HOMES = {
-    "torch": {"scoring", "models", "pruning", "searching", "report", "cli"},
+    "torch": {"files", "scoring", "models", "pruning", "searching", "report", "cli"},
     "transformers": {"models", "report"},
     "datasets": {"models"},
     "sympy": {"formula", "searching"},

@@ -84,7 +84,7 @@ def _parity() -> str:
 
 
 def _places(runs_dir: Path) -> dict[str, str]:
-    from prunezero.models.cache import cache_dir
+    from prunezero.files.cache import cache_dir
     from prunezero.models.gguf import DEMO_PACKAGE
     from prunezero.report.track import tracking_uri
 

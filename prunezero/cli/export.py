@@ -52,7 +52,7 @@ def export(
     """
     from prunezero.cli.tables import say
     from prunezero.errors import shell_word
-    from prunezero.models.places import check_apart, try_file
+    from prunezero.files.places import check_apart, try_file
     from prunezero.pruning.bench import with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.report.export import write_pruner

@@ -244,7 +244,7 @@ def check_json(path: Path | None) -> None:
     Raises:
         OutputError: its folder does not exist, or cannot be written.
     """
-    from prunezero.models.places import try_file
+    from prunezero.files.places import try_file
 
     try_file(path, "--json")
 
@@ -255,7 +255,7 @@ def write_json(data: Any, path: Path | None) -> None:
     Raises:
         OutputError: the file cannot be written; what was there is as it was.
     """
-    from prunezero.models.whole_files import write_text
+    from prunezero.files.atomic import write_text
 
     if path is not None:
         write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", path)

@@ -94,8 +94,8 @@ def prune(
         prunezero prune --model ./7b --recipe wanda --sparsity 0.5 --memory-limit 6GiB --output out
     """
     from prunezero.cli.tables import say, waiting
+    from prunezero.files.places import check_apart, try_folder
     from prunezero.models.patterns import patterns_of
-    from prunezero.models.places import check_apart, try_folder
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.pruning.requirements import settled_sparsity
@@ -153,7 +153,7 @@ def _prune_in_memory(
         say_conditions,
         waiting,
     )
-    from prunezero.models.places import check_room
+    from prunezero.files.places import check_room
     from prunezero.models.saving import check_names, saved_bytes
     from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.reordering import Reordering

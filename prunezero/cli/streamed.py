@@ -57,8 +57,8 @@ def prune_files(
         PruneZeroError: as `prune_streamed`.
     """
     from prunezero.cli.tables import Bars, console, results_table, say, say_about, say_conditions
+    from prunezero.files.places import check_room
     from prunezero.models.memory import PeakMemory
-    from prunezero.models.places import check_room
     from prunezero.pruning.compare import SPLITS
     from prunezero.pruning.requirements import check_recipe
     from prunezero.pruning.streamed import checked_sums, prune_streamed

@@ -18,11 +18,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 from prunezero.errors import PruneZeroWarning, TextError
-from prunezero.models.cache import cache_dir
-from prunezero.models.checked_lines import line_of, record_of
-from prunezero.models.digests import joined_digest
-from prunezero.models.file_digests import digest_of_file
-from prunezero.models.whole_files import replace_bytes
+from prunezero.files.atomic import replace_bytes
+from prunezero.files.cache import cache_dir
+from prunezero.files.checked_lines import line_of, record_of
+from prunezero.files.digests import joined_digest
+from prunezero.files.file_digests import digest_of_file
 
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 # Raise it when an article would come out differently.

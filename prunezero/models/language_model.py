@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prunezero.errors import ModelError
-from prunezero.models.digests import joined_digest, tensor_digests
+from prunezero.files.digests import joined_digest, tensor_digests
 from prunezero.models.own_changes import refuse_own_changes
 from prunezero.models.source import Source
 from prunezero.models.units import note_calls

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from prunezero.errors import ModelError, PruneZeroError, reason
-from prunezero.models.cache import cache_dir
+from prunezero.files.cache import cache_dir
 from prunezero.models.checkpoints import Checkpoint, checked_checkpoint
 from prunezero.models.checks import check_finite, check_report
 from prunezero.models.gguf import demo_file, unpacked_gguf

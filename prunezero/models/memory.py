@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prunezero.files.places import mebibytes as mebibytes
 from prunezero.models.observing import empty_statistics
-from prunezero.models.places import mebibytes as mebibytes
 from prunezero.models.streaming import StreamedModel
 from prunezero.models.units import Layer
 

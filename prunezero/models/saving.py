@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError, PruneZeroWarning, reason
+from prunezero.files.atomic import follow_umask
+from prunezero.files.places import try_folder
 from prunezero.models.biases import note_opened_biases
 from prunezero.models.companions import copy_companions
 from prunezero.models.language_model import LanguageModel, quiet
 from prunezero.models.mirror import Mirror
-from prunezero.models.places import try_folder
 from prunezero.models.shards import STORED_DTYPES, Shards, StoredTensor
 from prunezero.models.source import Source, holds, names_in_files
 from prunezero.models.units import Layer, find_layers
-from prunezero.models.whole_files import follow_umask
 
 
 @dataclass(frozen=True)

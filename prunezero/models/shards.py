@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError, reason
-from prunezero.models.digests import joined_digest
-from prunezero.models.file_digests import digests_of_files
-from prunezero.models.whole_files import follow_umask
+from prunezero.files.atomic import follow_umask
+from prunezero.files.digests import joined_digest
+from prunezero.files.file_digests import digests_of_files
 
 # The dtypes that weights are stored in where they are not quantized, by their safetensors names.
 STORED_DTYPES = {

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import PruneZeroWarning, StatisticsError, reason
-from prunezero.models.checked_lines import line_of, record_of
-from prunezero.models.digests import joined_digest, tensor_digest, tensor_digests
+from prunezero.files.atomic import replace_whole
+from prunezero.files.checked_lines import line_of, record_of
+from prunezero.files.digests import joined_digest, tensor_digest, tensor_digests
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.units import Layer
-from prunezero.models.whole_files import replace_whole
 from prunezero.scoring.statistics import SUMS, Statistics
 
 # Raise it when a sum changes its meaning: older files are then never read.

@@ -18,11 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from prunezero.errors import OutputError, differences, reason
+from prunezero.files.atomic import replace_text
 from prunezero.models.companions import copy_companions
 from prunezero.models.mirror import Mirror
 from prunezero.models.saving import check_writable
 from prunezero.models.shards import Shards
-from prunezero.models.whole_files import replace_text
 
 # The file that holds the number of finished parts.
 FINISHED = "finished"

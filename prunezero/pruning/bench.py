@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunezero.models.cache import cache_dir
+from prunezero.files.cache import cache_dir
 from prunezero.models.calibration import Progress, calibrate
 from prunezero.models.language_model import LanguageModel
 from prunezero.models.loading import load_model

@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from prunezero.errors import OutputError, differences, reason
-from prunezero.models.digests import file_digest
+from prunezero.files.atomic import replace_text
+from prunezero.files.digests import file_digest
 from prunezero.models.shards import write_shard
 from prunezero.models.units import Layer
-from prunezero.models.whole_files import replace_text
 
 STAGES = ("pruned", "tuned")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, reason
-from prunezero.models.whole_files import replace_whole
+from prunezero.files.atomic import replace_whole
 from prunezero.searching.candidate import Candidate
 
 COLUMNS = (

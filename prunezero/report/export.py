@@ -13,10 +13,10 @@ from pathlib import Path
 from textwrap import fill
 
 from prunezero.errors import OutputError
+from prunezero.files.atomic import write_text
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.models.whole_files import write_text
 from prunezero.pruning.recipe import with_patterns
 from prunezero.report.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
 from prunezero.report.page_text import check_page, exchange, parts

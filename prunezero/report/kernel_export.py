@@ -14,10 +14,10 @@ from pathlib import Path
 from textwrap import fill
 
 from prunezero.errors import OutputError
+from prunezero.files.atomic import write_text
 from prunezero.formula.code import split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, Feature
-from prunezero.models.whole_files import write_text
 from prunezero.report.export import PrunerFields, paragraphs
 from prunezero.report.page_lines import FEATURE_LINES
 from prunezero.report.page_text import check_page

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from prunezero.errors import OutputError, reason
-from prunezero.models.whole_files import replace_whole
+from prunezero.files.atomic import replace_whole
 from prunezero.report.axes import bulk, canvas, perplexity_axis, plain_log_ticks
 from prunezero.report.labels import place_labels, short, spread
 from prunezero.searching.judging.audit import kendall_tau

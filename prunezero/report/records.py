@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prunezero.models.digests import joined_digest
+from prunezero.files.digests import joined_digest
 from prunezero.report.quoting import markdown_code
 
 # Row key -> metric name. Section names before the slash group the charts of the web page.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, PruneZeroWarning, RecipeError, SearchError, reason
-from prunezero.models.places import try_inside
-from prunezero.models.whole_files import replace_text, write_json
+from prunezero.files.atomic import replace_text, write_json
+from prunezero.files.places import try_inside
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, no_page, write_pruner

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError, differences
+from prunezero.files.atomic import write_json
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.models.patterns import patterns_of
-from prunezero.models.whole_files import write_json
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.documents import validated
 from prunezero.searching.regimes import read_regimes

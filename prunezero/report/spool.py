@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from prunezero.models.whole_files import replace_bytes
+from prunezero.files.atomic import replace_bytes
 from prunezero.report.records import RunRecord, record_from_line, record_to_line
 
 

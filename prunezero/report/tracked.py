@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunezero.models.digests import joined_digest
+from prunezero.files.digests import joined_digest
 from prunezero.pruning.bench import Bench, beginning
 from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipe import Recipe, with_patterns

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from prunezero.errors import TextError
+from prunezero.files.digests import file_digest, joined_digest
 from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.models.digests import file_digest, joined_digest
 from prunezero.models.text import SPLITS
 from prunezero.models.windows import windows_fingerprint
 from prunezero.pruning.bench import Bench

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError
+from prunezero.files.cache import cache_dir
 from prunezero.models import gguf
-from prunezero.models.cache import cache_dir
 from prunezero.models.language_model import wrap_model
 from prunezero.models.loading import computing_dtype, load_model, trial_dtypes
 from prunezero.models.shards import Shards

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from prunezero.files.atomic import follow_umask
 from prunezero.models.calibration import calibrate
 from prunezero.models.saving import save_model
 from prunezero.models.shards import write_shard
 from prunezero.models.units import find_layers
-from prunezero.models.whole_files import follow_umask
 from tests.tiny_models import tiny_batches, tiny_model
 
 

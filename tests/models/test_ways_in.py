@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunezero.errors import ModelError
+from prunezero.files.file_digests import is_sealed
 from prunezero.models import gguf
-from prunezero.models.file_digests import is_sealed
 from prunezero.models.loading import load_model
 from prunezero.models.streaming import StreamedModel
 from tests.tiny_gguf import write_gguf

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prunezero.errors import PruneZeroError, RecipeError
-from prunezero.models.checked_lines import line_of
+from prunezero.files.checked_lines import line_of
 from prunezero.pruning.documents import write_document
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.records import RunRecord, record_to_line

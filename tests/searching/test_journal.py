@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunezero.errors import PruneZeroError, SearchError, TextError
-from prunezero.models.checked_lines import line_of
+from prunezero.files.checked_lines import line_of
 from prunezero.pruning.bench import Bench, Settings
 from prunezero.report.run_summary import read_run
 from prunezero.searching.judging.journal import Journal, read_journal

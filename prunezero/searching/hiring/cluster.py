@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from prunezero.errors import SearchError, reason
-from prunezero.models.cache import cache_dir
+from prunezero.files.cache import cache_dir
 from prunezero.searching.hiring.crew import DEADLINE, Crew, Worker
 from prunezero.searching.hiring.plan import Desk, JudgePlan, Message
 from prunezero.searching.hiring.workers import usable_cores

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from prunezero.errors import OutputError, reason
-from prunezero.models.checked_lines import line_of, record_of
-from prunezero.models.digests import joined_digest
+from prunezero.files.checked_lines import line_of, record_of
+from prunezero.files.digests import joined_digest
 
 # Bytes in which at least one line is whole.
 _BEGINNING = 2**22

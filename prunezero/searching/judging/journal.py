@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, PruneZeroWarning, SearchError, differences, reason
-from prunezero.models.checked_lines import line_of, record_of
-from prunezero.models.digests import joined_digest
+from prunezero.files.checked_lines import line_of, record_of
+from prunezero.files.digests import joined_digest
 
 # How the line of a header begins, of which a full disk may have kept no more.
 _BEGINNING = re.compile(rb'[0-9a-f]{8} [0-9]+ \{"header": [^\n]*')

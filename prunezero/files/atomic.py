@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import OutputError, reason
-from prunezero.models.places import is_special
+from prunezero.files.places import is_special
 
 
 def replace_whole(path: Path, write: Callable[[Path], None]) -> None:

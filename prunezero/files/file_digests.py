@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from prunezero.models.cache import cache_dir
-from prunezero.models.checked_lines import line_of, record_of
-from prunezero.models.digests import file_digest, in_parallel, joined_digest
-from prunezero.models.whole_files import replace_bytes
+from prunezero.files.atomic import replace_bytes
+from prunezero.files.cache import cache_dir
+from prunezero.files.checked_lines import line_of, record_of
+from prunezero.files.digests import file_digest, in_parallel, joined_digest
 
 # Systems write mapped pages back, and with them the moment of their change, within half a minute.
 SECONDS_AT_REST = 60.0
