@@ -21,7 +21,7 @@ from typing import Any
 
 from rows import append, read
 
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.bench import Settings, set_up, with_choices
 from prunezero.pruning.compare import SPLITS, Stand, finite_row
 from prunezero.pruning.recipe import Recipe

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from prunezero.errors import ScoreError
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.bench import Settings, set_up
 from prunezero.pruning.compare import GLANCE, Stand
 from prunezero.searching.judging.audit import kendall_tau

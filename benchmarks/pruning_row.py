@@ -17,11 +17,11 @@ import torch
 from rivals_in_torch import prune_block_by_block
 from seconds_and_memory import measured
 
-from prunezero.models.calibration import calibrate
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.evaluation import evaluate
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import load_model, save_model
-from prunezero.models.units import find_layers
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model, save_model
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.bench import Settings, set_up, with_choices
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

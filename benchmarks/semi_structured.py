@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import load_model
-from prunezero.models.semi_structured import check_gpu, to_semi_structured
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.editing.semi_structured import check_gpu, to_semi_structured
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model
 from prunezero.scoring.selection import select
 
 # Calls between two events, so that one is long enough for the clock.

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.pruning.bench import Settings, set_up, with_choices
-from prunezero.pruning.dense_weights import DenseWeights
 from prunezero.pruning.prune import prune_layers
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.request import parse_pattern

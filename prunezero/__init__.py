@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunezero.formula.criterion import Criterion
-    from prunezero.models.calibration import calibrate
-    from prunezero.models.loading import load_model, save_model
+    from prunezero.models.loading.load import load_model, save_model
+    from prunezero.models.observing.calibration import calibrate
     from prunezero.pruning.bench import Bench, Settings, set_up
     from prunezero.pruning.compare import compare
     from prunezero.pruning.prune import prune
@@ -49,12 +49,12 @@ _HOMES = {
     "Recipe": "prunezero.pruning.recipe:Recipe",
     "SearchSpace": "prunezero.searching.space:SearchSpace",
     "Settings": "prunezero.pruning.bench:Settings",
-    "calibrate": "prunezero.models.calibration:calibrate",
+    "calibrate": "prunezero.models.observing.calibration:calibrate",
     "compare": "prunezero.pruning.compare:compare",
-    "load_model": "prunezero.models.loading:load_model",
+    "load_model": "prunezero.models.loading.load:load_model",
     "prune": "prunezero.pruning.prune:prune",
     "prune_streamed": "prunezero.pruning.streamed:prune_streamed",
-    "save_model": "prunezero.models.loading:save_model",
+    "save_model": "prunezero.models.loading.load:save_model",
     "search": "prunezero.searching.session:find",
     "set_up": "prunezero.pruning.bench:set_up",
 }

@@ -26,7 +26,7 @@ from prunezero.errors import FormulaWarning, PruneZeroError
 from prunezero.formula import FEATURES, OPERATORS, Criterion
 from prunezero.formula.code import torch_lines
 from prunezero.formula.ranking import ranking_form
-from prunezero.models.patterns import check_pattern
+from prunezero.models.anatomy.patterns import check_pattern
 from prunezero.pruning.choices import WORDS
 from prunezero.pruning.documents import to_yaml
 from prunezero.pruning.recipe import Recipe

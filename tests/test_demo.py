@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.bench import Settings, set_up
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

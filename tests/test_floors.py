@@ -12,17 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "prunezero"
-FLOORS = [
-    "errors",
-    "files",
-    "formula",
-    "scoring",
-    "models",
-    "pruning",
-    "searching",
-    "report",
-    "cli",
-]
+FLOORS = "errors files formula scoring models pruning searching report cli".split()
 # A library may be used on these floors only.
 HOMES = {
     "torch": {"files", "scoring", "models", "pruning", "searching", "report", "cli"},

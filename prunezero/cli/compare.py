@@ -82,7 +82,7 @@ def compare(
         prunezero compare --model demo --recipes wanda,ria --sparsity 0.5 --ignore down_proj
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
-    from prunezero.models.patterns import patterns_of
+    from prunezero.models.anatomy.patterns import patterns_of
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.report.run_folder import check_runs_dir

@@ -32,8 +32,8 @@ from prunezero.cli.quantities import bytes_of
 from prunezero.errors import OutputError
 
 if TYPE_CHECKING:
-    from prunezero.models.saving import SavedSparsity
-    from prunezero.models.units import Layer
+    from prunezero.models.anatomy.linears import Layer
+    from prunezero.models.saving.save import SavedSparsity
     from prunezero.pruning.bench import Bench
     from prunezero.pruning.recipe import Recipe
 
@@ -95,7 +95,7 @@ def prune(
     """
     from prunezero.cli.tables import say, waiting
     from prunezero.files.places import check_apart, try_folder
-    from prunezero.models.patterns import patterns_of
+    from prunezero.models.anatomy.patterns import patterns_of
     from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.recipe import Recipe
     from prunezero.pruning.requirements import settled_sparsity
@@ -154,7 +154,7 @@ def _prune_in_memory(
         waiting,
     )
     from prunezero.files.places import check_room
-    from prunezero.models.saving import check_names, saved_bytes
+    from prunezero.models.saving.save import check_names, saved_bytes
     from prunezero.pruning.compare import SPLITS, Stand
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums
@@ -199,7 +199,7 @@ def _save(
     """
     from prunezero.cli.rescue import saved_or_kept
     from prunezero.cli.tables import say
-    from prunezero.models.saving import saved_bytes
+    from prunezero.models.saving.save import saved_bytes
     from prunezero.report.saved_model import save_pruned
 
     def save(folder: Path) -> SavedSparsity:

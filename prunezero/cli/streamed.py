@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunezero.cli.tables import Bars
-    from prunezero.models.streaming import StreamedModel
-    from prunezero.models.units import Layer
+    from prunezero.models.anatomy.linears import Layer
+    from prunezero.models.streaming.streamed_model import StreamedModel
     from prunezero.pruning.bench import Bench, Settings
     from prunezero.pruning.recipe import Recipe
     from prunezero.pruning.streamed import StreamedOutcome
@@ -29,9 +29,9 @@ def open_files(
         ModelError: the name is that of no folder and no .gguf file, or its model is not readable.
         TextError: the text cannot be loaded.
     """
-    from prunezero.models.loading import local_folder
-    from prunezero.models.streaming import StreamedModel
-    from prunezero.models.text import load_text
+    from prunezero.models.loading.load import local_folder
+    from prunezero.models.streaming.streamed_model import StreamedModel
+    from prunezero.models.text.splits import load_text
     from prunezero.pruning.bench import Bench
 
     streamed = StreamedModel(local_folder(model), dtype=dtype, device=device, name=model)
@@ -58,7 +58,7 @@ def prune_files(
     """
     from prunezero.cli.tables import Bars, console, results_table, say, say_about, say_conditions
     from prunezero.files.places import check_room
-    from prunezero.models.memory import PeakMemory
+    from prunezero.models.streaming.memory import PeakMemory
     from prunezero.pruning.compare import SPLITS
     from prunezero.pruning.requirements import check_recipe
     from prunezero.pruning.streamed import checked_sums, prune_streamed
@@ -113,8 +113,8 @@ def _checked_estimates(
         ModelError: either takes more than the limit.
     """
     from prunezero.cli.tables import say
-    from prunezero.models.memory import mebibytes, memory_need
-    from prunezero.models.streamed_evaluation import evaluation_bytes
+    from prunezero.models.streaming.evaluation import evaluation_bytes
+    from prunezero.models.streaming.memory import mebibytes, memory_need
     from prunezero.pruning.requirements import layer_sums
 
     sums = layer_sums(recipe)
@@ -138,7 +138,7 @@ def _tell(
 ) -> None:
     """The lines under the table; `measuring` is the highest use of all and the estimate of it."""
     from prunezero.cli.tables import say
-    from prunezero.models.memory import mebibytes
+    from prunezero.models.streaming.memory import mebibytes
 
     highest, estimate = map(mebibytes, measuring)
     if done.blocks_before:
@@ -168,7 +168,7 @@ class _Report:
 
     def __call__(self, done: StreamedOutcome) -> dict[str, str]:
         """The texts to put beside the weights; keeps the rows."""
-        from prunezero.models.streaming import StreamedModel
+        from prunezero.models.streaming.streamed_model import StreamedModel
         from prunezero.pruning.compare import dense_row, pruned_row
         from prunezero.report.saved_model import files_beside
 
@@ -180,7 +180,7 @@ class _Report:
         return files_beside(model, self.recipe, self.rows)
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
-        from prunezero.models.streamed_evaluation import evaluate_streamed
+        from prunezero.models.streaming.evaluation import evaluate_streamed
         from prunezero.pruning.bench import beginning
 
         settings = self.bench.settings

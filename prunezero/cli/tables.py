@@ -187,7 +187,7 @@ def say_about(benches: Sequence[Bench]) -> None:
 
 def _about_model(bench: Bench) -> str:
     """One line on the model at hand."""
-    from prunezero.models.units import find_layers, uncalled_layers
+    from prunezero.models.anatomy.linears import find_layers, uncalled_layers
 
     loaded = bench.language_model
     count = sum(parameter.numel() for parameter in loaded.model.parameters())

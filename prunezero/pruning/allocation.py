@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import RecipeError, StatisticsError
-from prunezero.models.hessian_trace import hessian_traces
-from prunezero.models.units import Layer, matching
+from prunezero.models.anatomy.linears import Layer, matching
+from prunezero.models.observing.hessian_trace import hessian_traces
 from prunezero.pruning.spectra import spectral_exponent
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.statistics import Statistics
 
 if TYPE_CHECKING:
-    from prunezero.models.language_model import LanguageModel
+    from prunezero.models.loading.language_model import LanguageModel
     from prunezero.pruning.choice_options import HeavyTail, Options, Owl, Sensitivity, Table
 
 Key = TypeVar("Key", int, str)

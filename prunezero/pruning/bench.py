@@ -14,12 +14,12 @@ from pathlib import Path
 from torch import Tensor
 
 from prunezero.files.cache import cache_dir
-from prunezero.models.calibration import Progress, calibrate
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import load_model
-from prunezero.models.text import Text, load_text, windows
-from prunezero.models.units import Layer
-from prunezero.models.windows import begin_with
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import Progress, calibrate
+from prunezero.models.text.splits import Text, load_text, windows
+from prunezero.models.text.windows import begin_with
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.statistics import Statistics

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.formula.features import dearest
-from prunezero.models.calibration import Progress
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import dense_reference, evaluate
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.bench import Bench, beginning, with_choices
-from prunezero.pruning.dense_weights import DenseWeights
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe, with_patterns

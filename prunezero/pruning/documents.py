@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
 from prunezero.errors import PruneZeroError, RecipeError, did_you_mean, reason
 from prunezero.files.atomic import write_text
-from prunezero.models.patterns import check_pattern
+from prunezero.models.anatomy.patterns import check_pattern
 
 MAX_BYTES = 64 * 1024
 MAX_NODES = 4096

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from prunezero.errors import SelectionError
-from prunezero.models.units import Layer
+from prunezero.models.anatomy.linears import Layer
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.request import group_columns, removed_count
 

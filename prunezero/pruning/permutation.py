@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import SelectionError, did_you_mean
-from prunezero.models.folding import Folding, consumer_order, fold, producer_order
-from prunezero.models.units import Layer
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.editing.permuting import Folding, consumer_order, fold, producer_order
 from prunezero.pruning.choices import Choice
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import refuse_non_finite, select

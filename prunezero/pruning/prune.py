@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.models.biases import open_biases
-from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.source import round_as_stored
-from prunezero.models.units import Layer, find_layers
-from prunezero.models.windows import windows_fingerprint
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.editing.biases import open_biases
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.source import round_as_stored
+from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
+from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipe import Recipe

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prunezero.models.names import is_spelled_as_path
+from prunezero.models.loading.names import is_spelled_as_path
 
 # Perplexity by tokens in a window, over the test split of WikiText-2. Models are called as in the
 # `published` rows of recipes, in lower case. Papers tokenize the split as one text: of their

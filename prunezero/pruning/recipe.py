@@ -27,7 +27,7 @@ from pydantic import (
 from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import dearest
-from prunezero.models.patterns import fitting
+from prunezero.models.anatomy.patterns import fitting
 from prunezero.pruning.choices import (
     MENDING,
     WORDS,

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import OutputError, RecipeError, differences, reason
-from prunezero.models.calibration import Progress
-from prunezero.models.gradients import asking_anew, sequence_loss
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.observing import removing
-from prunezero.models.units import Layer
-from prunezero.models.windows import check_windows
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.calibration import Progress
+from prunezero.models.observing.gradients import asking_anew, sequence_loss
+from prunezero.models.observing.hooks import removing
+from prunezero.models.text.windows import check_windows
 from prunezero.pruning.choice_options import Tune
 
 # Steps of the optimizer between two checkpoints.

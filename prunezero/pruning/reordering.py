@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from prunezero.errors import RecipeError
-from prunezero.models.folding import Folding, find_foldings, refusals
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, matching
+from prunezero.models.anatomy.linears import Layer, matching
+from prunezero.models.editing.permuting import Folding, find_foldings, refusals
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.permutation import permute_block, simulated_mask
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.request import parse_pattern

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from prunezero.errors import ModelError, RecipeError, SelectionError
-from prunezero.models.biases import refuse_without_bias
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers, matching
-from prunezero.models.walk import FORWARD_SUMS
+from prunezero.models.anatomy.linears import Layer, find_layers, matching
+from prunezero.models.editing.biases import refuse_without_bias
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.pruning.allocation import ALLOCATION_SUMS
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.update import UPDATE_SUMS

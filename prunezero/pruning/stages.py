@@ -16,8 +16,8 @@ from torch import Tensor
 from prunezero.errors import OutputError, differences, reason
 from prunezero.files.atomic import replace_text
 from prunezero.files.digests import file_digest
-from prunezero.models.shards import write_shard
-from prunezero.models.units import Layer
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.loading.shards import write_shard
 
 STAGES = ("pruned", "tuned")
 

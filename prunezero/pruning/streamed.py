@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError, RecipeError
-from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
-from prunezero.models.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
-from prunezero.models.saving import count_sparsity, stored_layers
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.unfinished import UnfinishedCheckpoint
-from prunezero.models.units import Layer
-from prunezero.models.windows import check_windows, windows_fingerprint
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
+from prunezero.models.saving.resumable import UnfinishedCheckpoint
+from prunezero.models.saving.save import count_sparsity, stored_layers
+from prunezero.models.streaming.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
+from prunezero.models.streaming.streamed_model import StreamedModel
+from prunezero.models.text.windows import check_windows, windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.prune import prune_layers, settle

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prunezero.errors import ModelError, StatisticsError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.biases import compensate
-from prunezero.models.units import Layer
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.editing.biases import compensate
 from prunezero.pruning.admm import refit
 from prunezero.pruning.dsnot import dsnot
 from prunezero.pruning.obs import Choose, sweep

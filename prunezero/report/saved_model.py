@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from prunezero.errors import OutputError
-from prunezero.models.companions import places_of_companions
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.saving import SavedSparsity, count_sparsity, save_model, stored_layers
-from prunezero.models.source import Source
-from prunezero.models.units import Layer
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.source import Source
+from prunezero.models.saving.companions import places_of_companions
+from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import finite_row
 from prunezero.pruning.recipe import Recipe

@@ -15,7 +15,7 @@ from prunezero.errors import SearchError, differences
 from prunezero.files.atomic import write_json
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
-from prunezero.models.patterns import patterns_of
+from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.documents import validated
 from prunezero.searching.regimes import read_regimes

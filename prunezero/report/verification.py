@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError, differences, shell_word
-from prunezero.models.calibration import Progress
+from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.run_summary import Run, best_row, front, rule_of

@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from prunezero.errors import PruneZeroError, RecipeError, SearchError
-from prunezero.models.calibration import Progress
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import load_model
-from prunezero.models.text import SPLITS
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import Progress
+from prunezero.models.text.splits import SPLITS
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.reordering import Reordering

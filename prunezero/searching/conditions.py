@@ -20,8 +20,8 @@ from prunezero.errors import TextError
 from prunezero.files.digests import file_digest, joined_digest
 from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.models.text import SPLITS
-from prunezero.models.windows import windows_fingerprint
+from prunezero.models.text.splits import SPLITS
+from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.bench import Bench
 from prunezero.searching.judging.samples import ROW_WEIGHTS, ladder_sums
 from prunezero.searching.task import Task

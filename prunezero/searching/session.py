@@ -9,7 +9,7 @@ from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.calibration import Progress
+from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.bench import Bench, beginning
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity

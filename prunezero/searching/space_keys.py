@@ -16,7 +16,7 @@ from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.models.patterns import check_pattern
+from prunezero.models.anatomy.patterns import check_pattern
 from prunezero.pruning.documents import MOST_WORDS, Words
 from prunezero.pruning.recipe import Formula
 from prunezero.scoring.request import group_columns

@@ -12,7 +12,7 @@ from prunezero.errors import CriterionError, ModelError
 from prunezero.formula.algebra import multiply, without_factor
 from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
-from prunezero.models.units import Layer, matching
+from prunezero.models.anatomy.linears import Layer, matching
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe, with_patterns
 from prunezero.searching.regimes import Regime

@@ -13,7 +13,7 @@ import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
-from prunezero.models import loading
+from prunezero.models.loading import load as loading
 from prunezero.pruning.recipe import Recipe
 from tests.cli.conftest import Run
 

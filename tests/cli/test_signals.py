@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prunezero.errors import PruneZeroError
-from prunezero.models import calibration
+from prunezero.models.observing import calibration
 from prunezero.report.run_summary import read_candidates
 from tests.cli.conftest import Run, small_space
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from prunezero.errors import ModelError, OutputError, PruneZeroError, RecipeError
-from prunezero.models import streamed_evaluation
-from prunezero.models.unfinished import UnfinishedCheckpoint
+from prunezero.models.saving.resumable import UnfinishedCheckpoint
+from prunezero.models.streaming import evaluation as streamed_evaluation
 from prunezero.pruning import prune as pruning
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.stages import Stages

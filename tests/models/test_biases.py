@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from prunezero.errors import ModelError, StatisticsError
-from prunezero.models.biases import compensate, open_biases
-from prunezero.models.loading import load_model, save_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.editing.biases import compensate, open_biases
+from prunezero.models.loading.load import load_model, save_model
 from tests.tiny_models import tiny_batches, tiny_model
 
 IDS = tiny_batches()

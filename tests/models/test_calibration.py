@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunezero.errors import StatisticsError, TextError
-from prunezero.models import calibration
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.observing import calibration
+from prunezero.models.observing.calibration import calibrate
 from prunezero.scoring.statistics import SUMS, Statistics
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunezero.models.biases import open_biases
-from prunezero.models.companions import companions, edit_configuration, places_of_companions
-from prunezero.models.loading import load_model
-from prunezero.models.saving import save_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.editing.biases import open_biases
+from prunezero.models.loading.load import load_model
+from prunezero.models.saving.companions import companions, edit_configuration, places_of_companions
+from prunezero.models.saving.save import save_model
 from tests.tiny_models import save_tiny_model, tiny_batches
 
 BESIDE = (

@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from prunezero.errors import ModelError, TextError
 from prunezero.models import evaluation
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.evaluation import count_sparsity, dense_reference, evaluate
-from prunezero.models.loading import wrap_model
-from prunezero.models.saving import save_model
-from prunezero.models.units import find_layers
+from prunezero.models.loading.load import wrap_model
+from prunezero.models.saving.save import save_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_tokenizer
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.folding import (
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.editing.permuting import (
     CHANGED,
     STREAM,
     UNREACHED,
@@ -19,8 +20,7 @@ from prunezero.models.folding import (
     producer_order,
     refusals,
 )
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_batches, tiny_model, tiny_tokenizer
 
 Found = dict[str, tuple[dict[str, int], Heads | None]]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prunezero.errors import StatisticsError
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.observing.calibration import calibrate
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 GRADIENT_SUMS = [

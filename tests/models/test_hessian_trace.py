@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from prunezero.errors import StatisticsError, TextError
-from prunezero.models.hessian_trace import curvatures, hessian_traces
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.hessian_trace import curvatures, hessian_traces
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 SMALL: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_a_seed_gives_the_same_traces_again_and_another_seed_others() -> None:
 
 def test_a_trace_is_the_mean_over_sequences_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([[1.0], [2.0], [4.0], [9.0]])
-    place = "prunezero.models.hessian_trace.curvatures"
+    place = "prunezero.models.observing.hessian_trace.curvatures"
     monkeypatch.setattr(place, lambda *given: next(values))
     told: list[tuple[int, int]] = []
     model = tiny_model()
@@ -150,7 +150,7 @@ def test_a_trace_that_is_not_finite_is_refused_with_the_name_of_its_layer(
 ) -> None:
     model, ids = tiny_model(), tiny_batches(1, 8)
     layers = find_layers(model.model, targets=["v_proj"])
-    place = "prunezero.models.hessian_trace.curvatures"
+    place = "prunezero.models.observing.hessian_trace.curvatures"
     monkeypatch.setattr(place, lambda *given: [1.0, float("nan")])
     with pytest.raises(StatisticsError, match=f"layer '{layers[1].name}' is nan"):
         hessian_traces(model, ids, layers, sequences=1, samples=1)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from prunezero.errors import ModelError, RecipeError
-from prunezero.models.patterns import MAX_LENGTH, check_pattern, fits
+from prunezero.models.anatomy.patterns import MAX_LENGTH, check_pattern, fits
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe
 from prunezero.searching.space import SearchSpace

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from prunezero.files.atomic import follow_umask
-from prunezero.models.calibration import calibrate
-from prunezero.models.saving import save_model
-from prunezero.models.shards import write_shard
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.shards import write_shard
+from prunezero.models.observing.calibration import calibrate
+from prunezero.models.saving.save import save_model
 from tests.tiny_models import tiny_batches, tiny_model
 
 

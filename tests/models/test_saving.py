@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunezero.errors import OutputError
-from prunezero.models.loading import load_model
-from prunezero.models.saving import check_writable, save_model
-from prunezero.models.shards import SINGLE as FILE
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.load import load_model
+from prunezero.models.loading.shards import SINGLE as FILE
+from prunezero.models.saving.save import check_writable, save_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 

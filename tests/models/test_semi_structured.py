@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models import semi_structured
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import wrap_model
-from prunezero.models.semi_structured import first_dense_group, to_semi_structured
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.editing import semi_structured
+from prunezero.models.editing.semi_structured import first_dense_group, to_semi_structured
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import wrap_model
 from tests.tiny_models import tiny_batches, tiny_network, tiny_tokenizer
 
 

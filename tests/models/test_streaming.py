@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError, OutputError
-from prunezero.models import streaming
+from prunezero.models.anatomy.linears import find_blocks, find_layers
 from prunezero.models.evaluation import evaluate
-from prunezero.models.language_model import wrap_model
-from prunezero.models.loading import load_model, local_folder
-from prunezero.models.memory import SPARE_BYTES, memory_need
-from prunezero.models.shards import Shards, write_shard
-from prunezero.models.streamed_evaluation import evaluate_streamed, evaluation_bytes
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.unfinished import UnfinishedCheckpoint
-from prunezero.models.units import find_blocks, find_layers
-from prunezero.models.walk import BlockWalk
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.loading.load import load_model, local_folder
+from prunezero.models.loading.shards import Shards, write_shard
+from prunezero.models.observing.walk import BlockWalk
+from prunezero.models.saving.resumable import UnfinishedCheckpoint
+from prunezero.models.streaming import streamed_model as streaming
+from prunezero.models.streaming.evaluation import evaluate_streamed, evaluation_bytes
+from prunezero.models.streaming.memory import SPARE_BYTES, memory_need
+from prunezero.models.streaming.streamed_model import StreamedModel
 from tests.tiny_models import (
     BLOCKS,
     FAMILIES,

@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.language_model import wrap_model
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.units import Layer, find_blocks, find_layers, note_calls, uncalled_layers
+from prunezero.models.anatomy.linears import (
+    Layer,
+    find_blocks,
+    find_layers,
+    note_calls,
+    uncalled_layers,
+)
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.streaming.streamed_model import StreamedModel
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_network, tiny_tokenizer
 
 LAYERS_PER_BLOCK = {"llama": 7, "mistral": 7, "qwen3": 7, "gemma3": 7, "gpt2": 4, "opt": 6}

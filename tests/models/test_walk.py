@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, StatisticsError, TextError
-from prunezero.models import observing
-from prunezero.models.calibration import BlockWalk
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.observing import StopForwardError, Visits
-from prunezero.models.units import find_blocks, find_layers
-from prunezero.models.walk import hidden_of
+from prunezero.models.anatomy.linears import find_blocks, find_layers
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing import hooks as observing
+from prunezero.models.observing.calibration import BlockWalk
+from prunezero.models.observing.hooks import StopForwardError, Visits
+from prunezero.models.observing.walk import hidden_of
 from prunezero.scoring import statistics
 from tests.tiny_models import BLOCKS, FAMILIES, LONGEST, VOCABULARY, tiny_batches, tiny_model
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, RecipeError, StatisticsError, TextError
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.allocation import (
     ALLOCATION_SUMS,
     ALLOCATIONS,

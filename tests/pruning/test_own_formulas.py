@@ -10,8 +10,8 @@ import torch
 
 from prunezero.errors import ModelError, RecipeError
 from prunezero.formula import Criterion
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ScoreError, SelectionError
-from prunezero.models.folding import Folding, Heads, find_foldings
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers
-from prunezero.models.walk import FORWARD_SUMS, BlockWalk
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.editing.permuting import Folding, Heads, find_foldings
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.walk import FORWARD_SUMS, BlockWalk
 from prunezero.pruning.choices import WORDS, chosen
 from prunezero.pruning.permutation import (
     PERMUTATIONS,

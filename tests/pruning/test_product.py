@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models.calibration import calibrate
-from prunezero.models.loading import load_model
-from prunezero.models.saving import save_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import calibrate
+from prunezero.models.saving.save import save_model
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums

@@ -15,9 +15,9 @@ from prunezero.errors import (
     SelectionError,
     StatisticsError,
 )
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import find_layers
-from prunezero.pruning.dense_weights import DenseWeights
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.editing.zeroing import DenseWeights
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.prune import prune, prune_layers
 from prunezero.pruning.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import dense_sums

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.evaluation import evaluate
-from prunezero.models.units import find_layers
 from prunezero.pruning.bench import with_choices
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import OutputError, RecipeError, TextError
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.pruning import recovery
 from prunezero.pruning.choice_options import Options, Tune
 from prunezero.pruning.choices import WORDS

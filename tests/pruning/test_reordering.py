@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, RecipeError, SelectionError
-from prunezero.models.calibration import calibrate
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

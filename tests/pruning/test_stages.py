@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from prunezero.errors import OutputError
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.pruning import recovery, stages
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

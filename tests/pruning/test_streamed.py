@@ -17,14 +17,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunezero.errors import ModelError, OutputError, RecipeError, SelectionError, TextError
-from prunezero.models.calibration import calibrate
-from prunezero.models.loading import load_model
-from prunezero.models.mirror import Mirror
-from prunezero.models.saving import count_sparsity, save_model
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.text import load_text, windows
-from prunezero.models.unfinished import UnfinishedCheckpoint
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import calibrate
+from prunezero.models.saving.mirror import Mirror
+from prunezero.models.saving.resumable import UnfinishedCheckpoint
+from prunezero.models.saving.save import count_sparsity, save_model
+from prunezero.models.streaming.streamed_model import StreamedModel
+from prunezero.models.text.splits import load_text, windows
 from prunezero.pruning import streamed
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.models.calibration import calibrate
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning import obs, update
 from prunezero.pruning.choice_options import Dsnot
 from prunezero.pruning.compare import Stand

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from prunezero.errors import FactorizationError, PruneZeroError, ScoreError, StatisticsError
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe
 from tests.pruning.test_update import BATCHES, recipe, statistics_for

@@ -17,10 +17,10 @@ import torch
 from prunezero.errors import OutputError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.models.calibration import calibrate
-from prunezero.models.loading import load_model
-from prunezero.models.patterns import fitting
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.patterns import fitting
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.documents import validated
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipe import Recipe

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunezero.errors import OutputError, PruneZeroError, RecipeError
-from prunezero.models.calibration import calibrate
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.bench import with_choices
 from prunezero.pruning.choices import WORDS
 from prunezero.pruning.documents import validated

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from prunezero.errors import ModelError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.patterns import fits
+from prunezero.models.anatomy.patterns import fits
 from prunezero.report.card import model_card
 from prunezero.report.export import PrunerFields, pruner_page
 from prunezero.report.kernel_export import kernel_page

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.bench import with_choices
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.run_folder import check_runs_dir, list_runs, refuse_foreign, write_winner

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunezero.errors import OutputError
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from prunezero.models.text import SPLITS, Text
+from prunezero.models.text.splits import SPLITS, Text
 from prunezero.pruning.bench import Bench, Settings
 from prunezero.searching.space import SearchSpace
 from tests.tiny_models import tiny_model

@@ -16,7 +16,7 @@ from tokenizers import normalizers
 from prunezero.errors import OutputError, SearchError
 from prunezero.files.checked_lines import line_of, record_of
 from prunezero.formula import OPERATORS, Criterion
-from prunezero.models.text import SPLITS
+from prunezero.models.text.splits import SPLITS
 from prunezero.pruning.bench import Bench
 from prunezero.searching import conditions as conditions_file
 from prunezero.searching.conditions import LIBRARIES, conditions, machine

@@ -16,9 +16,9 @@ import torch
 from prunezero.errors import ModelError, PruneZeroError, ScoreError, SearchError
 from prunezero.formula import Criterion
 from prunezero.models.evaluation import evaluate
-from prunezero.models.language_model import wrap_model
-from prunezero.models.text import SPLITS as EVERY_SPLIT
-from prunezero.models.windows import windows_fingerprint
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.text.splits import SPLITS as EVERY_SPLIT
+from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.recipe import Recipe
 from prunezero.searching.benches import beside, fitted

@@ -13,7 +13,7 @@ import pytest
 
 from prunezero.errors import ScoreError, SearchError
 from prunezero.formula import Criterion
-from prunezero.models.windows import windows_fingerprint
+from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.bench import Bench, set_up
 from prunezero.pruning.recipe import Recipe
 from prunezero.report.tracked import tracked_rows, tracked_search

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunezero.formula.criterion import Criterion
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model

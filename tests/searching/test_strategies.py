@@ -16,7 +16,7 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.recipe import Recipe
 from prunezero.scoring.feature_values import feature

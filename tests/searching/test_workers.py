@@ -214,7 +214,7 @@ def test_a_plan_builds_the_judge_again_without_calibrating(
     bench, task = bench_of(files), make_task(tiny_space(), 0.5)
     judge = Judge(task, bench, rivals(task))
     for collect in ("_forward_statistics", "_gradient_statistics"):
-        monkeypatch.setattr(f"prunezero.models.calibration.{collect}", None)
+        monkeypatch.setattr(f"prunezero.models.observing.calibration.{collect}", None)
     again = Plan.of(bench, task, rivals(task)).judge(1)
     assert again.task == task
     for recipe in rivals(task):

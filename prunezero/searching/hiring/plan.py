@@ -17,7 +17,7 @@ import torch
 
 from prunezero.errors import PruneZeroError, SearchError, differences, reason
 from prunezero.formula.criterion import Criterion
-from prunezero.models.loading import load_model
+from prunezero.models.loading.load import load_model
 from prunezero.pruning.bench import Bench, Settings, set_up
 from prunezero.pruning.documents import validated
 from prunezero.pruning.recipe import Recipe

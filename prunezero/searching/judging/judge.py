@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.calibration import Progress
+from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.compare import finite_row, rounding
 from prunezero.pruning.documents import validated

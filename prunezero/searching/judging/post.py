@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prunezero.models.calibration import Progress
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
 from prunezero.searching.judging.samples import Stack, probe_of, sample_rows, stacked

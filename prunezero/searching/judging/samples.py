@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prunezero.models.patterns import fits
-from prunezero.models.units import Layer
+from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.patterns import fits
 from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.statistics import Statistics
 
