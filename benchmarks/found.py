@@ -22,10 +22,10 @@ from typing import Any
 from rows import append, read
 
 from prunezero.models.anatomy.linears import find_layers
-from prunezero.pruning.bench import Settings, set_up, with_choices
 from prunezero.pruning.compare import SPLITS, Stand, finite_row
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Settings, set_up, with_choices
 from prunezero.searching.judging.audit import chance_of_no_gain
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

@@ -20,8 +20,8 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.models.anatomy.linears import find_layers
-from prunezero.pruning.bench import Settings, set_up
 from prunezero.pruning.compare import GLANCE, Stand
+from prunezero.pruning.testbed import Settings, set_up
 from prunezero.searching.judging.audit import kendall_tau
 from prunezero.searching.judging.fitness import layer_error, mask_digest, masks_on
 from prunezero.searching.judging.samples import ladder_sums, probe_of, sample_rows, stacked

@@ -22,10 +22,10 @@ from prunezero.models.evaluation import evaluate
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model, save_model
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning.bench import Settings, set_up, with_choices
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Settings, set_up, with_choices
 from prunezero.scoring.request import parse_pattern
 
 Row = dict[str, Any]

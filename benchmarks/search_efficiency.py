@@ -26,7 +26,7 @@ from typing import Any
 from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
 
-from prunezero.pruning.bench import Settings, set_up
+from prunezero.pruning.testbed import Settings, set_up
 from prunezero.searching.conditions import conditions
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge

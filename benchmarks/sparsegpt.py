@@ -22,9 +22,9 @@ from torch import Tensor
 
 from prunezero.models.anatomy.linears import Layer, find_layers
 from prunezero.models.editing.zeroing import DenseWeights
-from prunezero.pruning.bench import Settings, set_up, with_choices
 from prunezero.pruning.prune import prune_layers
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Settings, set_up, with_choices
 from prunezero.scoring.request import parse_pattern
 from prunezero.scoring.statistics import Statistics
 

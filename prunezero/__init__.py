@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from prunezero.formula.criterion import Criterion
     from prunezero.models.loading.load import load_model, save_model
     from prunezero.models.observing.calibration import calibrate
-    from prunezero.pruning.bench import Bench, Settings, set_up
     from prunezero.pruning.compare import compare
     from prunezero.pruning.prune import prune
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.streamed import prune_streamed
+    from prunezero.pruning.testbed import Bench, Settings, set_up
     from prunezero.searching.session import find as search
     from prunezero.searching.space import SearchSpace
 
@@ -44,11 +44,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Bench": "prunezero.pruning.bench:Bench",
+    "Bench": "prunezero.pruning.testbed:Bench",
     "Criterion": "prunezero.formula.criterion:Criterion",
-    "Recipe": "prunezero.pruning.recipe:Recipe",
+    "Recipe": "prunezero.pruning.recipes.recipe:Recipe",
     "SearchSpace": "prunezero.searching.space:SearchSpace",
-    "Settings": "prunezero.pruning.bench:Settings",
+    "Settings": "prunezero.pruning.testbed:Settings",
     "calibrate": "prunezero.models.observing.calibration:calibrate",
     "compare": "prunezero.pruning.compare:compare",
     "load_model": "prunezero.models.loading.load:load_model",
@@ -56,7 +56,7 @@ _HOMES = {
     "prune_streamed": "prunezero.pruning.streamed:prune_streamed",
     "save_model": "prunezero.models.loading.load:save_model",
     "search": "prunezero.searching.session:find",
-    "set_up": "prunezero.pruning.bench:set_up",
+    "set_up": "prunezero.pruning.testbed:set_up",
 }
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from prunezero.models.anatomy.linears import find_layers
-from prunezero.pruning.bench import Settings, set_up
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Settings, set_up
 
 pytestmark = pytest.mark.slow
 

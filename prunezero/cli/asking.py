@@ -13,7 +13,7 @@ from prunezero.cli.options import make_settings
 from prunezero.errors import RecipeError, shell_word
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Bench, Settings
+    from prunezero.pruning.testbed import Bench, Settings
     from prunezero.report.search_file import Asked
     from prunezero.searching.hiring.plan import Plan
     from prunezero.searching.judging.ladder import Judges
@@ -89,7 +89,7 @@ def benches(asked: Asked, settings: Settings) -> list[Bench]:
         PruneZeroError: a model or the text cannot be loaded, or a model is named twice.
     """
     from prunezero.cli.tables import say_about, waiting
-    from prunezero.pruning.bench import set_up
+    from prunezero.pruning.testbed import set_up
     from prunezero.searching.benches import beside
 
     names = ", ".join([asked.model, *asked.also_model])

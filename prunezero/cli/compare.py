@@ -28,8 +28,8 @@ from prunezero.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Bench
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.testbed import Bench
     from prunezero.report.track import Tracker
 
 
@@ -83,8 +83,8 @@ def compare(
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
     from prunezero.models.anatomy.patterns import patterns_of
-    from prunezero.pruning.bench import set_up, with_choices
     from prunezero.pruning.requirements import settled_sparsity
+    from prunezero.pruning.testbed import set_up, with_choices
     from prunezero.report.run_folder import check_runs_dir
     from prunezero.report.track import Tracker
 

@@ -53,8 +53,8 @@ def export(
     from prunezero.cli.tables import say
     from prunezero.errors import shell_word
     from prunezero.files.places import check_apart, try_file
-    from prunezero.pruning.bench import with_choices
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.testbed import with_choices
     from prunezero.report.export import write_pruner
     from prunezero.report.kernel_export import refuse_several, write_kernel
     from prunezero.report.run_folder import pruner_fields

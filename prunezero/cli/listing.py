@@ -13,7 +13,7 @@ from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from prunezero.formula.operators import Operator
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
 
 Rows = list[dict[str, Any]]
 
@@ -60,7 +60,7 @@ def list_(
 
 
 def _recipes(runs_dir: Path) -> Rows:
-    from prunezero.pruning.recipe import Recipe, published_recipes
+    from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 
     return [
         {
@@ -82,7 +82,7 @@ def _around(recipe: Recipe) -> list[str]:
 
 
 def _choices(runs_dir: Path) -> Rows:
-    from prunezero.pruning.choices import PLAIN_WORDS, WORDS
+    from prunezero.pruning.recipes.words import PLAIN_WORDS, WORDS
 
     plain = [
         {"key": key, "word": word, "meaning": meaning, "numbers": ""}

@@ -34,8 +34,8 @@ from prunezero.errors import OutputError
 if TYPE_CHECKING:
     from prunezero.models.anatomy.linears import Layer
     from prunezero.models.saving.save import SavedSparsity
-    from prunezero.pruning.bench import Bench
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.testbed import Bench
 
 PATTERN_LINE = "Zeros do not make a model smaller or faster unless its kernels use the pattern."
 FIRST_LINE = "Free-form zeros do not make a model smaller or faster by themselves."
@@ -96,9 +96,9 @@ def prune(
     from prunezero.cli.tables import say, waiting
     from prunezero.files.places import check_apart, try_folder
     from prunezero.models.anatomy.patterns import patterns_of
-    from prunezero.pruning.bench import set_up, with_choices
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.requirements import settled_sparsity
+    from prunezero.pruning.testbed import set_up, with_choices
 
     options.check_statistics(statistics)
     options.check_json(json_file)

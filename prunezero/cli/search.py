@@ -46,7 +46,7 @@ from prunezero.cli.quantities import seconds_of
 from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Settings
+    from prunezero.pruning.testbed import Settings
     from prunezero.report.search_file import Asked
     from prunezero.report.track import Tracker
     from prunezero.searching.candidate import Candidate

@@ -160,7 +160,7 @@ def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
 
 def _recipe_text(run: Run) -> str:
     """The winner's recipe as its file spells it, without where it comes from."""
-    from prunezero.pruning.documents import read_document, to_yaml
+    from prunezero.pruning.recipes.documents import read_document, to_yaml
 
     fields = read_document(run.folder / "recipe.yaml")
     return to_yaml({key: value for key, value in fields.items() if key != "provenance"})

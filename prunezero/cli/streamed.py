@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from prunezero.cli.tables import Bars
     from prunezero.models.anatomy.linears import Layer
     from prunezero.models.streaming.streamed_model import StreamedModel
-    from prunezero.pruning.bench import Bench, Settings
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.streamed import StreamedOutcome
+    from prunezero.pruning.testbed import Bench, Settings
 
 
 def open_files(
@@ -32,7 +32,7 @@ def open_files(
     from prunezero.models.loading.load import local_folder
     from prunezero.models.streaming.streamed_model import StreamedModel
     from prunezero.models.text.splits import load_text
-    from prunezero.pruning.bench import Bench
+    from prunezero.pruning.testbed import Bench
 
     streamed = StreamedModel(local_folder(model), dtype=dtype, device=device, name=model)
     return streamed, Bench(streamed.language_model, load_text(text), settings)
@@ -181,7 +181,7 @@ class _Report:
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
         from prunezero.models.streaming.evaluation import evaluate_streamed
-        from prunezero.pruning.bench import beginning
+        from prunezero.pruning.testbed import beginning
 
         settings = self.bench.settings
         row: dict[str, Any] = {

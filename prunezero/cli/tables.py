@@ -15,7 +15,7 @@ from prunezero.cli.fitting import Table
 from prunezero.errors import printable
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Bench
+    from prunezero.pruning.testbed import Bench
 
 # Names of models, files and recipes may hold brackets and colons, which are no markup here.
 console = Console(markup=False, emoji=False)

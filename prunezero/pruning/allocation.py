@@ -24,7 +24,7 @@ from prunezero.scoring.statistics import Statistics
 
 if TYPE_CHECKING:
     from prunezero.models.loading.language_model import LanguageModel
-    from prunezero.pruning.choice_options import HeavyTail, Options, Owl, Sensitivity, Table
+    from prunezero.pruning.recipes.word_options import HeavyTail, Options, Owl, Sensitivity, Table
 
 Key = TypeVar("Key", int, str)
 

@@ -13,12 +13,12 @@ from prunezero.models.anatomy.linears import Layer, find_layers
 from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.bench import Bench, beginning, with_choices
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe, with_patterns
+from prunezero.pruning.recipes.recipe import Recipe, with_patterns
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
+from prunezero.pruning.testbed import Bench, beginning, with_choices
 from prunezero.scoring.statistics import Statistics
 
 SPLITS = ("validation", "test")

@@ -9,7 +9,7 @@ import torch
 
 from prunezero.errors import SelectionError
 from prunezero.models.anatomy.linears import Layer
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.request import group_columns, removed_count
 
 

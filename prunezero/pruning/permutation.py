@@ -17,7 +17,7 @@ from torch import Tensor
 from prunezero.errors import SelectionError, did_you_mean
 from prunezero.models.anatomy.linears import Layer
 from prunezero.models.editing.permuting import Folding, consumer_order, fold, producer_order
-from prunezero.pruning.choices import Choice
+from prunezero.pruning.recipes.words import Choice
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import refuse_non_finite, select
 

@@ -25,7 +25,7 @@ from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Prog
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recovery import RECOVERIES
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
@@ -36,7 +36,7 @@ from prunezero.pruning.requirements import (
 )
 from prunezero.pruning.schedule import SCHEDULES
 from prunezero.pruning.stages import Stages
-from prunezero.pruning.update import Work, mend
+from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.score import score
 from prunezero.scoring.second_order import forget_factors, set_damping, share_gram

@@ -27,7 +27,7 @@ from prunezero.models.observing.calibration import Progress
 from prunezero.models.observing.gradients import asking_anew, sequence_loss
 from prunezero.models.observing.hooks import removing
 from prunezero.models.text.windows import check_windows
-from prunezero.pruning.choice_options import Tune
+from prunezero.pruning.recipes.word_options import Tune
 
 # Steps of the optimizer between two checkpoints.
 KEEP_EVERY = 10

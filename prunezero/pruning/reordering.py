@@ -12,7 +12,7 @@ from prunezero.models.anatomy.linears import Layer, matching
 from prunezero.models.editing.permuting import Folding, find_foldings, refusals
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.permutation import permute_block, simulated_mask
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.request import parse_pattern
 from prunezero.scoring.statistics import Statistics
 

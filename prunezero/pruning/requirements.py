@@ -12,8 +12,8 @@ from prunezero.models.editing.biases import refuse_without_bias
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.pruning.allocation import ALLOCATION_SUMS
-from prunezero.pruning.recipe import Recipe
-from prunezero.pruning.update import UPDATE_SUMS
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.updates.mend import UPDATE_SUMS
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import check_request, pattern_sparsity, removed_count
 

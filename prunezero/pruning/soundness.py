@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prunezero.models.evaluation import frequency_perplexity
-from prunezero.pruning.bench import Bench
-from prunezero.pruning.published import warning_of
+from prunezero.pruning.recipes.published import warning_of
+from prunezero.pruning.testbed import Bench
 
 
 def dense_warnings(row: Mapping[str, Any], benches: Sequence[Bench]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from prunezero.models.text.windows import check_windows, windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.prune import prune_layers, settle
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, layer_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.report.run_summary import find_run, front, read_run, rule_of
 from prunezero.searching.offers import CHOOSABLE
 from prunezero.searching.task import Rule

@@ -17,7 +17,7 @@ from prunezero.files.atomic import write_text
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.pruning.recipe import with_patterns
+from prunezero.pruning.recipes.recipe import with_patterns
 from prunezero.report.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
 from prunezero.report.page_text import check_page, exchange, parts
 from prunezero.report.quoting import python_docstring, python_string, python_strings

@@ -11,7 +11,7 @@ from typing import Any
 from prunezero.errors import OutputError, PruneZeroWarning, RecipeError, SearchError, reason
 from prunezero.files.atomic import replace_text, write_json
 from prunezero.files.places import try_inside
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, no_page, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth

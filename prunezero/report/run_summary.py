@@ -13,10 +13,10 @@ from typing import Any
 
 from prunezero.errors import RecipeError, SearchError, did_you_mean, reason, shell_word
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.bench import Settings
-from prunezero.pruning.documents import validated
-from prunezero.pruning.provenance import is_result
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.measured_rows import is_result
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Settings
 from prunezero.report.plots import pareto_front
 from prunezero.report.quoting import latex_text
 from prunezero.report.search_file import Asked, read_asked

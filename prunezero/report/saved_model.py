@@ -15,10 +15,10 @@ from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import Source
 from prunezero.models.saving.companions import places_of_companions
 from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
-from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import finite_row
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import FILES_BESIDE
+from prunezero.pruning.testbed import Bench
 from prunezero.report.card import model_card
 from prunezero.scoring.masking import count_zeros
 

@@ -16,8 +16,8 @@ from prunezero.files.atomic import write_json
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
-from prunezero.pruning.bench import Bench
-from prunezero.pruning.documents import validated
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.testbed import Bench
 from prunezero.searching.regimes import read_regimes
 from prunezero.searching.session import make_task
 from prunezero.searching.space import SearchSpace

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.files.digests import joined_digest
-from prunezero.pruning.bench import Bench, beginning
 from prunezero.pruning.compare import layers_told
-from prunezero.pruning.recipe import Recipe, with_patterns
+from prunezero.pruning.recipes.recipe import Recipe, with_patterns
+from prunezero.pruning.testbed import Bench, beginning
 from prunezero.report.records import RunRecord, candidate_name, run_record
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.conditions import surroundings

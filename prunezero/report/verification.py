@@ -11,8 +11,8 @@ from typing import Any
 
 from prunezero.errors import SearchError, differences, shell_word
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.bench import Bench, Settings, set_up
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Bench, Settings, set_up
 from prunezero.report.run_summary import Run, best_row, front, rule_of
 from prunezero.searching.benches import beside
 from prunezero.searching.conditions import FORMAT, further_draws, further_models, subject

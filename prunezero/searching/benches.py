@@ -16,10 +16,10 @@ from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import Progress
 from prunezero.models.text.splits import SPLITS
-from prunezero.pruning.bench import Bench, with_choices
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe
+from prunezero.pruning.testbed import Bench, with_choices
 from prunezero.searching.task import Rule, Task
 
 

@@ -22,7 +22,7 @@ from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.text.splits import SPLITS
 from prunezero.models.text.windows import windows_fingerprint
-from prunezero.pruning.bench import Bench
+from prunezero.pruning.testbed import Bench
 from prunezero.searching.judging.samples import ROW_WEIGHTS, ladder_sums
 from prunezero.searching.task import Task
 

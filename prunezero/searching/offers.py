@@ -7,8 +7,8 @@ from typing import Any
 
 from prunezero.errors import RecipeError, did_you_mean
 from prunezero.formula.features import SIGNALS
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 
 # Keys of a recipe that a space may offer values for.
 CHOOSABLE = ("compare", "allocate", "update", "permute", "damping")

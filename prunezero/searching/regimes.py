@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prunezero.errors import SearchError
-from prunezero.pruning.bench import beginning
 from prunezero.pruning.requirements import settled_sparsity
+from prunezero.pruning.testbed import beginning
 from prunezero.scoring.request import parse_pattern
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
+from prunezero.pruning.testbed import with_choices
 from prunezero.searching.task import Rule, Task
 
 # What every search is compared with, in this order: formulas by the same dense statistics.

@@ -10,9 +10,9 @@ from typing import Any
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.bench import Bench, beginning
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity
+from prunezero.pruning.testbed import Bench, beginning
 from prunezero.searching.benches import fitted
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.conditions import conditions, further, machine

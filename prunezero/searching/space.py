@@ -12,8 +12,8 @@ from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES, SIGNALS, dearest
 from prunezero.formula.reading import MAX_DEPTH, MAX_NODES
-from prunezero.pruning.documents import find_document, read_document, validated
-from prunezero.pruning.recipe import Recipe, folder
+from prunezero.pruning.recipes.documents import find_document, read_document, validated
+from prunezero.pruning.recipes.recipe import Recipe, folder
 from prunezero.searching.nesting import computed_words, nested_words
 from prunezero.searching.offers import example, is_usable, signal_of
 from prunezero.searching.space_keys import (

@@ -17,8 +17,8 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.anatomy.patterns import check_pattern
-from prunezero.pruning.documents import MOST_WORDS, Words
-from prunezero.pruning.recipe import Formula
+from prunezero.pruning.recipes.documents import MOST_WORDS, Words
+from prunezero.pruning.recipes.recipe import Formula
 from prunezero.scoring.request import group_columns
 from prunezero.searching.offers import check_choices, is_within, within
 

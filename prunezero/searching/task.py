@@ -13,8 +13,8 @@ from prunezero.formula.algebra import multiply, without_factor
 from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.linears import Layer, matching
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe, with_patterns
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe, with_patterns
 from prunezero.searching.regimes import Regime
 from prunezero.searching.space import SearchSpace
 

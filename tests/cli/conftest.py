@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from prunezero.cli import app
-from prunezero.pruning.documents import write_document
+from prunezero.pruning.recipes.documents import write_document
 from prunezero.searching import search as searching
 from prunezero.searching.space import SearchSpace
 from tests.tiny_models import save_tiny_model

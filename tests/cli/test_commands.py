@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import PruneZeroError
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run, small_space
 
 COMMANDS = ["search", "show", "verify", "compare", "prune", "export", "list", "ui", "doctor"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prunezero.pruning import bench as benches
+from prunezero.pruning import testbed as benches
 from prunezero.report import track
 from tests.cli.conftest import Run
 from tests.searching.bench import tiny_bench

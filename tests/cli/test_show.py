@@ -14,7 +14,7 @@ import pytest
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
 from prunezero.models.loading import load as loading
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run
 
 

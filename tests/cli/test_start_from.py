@@ -11,7 +11,7 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.beginnings import rules_of
 from prunezero.report.run_summary import front, read_run
 from prunezero.searching.judging.journal import read_journal

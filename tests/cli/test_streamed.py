@@ -15,7 +15,7 @@ from prunezero.errors import ModelError, OutputError, PruneZeroError, RecipeErro
 from prunezero.models.saving.resumable import UnfinishedCheckpoint
 from prunezero.models.streaming import evaluation as streamed_evaluation
 from prunezero.pruning import prune as pruning
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.stages import Stages
 from tests.cli.conftest import Run
 

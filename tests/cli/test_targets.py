@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from prunezero.errors import ModelError, SearchError
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
 from prunezero.searching.hiring.plan import Plan
 from prunezero.searching.rivals import rivals
 from prunezero.searching.session import make_task

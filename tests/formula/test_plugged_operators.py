@@ -24,8 +24,8 @@ from prunezero.formula.functions import elementwise_function
 from prunezero.formula.plugins import GROUP
 from prunezero.formula.ranking import ranking_form
 from prunezero.formula.vocabulary import Operator, elementwise
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.export import PrunerFields, write_pruner
 from prunezero.scoring.columns import sees_inputs_alone
 from prunezero.scoring.fused import fused_score

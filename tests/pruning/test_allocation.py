@@ -20,8 +20,8 @@ from prunezero.pruning.allocation import (
     sensitivity,
     table,
 )
-from prunezero.pruning.choice_options import HeavyTail, Owl, Sensitivity, Table
-from prunezero.pruning.choices import WORDS
+from prunezero.pruning.recipes.word_options import HeavyTail, Owl, Sensitivity, Table
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.spectra import spectral_exponent, tail_exponent
 from prunezero.scoring.statistics import Statistics
 from tests.tiny_models import tiny_batches, tiny_model

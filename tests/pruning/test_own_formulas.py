@@ -14,7 +14,7 @@ from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, dense_sums, layer_sums
 from tests.searching.bench import tiny_bench
 from tests.tiny_models import tiny_batches, tiny_model

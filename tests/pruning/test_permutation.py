@@ -13,7 +13,6 @@ from prunezero.models.anatomy.linears import Layer, find_layers
 from prunezero.models.editing.permuting import Folding, Heads, find_foldings
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS, BlockWalk
-from prunezero.pruning.choices import WORDS, chosen
 from prunezero.pruning.permutation import (
     PERMUTATIONS,
     Orders,
@@ -22,6 +21,7 @@ from prunezero.pruning.permutation import (
     retained_score,
     simulated_mask,
 )
+from prunezero.pruning.recipes.words import WORDS, chosen
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import select
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_batches, tiny_model

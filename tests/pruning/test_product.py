@@ -20,7 +20,7 @@ from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import calibrate
 from prunezero.models.saving.save import save_model
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.streamed import prune_streamed
 from tests.tiny_models import CONFIGURATIONS, tiny_batches, tiny_tokenizer

@@ -19,7 +19,7 @@ from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.prune import prune, prune_layers
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import dense_sums
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 

@@ -15,9 +15,9 @@ import torch
 
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.evaluation import evaluate
-from prunezero.pruning.bench import with_choices
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
 from tests.tiny_models import save_tiny_model, tiny_batches, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

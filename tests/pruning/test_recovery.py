@@ -13,8 +13,8 @@ from prunezero.errors import OutputError, RecipeError, TextError
 from prunezero.models.anatomy.linears import Layer, find_layers
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.pruning import recovery
-from prunezero.pruning.choice_options import Options, Tune
-from prunezero.pruning.choices import WORDS
+from prunezero.pruning.recipes.word_options import Options, Tune
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.recovery import OPTIMIZERS, RECOVERIES, TuneReport, tune
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 

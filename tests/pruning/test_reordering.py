@@ -17,9 +17,9 @@ from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums, layer_sums
-from prunezero.pruning.update import Work
+from prunezero.pruning.updates.mend import Work
 from prunezero.scoring.score import score
 from prunezero.scoring.statistics import Statistics
 from tests.scoring.reference import keep_pattern

@@ -7,7 +7,7 @@ import torch
 
 from prunezero.cli.tables import results_table
 from prunezero.pruning.compare import compare, rounding
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.searching.bench import tiny_bench
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from prunezero.models.evaluation import frequency_perplexity
-from prunezero.pruning.bench import Bench
 from prunezero.pruning.soundness import dense_warnings
+from prunezero.pruning.testbed import Bench
 from tests.searching.bench import tiny_bench
 
 

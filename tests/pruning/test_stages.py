@@ -19,7 +19,7 @@ from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.pruning import recovery, stages
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.stages import Stages
 from tests.tiny_models import tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 

@@ -27,7 +27,7 @@ from prunezero.models.streaming.streamed_model import StreamedModel
 from prunezero.models.text.splits import load_text, windows
 from prunezero.pruning import streamed
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.streamed import StreamedOutcome, prune_streamed
 from tests.tiny_models import save_tiny_model, tiny_batches, tiny_network, tiny_tokenizer
@@ -269,7 +269,7 @@ KILLING = """
 import hashlib, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import prune_streamed
 
 torch.set_num_threads(1)
@@ -444,7 +444,7 @@ def test_an_open_streamed_model_cuts_its_own_calibration_windows(
 PROGRAM = """
 import sys
 import torch
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import prune_streamed
 
 torch.set_num_threads(1)

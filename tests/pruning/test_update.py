@@ -14,12 +14,13 @@ import torch
 from prunezero.models.anatomy.linears import Layer, find_layers
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning import obs, update
-from prunezero.pruning.choice_options import Dsnot
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import prune, prune_layers
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.word_options import Dsnot
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.updates import mend as update
+from prunezero.pruning.updates import obs
 from prunezero.scoring.statistics import Statistics
 from tests.pruning.test_admm import exact_fit
 from tests.pruning.test_dsnot import slow_row

@@ -12,7 +12,7 @@ from prunezero.errors import FactorizationError, PruneZeroError, ScoreError, Sta
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.pruning.test_update import BATCHES, recipe, statistics_for
 from tests.tiny_models import tiny_batches, tiny_model
 

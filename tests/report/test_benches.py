@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import normalizers
 
 from prunezero.formula import Criterion
-from prunezero.pruning.bench import Bench
+from prunezero.pruning.testbed import Bench
 from prunezero.report.records import RunRecord
 from prunezero.report.tracked import (
     tracked_candidate,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from prunezero.errors import PruneZeroError, RecipeError
 from prunezero.files.checked_lines import line_of
-from prunezero.pruning.documents import write_document
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import write_document
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.records import RunRecord, record_to_line
 from prunezero.report.run_folder import list_runs, pruner_fields
 from prunezero.report.run_summary import read_run, results

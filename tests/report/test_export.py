@@ -21,9 +21,9 @@ from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.anatomy.patterns import fitting
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning.documents import validated
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.report import page_parts, pruner_template
 from prunezero.report.export import PrunerFields, pruner_page, write_pruner

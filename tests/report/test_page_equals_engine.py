@@ -27,12 +27,12 @@ from prunezero.errors import OutputError, PruneZeroError, RecipeError
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.choices import WORDS
-from prunezero.pruning.documents import validated
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import with_choices
 from prunezero.report.export import no_page, pruner_page
 from prunezero.report.run_folder import pruner_fields
 from prunezero.scoring.statistics import SUMS, Statistics

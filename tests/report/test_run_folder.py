@@ -11,8 +11,8 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.models.anatomy.linears import find_layers
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
 from prunezero.report.run_folder import check_runs_dir, list_runs, refuse_foreign, write_winner
 from prunezero.report.saved_model import save_pruned
 from prunezero.report.search_file import asked_for, forget_asked, write_asked

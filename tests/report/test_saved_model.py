@@ -9,10 +9,10 @@ import torch
 
 from prunezero.errors import OutputError
 from prunezero.models.anatomy.linears import find_layers
-from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Bench
 from prunezero.report.saved_model import save_pruned
 from tests.searching.bench import tiny_bench
 from tests.tiny_models import FAMILIES, tiny_batches

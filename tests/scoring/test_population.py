@@ -7,7 +7,7 @@ import torch
 
 from prunezero.errors import ScoreError, SelectionError
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring import population
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import evaluate

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from prunezero.models.text.splits import SPLITS, Text
-from prunezero.pruning.bench import Bench, Settings
+from prunezero.pruning.testbed import Bench, Settings
 from prunezero.searching.space import SearchSpace
 from tests.tiny_models import tiny_model
 

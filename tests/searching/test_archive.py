@@ -17,7 +17,7 @@ from prunezero.errors import OutputError, SearchError
 from prunezero.files.checked_lines import line_of, record_of
 from prunezero.formula import OPERATORS, Criterion
 from prunezero.models.text.splits import SPLITS
-from prunezero.pruning.bench import Bench
+from prunezero.pruning.testbed import Bench
 from prunezero.searching import conditions as conditions_file
 from prunezero.searching.conditions import LIBRARIES, conditions, machine
 from prunezero.searching.judging.archive import Archive

@@ -19,8 +19,8 @@ from prunezero.models.evaluation import evaluate
 from prunezero.models.loading.language_model import wrap_model
 from prunezero.models.text.splits import SPLITS as EVERY_SPLIT
 from prunezero.models.text.windows import windows_fingerprint
-from prunezero.pruning.bench import Bench, Settings, set_up
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Bench, Settings, set_up
 from prunezero.searching.benches import beside, fitted
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.conditions import conditions

@@ -14,8 +14,8 @@ import pytest
 from prunezero.errors import ScoreError, SearchError
 from prunezero.formula import Criterion
 from prunezero.models.text.windows import windows_fingerprint
-from prunezero.pruning.bench import Bench, set_up
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Bench, set_up
 from prunezero.report.tracked import tracked_rows, tracked_search
 from prunezero.searching.benches import about, drawn
 from prunezero.searching.candidate import Candidate

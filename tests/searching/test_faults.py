@@ -14,7 +14,7 @@ import torch
 from prunezero.cli.live import SearchView
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.candidate import Candidate
 from prunezero.searching.hiring import plan, workers
 from prunezero.searching.hiring.crew import Crew

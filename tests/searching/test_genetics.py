@@ -173,7 +173,7 @@ def test_tuning_keeps_a_formula_at_its_own_numbers_and_moves_it_at_others() -> N
     ],
 )
 def test_a_faulty_space_is_refused_by_key(change: dict[str, object], complaint: str) -> None:
-    from prunezero.pruning.documents import validated
+    from prunezero.pruning.recipes.documents import validated
 
     fields = SearchSpace.load("tiny").model_dump(mode="json") | change
     with pytest.raises(RecipeError, match=complaint):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunezero.pruning.bench import Bench, set_up
+from prunezero.pruning.testbed import Bench, set_up
 from prunezero.searching.conditions import conditions
 from prunezero.searching.session import find, make_task
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space

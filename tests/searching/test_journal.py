@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from prunezero.errors import PruneZeroError, SearchError, TextError
 from prunezero.files.checked_lines import line_of
-from prunezero.pruning.bench import Bench, Settings
+from prunezero.pruning.testbed import Bench, Settings
 from prunezero.report.run_summary import read_run
 from prunezero.searching.judging.journal import Journal, read_journal
 from prunezero.searching.session import _header, make_task, open_session

@@ -11,7 +11,7 @@ import sympy
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
-from prunezero.pruning.documents import validated
+from prunezero.pruning.recipes.documents import validated
 from prunezero.searching.memory import Memory
 from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
 from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion

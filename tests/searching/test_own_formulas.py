@@ -12,7 +12,7 @@ import torch
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.models.anatomy.linears import find_layers
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.beginnings import rules_of
 from prunezero.report.run_summary import latex_of_front
 from prunezero.searching.candidate import Candidate

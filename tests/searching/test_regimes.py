@@ -11,7 +11,7 @@ import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.hiring.plan import Plan
 from prunezero.searching.regimes import Regime, geometric_mean, read_regimes
 from prunezero.searching.rivals import published_twin

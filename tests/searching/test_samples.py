@@ -7,7 +7,7 @@ import torch
 
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.linears import find_layers
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
 from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on

@@ -9,7 +9,7 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula.features import FEATURES, SIGNALS
-from prunezero.pruning.documents import validated, write_document
+from prunezero.pruning.recipes.documents import validated, write_document
 from prunezero.pruning.requirements import dense_sums
 from prunezero.searching.judging.samples import ladder_sums
 from prunezero.searching.offers import signal_of

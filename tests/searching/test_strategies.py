@@ -18,7 +18,7 @@ from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.candidate import Candidate

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from prunezero.errors import ModelError, ScoreError, SearchError
-from prunezero.pruning.bench import Bench, set_up
+from prunezero.pruning.testbed import Bench, set_up
 from prunezero.searching.hiring import cluster, crew
 from prunezero.searching.hiring.cluster import ray_crew
 from prunezero.searching.hiring.crew import Crew

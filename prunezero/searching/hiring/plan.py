@@ -18,9 +18,9 @@ import torch
 from prunezero.errors import PruneZeroError, SearchError, differences, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.models.loading.load import load_model
-from prunezero.pruning.bench import Bench, Settings, set_up
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Bench, Settings, set_up
 from prunezero.searching.conditions import conditions
 from prunezero.searching.judging.judge import Judge, Question
 from prunezero.searching.regimes import Regime

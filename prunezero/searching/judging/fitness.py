@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.masking import cleared
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import refuse_unusable

@@ -23,11 +23,11 @@ from torch import Tensor
 from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.bench import Bench, with_choices
 from prunezero.pruning.compare import finite_row, rounding
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Bench, with_choices
 from prunezero.searching.benches import about, drawn, told_of
 from prunezero.searching.judging.fitness import (
     layer_error,

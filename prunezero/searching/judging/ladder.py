@@ -14,7 +14,7 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.judging.archive import Archive
 from prunezero.searching.judging.journal import Journal
 from prunezero.searching.judging.judge import Judge, ProbeMask, Question

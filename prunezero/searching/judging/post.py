@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.bench import Bench
 from prunezero.pruning.compare import Stand
+from prunezero.pruning.testbed import Bench
 from prunezero.searching.judging.samples import Stack, probe_of, sample_rows, stacked
 from prunezero.searching.task import Task
 

@@ -20,8 +20,8 @@ from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import Progress, calibrate
 from prunezero.models.text.splits import Text, load_text, windows
 from prunezero.models.text.windows import begin_with
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.statistics import Statistics
 
 

@@ -20,11 +20,11 @@ from prunezero.errors import ModelError, StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.linears import Layer
 from prunezero.models.editing.biases import compensate
-from prunezero.pruning.admm import refit
-from prunezero.pruning.dsnot import dsnot
-from prunezero.pruning.obs import Choose, sweep
-from prunezero.pruning.recipe import Recipe
-from prunezero.pruning.swaps import improve_by_swaps
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.updates.admm import refit
+from prunezero.pruning.updates.dsnot import dsnot
+from prunezero.pruning.updates.obs import Choose, sweep
+from prunezero.pruning.updates.swaps import improve_by_swaps
 from prunezero.scoring.columns import ColumnScores, sees_inputs_alone
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.masking import clear

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import FactorizationError, StatisticsError
-from prunezero.pruning.choice_options import Admm
+from prunezero.pruning.recipes.word_options import Admm
 from prunezero.scoring.masking import clear
 
 

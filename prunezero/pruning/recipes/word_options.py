@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.fields import FieldInfo
 
-from prunezero.pruning.documents import MOST_WORDS, LayerPattern, LayerPatterns
+from prunezero.pruning.recipes.documents import MOST_WORDS, LayerPattern, LayerPatterns
 
 
 class Options(BaseModel):

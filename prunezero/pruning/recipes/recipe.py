@@ -28,18 +28,7 @@ from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import dearest
 from prunezero.models.anatomy.patterns import fitting
-from prunezero.pruning.choices import (
-    MENDING,
-    WORDS,
-    Allocate,
-    Choice,
-    Permute,
-    Recover,
-    Schedule,
-    Update,
-    chosen,
-)
-from prunezero.pruning.documents import (
+from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
     MOST_WORDS,
     LayerPattern,
@@ -51,7 +40,18 @@ from prunezero.pruning.documents import (
     validated,
     write_document,
 )
-from prunezero.pruning.provenance import check_provenance
+from prunezero.pruning.recipes.measured_rows import check_provenance
+from prunezero.pruning.recipes.words import (
+    MENDING,
+    WORDS,
+    Allocate,
+    Choice,
+    Permute,
+    Recover,
+    Schedule,
+    Update,
+    chosen,
+)
 from prunezero.scoring.request import group_columns, parse_pattern
 
 STATISTICS = ("dense", "sequential")
@@ -288,7 +288,7 @@ def with_patterns(criteria: Mapping[str, Criterion]) -> list[str]:
 
 def folder(name: Literal["baselines", "search_spaces"]) -> Path:
     """Where the YAML files of that kind are: inside an installed package, or in the checkout."""
-    package = Path(__file__).resolve().parent.parent
+    package = Path(__file__).resolve().parents[2]
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
 

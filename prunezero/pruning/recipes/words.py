@@ -16,7 +16,8 @@ from pydantic import BeforeValidator, PlainSerializer, ValidationError, WithJson
 from pydantic.fields import FieldInfo
 
 from prunezero.errors import did_you_mean
-from prunezero.pruning.choice_options import (
+from prunezero.pruning.recipes.documents import fault_in_words
+from prunezero.pruning.recipes.word_options import (
     Admm,
     Dsnot,
     HeavyTail,
@@ -29,7 +30,6 @@ from prunezero.pruning.choice_options import (
     Table,
     Tune,
 )
-from prunezero.pruning.documents import fault_in_words
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import StatisticsError
-from prunezero.pruning.choice_options import Dsnot
+from prunezero.pruning.recipes.word_options import Dsnot
 from prunezero.scoring.request import Pattern
 
 # Numbers in a working array of float64.

@@ -21,8 +21,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunezero.pruning.admm import checked_gram
-from prunezero.pruning.choice_options import Swaps
+from prunezero.pruning.recipes.word_options import Swaps
+from prunezero.pruning.updates.admm import checked_gram
 from prunezero.scoring.request import Pattern
 
 # Numbers in a working array: on a CPU it should stay in the cache, on a GPU fill the processors.
