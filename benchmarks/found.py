@@ -26,7 +26,7 @@ from prunezero.pruning.compare import SPLITS, Stand, finite_row
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Settings, set_up, with_choices
-from prunezero.searching.judging.audit import chance_of_no_gain
+from prunezero.searching.evaluation.rung_correlation import chance_of_no_gain
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 RIVALS = {

@@ -22,12 +22,12 @@ from prunezero.errors import ScoreError
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.compare import GLANCE, Stand
 from prunezero.pruning.testbed import Settings, set_up
-from prunezero.searching.judging.audit import kendall_tau
-from prunezero.searching.judging.fitness import layer_error, mask_digest, masks_on
-from prunezero.searching.judging.samples import ladder_sums, probe_of, sample_rows, stacked
-from prunezero.searching.proposing.genetics import random_criterion
+from prunezero.searching.evaluation.rung_correlation import kendall_tau
+from prunezero.searching.proxies.matrix import layer_error, mask_digest, masks_on
+from prunezero.searching.proxies.samples import ladder_sums, probe_of, sample_rows, stacked
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.genetics import random_criterion
 
 
 def main() -> None:

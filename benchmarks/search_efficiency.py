@@ -27,14 +27,14 @@ from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
 
 from prunezero.pruning.testbed import Settings, set_up
-from prunezero.searching.conditions import conditions
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.judging.ladder import Ladder
+from prunezero.searching.evaluation.evaluator import Judge
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.rungs import Ladder
+from prunezero.searching.experiment.provenance import conditions
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Task
+from prunezero.searching.spaces.space import SearchSpace
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SCRATCH = "-from-scratch"

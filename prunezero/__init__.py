@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prunezero.pruning.streamed import prune_streamed
     from prunezero.pruning.testbed import Bench, Settings, set_up
     from prunezero.searching.session import find as search
-    from prunezero.searching.space import SearchSpace
+    from prunezero.searching.spaces.space import SearchSpace
 
 __all__ = [
     "Bench",
@@ -47,7 +47,7 @@ _HOMES = {
     "Bench": "prunezero.pruning.testbed:Bench",
     "Criterion": "prunezero.formula.criterion:Criterion",
     "Recipe": "prunezero.pruning.recipes.recipe:Recipe",
-    "SearchSpace": "prunezero.searching.space:SearchSpace",
+    "SearchSpace": "prunezero.searching.spaces.space:SearchSpace",
     "Settings": "prunezero.pruning.testbed:Settings",
     "calibrate": "prunezero.models.observing.calibration:calibrate",
     "compare": "prunezero.pruning.compare:compare",

@@ -30,7 +30,7 @@ from prunezero.models.anatomy.patterns import check_pattern
 from prunezero.pruning.recipes.documents import to_yaml
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.words import WORDS
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
 from tests.formula.grammar import EXPONENTS, random_text
 
 SECONDS, BYTES = 0.5, 200 * 2**20

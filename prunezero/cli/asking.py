@@ -15,8 +15,8 @@ from prunezero.errors import RecipeError, shell_word
 if TYPE_CHECKING:
     from prunezero.pruning.testbed import Bench, Settings
     from prunezero.report.search_file import Asked
-    from prunezero.searching.hiring.plan import Plan
-    from prunezero.searching.judging.ladder import Judges
+    from prunezero.searching.evaluation.rungs import Judges
+    from prunezero.searching.workers.worker import Plan
 
 # Where searches are when --runs-dir is not typed.
 _USUAL = Path("runs")
@@ -90,7 +90,7 @@ def benches(asked: Asked, settings: Settings) -> list[Bench]:
     """
     from prunezero.cli.tables import say_about, waiting
     from prunezero.pruning.testbed import set_up
-    from prunezero.searching.benches import beside
+    from prunezero.searching.experiment.testbeds import beside
 
     names = ", ".join([asked.model, *asked.also_model])
     with waiting(f"loading {names} and {asked.text} text"):
@@ -142,10 +142,10 @@ def staff(
     import torch
 
     from prunezero.cli.tables import say
-    from prunezero.searching.hiring.workers import local_crew, usable_cores
+    from prunezero.searching.workers.processes import local_crew, usable_cores
 
     if cluster is not None:
-        from prunezero.searching.hiring.cluster import ray_crew
+        from prunezero.searching.workers.cluster import ray_crew
 
         return lambda plan: ray_crew(plan, cluster, workers, threads=threads)
     if workers == 1:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunezero.report.track import Tracker
-    from prunezero.searching.candidate import Candidate
+    from prunezero.searching.experiment.candidate import Candidate
     from prunezero.searching.session import Session
 
 
@@ -21,7 +21,7 @@ def judged(
     from prunezero.report.run_folder import pruner_fields, write_winner
     from prunezero.report.tracked import tracked_champion, tracked_rows
     from prunezero.searching import session as sessions
-    from prunezero.searching.rivals import published_twin, rivals
+    from prunezero.searching.experiment.baselines import published_twin, rivals
 
     name = folder.name
     final = sessions.finalists(candidates)
@@ -58,7 +58,7 @@ def judged(
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
     """One sentence: is the winner, the last row, better than the best published recipe?"""
-    from prunezero.searching.judging.audit import chance_of_no_gain
+    from prunezero.searching.evaluation.rung_correlation import chance_of_no_gain
 
     winner, rivals = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
     measured = [row for row in rivals if row["validation_perplexity"] is not None]

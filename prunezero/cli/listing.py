@@ -102,7 +102,7 @@ def _choices(runs_dir: Path) -> Rows:
 
 
 def _spaces(runs_dir: Path) -> Rows:
-    from prunezero.searching.space import SearchSpace, search_spaces
+    from prunezero.searching.spaces.space import SearchSpace, search_spaces
 
     spaces = [SearchSpace.load(name) for name in search_spaces()]
     return [
@@ -118,7 +118,7 @@ def _spaces(runs_dir: Path) -> Rows:
 
 
 def _strategies(runs_dir: Path) -> Rows:
-    from prunezero.searching.proposing.catalogue import find_strategy, strategy_words
+    from prunezero.searching.strategies.catalogue import find_strategy, strategy_words
 
     return [{"name": word, "meaning": find_strategy(word).note} for word in strategy_words()]
 

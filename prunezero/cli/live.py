@@ -13,8 +13,8 @@ from rich.text import Text
 
 from prunezero.cli.fitting import Table
 from prunezero.cli.tables import cell, console, means_over, say
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.audit import fidelity
+from prunezero.searching.evaluation.rung_correlation import fidelity
+from prunezero.searching.experiment.candidate import Candidate
 
 # How many of the best candidates are shown.
 _SHOWN = 5

@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from prunezero.pruning.testbed import Settings
     from prunezero.report.search_file import Asked
     from prunezero.report.track import Tracker
-    from prunezero.searching.candidate import Candidate
-    from prunezero.searching.hiring.plan import Plan
-    from prunezero.searching.judging.ladder import Judges
+    from prunezero.searching.evaluation.rungs import Judges
+    from prunezero.searching.experiment.candidate import Candidate
+    from prunezero.searching.experiment.task import Task
     from prunezero.searching.session import Session
-    from prunezero.searching.task import Task
+    from prunezero.searching.workers.worker import Plan
 
 
 def search(
@@ -217,7 +217,7 @@ def _rivals(session: Session, tracker: Tracker) -> list[dict[str, Any]]:
     """Rows of what the search has to beat, on the texts that it looks at."""
     from prunezero.cli.tables import Bars
     from prunezero.report.tracked import tracked_rows
-    from prunezero.searching.rivals import rivals
+    from prunezero.searching.experiment.baselines import rivals
     from prunezero.searching.session import measure_rivals
 
     known: list[dict[str, Any]] = []

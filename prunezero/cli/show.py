@@ -14,7 +14,7 @@ from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, writ
 if TYPE_CHECKING:
     from prunezero.cli.fitting import Table
     from prunezero.report.run_summary import Run
-    from prunezero.searching.task import Task
+    from prunezero.searching.experiment.task import Task
 
 # Columns of the front, by the key of a candidate's row.
 _FRONT = {
@@ -99,7 +99,7 @@ def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
 def _about(run: Run) -> dict[str, str]:
     """What was searched, a line each."""
     from prunezero.report.run_summary import model_names
-    from prunezero.searching.regimes import in_words
+    from prunezero.searching.experiment.budgets import in_words
 
     header, asked, task = run.header, run.asked, run.task
     settings = header["settings"]

@@ -154,7 +154,7 @@ def one_line(row: dict[str, Any]) -> str:
 
 def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     """The line under a table that says how its numbers were measured."""
-    from prunezero.searching.regimes import seeds_of, windows_of
+    from prunezero.searching.experiment.budgets import seeds_of, windows_of
 
     row = rows[-1]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.report.run_summary import find_run, front, read_run, rule_of
-from prunezero.searching.offers import CHOOSABLE
-from prunezero.searching.task import Rule
+from prunezero.searching.experiment.task import Rule
+from prunezero.searching.spaces.space_choices import CHOOSABLE
 
 
 def rules_of(source: str, runs_dir: Path) -> list[Rule]:

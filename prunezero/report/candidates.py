@@ -15,7 +15,7 @@ from typing import Any
 
 from prunezero.errors import OutputError, reason
 from prunezero.files.atomic import replace_whole
-from prunezero.searching.candidate import Candidate
+from prunezero.searching.experiment.candidate import Candidate
 
 COLUMNS = (
     "slot",

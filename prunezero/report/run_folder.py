@@ -15,12 +15,12 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.candidates import write_candidates
 from prunezero.report.export import PrunerFields, no_page, write_pruner
 from prunezero.report.plots import pareto, progress, proxy_against_truth
+from prunezero.report.runs.optuna_study import study_journal
 from prunezero.report.search_file import FILE as SEARCH_FILE
 from prunezero.report.search_file import read_asked
 from prunezero.report.tracked import baseline_row, shown
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.mirror import study_journal
-from prunezero.searching.regimes import seeds_of, windows_of
+from prunezero.searching.experiment.budgets import seeds_of, windows_of
+from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.session import Session
 
 # The file that `optuna-dashboard` opens.

@@ -20,13 +20,13 @@ from prunezero.pruning.testbed import Settings
 from prunezero.report.plots import pareto_front
 from prunezero.report.quoting import latex_text
 from prunezero.report.search_file import Asked, read_asked
-from prunezero.searching.judging.journal import read_journal
-from prunezero.searching.judging.judge import Question
-from prunezero.searching.regimes import with_names
-from prunezero.searching.rivals import rivals
+from prunezero.searching.evaluation.evaluator import Question
+from prunezero.searching.evaluation.journal import read_journal
+from prunezero.searching.experiment.baselines import rivals
+from prunezero.searching.experiment.budgets import with_names
+from prunezero.searching.experiment.task import Rule, Task
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
 
 Row = dict[str, Any]
 # What a search measures its rivals on before it begins.

@@ -18,10 +18,10 @@ from prunezero.formula.features import SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.testbed import Bench
-from prunezero.searching.regimes import read_regimes
+from prunezero.searching.experiment.budgets import read_regimes
+from prunezero.searching.experiment.task import Rule, Task
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
 
 FILE = "search.json"
 # A value that leaves the choice to the machine, and so contradicts none; and who takes it.

@@ -12,9 +12,9 @@ from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
 from prunezero.pruning.testbed import Bench, beginning
 from prunezero.report.records import RunRecord, candidate_name, run_record
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import surroundings
-from prunezero.searching.regimes import in_words
+from prunezero.searching.experiment.budgets import in_words
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.provenance import surroundings
 from prunezero.searching.session import Session
 
 # Files of a finished or stopped search that are also kept in MLflow.

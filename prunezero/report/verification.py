@@ -14,9 +14,9 @@ from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Bench, Settings, set_up
 from prunezero.report.run_summary import Run, best_row, front, rule_of
-from prunezero.searching.benches import beside
-from prunezero.searching.conditions import FORMAT, further_draws, further_models, subject
-from prunezero.searching.judging.journal import refuse_other_format
+from prunezero.searching.evaluation.journal import refuse_other_format
+from prunezero.searching.experiment.provenance import FORMAT, further_draws, further_models, subject
+from prunezero.searching.experiment.testbeds import beside
 from prunezero.searching.session import open_session
 
 SPLITS = ("search", "validation", "test")

@@ -16,13 +16,13 @@ from typing import Any
 
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.compare import GLANCE
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.ladder import Ladder
-from prunezero.searching.memory import Memory, skeleton
-from prunezero.searching.proposing.apart import around
-from prunezero.searching.proposing.catalogue import find_strategy
-from prunezero.searching.proposing.strategies import Proposal, Strategy, ending
-from prunezero.searching.race import to_glance, to_judge, to_measure
+from prunezero.searching.evaluation.promotion import to_glance, to_judge, to_measure
+from prunezero.searching.evaluation.rungs import Ladder
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.history import Memory, skeleton
+from prunezero.searching.strategies.catalogue import find_strategy
+from prunezero.searching.strategies.evolution import Proposal, Strategy, ending
+from prunezero.searching.strategies.per_layer import around
 
 # Proposals for one new mask before a space counts as exhausted.
 _MAX_PROPOSALS = 40
@@ -48,7 +48,7 @@ def search(
     resumed from its journal, and whoever judges.
 
     Args:
-        strategy: see `proposing/catalogue.py`; None takes that of the task.
+        strategy: see `strategies/catalogue.py`; None takes that of the task.
         budget: candidates with a new mask to screen, or all candidates of a strategy that screens
             none; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.

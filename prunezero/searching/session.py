@@ -13,23 +13,23 @@ from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.pruning.testbed import Bench, beginning
-from prunezero.searching.benches import fitted
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import conditions, further, machine
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.judging.archive import Archive, check_archive
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.judging.ladder import Judges, Ladder, OneJudge
-from prunezero.searching.offers import alike
-from prunezero.searching.proposing.apart import settled
-from prunezero.searching.proposing.catalogue import find_strategy
-from prunezero.searching.race import FINALISTS
-from prunezero.searching.regimes import read_regimes
-from prunezero.searching.rivals import rivals
+from prunezero.searching.evaluation.archive import Archive, check_archive
+from prunezero.searching.evaluation.evaluator import Judge
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.promotion import FINALISTS
+from prunezero.searching.evaluation.rungs import Judges, Ladder, OneJudge
+from prunezero.searching.experiment.baselines import rivals
+from prunezero.searching.experiment.budgets import read_regimes
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.provenance import conditions, further, machine
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.testbeds import fitted
 from prunezero.searching.search import search
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.spaces.space_choices import alike
+from prunezero.searching.strategies.catalogue import find_strategy
+from prunezero.searching.strategies.per_layer import settled
+from prunezero.searching.workers.worker import Plan
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def make_task(
         start: other rules to begin with; choices that the space does not offer are left out, and
             formulas that it cannot write.
         from_scratch: whether it starts without published formulas.
-        strategy: who proposes rules, see `proposing/catalogue.py`.
+        strategy: who proposes rules, see `strategies/catalogue.py`.
         targets: patterns of the layers to prune, as in `find_layers`.
         ignore: patterns of those to leave alone.
 
@@ -282,7 +282,7 @@ def find(
         draws: of calibration text that a rule has to be good on.
         start: rules to begin with, beside published formulas.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
-        strategy: who proposes rules, see `proposing/catalogue.py`.
+        strategy: who proposes rules, see `strategies/catalogue.py`.
         targets: patterns of the layers to prune, as in `find_layers`.
         ignore: patterns of those to leave alone.
 

@@ -23,7 +23,7 @@ PROGRAM = textwrap.dedent(
     import signal, sys, time
     from prunezero.cli import main
     from prunezero.searching import session
-    from prunezero.searching.judging.ladder import Ladder
+    from prunezero.searching.evaluation.rungs import Ladder
     place, *words = sys.argv[1:]
     owner, name = {
         "calibration": (session, "Judge"),

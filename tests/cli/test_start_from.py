@@ -14,9 +14,9 @@ from prunezero.formula import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.beginnings import rules_of
 from prunezero.report.run_summary import front, read_run
-from prunezero.searching.judging.journal import read_journal
+from prunezero.searching.evaluation.journal import read_journal
+from prunezero.searching.experiment.task import Rule
 from prunezero.searching.session import make_task
-from prunezero.searching.task import Rule
 from tests.cli.conftest import Run, small_space
 from tests.searching.bench import tiny_space
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from prunezero.errors import ModelError, SearchError
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import with_choices
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.rivals import rivals
+from prunezero.searching.experiment.baselines import rivals
 from prunezero.searching.session import make_task
+from prunezero.searching.workers.worker import Plan
 from tests.cli.conftest import Run, flat, small_space
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.tiny_models import tiny_tokenizer

@@ -12,7 +12,7 @@ from prunezero.errors import SearchError
 from prunezero.report.candidates import write_candidates
 from prunezero.report.run_summary import front
 from prunezero.report.verification import Check
-from prunezero.searching.judging.journal import Journal, read_journal
+from prunezero.searching.evaluation.journal import Journal, read_journal
 from tests.cli.conftest import Run
 from tests.tiny_models import save_tiny_model
 

@@ -31,9 +31,9 @@ from prunezero.scoring.columns import sees_inputs_alone
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernels.source import plan
 from prunezero.scoring.score import evaluate
-from prunezero.searching.proposing.enumeration import Blocks
-from prunezero.searching.proposing.genetics import cross, mutate, random_criterion, tunable
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.enumeration import Blocks
+from prunezero.searching.strategies.genetics import cross, mutate, random_criterion, tunable
 
 # Triton decides when it is first imported.
 if not torch.cuda.is_available():

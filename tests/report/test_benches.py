@@ -17,7 +17,7 @@ from prunezero.report.tracked import (
     tracked_rows,
     tracked_search,
 )
-from prunezero.searching.candidate import Candidate
+from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.session import make_task, measure_rivals, open_session
 from tests.searching.bench import tiny_bench, tiny_space
 

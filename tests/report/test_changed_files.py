@@ -23,8 +23,8 @@ from prunezero.report.run_summary import read_run, results
 from prunezero.report.search_file import read_asked
 from prunezero.report.spool import read_record
 from prunezero.report.verification import claims
-from prunezero.searching.judging.judge import Question
-from prunezero.searching.rivals import rivals
+from prunezero.searching.evaluation.evaluator import Question
+from prunezero.searching.experiment.baselines import rivals
 from prunezero.searching.session import _header, make_task
 from tests.report.test_search_file import OPTIONS
 from tests.searching.bench import tiny_bench, tiny_space

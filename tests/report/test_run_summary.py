@@ -19,8 +19,8 @@ from prunezero.report.run_summary import (
     read_run,
     rule_of,
 )
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.journal import Journal
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.experiment.candidate import Candidate
 
 CHOICES: list[dict[str, Any]] = [
     {},

@@ -7,7 +7,7 @@ from typing import Any
 
 from prunezero.models.text.splits import SPLITS, Text
 from prunezero.pruning.testbed import Bench, Settings
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
 from tests.tiny_models import tiny_model
 
 SETTINGS = Settings(

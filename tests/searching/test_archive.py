@@ -18,11 +18,11 @@ from prunezero.files.checked_lines import line_of, record_of
 from prunezero.formula import OPERATORS, Criterion
 from prunezero.models.text.splits import SPLITS
 from prunezero.pruning.testbed import Bench
-from prunezero.searching import conditions as conditions_file
-from prunezero.searching.conditions import LIBRARIES, conditions, machine
-from prunezero.searching.judging.archive import Archive
+from prunezero.searching.evaluation.archive import Archive
+from prunezero.searching.experiment import provenance as conditions_file
+from prunezero.searching.experiment.provenance import LIBRARIES, conditions, machine
 from prunezero.searching.session import make_task, open_session
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
 from tests.searching.bench import tiny_bench, tiny_space
 
 CONDITIONS: dict[str, Any] = {"model": "a", "sparsity": 0.5}

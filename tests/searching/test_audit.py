@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.audit import (
+from prunezero.searching.evaluation.rung_correlation import (
     Fidelity,
     chance_of_no_gain,
     fidelity,
     kendall_tau,
     width,
 )
+from prunezero.searching.experiment.candidate import Candidate
 
 
 def candidates(pairs: list[tuple[float | None, float | None]]) -> list[Candidate]:

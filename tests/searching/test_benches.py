@@ -21,12 +21,11 @@ from prunezero.models.text.splits import SPLITS as EVERY_SPLIT
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Bench, Settings, set_up
-from prunezero.searching.benches import beside, fitted
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import conditions
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.hiring.workers import local_crew
-from prunezero.searching.judging.judge import Judge, Question
+from prunezero.searching.evaluation.evaluator import Judge, Question
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.provenance import conditions
+from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.testbeds import beside, fitted
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
@@ -36,7 +35,8 @@ from prunezero.searching.session import (
     measure_rivals,
     open_session,
 )
-from prunezero.searching.task import Rule
+from prunezero.searching.workers.processes import local_crew
+from prunezero.searching.workers.worker import Plan
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space, tiny_text
 from tests.searching.test_search import outcome
 from tests.tiny_models import save_tiny_model, tiny_network, tiny_tokenizer
@@ -82,7 +82,7 @@ def test_numbers_are_tuned_for_all_models(monkeypatch: pytest.MonkeyPatch) -> No
         return criterion
 
     errors: list[float] = []
-    monkeypatch.setattr("prunezero.searching.judging.judge.tune", told)
+    monkeypatch.setattr("prunezero.searching.evaluation.evaluator.tune", told)
     task, pair = make_task(tiny_space(), 0.5), [tiny_bench(), other_bench()]
     question = Question.of(task.recipe(WANDA, "it"), trials=3)
     for judge in [*(Judge(task, one) for one in pair), Judge(task, pair[0], also_benches=pair[1:])]:

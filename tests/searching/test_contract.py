@@ -10,14 +10,19 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing import catalogue
-from prunezero.searching.proposing.catalogue import GROUP, STRATEGIES, find_strategy, strategy_words
-from prunezero.searching.proposing.contract import broken_promises
-from prunezero.searching.proposing.strategies import Proposal, Strategy, without_state
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import Memory
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies import catalogue
+from prunezero.searching.strategies.catalogue import (
+    GROUP,
+    STRATEGIES,
+    find_strategy,
+    strategy_words,
+)
+from prunezero.searching.strategies.evolution import Proposal, Strategy, without_state
+from prunezero.testing.strategies import broken_promises
 
 
 @pytest.mark.parametrize("word", STRATEGIES)
@@ -46,7 +51,7 @@ def test_a_strategy_that_breaks_its_promises_is_told_each_of_them() -> None:
 def test_a_strategy_of_another_package_is_found_by_its_word(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    where = "prunezero.searching.proposing.catalogue:STRATEGIES"
+    where = "prunezero.searching.strategies.catalogue:STRATEGIES"
     points = [
         EntryPoint("theirs", "tests.searching.theirs:STRATEGY", GROUP),
         EntryPoint("wrong", where, GROUP),

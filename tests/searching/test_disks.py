@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.searching.judging.archive import Archive
-from prunezero.searching.judging.journal import Journal
+from prunezero.searching.evaluation.archive import Archive
+from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, make_task, open_session
 from tests.searching.bench import tiny_bench, tiny_space
@@ -115,7 +115,7 @@ def test_the_lock_of_a_killed_search_is_free_at_once_although_a_child_of_it_live
         """
         import multiprocessing, sys, time
         from pathlib import Path
-        from prunezero.searching.judging.journal import Journal
+        from prunezero.searching.evaluation.journal import Journal
         journal = Journal(Path(sys.argv[1]), {"model": "a"}, resume=False)
         child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
         child.start()

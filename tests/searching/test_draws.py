@@ -17,11 +17,11 @@ from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Bench, set_up
 from prunezero.report.tracked import tracked_rows, tracked_search
-from prunezero.searching.benches import about, drawn
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import conditions
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.judging.judge import Judge, Question
+from prunezero.searching.evaluation.evaluator import Judge, Question
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.provenance import conditions
+from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.testbeds import about, drawn
 from prunezero.searching.session import (
     Session,
     find,
@@ -30,7 +30,7 @@ from prunezero.searching.session import (
     measure_rivals,
     open_session,
 )
-from prunezero.searching.task import Rule
+from prunezero.searching.workers.worker import Plan
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 from tests.searching.test_benches import files, timeless
 from tests.searching.test_search import outcome

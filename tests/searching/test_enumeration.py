@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.catalogue import STRATEGIES
-from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
-from prunezero.searching.proposing.strategies import ending
+from prunezero.searching.history import Memory
 from prunezero.searching.search import search
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.strategies.evolution import ending
 from tests.searching.test_strategies import PlantedLadder, small_space
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.ladder import Ladder
+from prunezero.searching.evaluation.rungs import Ladder
+from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.search import search
 from tests.searching.test_search import session_in
 

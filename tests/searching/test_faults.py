@@ -15,16 +15,17 @@ from prunezero.cli.live import SearchView
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.hiring import plan, workers
-from prunezero.searching.hiring.crew import Crew
-from prunezero.searching.hiring.plan import Desk, Plan
-from prunezero.searching.hiring.workers import local_crew
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.ladder import Ladder, OneJudge
-from prunezero.searching.memory import RUNGS, Memory
+from prunezero.searching.evaluation.evaluator import Judge, Question
+from prunezero.searching.evaluation.rungs import Ladder, OneJudge
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.history import RUNGS, Memory
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, finalists, make_task, open_session
+from prunezero.searching.workers import processes as workers
+from prunezero.searching.workers import worker as plan
+from prunezero.searching.workers.pool import Crew
+from prunezero.searching.workers.processes import local_crew
+from prunezero.searching.workers.worker import Desk, Plan
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_search import outcome
 from tests.searching.test_workers import Stage, Stub, asked
@@ -111,7 +112,7 @@ def test_an_error_that_is_not_for_lack_of_memory_is_no_fault_of_the_candidate(
     session = opened(tmp_path / "run")
     judge = Judge(session.task, session.bench)
     monkeypatch.setattr(
-        "prunezero.searching.judging.judge.layer_error", raising(RuntimeError("a mistake"))
+        "prunezero.searching.evaluation.evaluator.layer_error", raising(RuntimeError("a mistake"))
     )
     with pytest.raises(RuntimeError, match="a mistake"):
         judge.answer(Question.of(Recipe.load("wanda")))

@@ -21,13 +21,13 @@ from prunezero.formula import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.formula.reading import MAX_DEPTH
 from prunezero.scoring import score
-from prunezero.searching import memory as memories
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.memory import RUNGS, Memory
+from prunezero.searching import history as memories
+from prunezero.searching.evaluation.evaluator import Judge
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule
+from prunezero.searching.history import RUNGS, Memory
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task, open_session
-from prunezero.searching.task import Rule
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_faults import candidate
 
@@ -50,7 +50,7 @@ def test_five_thousand_formulas_leave_caches_of_bounded_size(
     judge = Judge(make_task(tiny_space(), 0.5), tiny_bench())
     mask = torch.ones(2, 8, dtype=torch.bool)
     monkeypatch.setattr(
-        "prunezero.searching.judging.judge.masks_on", lambda *args, **scores: [mask]
+        "prunezero.searching.evaluation.evaluator.masks_on", lambda *args, **scores: [mask]
     )
     for criterion in many():
         judge.probe(criterion, "row")

@@ -10,15 +10,21 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.catalogue import STRATEGIES
-from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion, tunable
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import Proposal, _chosen, _moved
-from prunezero.searching.regimes import Regime
-from prunezero.searching.space import SearchSpace, search_spaces
-from prunezero.searching.task import Task
+from prunezero.searching.experiment.budgets import Regime
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Task
+from prunezero.searching.history import Memory
+from prunezero.searching.spaces.space import SearchSpace, search_spaces
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.evolution import Proposal, _chosen, _moved
+from prunezero.searching.strategies.genetics import (
+    as_seen,
+    cross,
+    mutate,
+    random_criterion,
+    tunable,
+)
+from prunezero.searching.strategies.parents import Breeders
 from tests.searching.bench import tiny_space
 
 

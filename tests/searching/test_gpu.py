@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prunezero.pruning.testbed import Bench, set_up
-from prunezero.searching.conditions import conditions
+from prunezero.searching.experiment.provenance import conditions
 from prunezero.searching.session import find, make_task
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 from tests.tiny_models import save_tiny_model

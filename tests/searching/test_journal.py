@@ -18,9 +18,9 @@ from prunezero.errors import PruneZeroError, SearchError, TextError
 from prunezero.files.checked_lines import line_of
 from prunezero.pruning.testbed import Bench, Settings
 from prunezero.report.run_summary import read_run
-from prunezero.searching.judging.journal import Journal, read_journal
+from prunezero.searching.evaluation.journal import Journal, read_journal
+from prunezero.searching.experiment.task import Rule
 from prunezero.searching.session import _header, make_task, open_session
-from prunezero.searching.task import Rule
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 
 
@@ -33,7 +33,7 @@ def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
         import resource, sys
         from pathlib import Path
         from prunezero.errors import OutputError
-        from prunezero.searching.judging.journal import Journal, read_journal
+        from prunezero.searching.evaluation.journal import Journal, read_journal
         path = Path(sys.argv[1])
         journal = Journal(path, {"model": "a"}, resume=False)
         journal.write("layer error", "W", {"layer_error": 0.1})

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from prunezero.searching.hiring.crew import Crew
-from prunezero.searching.hiring.workers import local_crew
-from prunezero.searching.judging.journal import Journal, read_journal
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.ladder import Judges, Ladder
+from prunezero.searching.evaluation.evaluator import Judge, Question
+from prunezero.searching.evaluation.journal import Journal, read_journal
+from prunezero.searching.evaluation.rungs import Judges, Ladder
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.session import _header, make_task
-from prunezero.searching.task import Task
+from prunezero.searching.workers.pool import Crew
+from prunezero.searching.workers.processes import local_crew
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_search import outcome, session_in
 from tests.searching.test_workers import Drawing, Stub, asked, fill, is_running, until

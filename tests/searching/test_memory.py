@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.strategies import Proposal, Strategy, without_state
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import Memory
 from prunezero.searching.search import _Run
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.evolution import Proposal, Strategy, without_state
 from tests.searching.test_strategies import SPACE, PlantedLadder
 
 

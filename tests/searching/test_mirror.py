@@ -13,10 +13,10 @@ import pytest
 
 from prunezero.formula import Criterion
 from prunezero.report import run_folder
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.mirror import study_journal
+from prunezero.report.runs.optuna_study import study_journal
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.session import Session, make_task
-from prunezero.searching.task import Task
 from tests.searching.bench import tiny_space
 
 UPDATES = [["none"], ["obs"], ["swaps", "admm"]]

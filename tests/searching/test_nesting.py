@@ -12,13 +12,13 @@ import sympy
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipes.documents import validated
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
-from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import Memory
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.strategies.genetics import as_seen, cross, mutate, random_criterion
 from tests.searching.bench import tiny_space
 from tests.searching.test_strategies import SPACE, PlantedLadder
 

@@ -15,21 +15,21 @@ from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.beginnings import rules_of
 from prunezero.report.run_summary import latex_of_front
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.audit import fidelity
-from prunezero.searching.judging.fitness import masks_on
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.judging.samples import Sample, probe_of
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.apart import around, settled, specialised
-from prunezero.searching.proposing.catalogue import STRATEGIES
-from prunezero.searching.proposing.contract import broken_promises
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import _with_choices
-from prunezero.searching.rivals import published_twin
+from prunezero.searching.evaluation.evaluator import Judge
+from prunezero.searching.evaluation.rung_correlation import fidelity
+from prunezero.searching.experiment.baselines import published_twin
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task, factor_of, scaled
+from prunezero.searching.history import Memory
+from prunezero.searching.proxies.matrix import masks_on
+from prunezero.searching.proxies.samples import Sample, probe_of
 from prunezero.searching.session import find, make_task, open_session
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task, factor_of, scaled
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.evolution import _with_choices
+from prunezero.searching.strategies.parents import Breeders
+from prunezero.searching.strategies.per_layer import around, settled, specialised
+from prunezero.testing.strategies import broken_promises
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.tiny_models import tiny_model
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import Proposal, evolve
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Task
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Task
+from prunezero.searching.history import Memory
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.evolution import Proposal, evolve
+from prunezero.searching.strategies.parents import Breeders
 from tests.searching.bench import tiny_space
 
 TOURNAMENT = 5
@@ -180,5 +180,5 @@ def test_some_fathers_come_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> No
     away, crossed = foreign()
     # a tenth are drawn from everywhere, of whom about half are from elsewhere
     assert crossed > 150 and 0 < away < 0.12 * crossed
-    monkeypatch.setattr("prunezero.searching.proposing.strategies._MIGRATION", 0.0)
+    monkeypatch.setattr("prunezero.searching.strategies.evolution._MIGRATION", 0.0)
     assert foreign()[0] == 0

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.judge import ProbeMask
-from prunezero.searching.memory import Memory
-from prunezero.searching.race import to_glance, to_measure
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.evaluation.evaluator import ProbeMask
+from prunezero.searching.evaluation.promotion import to_glance, to_measure
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import Memory
 from tests.searching.bench import tiny_space
 
 # Probed weights; masks that differ on fewer than 20 of them do nearly the same.

@@ -12,9 +12,9 @@ import pytest
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.regimes import Regime, geometric_mean, read_regimes
-from prunezero.searching.rivals import published_twin
+from prunezero.searching.experiment.baselines import published_twin
+from prunezero.searching.experiment.budgets import Regime, geometric_mean, read_regimes
+from prunezero.searching.experiment.task import Rule
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
@@ -23,7 +23,7 @@ from prunezero.searching.session import (
     measure_rivals,
     open_session,
 )
-from prunezero.searching.task import Rule
+from prunezero.searching.workers.worker import Plan
 from tests.searching.bench import tiny_bench, tiny_space
 
 WANDA = Criterion.parse("abs(W)*X")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunezero.searching.rivals import FORMULAS, rivals
+from prunezero.searching.experiment.baselines import FORMULAS, rivals
 from prunezero.searching.session import make_task, measure_rivals, open_session
 from tests.searching.bench import tiny_bench, tiny_space
 

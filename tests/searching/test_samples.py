@@ -10,9 +10,9 @@ from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
-from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.samples import Sample, grams_of, ladder_sums, sample_rows, stacked
+from prunezero.searching.evaluation.evaluator import Judge, Question
+from prunezero.searching.proxies.matrix import layer_error, masks_on, scores_on
+from prunezero.searching.proxies.samples import Sample, grams_of, ladder_sums, sample_rows, stacked
 from prunezero.searching.session import make_task
 from tests.searching.bench import tiny_bench, tiny_space
 
@@ -114,7 +114,7 @@ def test_memory_too_short_for_all_formulas_together_is_no_fault_of_each(
             raise torch.OutOfMemoryError("CUDA out of memory")
         yield from scores_on(stacks, criteria)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("prunezero.searching.judging.judge.scores_on", greedy)
+    monkeypatch.setattr("prunezero.searching.evaluation.evaluator.scores_on", greedy)
     assert [plain(answer) for answer in judge.answers(questions())] == expected
 
 

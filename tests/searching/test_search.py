@@ -18,9 +18,9 @@ import pytest
 
 from prunezero.errors import OutputError, PruneZeroWarning, SearchError
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.rivals import published_twin
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.experiment.baselines import published_twin
+from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,

@@ -11,11 +11,11 @@ from prunezero.errors import RecipeError
 from prunezero.formula.features import FEATURES, SIGNALS
 from prunezero.pruning.recipes.documents import validated, write_document
 from prunezero.pruning.requirements import dense_sums
-from prunezero.searching.judging.samples import ladder_sums
-from prunezero.searching.offers import signal_of
-from prunezero.searching.rivals import rivals
+from prunezero.searching.experiment.baselines import rivals
+from prunezero.searching.proxies.samples import ladder_sums
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace, search_spaces
+from prunezero.searching.spaces.space import SearchSpace, search_spaces
+from prunezero.searching.spaces.space_choices import signal_of
 
 # Sums that only a backward pass gives.
 GRADIENTS = {name for row in FEATURES.values() if row.signal == "gradients" for name in row.sums}

@@ -21,21 +21,21 @@ from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.fitness import mask_digest, masks_on
-from prunezero.searching.judging.judge import ProbeMask
-from prunezero.searching.judging.samples import Sample, stacked
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.catalogue import STRATEGIES
-from prunezero.searching.proposing.controls import POPULATION, suggest
-from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
-from prunezero.searching.proposing.genetics import random_criterion
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import _chosen, generator
+from prunezero.searching.evaluation.evaluator import ProbeMask
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import Memory
+from prunezero.searching.proxies.matrix import mask_digest, masks_on
+from prunezero.searching.proxies.samples import Sample, stacked
 from prunezero.searching.search import search
 from prunezero.searching.session import find, make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.controls import POPULATION, suggest
+from prunezero.searching.strategies.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.strategies.evolution import _chosen, generator
+from prunezero.searching.strategies.genetics import random_criterion
+from prunezero.searching.strategies.parents import Breeders
 from tests.searching.bench import tiny_bench, tiny_space
 from tests.tiny_models import tiny_model
 

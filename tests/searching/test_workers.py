@@ -21,18 +21,19 @@ import pytest
 
 from prunezero.errors import ModelError, ScoreError, SearchError
 from prunezero.pruning.testbed import Bench, set_up
-from prunezero.searching.hiring import cluster, crew
-from prunezero.searching.hiring.cluster import ray_crew
-from prunezero.searching.hiring.crew import Crew
-from prunezero.searching.hiring.plan import Message
-from prunezero.searching.hiring.workers import Plan, local_crew
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.ladder import Judges, Ladder
-from prunezero.searching.rivals import rivals
+from prunezero.searching.evaluation.evaluator import Judge, Question
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.rungs import Judges, Ladder
+from prunezero.searching.experiment.baselines import rivals
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.session import _header, make_task
-from prunezero.searching.task import Task
+from prunezero.searching.workers import cluster
+from prunezero.searching.workers import pool as crew
+from prunezero.searching.workers.cluster import ray_crew
+from prunezero.searching.workers.pool import Crew
+from prunezero.searching.workers.processes import Plan, local_crew
+from prunezero.searching.workers.worker import Message
 from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
 from tests.tiny_models import save_tiny_model
 

@@ -1,0 +1,160 @@
+"""On which models and draws of calibration text must a rule be good? Each has a bench of its own.
+
+All benches have the same text and sizes, so that a window of one stands for a window of the other,
+and every rule has to fit every model. What does not fit is refused before the long work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from prunezero.errors import PruneZeroError, RecipeError, SearchError
+from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import Progress
+from prunezero.models.text.splits import SPLITS
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.reordering import Reordering
+from prunezero.pruning.requirements import check_recipe
+from prunezero.pruning.testbed import Bench, with_choices
+from prunezero.searching.experiment.task import Rule, Task
+
+
+def beside(bench: Bench, names: Sequence[str], *, device: str) -> tuple[Bench, ...]:
+    """Benches of further models, on the text of the first and in the dtype that it has.
+
+    Raises:
+        SearchError: a model is named twice.
+        ModelError: one cannot be loaded.
+    """
+    _refuse_twice([bench.language_model.name, *names])
+    dtype = bench.language_model.dtype_word
+    return tuple(
+        replace(bench, language_model=load_model(name, dtype=dtype, device=device))
+        for name in names
+    )
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    """Refuse a list of models that names one of them twice.
+
+    Raises:
+        SearchError: it does.
+    """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise SearchError(f"model {name} is named twice; name every model once")
+
+
+def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Task:
+    """The task on these models, once it is known that each can take it.
+
+    Args:
+        rivals: recipes that will be measured beside those of the task.
+
+    Raises:
+        SearchError: one model stands there twice, or they share no text, settings or device.
+        PruneZeroError: model, text and task do not go together; of several models it names which.
+    """
+    _refuse_unlike(benches)
+    found = []
+    for bench in benches:
+        with about(bench, benches):
+            model = bench.language_model.model
+            found.append(find_layers(model, targets=task.targets, ignore=task.ignore))
+            for regime in task.regimes:
+                for recipe in [*_examples(task), *rivals]:
+                    one = with_choices(recipe, pattern=regime.pattern)
+                    layers = check_recipe(bench.language_model, one, regime.sparsity)
+                    _check_permutation(bench.language_model, one, layers)
+            for split in SPLITS:
+                bench.windows(split)
+    return task.on(*found)
+
+
+def drawn(benches: Sequence[Bench], draws: int) -> tuple[Bench, ...]:
+    """Each bench on so many draws of calibration text, by seeds that count up from its own."""
+    return tuple(bench.drawn(draw) for bench in benches for draw in range(draws))
+
+
+@contextmanager
+def about(bench: Bench, benches: Sequence[Bench]) -> Iterator[None]:
+    """Within it, an error says which model and draw it is about, where there are several."""
+    try:
+        yield
+    except PruneZeroError as error:
+        place = ", ".join(_place(bench, benches))
+        if not place:
+            raise
+        raise type(error)(f"{place}: {error}") from error
+
+
+def told_of(bench: Bench, benches: Sequence[Bench], progress: Progress | None) -> Progress | None:
+    """The progress of work on one model and draw, under their names where there are several."""
+    place = ", ".join(_place(bench, benches))
+    if progress is None or not place:
+        return progress
+    return lambda what, done, total: progress(f"{place}: {what}", done, total)
+
+
+def _place(bench: Bench, benches: Sequence[Bench]) -> Iterator[str]:
+    """What tells one bench from the others, in words."""
+    if len({one.language_model.name for one in benches}) > 1:
+        yield f"model {bench.language_model.name}"
+    if len({one.settings.seed for one in benches}) > 1:
+        yield f"calibration seed {bench.settings.seed}"
+
+
+def _refuse_unlike(benches: Sequence[Bench]) -> None:
+    _refuse_twice([bench.language_model.name for bench in benches])
+    first, *others = benches
+    known = {first.language_model.fingerprint: first.language_model.name}
+    for bench in others:
+        model = bench.language_model
+        if model.fingerprint in known:
+            raise SearchError(
+                f"{known[model.fingerprint]} and {model.name} are the same model; name every "
+                "model once"
+            )
+        known[model.fingerprint] = model.name
+        if _shared(bench) != _shared(first):
+            raise SearchError(
+                f"model {model.name} has other text, settings or another kind of device than "
+                f"{first.language_model.name}, so their windows cannot be compared one by one; "
+                "give all models the same text and Settings, and load them on one kind of device"
+            )
+
+
+def _shared(bench: Bench) -> tuple[object, ...]:
+    """What all benches of a search have in common."""
+    return bench.text.fingerprint, bench.settings, bench.language_model.device.type
+
+
+def _examples(task: Task) -> Iterator[Recipe]:
+    """A recipe of the task, and one with each value of what it leaves open."""
+    formula = task.space.terminals[0]
+    yield task.recipe(formula, "example")
+    for key, values in task.options.items():
+        for value in values:
+            # What the other choices of the space exclude is never proposed.
+            with suppress(RecipeError):
+                yield task.recipe(Rule(formula, {key: value}), "example")
+
+
+def _check_permutation(model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]) -> None:
+    """Refuse a permutation that the model cannot follow.
+
+    Raises:
+        RecipeError, ModelError: it cannot.
+    """
+    if recipe.permute.word == "none":
+        return
+    # Blocks are nearly always alike, and probing all of them takes a minute.
+    inside = [layer for layer in layers if layer.block == layers[0].block]
+    try:
+        Reordering(model, recipe, inside)
+    except PruneZeroError:
+        Reordering(model, recipe, layers)
