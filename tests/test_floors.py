@@ -15,7 +15,7 @@ PACKAGE = ROOT / "prunezero"
 FLOORS = "errors files formula scoring models pruning searching testing report cli".split()
 # A library may be used on these floors only.
 HOMES = {
-    "torch": {"files", "scoring", "models", "pruning", "searching", "report", "cli"},
+    "torch": {"files", "scoring", "models", "pruning", "searching", "testing", "report", "cli"},
     "transformers": {"models", "report"},
     "datasets": {"models"},
     "sympy": {"formula", "searching"},

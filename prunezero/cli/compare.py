@@ -30,7 +30,7 @@ from prunezero.cli.options import (
 if TYPE_CHECKING:
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.testbed import Bench
-    from prunezero.report.track import Tracker
+    from prunezero.report.tracking.tracker import Tracker
 
 
 def compare(
@@ -85,8 +85,8 @@ def compare(
     from prunezero.models.anatomy.patterns import patterns_of
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.pruning.testbed import set_up, with_choices
-    from prunezero.report.run_folder import check_runs_dir
-    from prunezero.report.track import Tracker
+    from prunezero.report.runs.folder import check_runs_dir
+    from prunezero.report.tracking.tracker import Tracker
 
     options.check_statistics(statistics)
     options.check_json(json_file)
@@ -138,7 +138,7 @@ def _measured(
     """The rows as they come, each shown and recorded behind its handing over."""
     from prunezero.cli.tables import Bars, console, one_line, say
     from prunezero.pruning.compare import compare as measure
-    from prunezero.report.tracked import tracked_rows
+    from prunezero.report.tracking.search_records import tracked_rows
 
     with Bars() as bars:
         rows = measure(

@@ -86,7 +86,7 @@ def _parity() -> str:
 def _places(runs_dir: Path) -> dict[str, str]:
     from prunezero.files.cache import cache_dir
     from prunezero.models.loading.gguf import DEMO_PACKAGE
-    from prunezero.report.track import tracking_uri
+    from prunezero.report.tracking.tracker import tracking_uri
 
     cache = cache_dir()
     files = [path for path in cache.rglob("*") if path.is_file()] if cache.is_dir() else []

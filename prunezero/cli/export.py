@@ -55,9 +55,9 @@ def export(
     from prunezero.files.places import check_apart, try_file
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.testbed import with_choices
-    from prunezero.report.export import write_pruner
-    from prunezero.report.kernel_export import refuse_several, write_kernel
-    from prunezero.report.run_folder import pruner_fields
+    from prunezero.report.export.kernel import refuse_several, write_kernel
+    from prunezero.report.export.page import write_pruner
+    from prunezero.report.runs.folder import pruner_fields
 
     check_statistics(statistics)
     if output is None and kernel is None:

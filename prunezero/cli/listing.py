@@ -156,7 +156,7 @@ def _operator(row: Operator, meaning: str) -> dict[str, Any]:
 
 
 def _runs(runs_dir: Path) -> Rows:
-    from prunezero.report.run_folder import list_runs
+    from prunezero.report.runs.folder import list_runs
 
     return list_runs(runs_dir)
 

@@ -200,7 +200,7 @@ def _save(
     from prunezero.cli.rescue import saved_or_kept
     from prunezero.cli.tables import say
     from prunezero.models.saving.save import saved_bytes
-    from prunezero.report.saved_model import save_pruned
+    from prunezero.report.export.saved_model import save_pruned
 
     def save(folder: Path) -> SavedSparsity:
         return save_pruned(bench, recipe, rows, layers, folder)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from prunezero.cli import asking, options
+from prunezero.cli import options
+from prunezero.cli import search_options as asking
 from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.options import (
     Also,
@@ -47,8 +48,8 @@ from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
     from prunezero.pruning.testbed import Settings
-    from prunezero.report.search_file import Asked
-    from prunezero.report.track import Tracker
+    from prunezero.report.runs.search_file import Asked
+    from prunezero.report.tracking.tracker import Tracker
     from prunezero.searching.evaluation.rungs import Judges
     from prunezero.searching.experiment.candidate import Candidate
     from prunezero.searching.experiment.task import Task
@@ -118,8 +119,8 @@ def search(
     """
     from prunezero.cli.stopping import sigterm_interrupts, told_what_is_kept
     from prunezero.cli.tables import say
-    from prunezero.report.run_folder import refuse_foreign, run_folder
-    from prunezero.report.track import Tracker
+    from prunezero.report.runs.folder import refuse_foreign, run_folder
+    from prunezero.report.tracking.tracker import Tracker
 
     seconds = seconds_of(time_limit)
     options.check_json(json_file)
@@ -166,7 +167,7 @@ def _opened(
 ) -> Session:
     """The search that was asked for, on its models and text, ready to run."""
     from prunezero.cli.tables import Bars
-    from prunezero.report.search_file import forget_asked, write_asked
+    from prunezero.report.runs.search_file import forget_asked, write_asked
     from prunezero.searching.session import open_session
 
     bench, *others = asking.benches(asked, settings)
@@ -192,10 +193,10 @@ def _run(
     session: Session, tracker: Tracker, folder: Path, budget: int | None, seconds: float | None
 ) -> list[dict[str, Any]]:
     """Search, then judge; rows of results, the winner's last, none when it was interrupted."""
-    from prunezero.cli.judging import judged
+    from prunezero.cli.final_table import judged
     from prunezero.cli.tables import say
-    from prunezero.report.run_folder import write_run
-    from prunezero.report.tracked import kept_files, tracked_search
+    from prunezero.report.runs.folder import write_run
+    from prunezero.report.tracking.search_records import kept_files, tracked_search
 
     name = folder.name
     tracker.record(tracked_search(session, name, finished=False))
@@ -216,7 +217,7 @@ def _run(
 def _rivals(session: Session, tracker: Tracker) -> list[dict[str, Any]]:
     """Rows of what the search has to beat, on the texts that it looks at."""
     from prunezero.cli.tables import Bars
-    from prunezero.report.tracked import tracked_rows
+    from prunezero.report.tracking.search_records import tracked_rows
     from prunezero.searching.experiment.baselines import rivals
     from prunezero.searching.session import measure_rivals
 
@@ -241,8 +242,8 @@ def _searched(
     """Every candidate in order of slots, as far as it came; and whether somebody stopped it."""
     from prunezero.cli.live import SearchView
     from prunezero.cli.stopping import Stopping
-    from prunezero.report.candidates import RunningTables
-    from prunezero.report.tracked import search_key, tracked_candidate
+    from prunezero.report.runs.candidate_tables import RunningTables
+    from prunezero.report.tracking.search_records import search_key, tracked_candidate
     from prunezero.searching.search import search as candidates_of
 
     name = folder.name

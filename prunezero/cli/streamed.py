@@ -170,7 +170,7 @@ class _Report:
         """The texts to put beside the weights; keeps the rows."""
         from prunezero.models.streaming.streamed_model import StreamedModel
         from prunezero.pruning.compare import dense_row, pruned_row
-        from prunezero.report.saved_model import files_beside
+        from prunezero.report.export.saved_model import files_beside
 
         model = self.bench.language_model
         pruned = StreamedModel(done.folder, dtype=model.dtype_word, device=str(model.device))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prunezero.pruning import testbed as benches
-from prunezero.report import track
+from prunezero.report.tracking import tracker as track
 from tests.cli.conftest import Run
 from tests.searching.bench import tiny_bench
 

@@ -12,8 +12,8 @@ import pytest
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.beginnings import rules_of
-from prunezero.report.run_summary import front, read_run
+from prunezero.report.runs.summary import front, read_run
+from prunezero.report.runs.warm_start import rules_of
 from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.experiment.task import Rule
 from prunezero.searching.session import make_task

@@ -9,9 +9,9 @@ import pyarrow.parquet as parquet
 import pytest
 
 from prunezero.errors import SearchError
-from prunezero.report.candidates import write_candidates
-from prunezero.report.run_summary import front
-from prunezero.report.verification import Check
+from prunezero.report.runs.candidate_tables import write_candidates
+from prunezero.report.runs.summary import front
+from prunezero.report.runs.verification import Check
 from prunezero.searching.evaluation.journal import Journal, read_journal
 from tests.cli.conftest import Run
 from tests.tiny_models import save_tiny_model

@@ -26,7 +26,7 @@ from prunezero.formula.ranking import ranking_form
 from prunezero.formula.vocabulary import Operator, elementwise
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.export import PrunerFields, write_pruner
+from prunezero.report.export.page import PrunerFields, write_pruner
 from prunezero.scoring.columns import sees_inputs_alone
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernels.source import plan

@@ -17,7 +17,7 @@ from prunezero.models.text.running_text import cut_running_text
 from prunezero.models.text.sources import read_source
 from prunezero.models.text.splits import SPLITS, Text, distinct, divide, load_text, windows
 from prunezero.models.text.windows import begin_with
-from prunezero.report import page_parts
+from prunezero.report.export import page_parts
 from tests.tiny_models import LONGEST, tiny_model, tiny_tokenizer
 
 DOCUMENTS = [f"Document number {place} is about pruning." for place in range(40)]

@@ -10,8 +10,8 @@ from tokenizers import normalizers
 
 from prunezero.formula import Criterion
 from prunezero.pruning.testbed import Bench
-from prunezero.report.records import RunRecord
-from prunezero.report.tracked import (
+from prunezero.report.tracking.records import RunRecord
+from prunezero.report.tracking.search_records import (
     tracked_candidate,
     tracked_champion,
     tracked_rows,

@@ -17,12 +17,12 @@ from prunezero.errors import PruneZeroError, RecipeError
 from prunezero.files.checked_lines import line_of
 from prunezero.pruning.recipes.documents import write_document
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.records import RunRecord, record_to_line
-from prunezero.report.run_folder import list_runs, pruner_fields
-from prunezero.report.run_summary import read_run, results
-from prunezero.report.search_file import read_asked
-from prunezero.report.spool import read_record
-from prunezero.report.verification import claims
+from prunezero.report.runs.folder import list_runs, pruner_fields
+from prunezero.report.runs.search_file import read_asked
+from prunezero.report.runs.summary import read_run, results
+from prunezero.report.runs.verification import claims
+from prunezero.report.tracking.records import RunRecord, record_to_line
+from prunezero.report.tracking.spool import read_record
 from prunezero.searching.evaluation.evaluator import Question
 from prunezero.searching.experiment.baselines import rivals
 from prunezero.searching.session import _header, make_task

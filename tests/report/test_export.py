@@ -25,11 +25,11 @@ from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.report import page_parts, pruner_template
-from prunezero.report.export import PrunerFields, pruner_page, write_pruner
-from prunezero.report.kernel_export import write_kernel
-from prunezero.report.page_lines import FEATURE_LINES
-from prunezero.report.run_folder import pruner_fields
+from prunezero.report.export import page_parts, pruner_template
+from prunezero.report.export.kernel import write_kernel
+from prunezero.report.export.page import PrunerFields, pruner_page, write_pruner
+from prunezero.report.export.page_lines import FEATURE_LINES
+from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.selection import select_model

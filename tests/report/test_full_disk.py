@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.report.run_folder import STUDY, write_run, write_winner
+from prunezero.report.runs.folder import STUDY, write_run, write_winner
 from prunezero.searching import session as sessions
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, make_task, open_session

@@ -33,8 +33,8 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import with_choices
-from prunezero.report.export import no_page, pruner_page
-from prunezero.report.run_folder import pruner_fields
+from prunezero.report.export.page import no_page, pruner_page
+from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.statistics import SUMS, Statistics
 from tests.report.random_recipes import Request, random_recipe, random_request
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model

@@ -13,9 +13,9 @@ from prunezero.errors import OutputError
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import with_choices
-from prunezero.report.run_folder import check_runs_dir, list_runs, refuse_foreign, write_winner
-from prunezero.report.saved_model import save_pruned
-from prunezero.report.search_file import asked_for, forget_asked, write_asked
+from prunezero.report.export.saved_model import save_pruned
+from prunezero.report.runs.folder import check_runs_dir, list_runs, refuse_foreign, write_winner
+from prunezero.report.runs.search_file import asked_for, forget_asked, write_asked
 from tests.report.test_search_file import OPTIONS
 from tests.searching.bench import tiny_bench
 

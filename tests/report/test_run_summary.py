@@ -9,8 +9,8 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
-from prunezero.report.candidates import write_candidates
-from prunezero.report.run_summary import (
+from prunezero.report.runs.candidate_tables import write_candidates
+from prunezero.report.runs.summary import (
     counted,
     find_run,
     front,

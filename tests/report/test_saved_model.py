@@ -13,7 +13,7 @@ from prunezero.pruning.compare import Stand
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Bench
-from prunezero.report.saved_model import save_pruned
+from prunezero.report.export.saved_model import save_pruned
 from tests.searching.bench import tiny_bench
 from tests.tiny_models import FAMILIES, tiny_batches
 

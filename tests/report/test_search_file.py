@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError, SearchError
-from prunezero.report.search_file import Asked, asked_for, goes_on, read_asked, write_asked
+from prunezero.report.runs.search_file import Asked, asked_for, goes_on, read_asked, write_asked
 from tests.searching.bench import tiny_bench
 
 OPTIONS: dict[str, Any] = {

@@ -16,7 +16,7 @@ from prunezero.formula import Criterion
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Bench, set_up
-from prunezero.report.tracked import tracked_rows, tracked_search
+from prunezero.report.tracking.search_records import tracked_rows, tracked_search
 from prunezero.searching.evaluation.evaluator import Judge, Question
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.provenance import conditions

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from prunezero.errors import PruneZeroError, SearchError, TextError
 from prunezero.files.checked_lines import line_of
 from prunezero.pruning.testbed import Bench, Settings
-from prunezero.report.run_summary import read_run
+from prunezero.report.runs.summary import read_run
 from prunezero.searching.evaluation.journal import Journal, read_journal
 from prunezero.searching.experiment.task import Rule
 from prunezero.searching.session import _header, make_task, open_session

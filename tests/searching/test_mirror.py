@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.report import run_folder
+from prunezero.report.runs import folder as run_folder
 from prunezero.report.runs.optuna_study import study_journal
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Task

@@ -13,8 +13,8 @@ from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.models.anatomy.linears import find_layers
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.beginnings import rules_of
-from prunezero.report.run_summary import latex_of_front
+from prunezero.report.runs.summary import latex_of_front
+from prunezero.report.runs.warm_start import rules_of
 from prunezero.searching.evaluation.evaluator import Judge
 from prunezero.searching.evaluation.rung_correlation import fidelity
 from prunezero.searching.experiment.baselines import published_twin

@@ -41,8 +41,8 @@ def view_links(runs_dir: Path, *, port: int = 5000) -> dict[str, str]:
     """
     from mlflow import MlflowClient
 
-    from prunezero.report.mlflow_store import EXPERIMENT
-    from prunezero.report.views import MODES, VIEWS
+    from prunezero.report.tracking.store import EXPERIMENT
+    from prunezero.report.tracking.views import MODES, VIEWS
 
     uri = tracking_uri(runs_dir)
     try:

@@ -11,7 +11,7 @@ from prunezero.files.digests import joined_digest
 from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
 from prunezero.pruning.testbed import Bench, beginning
-from prunezero.report.records import RunRecord, candidate_name, run_record
+from prunezero.report.tracking.records import RunRecord, candidate_name, run_record
 from prunezero.searching.experiment.budgets import in_words
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.provenance import surroundings

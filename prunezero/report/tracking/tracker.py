@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Protocol
 
 from prunezero.errors import masked_uri
-from prunezero.report.records import (
+from prunezero.report.tracking.page import tracking_uri, ui_command, view_links
+from prunezero.report.tracking.records import (
     RunRecord,
     candidate_name,
     row_metrics,
@@ -25,8 +26,7 @@ from prunezero.report.records import (
     run_record,
     stamped,
 )
-from prunezero.report.spool import Spool, read_record
-from prunezero.report.tracking_page import tracking_uri, ui_command, view_links
+from prunezero.report.tracking.spool import Spool, read_record
 
 __all__ = [
     "RunRecord",
@@ -196,7 +196,7 @@ class Tracker:
         return self._failures[run.key] >= FAILURES_OF_ONE_RECORD and self._store.is_alive()
 
     def _connect(self) -> Store:
-        from prunezero.report.mlflow_store import MlflowStore
+        from prunezero.report.tracking.store import MlflowStore
 
         return MlflowStore(self.uri, self.runs_dir)
 

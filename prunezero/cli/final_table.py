@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunezero.report.track import Tracker
+    from prunezero.report.tracking.tracker import Tracker
     from prunezero.searching.experiment.candidate import Candidate
     from prunezero.searching.session import Session
 
@@ -17,9 +17,9 @@ def judged(
     """Judge the finalists on validation text, report the winner and its rivals on test text."""
     from prunezero.cli.tables import Bars, print_results, say, say_conditions
     from prunezero.pruning.compare import SPLITS
-    from prunezero.report.export import no_page
-    from prunezero.report.run_folder import pruner_fields, write_winner
-    from prunezero.report.tracked import tracked_champion, tracked_rows
+    from prunezero.report.export.page import no_page
+    from prunezero.report.runs.folder import pruner_fields, write_winner
+    from prunezero.report.tracking.search_records import tracked_champion, tracked_rows
     from prunezero.searching import session as sessions
     from prunezero.searching.experiment.baselines import published_twin, rivals
 

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunezero.report import views
-from prunezero.report.records import (
+from prunezero.report.tracking import views
+from prunezero.report.tracking.database import open_client
+from prunezero.report.tracking.records import (
     KEY_TAG,
     LONGEST_PARAM,
     LONGEST_TAG,
@@ -29,8 +30,7 @@ from prunezero.report.records import (
     search_filter,
     split_finite,
 )
-from prunezero.report.spool import locked
-from prunezero.report.tracking_database import open_client
+from prunezero.report.tracking.spool import locked
 
 EXPERIMENT = "prunezero"
 # Hues of Okabe and Ito, which colour-blind readers can tell apart.

@@ -13,7 +13,7 @@ from prunezero.errors import SearchError, differences, shell_word
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Bench, Settings, set_up
-from prunezero.report.run_summary import Run, best_row, front, rule_of
+from prunezero.report.runs.summary import Run, best_row, front, rule_of
 from prunezero.searching.evaluation.journal import refuse_other_format
 from prunezero.searching.experiment.provenance import FORMAT, further_draws, further_models, subject
 from prunezero.searching.experiment.testbeds import beside

@@ -17,8 +17,8 @@ import numpy as np
 
 from prunezero.errors import OutputError, reason
 from prunezero.files.atomic import replace_whole
-from prunezero.report.axes import bulk, canvas, perplexity_axis, plain_log_ticks
-from prunezero.report.labels import place_labels, short, spread
+from prunezero.report.plots.axes import bulk, canvas, perplexity_axis, plain_log_ticks
+from prunezero.report.plots.labels import place_labels, short, spread
 from prunezero.searching.evaluation.rung_correlation import kendall_tau
 
 Row = Mapping[str, Any]

@@ -19,7 +19,7 @@ from prunezero.pruning.compare import finite_row
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import FILES_BESIDE
 from prunezero.pruning.testbed import Bench
-from prunezero.report.card import model_card
+from prunezero.report.export.card import model_card
 from prunezero.scoring.masking import count_zeros
 
 

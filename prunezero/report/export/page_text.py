@@ -9,7 +9,7 @@ from textwrap import indent
 from typing import Any
 
 from prunezero.errors import OutputError
-from prunezero.report.page_lines import HELPERS
+from prunezero.report.export.page_lines import HELPERS
 
 PARTS = Path(__file__).with_name("page_parts.py")
 # What the parts and some formulas import beside the template, by its line that stands there.

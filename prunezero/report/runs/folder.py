@@ -12,13 +12,13 @@ from prunezero.errors import OutputError, PruneZeroWarning, RecipeError, SearchE
 from prunezero.files.atomic import replace_text, write_json
 from prunezero.files.places import try_inside
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.candidates import write_candidates
-from prunezero.report.export import PrunerFields, no_page, write_pruner
-from prunezero.report.plots import pareto, progress, proxy_against_truth
+from prunezero.report.export.page import PrunerFields, no_page, write_pruner
+from prunezero.report.plots.plots import pareto, progress, proxy_against_truth
+from prunezero.report.runs.candidate_tables import write_candidates
 from prunezero.report.runs.optuna_study import study_journal
-from prunezero.report.search_file import FILE as SEARCH_FILE
-from prunezero.report.search_file import read_asked
-from prunezero.report.tracked import baseline_row, shown
+from prunezero.report.runs.search_file import FILE as SEARCH_FILE
+from prunezero.report.runs.search_file import read_asked
+from prunezero.report.tracking.search_records import baseline_row, shown
 from prunezero.searching.experiment.budgets import seeds_of, windows_of
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.session import Session

@@ -14,7 +14,7 @@ from prunezero.errors import RecipeError, shell_word
 
 if TYPE_CHECKING:
     from prunezero.pruning.testbed import Bench, Settings
-    from prunezero.report.search_file import Asked
+    from prunezero.report.runs.search_file import Asked
     from prunezero.searching.evaluation.rungs import Judges
     from prunezero.searching.workers.worker import Plan
 
@@ -62,8 +62,8 @@ def asked(ctx: typer.Context, folder: Path | None) -> tuple[Asked, Settings]:
     Raises:
         PruneZeroError: options that are faulty, or other than those the search was begun under.
     """
-    from prunezero.report.beginnings import rules_of
-    from prunezero.report.search_file import asked_for, goes_on, read_asked
+    from prunezero.report.runs.search_file import asked_for, goes_on, read_asked
+    from prunezero.report.runs.warm_start import rules_of
 
     before = None if folder is None else read_asked(folder)
     if folder is None or before is None:

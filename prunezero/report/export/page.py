@@ -18,8 +18,8 @@ from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.pruning.recipes.recipe import with_patterns
-from prunezero.report.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
-from prunezero.report.page_text import check_page, exchange, parts
+from prunezero.report.export.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
+from prunezero.report.export.page_text import check_page, exchange, parts
 from prunezero.report.quoting import python_docstring, python_string, python_strings
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")

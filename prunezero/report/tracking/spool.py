@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prunezero.files.atomic import replace_bytes
-from prunezero.report.records import RunRecord, record_from_line, record_to_line
+from prunezero.report.tracking.records import RunRecord, record_from_line, record_to_line
 
 
 class Spool:

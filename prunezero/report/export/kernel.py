@@ -18,9 +18,9 @@ from prunezero.files.atomic import write_text
 from prunezero.formula.code import split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, Feature
-from prunezero.report.export import PrunerFields, paragraphs
-from prunezero.report.page_lines import FEATURE_LINES
-from prunezero.report.page_text import check_page
+from prunezero.report.export.page import PrunerFields, paragraphs
+from prunezero.report.export.page_lines import FEATURE_LINES
+from prunezero.report.export.page_text import check_page
 from prunezero.scoring.kernels.source import Plan, plan
 
 # Of the generated kernels, those that a score needs.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunezero.report.page_parts import (
+from prunezero.report.export.page_parts import (
     RefusalError,
     check_text,
     fits,

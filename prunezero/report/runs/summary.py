@@ -17,9 +17,9 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.measured_rows import is_result
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Settings
-from prunezero.report.plots import pareto_front
+from prunezero.report.plots.plots import pareto_front
 from prunezero.report.quoting import latex_text
-from prunezero.report.search_file import Asked, read_asked
+from prunezero.report.runs.search_file import Asked, read_asked
 from prunezero.searching.evaluation.evaluator import Question
 from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.experiment.baselines import rivals
