@@ -21,7 +21,7 @@ from typing import Any
 
 from rows import append, read
 
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import SPLITS, Stand, finite_row
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
@@ -95,7 +95,7 @@ def measure(
     if not missing:
         return
     bench = set_up(arguments.model, "demo", settings, dtype=arguments.dtype)
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     stand = Stand(bench, bench.statistics(layers, dense_sums([one for one, _ in missing])))
     for recipe, sparsity in missing:
         row = finite_row(stand.row(recipe, sparsity, SPLITS)) | conditions

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from prunezero.errors import ScoreError
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import GLANCE, Stand
 from prunezero.pruning.testbed import Settings, set_up
 from prunezero.searching.evaluation.rung_correlation import kendall_tau
@@ -44,7 +44,7 @@ def main() -> None:
     )
     space = SearchSpace.load("formulas")
     task = make_task(space, arguments.sparsity, pattern=arguments.pattern)
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     sums = ladder_sums(space.features, with_gradients=True)
     statistics = bench.statistics(layers, sums)
     stand = Stand(bench, statistics, splits=("search",))

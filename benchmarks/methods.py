@@ -22,7 +22,7 @@ from typing import Any
 
 from rows import append, read
 
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import SPLITS, Stand, finite_row
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
@@ -86,7 +86,7 @@ def measure(model: str, settings: Settings, allocate: str, path: Path) -> None:
     if not missing and key_of(dense_head) in done:
         return
     bench = set_up(model, "demo", settings, dtype="float32")
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     sums = bench.statistics(layers, dense_sums([recipe for recipe, _ in missing]), told)
     stand = Stand(bench, sums)
     if key_of(dense_head) not in done:

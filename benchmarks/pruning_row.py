@@ -17,7 +17,7 @@ import torch
 from rivals_in_torch import prune_block_by_block
 from seconds_and_memory import measured
 
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.evaluation import evaluate
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model, save_model
@@ -68,7 +68,7 @@ def prune_here(job: Row) -> Row:
 
     def from_the_dense_model() -> None:
         once = with_choices(recipe, statistics="dense")
-        layers = find_layers(model.model)
+        layers = find_linears(model.model)
         sums = calibrate(model, windows, layers, dense_sums([once]))
         prune(model, once, sparsity, statistics=sums, windows=windows)
 
@@ -102,7 +102,7 @@ def windows_of(job: Row, split: str) -> torch.Tensor:
 
 def quality(job: Row, model: LanguageModel) -> Row:
     """What every contender is judged by: the zeros in its layers, and perplexity on test text."""
-    weights = [layer.weight for layer in find_layers(model.model)]
+    weights = [layer.weight for layer in find_linears(model.model)]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return {
         "sparsity_reached": zeros / sum(weight.numel() for weight in weights),

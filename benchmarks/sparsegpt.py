@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.pruning.prune import prune_layers
 from prunezero.pruning.recipes.recipe import Recipe
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = Settings(calibration_tokens=arguments.calibration_tokens)
     bench = set_up(arguments.model, "demo", settings, device=arguments.device)
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     layers = [layer for layer in layers if layer.block < (arguments.blocks or len(layers))]
     statistics = bench.statistics(layers, {"gram"})
     recipe = with_choices(Recipe.load("sparsegpt"), pattern=arguments.pattern)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _timed(
-    recipe: Recipe, layers: list[Layer], statistics: dict[str, Statistics]
+    recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]
 ) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
     """Shortest seconds of each way over the layers of one block, and the weights that it leaves."""
     dense = DenseWeights(layers)
@@ -101,18 +101,18 @@ def _timed(
     return seconds, found
 
 
-def _wait(layers: list[Layer]) -> None:
+def _wait(layers: list[Linear]) -> None:
     if layers[0].weight.is_cuda:
         torch.cuda.synchronize()
 
 
-def _ours(recipe: Recipe, layers: list[Layer], statistics: dict[str, Statistics]) -> None:
+def _ours(recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]) -> None:
     for layer in layers:
         statistics[layer.name].memo.clear()
     prune_layers(recipe, layers, statistics, {layer.name: 0.5 for layer in layers})
 
 
-def _published(recipe: Recipe, layers: list[Layer], statistics: dict[str, Statistics]) -> None:
+def _published(recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]) -> None:
     pattern = parse_pattern(recipe.pattern)
     for layer in layers:
         known = statistics[layer.name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
@@ -94,7 +94,7 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
         env={**os.environ, "PYTHONPATH": ""},
     )
     assert finished.returncode == 0, finished.stderr
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     statistics = bench.statistics(layers, dense_sums([recipe]))
     prune(bench.language_model, recipe, 0.5, statistics=statistics)
     theirs = torch.load(searched / "masks.pt")

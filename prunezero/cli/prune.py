@@ -32,7 +32,7 @@ from prunezero.cli.quantities import bytes_of
 from prunezero.errors import OutputError
 
 if TYPE_CHECKING:
-    from prunezero.models.anatomy.linears import Layer
+    from prunezero.models.anatomy.linears import Linear
     from prunezero.models.saving.save import SavedSparsity
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.testbed import Bench
@@ -189,7 +189,7 @@ def _save(
     bench: Bench,
     recipe: Recipe,
     rows: Sequence[dict[str, Any]],
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     output: Path,
 ) -> float:
     """Save what is on the bench, and print what was saved; the sparsity counted in the files.

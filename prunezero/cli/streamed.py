@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunezero.cli.tables import Bars
-    from prunezero.models.anatomy.linears import Layer
+    from prunezero.models.anatomy.linears import Linear
     from prunezero.models.streaming.streamed_model import StreamedModel
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.streamed import StreamedOutcome
@@ -102,7 +102,7 @@ def prune_files(
 def _checked_estimates(
     streamed: StreamedModel,
     recipe: Recipe,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     ids: Tensor,
     measured: Mapping[str, Tensor],
     limit: int,

@@ -187,12 +187,12 @@ def say_about(benches: Sequence[Bench]) -> None:
 
 def _about_model(bench: Bench) -> str:
     """One line on the model at hand."""
-    from prunezero.models.anatomy.linears import find_layers, uncalled_layers
+    from prunezero.models.anatomy.linears import find_linears, uncalled_linears
 
     loaded = bench.language_model
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
-    layers = len(find_layers(loaded.model))
-    uncalled = uncalled_layers(loaded.model)
+    layers = len(find_linears(loaded.model))
+    uncalled = uncalled_linears(loaded.model)
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in uncalled}))
     left = f"; {len(uncalled)} more ({kinds}) are never called, and left alone" if uncalled else ""
     return (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.formula.features import dearest
-from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.observing.calibration import Progress
@@ -93,7 +93,7 @@ class Stand:
             if split in ("validation", GLANCE)
         }
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
-        self._dense = DenseWeights(find_layers(bench.language_model.model))
+        self._dense = DenseWeights(find_linears(bench.language_model.model))
 
     def redrawn(self, bench: Bench, statistics: Mapping[str, Statistics]) -> Stand:
         """The stand of the same model and text under another draw of calibration text."""
@@ -152,7 +152,7 @@ class Stand:
         recipe. Collects the dense model's sums anew where the recipe looks at them.
         """
         bench = self.bench.reversed()
-        layers = find_layers(
+        layers = find_linears(
             bench.language_model.model, targets=recipe.targets, ignore=recipe.ignore
         )
         return self.redrawn(bench, bench.statistics(layers, dense_sums([recipe])))
@@ -218,7 +218,7 @@ def compare(
         pattern: for all recipes; None leaves each its own.
         statistics: "dense" or "sequential" for all recipes, so that a table never mixes them.
         allocate: a word for all recipes; None leaves each its own.
-        targets: patterns of the layers to prune, as in `find_layers`; None leaves each its own.
+        targets: patterns of the layers to prune, as in `find_linears`; None leaves each its own.
         ignore: patterns of those to leave alone, likewise.
         with_rounding: prune by each recipe that mends weights once more, on the calibration windows
             in reverse order; columns `validation_rounding` and `test_rounding` say by how much
@@ -230,7 +230,7 @@ def compare(
     choices = {"pattern": pattern, "statistics": statistics, "allocate": allocate}
     layers_chosen = {"targets": targets, "ignore": ignore}
     changed = [with_choices(recipe, **choices, **layers_chosen) for recipe in recipes]
-    layers: dict[str, Layer] = {}
+    layers: dict[str, Linear] = {}
     for recipe in changed:
         fraction = settled_sparsity(recipe.pattern, sparsity)
         found = check_recipe(bench.language_model, recipe, fraction)

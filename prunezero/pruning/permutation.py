@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import SelectionError, did_you_mean
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.editing.permuting import Folding, consumer_order, fold, producer_order
 from prunezero.pruning.recipes.words import Choice
 from prunezero.scoring.request import Pattern
@@ -97,7 +97,7 @@ def simulated_mask(scores: Tensor, pattern: Pattern, method: str) -> Tensor:
 
 def permute_block(
     foldings: Sequence[Folding],
-    score_of: Callable[[Layer], Tensor],
+    score_of: Callable[[Linear], Tensor],
     pattern: Pattern,
     choice: Choice,
 ) -> dict[str, Orders]:

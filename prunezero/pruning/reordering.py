@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from prunezero.errors import RecipeError
-from prunezero.models.anatomy.linears import Layer, matching
+from prunezero.models.anatomy.linears import Linear, matching
 from prunezero.models.editing.permuting import Folding, find_foldings, refusals
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.permutation import permute_block, simulated_mask
@@ -26,7 +26,7 @@ class Reordering:
     """
 
     def __init__(
-        self, language_model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]
+        self, language_model: LanguageModel, recipe: Recipe, layers: Sequence[Linear]
     ) -> None:
         """Find what can be moved.
 
@@ -45,8 +45,8 @@ class Reordering:
         if not self.simulates:
             self._find(language_model, [layer for layer in layers if layer.name in self._wanted])
 
-    def _find(self, language_model: LanguageModel, layers: list[Layer]) -> None:
-        by_block: dict[int, list[Layer]] = defaultdict(list)
+    def _find(self, language_model: LanguageModel, layers: list[Linear]) -> None:
+        by_block: dict[int, list[Linear]] = defaultdict(list)
         for layer in layers:
             by_block[layer.block].append(layer)
         for block, inside in by_block.items():
@@ -73,7 +73,7 @@ class Reordering:
     def move(
         self,
         block: int,
-        score_of: Callable[[Layer], Tensor],
+        score_of: Callable[[Linear], Tensor],
         statistics: dict[str, Statistics],
     ) -> None:
         """Fold the orders that keep the most into one block; its statistics are replaced.
@@ -96,7 +96,7 @@ class Reordering:
                 )
 
     def simulated(
-        self, layers: Sequence[Layer], score_of: Callable[[Layer], Tensor]
+        self, layers: Sequence[Linear], score_of: Callable[[Linear], Tensor]
     ) -> Mapping[str, Tensor]:
         """The masks of layers that would be permuted, by name; empty where nothing is simulated."""
         if not self.simulates or self._pattern is None:
@@ -108,7 +108,7 @@ class Reordering:
         }
 
 
-def _wanted(recipe: Recipe, layers: Sequence[Layer]) -> set[str]:
+def _wanted(recipe: Recipe, layers: Sequence[Linear]) -> set[str]:
     """Names of the pruned layers that the recipe permutes, if they can be."""
     patterns = recipe.permute.options.model_dump()["layers"]
     if not patterns:

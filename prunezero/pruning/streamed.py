@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError, RecipeError
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.saving.resumable import UnfinishedCheckpoint
 from prunezero.models.saving.save import count_sparsity, stored_layers
@@ -121,7 +121,7 @@ class _Plan:
     streamed: StreamedModel
     recipe: Recipe
     sparsity: float
-    layers: list[Layer]
+    layers: list[Linear]
     ratios: Mapping[str, float]
     sums: frozenset[str]
     windows: Tensor | None
@@ -242,7 +242,7 @@ def checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
     return sums
 
 
-def _refuse_new_biases(recipe: Recipe, layers: list[Layer]) -> None:
+def _refuse_new_biases(recipe: Recipe, layers: list[Linear]) -> None:
     without = [layer.name for layer in layers if layer.bias is None]
     if "bias" in recipe.updates and without:
         raise RecipeError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prunezero.files.cache import cache_dir
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import Progress, calibrate
@@ -108,7 +108,7 @@ class Bench:
         return cut.flip(0) if split == "calibration" and self.is_reversed else cut
 
     def statistics(
-        self, layers: Sequence[Layer], sums: Iterable[str], progress: Progress | None = None
+        self, layers: Sequence[Linear], sums: Iterable[str], progress: Progress | None = None
     ) -> dict[str, Statistics]:
         """Sums of the dense model by layer name, from the cache where they are known already.
 

@@ -76,7 +76,7 @@ def make_task(
             formulas that it cannot write.
         from_scratch: whether it starts without published formulas.
         strategy: who proposes rules, see `strategies/catalogue.py`.
-        targets: patterns of the layers to prune, as in `find_layers`.
+        targets: patterns of the layers to prune, as in `find_linears`.
         ignore: patterns of those to leave alone.
 
     Raises:
@@ -283,7 +283,7 @@ def find(
         start: rules to begin with, beside published formulas.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         strategy: who proposes rules, see `strategies/catalogue.py`.
-        targets: patterns of the layers to prune, as in `find_layers`.
+        targets: patterns of the layers to prune, as in `find_linears`.
         ignore: patterns of those to leave alone.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.permuting import (
     CHANGED,
     STREAM,
@@ -38,8 +38,8 @@ EXPECTED: dict[str, Found] = {
 }
 
 
-def layers_of(model: LanguageModel, block: int) -> list[Layer]:
-    return [layer for layer in find_layers(model.model) if layer.block == block]
+def layers_of(model: LanguageModel, block: int) -> list[Linear]:
+    return [layer for layer in find_linears(model.model) if layer.block == block]
 
 
 def with_random_biases(model: LanguageModel) -> LanguageModel:
@@ -164,7 +164,7 @@ def test_biases_move_with_their_rows_and_other_rows_stay(family: str) -> None:
 
 def test_producers_are_found_where_only_the_consumer_is_given() -> None:
     model = tiny_model("llama")
-    consumer = find_layers(model.model, targets=["layers.1.mlp.down_proj"])
+    consumer = find_linears(model.model, targets=["layers.1.mlp.down_proj"])
     (folding,) = find_foldings(model, consumer)
     assert [layer.name for layer, _ in folding.producers] == [
         "model.layers.1.mlp.gate_proj",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError, OutputError
-from prunezero.models.anatomy.linears import find_blocks, find_layers
+from prunezero.models.anatomy.linears import find_blocks, find_linears
 from prunezero.models.evaluation import evaluate
 from prunezero.models.loading.language_model import wrap_model
 from prunezero.models.loading.load import load_model, local_folder
@@ -61,8 +61,8 @@ def test_a_walk_over_streamed_blocks_equals_the_walk_over_the_loaded_model(
     whole = load_model(str(folder), dtype=dtype, device="cpu")
     assert streamed.language_model.dtype == whole.dtype
     with streamed.outlined():
-        layers = find_layers(streamed.language_model.model)
-    known = find_layers(whole.model)
+        layers = find_linears(streamed.language_model.model)
+    known = find_linears(whole.model)
     assert [layer.name for layer in layers] == [layer.name for layer in known]
     with streamed.outside(), streamed.block(0):
         walk = BlockWalk(streamed.language_model, tiny_batches())
@@ -206,7 +206,7 @@ def test_an_index_that_promises_too_much_is_refused(tmp_path: Path) -> None:
 def test_weights_on_the_meta_device_are_still_refused_elsewhere(tmp_path: Path) -> None:
     streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
     with pytest.raises(ModelError, match="offloaded or not loaded"):
-        find_layers(streamed.language_model.model)
+        find_linears(streamed.language_model.model)
     with pytest.raises(ModelError, match="offloaded or not loaded"):
         wrap_model(streamed.language_model.model, tiny_tokenizer(), name="streamed")
 
@@ -224,7 +224,7 @@ def test_the_memory_need_adds_up_weights_sums_and_states(tmp_path: Path) -> None
         save_tiny_model("llama", tmp_path, tie_word_embeddings=False), device="cpu"
     )
     with streamed.outlined():
-        layers = find_layers(streamed.language_model.model)
+        layers = find_linears(streamed.language_model.model)
     need = memory_need(streamed, layers, ["gram", "input_square_sum"], tiny_batches(3, 16))
     assert need.outside == 4 * (2 * VOCABULARY * HIDDEN + HIDDEN)
     # q and o, k and v with half the heads, three of the perceptron, two norms

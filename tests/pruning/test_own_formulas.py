@@ -10,7 +10,7 @@ import torch
 
 from prunezero.errors import ModelError, RecipeError
 from prunezero.formula import Criterion
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.prune import prune
@@ -31,7 +31,7 @@ def recipe(criteria: dict[str, str] | None = None, **choices: Any) -> Recipe:
 def pruned(chosen: Recipe) -> dict[str, torch.Tensor]:
     """The weights of the tiny model after it, by layer name."""
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     known = calibrate(model, BATCHES, layers, dense_sums([chosen]))
     prune(model, chosen, 0.5, statistics=known, windows=BATCHES)
     return {layer.name: layer.weight.clone() for layer in layers}
@@ -87,7 +87,7 @@ def test_it_needs_what_all_its_formulas_look_at() -> None:
 def test_its_row_of_results_names_them() -> None:
     bench = tiny_bench()
     chosen = recipe({"down_proj": "abs(W)*X"})
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     stand = Stand(bench, bench.statistics(layers, dense_sums([chosen])))
     row = stand.row(chosen, 0.5, ("validation",))
     assert row["formula"] == "abs(W)" and row["criteria"] == "down_proj: abs(W)*X"

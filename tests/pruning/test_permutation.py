@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ScoreError, SelectionError
-from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.permuting import Folding, Heads, find_foldings
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS, BlockWalk
@@ -186,12 +186,12 @@ def test_a_simulated_mask_keeps_more_score_and_as_many_weights() -> None:
     assert kept > retained_by_numpy(scores, TWO_OF_FOUR)
 
 
-def magnitude(layer: Layer) -> Tensor:
+def magnitude(layer: Linear) -> Tensor:
     return layer.weight.float().abs()
 
 
 def foldings_of(model: LanguageModel, block: int) -> list[Folding]:
-    inside = [layer for layer in find_layers(model.model) if layer.block == block]
+    inside = [layer for layer in find_linears(model.model) if layer.block == block]
     return find_foldings(model, inside)
 
 
@@ -231,7 +231,7 @@ def test_the_mask_of_a_permuted_layer_is_two_of_four_in_memory() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_orders_bring_statistics_to_what_the_moved_layers_see(family: str) -> None:
     model = tiny_model(family)
-    layers = [layer for layer in find_layers(model.model) if layer.block == 0]
+    layers = [layer for layer in find_linears(model.model) if layer.block == 0]
     seen = BlockWalk(model, tiny_batches()).observe(0, layers, FORWARD_SUMS)
     choice = chosen("permute", "assignment")
     moved = permute_block(foldings_of(model, 0), magnitude, TWO_OF_FOUR, choice)
@@ -284,7 +284,9 @@ def test_a_layer_may_read_the_channels_of_one_folding_and_make_those_of_another(
     torch.manual_seed(0)
     modules = [nn.Linear(8, 16), nn.Linear(16, 24), nn.Linear(24, 8)]
     chain = nn.Sequential(modules[0], nn.ReLU(), modules[1], nn.ReLU(), modules[2])
-    first, second, third = (Layer(name, m, 0, name) for name, m in zip("abc", modules, strict=True))
+    first, second, third = (
+        Linear(name, m, 0, name) for name, m in zip("abc", modules, strict=True)
+    )
     foldings = [Folding(second, ((first, 0),), None), Folding(third, ((second, 0),), None)]
     inputs = torch.randn(5, 8)
     dense, before = chain(inputs).detach(), second.weight.clone()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.evaluation import evaluate
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
@@ -46,7 +46,7 @@ def test_the_plain_loop_and_prunezero_leave_the_same_model(
     rivals = script("rivals_in_torch")
     rivals.prune_block_by_block(plain.model, windows, method, sparsity, kept)
     different = zeros = total = 0
-    for mine, other in zip(find_layers(ours.model), find_layers(plain.model), strict=True):
+    for mine, other in zip(find_linears(ours.model), find_linears(plain.model), strict=True):
         removed = mine.weight == 0, other.weight == 0
         assert int(removed[0].sum()) == int(removed[1].sum()), mine.name
         different += int((removed[0] != removed[1]).sum())

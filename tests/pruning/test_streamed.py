@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunezero.errors import ModelError, OutputError, RecipeError, SelectionError, TextError
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import calibrate
 from prunezero.models.saving.mirror import Mirror
@@ -90,7 +90,7 @@ def digests(folder: Path) -> dict[str, str]:
 def assert_streamed_as_in_memory(folder: Path, dtype: str, chosen: Recipe, work: Path) -> None:
     result = run(folder, work / "streamed", chosen, dtype)
     whole = load_model(str(folder), dtype=dtype, device="cpu")
-    layers = find_layers(whole.model, targets=chosen.targets)
+    layers = find_linears(whole.model, targets=chosen.targets)
     known = calibrate(whole, WINDOWS, layers, dense_sums([chosen]))
     expected = prune(whole, chosen, 0.5, statistics=known, windows=WINDOWS)
     save_model(whole, work / "in memory", files={"recipe.yaml": chosen.to_yaml()})
@@ -152,7 +152,7 @@ def test_the_files_keep_the_dtype_of_the_source(tmp_path: Path) -> None:
     assert {value.dtype for value in after.values()} == {torch.float16}
     # Worked in float32: a mask chosen in memory in that dtype is the same.
     whole = load_model(str(tmp_path / "dense"), dtype="float32", device="cpu")
-    first = find_layers(whole.model, targets=["re:layers.0.*q_proj"])[0]
+    first = find_linears(whole.model, targets=["re:layers.0.*q_proj"])[0]
     prune(whole, RECIPES["mended"], 0.5, windows=WINDOWS)
     assert torch.equal(after[f"{first.name}.weight"], first.weight.half())
 

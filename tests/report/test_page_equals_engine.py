@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunezero.errors import OutputError, PruneZeroError, RecipeError
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.prune import prune
@@ -137,7 +137,7 @@ def bare_stand(dtype: torch.dtype, seed: int) -> Stand:
         parameter.requires_grad_(False)
         values = coarse(*parameter.shape, generator=generator)
         parameter.copy_(values if place % 3 else values + torch.randn(values.shape))
-    layers = find_layers(network)
+    layers = find_linears(network)
     statistics = {one.name: seen(one, generator, tokens=3 + 30 * (seed % 2)) for one in layers}
     if seed % 2:
         for known in statistics.values():
@@ -160,7 +160,7 @@ def tiny_stand(family: str, dtype: torch.dtype) -> Stand:
     model = LanguageModel(
         language_model.model, None, family, f"{family} {dtype}", dtype, torch.device("cpu")
     )
-    windows, layers = tiny_batches(3, 12), find_layers(language_model.model)
+    windows, layers = tiny_batches(3, 12), find_linears(language_model.model)
     return Stand(model, calibrate(model, windows, layers, SUMS), windows)
 
 

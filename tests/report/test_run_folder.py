@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import with_choices
 from prunezero.report.export.saved_model import save_pruned
@@ -76,7 +76,7 @@ def test_a_pruned_model_without_a_perplexity_is_saved_with_a_report_that_is_json
     tmp_path: Path,
 ) -> None:
     bench = tiny_bench()
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     rows = [row(recipe="dense"), row(test_perplexity=math.nan, kl=math.inf)]
     save_pruned(bench, Recipe.load("wanda"), rows, layers, tmp_path / "out")
     report = (tmp_path / "out" / "report.json").read_text()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunezero.errors import OutputError
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
@@ -22,7 +22,7 @@ WANDA = Recipe.load("wanda")
 
 def pruned(bench: Bench) -> list[dict[str, object]]:
     """Prune the model on the bench by Wanda, and keep it so."""
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     stand = Stand(bench, bench.statistics(layers, dense_sums([WANDA])))
     return [stand.dense_row(("test",)), stand.row(WANDA, 0.5, ("test",), keep=True)]
 
@@ -33,7 +33,7 @@ def test_it_prunes_saves_and_reloads_with_equal_logits(family: str, tmp_path: Pa
 
     bench = tiny_bench(family)
     rows = pruned(bench)
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     saved = save_pruned(bench, WANDA, rows, layers, tmp_path / "pruned")
     assert (saved.sparsity, saved.negative_zeros) == (0.5, 0)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32).eval()
@@ -50,7 +50,7 @@ def test_it_prunes_saves_and_reloads_with_equal_logits(family: str, tmp_path: Pa
 def test_a_second_save_into_the_same_folder_is_refused(tmp_path: Path) -> None:
     bench = tiny_bench()
     rows = pruned(bench)
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     save_pruned(bench, WANDA, rows, layers, tmp_path / "pruned")
     with pytest.raises(OutputError, match="not empty"):
         save_pruned(bench, WANDA, rows, layers, tmp_path / "pruned")

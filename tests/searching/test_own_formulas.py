@@ -11,7 +11,7 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.runs.summary import latex_of_front
 from prunezero.report.runs.warm_start import rules_of
@@ -38,7 +38,7 @@ OWN = {"down_proj": "abs(W)", "q_proj": "abs(W)*sqrt(G)"}
 
 
 def task_of(sparsity: float | None = 0.5, pattern: str = "free", **space: Any) -> Task:
-    layers = find_layers(tiny_model().model)
+    layers = find_linears(tiny_model().model)
     fields = {"criteria": ["q_proj", "down_proj", "c_attn"], **space}
     return make_task(tiny_space(**fields), sparsity, pattern=pattern).on(layers)
 
@@ -54,7 +54,7 @@ def test_kinds_that_the_model_lacks_and_those_taken_already_are_left_out() -> No
     twice = task_of(criteria=["mlp.down_proj", "down_proj", "re:self_attn"])
     assert twice.criteria == ("mlp.down_proj", "re:self_attn")
     both = make_task(tiny_space(criteria=["q_proj", "c_attn"]), 0.5).on(
-        find_layers(tiny_model().model), find_layers(tiny_model("gpt2").model)
+        find_linears(tiny_model().model), find_linears(tiny_model("gpt2").model)
     )
     assert both.criteria == ()
 
@@ -63,7 +63,7 @@ def test_kinds_that_the_model_lacks_and_those_taken_already_are_left_out() -> No
 def test_the_space_of_projections_names_each_kind_of_every_family(name: str) -> None:
     space = SearchSpace.load(name)
     for family in ("llama", "gpt2", "opt"):
-        layers = find_layers(tiny_model(family).model)
+        layers = find_linears(tiny_model(family).model)
         task = make_task(space, None, pattern="2:4").on(layers)
         named = {layer.name for layer in layers for kind in task.criteria if kind in layer.name}
         assert named == {layer.name for layer in layers}
@@ -180,7 +180,7 @@ def test_the_mask_on_the_probe_is_that_of_all_formulas(tmp_path: Path) -> None:
 
 
 def test_a_layer_of_each_kind_is_on_the_probe() -> None:
-    layers = find_layers(tiny_model(num_hidden_layers=8).model)
+    layers = find_linears(tiny_model(num_hidden_layers=8).model)
     weight = torch.ones(2, 4)
     samples = [Sample(one.name, {"W": weight}, None, torch.ones(2)) for one in layers]
     usual = {sample.name for sample in probe_of(samples)}
@@ -273,14 +273,14 @@ def test_a_search_finds_them_goes_on_and_hands_them_on(tmp_path: Path) -> None:
     assert [one.rule.text for one in again] == [one.rule.text for one in whole]
     assert [one.layer_error for one in again] == [one.layer_error for one in whole]
 
-    task = make_task(space, 0.5).on(find_layers(tiny_model().model))
+    task = make_task(space, 0.5).on(find_linears(tiny_model().model))
     recipe = task.recipe(own[0].rule, "mine")
     recipe.save(tmp_path / "mine.yaml")
     start = rules_of(str(tmp_path / "mine.yaml"), tmp_path)
-    begun = make_task(space, 0.5, start=start).on(find_layers(tiny_model().model))
+    begun = make_task(space, 0.5, start=start).on(find_linears(tiny_model().model))
     assert begun.seeds[0] == own[0].rule
     # Another space, or a model without those layers, begins with its formula alone.
     bare = own[0].rule.with_own({})
     assert make_task(tiny_space(), 0.5, start=start).seeds[0] == bare
-    other = make_task(space, 0.5, start=start).on(find_layers(tiny_model("gpt2").model))
+    other = make_task(space, 0.5, start=start).on(find_linears(tiny_model("gpt2").model))
     assert other.seeds[0] == bare

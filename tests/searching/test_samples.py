@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunezero.formula.criterion import Criterion
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
@@ -23,7 +23,7 @@ FORMULAS = [Criterion.parse(text) for text in ("abs(W)*X", "W**2*minmax(G)", "ab
 def samples_of(dtype: torch.dtype = torch.float32) -> list[Sample]:
     bench = tiny_bench()
     bench.language_model.model.to(dtype)
-    layers = find_layers(bench.language_model.model)
+    layers = find_linears(bench.language_model.model)
     sums = ladder_sums(FEATURES, with_gradients=True)
     return sample_rows(layers, bench.statistics(layers, sums), FEATURES)
 

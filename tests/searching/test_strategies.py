@@ -16,7 +16,7 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.feature_values import feature
@@ -277,7 +277,7 @@ def test_another_choice_is_another_recipe_and_never_the_parents_own_in_other_wor
 
 def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
     space = tiny_space(ratios=["q_proj", "c_attn", "down_proj"], choices={})
-    layers = find_layers(tiny_model().model)
+    layers = find_linears(tiny_model().model)
     task = make_task(space, 0.5).on(layers)
     assert task.ratios == ("q_proj", "down_proj")
     parent = Candidate(0, 0, PLANTED, "seed", (), "new", {"compare": "model"})
@@ -304,7 +304,7 @@ def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
 
 def test_no_shares_are_moved_where_a_pattern_fixes_them() -> None:
     space = tiny_space(ratios=["q_proj"])
-    layers = find_layers(tiny_model().model)
+    layers = find_linears(tiny_model().model)
     assert make_task(space, None, pattern="2:4").on(layers).ratios == ()
     assert make_task(space, 0.7, also="2:4").on(layers).ratios == ()
     assert make_task(space, 0.7, also="0.5").on(layers).ratios == ("q_proj",)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.linears import Layer, find_blocks, find_layers
+from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.hooks import removing
 from prunezero.models.observing.walk import hidden_of, split_call
@@ -40,9 +40,9 @@ class BlockProbe:
 
     block: nn.Module
     """the copy"""
-    layers: dict[str, Layer]
+    layers: dict[str, Linear]
     """those of the copy, under their names in the model"""
-    originals: dict[str, Layer]
+    originals: dict[str, Linear]
     """those of the model"""
     state: Tensor
     """random hidden states in front of the block"""
@@ -91,7 +91,7 @@ def probe_block(
     twin = copy.deepcopy(block).float()
     paths = {module: path for path, module in block.named_modules()}
     originals = {
-        layer.name: layer for layer in find_layers(language_model.model) if layer.block == index
+        layer.name: layer for layer in find_linears(language_model.model) if layer.block == index
     }
     layers = {
         name: replace(layer, module=twin.get_submodule(paths[layer.module]))
@@ -104,7 +104,7 @@ def probe_block(
     ), logits
 
 
-def _randomize(layer: Layer, generator: torch.Generator) -> None:
+def _randomize(layer: Linear, generator: torch.Generator) -> None:
     """Weights and biases that keep the size of their inputs."""
     layer.weight.normal_(std=layer.weight.shape[1] ** -0.5, generator=generator)
     if layer.bias is not None:

@@ -24,7 +24,7 @@ _UNCALLED = "_prunezero_uncalled"
 
 
 @dataclass(frozen=True)
-class Layer:
+class Linear:
     """One weight matrix that may be pruned."""
 
     name: str
@@ -50,7 +50,7 @@ class Layer:
         return bias.detach() if isinstance(bias, Tensor) else None
 
 
-def is_layer(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear map: nn.Linear or transformers' Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
@@ -75,12 +75,12 @@ def block_prefix(model: nn.Module) -> str:
     return _block_list(model)[0]
 
 
-def find_layers(
+def find_linears(
     model: nn.Module, *, targets: Sequence[str] = (), ignore: Sequence[str] = ()
-) -> list[Layer]:
+) -> list[Linear]:
     """The prunable layers inside the decoder blocks, in the order of the model.
 
-    Never embeddings, norms, routers, the output head, or what `uncalled_layers` names; a shared
+    Never embeddings, norms, routers, the output head, or what `uncalled_linears` names; a shared
     weight appears once.
 
     Args:
@@ -93,9 +93,9 @@ def find_layers(
         ModelError: a pattern matches nothing, nothing is left, or the model is a mixture of experts
             with fused weights.
     """
-    layers = _all_layers(model)
+    layers = _all_linears(model)
     names = [layer.name for layer in layers]
-    _refuse_uncalled(targets, names, uncalled_layers(model))
+    _refuse_uncalled(targets, names, uncalled_linears(model))
     wanted = [_matcher(pattern, names, names) for pattern in targets]
     modules = [name for name, _ in model.named_modules()]
     unwanted = [_matcher(pattern, modules, names) for pattern in ignore]
@@ -144,7 +144,7 @@ def note_calls(model: nn.Module, run: Callable[[], object]) -> None:
             handle.remove()
 
 
-def uncalled_layers(model: nn.Module) -> tuple[str, ...]:
+def uncalled_linears(model: nn.Module) -> tuple[str, ...]:
     """Names of layers that the forward pass never calls, though it may read their weights.
 
     No input of theirs can be seen, so they are left alone; `note_calls` has found them.
@@ -164,8 +164,8 @@ def _refuse_uncalled(targets: Sequence[str], names: list[str], uncalled: Sequenc
             )
 
 
-def matching(pattern: str, layers: Sequence[Layer]) -> set[str]:
-    """Names of the layers that a pattern matches; patterns are written as in `find_layers`.
+def matching(pattern: str, layers: Sequence[Linear]) -> set[str]:
+    """Names of the layers that a pattern matches; patterns are written as in `find_linears`.
 
     Raises:
         ModelError: it matches none.
@@ -186,7 +186,7 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         inside = any(name.startswith(outer + ".") for outer, _ in found)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
             equal = len({type(block) for block in module}) == 1
-            if equal and "expert" not in name and any(map(is_layer, module.modules())):
+            if equal and "expert" not in name and any(map(is_linear, module.modules())):
                 found.append((name, module))
     if not found:
         raise ModelError(
@@ -196,10 +196,10 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(found, key=lambda entry: len(entry[1]))
 
 
-def _all_layers(model: nn.Module) -> list[Layer]:
+def _all_linears(model: nn.Module) -> list[Linear]:
     prefix, blocks = _block_list(model)
-    layers: list[Layer] = []
-    uncalled = set(uncalled_layers(model))
+    layers: list[Linear] = []
+    uncalled = set(uncalled_linears(model))
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for index, block in enumerate(blocks):
         _refuse_fused_experts(block, f"{prefix}.{index}")
@@ -214,7 +214,7 @@ def _all_layers(model: nn.Module) -> list[Layer]:
             key = (weight.data_ptr(), tuple(weight.shape))
             if key not in seen:
                 seen.add(key)
-                layers.append(Layer(name, module, index, _kind(path, list(inner))))
+                layers.append(Linear(name, module, index, _kind(path, list(inner))))
     return layers
 
 
@@ -222,7 +222,7 @@ def _linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     routed = any("expert" in name for name, _ in block.named_modules())
     for path, module in block.named_modules():
         is_router = routed and path.rsplit(".", 1)[-1] in ROUTERS
-        if is_layer(module) and not is_router:
+        if is_linear(module) and not is_router:
             yield path, module
 
 

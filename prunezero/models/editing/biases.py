@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, StatisticsError
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel, quiet
 from prunezero.models.saving.companions import edit_configuration
 
 
-def open_biases(language_model: LanguageModel, layers: Sequence[Layer]) -> list[str]:
+def open_biases(language_model: LanguageModel, layers: Sequence[Linear]) -> list[str]:
     """The names of the biases that were added, all zero, so that every given layer has one.
 
     A switch of the configuration may be for more layers than were given; they all get a bias. The
@@ -43,7 +43,7 @@ def open_biases(language_model: LanguageModel, layers: Sequence[Layer]) -> list[
 
 
 def refuse_without_bias(
-    language_model: LanguageModel, layers: Sequence[Layer]
+    language_model: LanguageModel, layers: Sequence[Linear]
 ) -> tuple[list[str], set[str]]:
     """Switches of the configuration that give all layers a bias, and the biases that they add.
 
@@ -89,7 +89,7 @@ def note_opened_biases(configuration: Any, folder: Path) -> None:
         edit_configuration(folder, changes, part="text_config" if is_part else "")
 
 
-def compensate(layer: Layer, removed_output: Tensor) -> None:
+def compensate(layer: Linear, removed_output: Tensor) -> None:
     """Add to the layer's bias, in place, what its removed weights gave on average.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import BlockProbe, Trace, logits_of, probe_block
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 
 PROBE_TOKENS = 12
@@ -53,9 +53,9 @@ class Heads(NamedTuple):
 class Folding:
     """A layer whose input channels may be put into another order, and the layers that make them."""
 
-    consumer: Layer
+    consumer: Linear
     """its columns read the channels"""
-    producers: tuple[tuple[Layer, int], ...]
+    producers: tuple[tuple[Linear, int], ...]
     """each with the row at which the channels start in it; a fused layer may stand here twice"""
     heads: Heads | None
     """None: any order of all channels; else any order within a head, the same for all query heads
@@ -125,7 +125,7 @@ def consumer_order(folding: Folding, rows: Tensor) -> Tensor:
     return (within + size * heads).flatten()
 
 
-def find_foldings(language_model: LanguageModel, layers: Sequence[Layer]) -> list[Folding]:
+def find_foldings(language_model: LanguageModel, layers: Sequence[Linear]) -> list[Folding]:
     """The foldings whose consumer is one of the layers, proved by a probe.
 
     The model runs once for the block and once for each folding, on a few tokens; its weights are
@@ -140,13 +140,13 @@ def find_foldings(language_model: LanguageModel, layers: Sequence[Layer]) -> lis
     return [found for found in _examined(language_model, layers) if isinstance(found, Folding)]
 
 
-def refusals(language_model: LanguageModel, layers: Sequence[Layer]) -> dict[str, str]:
+def refusals(language_model: LanguageModel, layers: Sequence[Linear]) -> dict[str, str]:
     """Why the input channels of the others among the layers must stay, by layer name."""
     found = zip(layers, _examined(language_model, layers), strict=True)
     return {layer.name: reason for layer, reason in found if isinstance(reason, str)}
 
 
-def _examined(language_model: LanguageModel, layers: Sequence[Layer]) -> list[Folding | str]:
+def _examined(language_model: LanguageModel, layers: Sequence[Linear]) -> list[Folding | str]:
     """For each layer its folding, or why there is none."""
     if not layers:
         return []
@@ -219,7 +219,7 @@ def _reaching(inputs: Tensor, channel: int, outputs: dict[str, Tensor]) -> dict[
 
 
 def _shared_height(
-    starts: list[tuple[str, int]], layers: dict[str, Layer], channels: int
+    starts: list[tuple[str, int]], layers: dict[str, Linear], channels: int
 ) -> int | None:
     """How many rows make the channels in every producer; None where that differs or cannot be."""
     heights = set()
@@ -272,7 +272,7 @@ def _random_order(folding: Folding, generator: torch.Generator) -> Tensor:
     return consumer_order(folding, torch.cat(rows))
 
 
-def _with_layers(folding: Folding, layers: dict[str, Layer]) -> Folding:
+def _with_layers(folding: Folding, layers: dict[str, Linear]) -> Folding:
     """The same folding of other layers, found by name."""
     producers = tuple((layers[layer.name], start) for layer, start in folding.producers)
     return replace(folding, consumer=layers[folding.consumer.name], producers=producers)

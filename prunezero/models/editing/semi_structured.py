@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, reason
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 
 # The first GPUs with sparse tensor cores, NVIDIA's Ampere.
@@ -24,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 TILE = 16
 
 
-def to_semi_structured(language_model: LanguageModel, layers: Sequence[Layer]) -> int:
+def to_semi_structured(language_model: LanguageModel, layers: Sequence[Linear]) -> int:
     """Exchange the weights of 2:4 layers for torch's semi-structured tensors, in memory only.
 
     Everything is checked before anything is changed. The weights stay the same numbers; sums may
@@ -81,7 +81,7 @@ def first_dense_group(weight: Tensor) -> tuple[int, int] | None:
     return None if not len(rows) else (int(rows[0]), 4 * int(groups[0]))
 
 
-def _check_layer(layer: Layer) -> None:
+def _check_layer(layer: Linear) -> None:
     name, weight = layer.name, layer.weight
     if not isinstance(layer.module, nn.Linear):
         raise ModelError(
@@ -107,7 +107,7 @@ def _check_layer(layer: Layer) -> None:
         )
 
 
-def _converted(layer: Layer) -> Tensor:
+def _converted(layer: Linear) -> Tensor:
     with warnings.catch_warnings():
         # Once per process torch calls these tensors a prototype.
         warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor is in prototype")

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 
 
 class DenseWeights:
     """A copy of the layers' weights and biases, to bring the dense model back afterwards."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Linear]) -> None:
         self._copies = [
             (layer, layer.weight.clone(), None if layer.bias is None else layer.bias.clone())
             for layer in layers

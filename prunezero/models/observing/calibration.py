@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prunezero.errors import PruneZeroWarning, StatisticsError, did_you_mean, reason
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.gradients import gradient_statistics
 from prunezero.models.observing.statistics_cache import (
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 def calibrate(
     language_model: LanguageModel,
     batches: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     sums: Iterable[str],
     *,
     cache: Path | None = None,
@@ -94,7 +94,7 @@ def _known(sums: Iterable[str]) -> frozenset[str]:
 def _forward_statistics(
     language_model: LanguageModel,
     batches: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     sums: frozenset[str],
     tell: Progress,
 ) -> dict[str, Statistics]:
@@ -111,7 +111,7 @@ def _forward_statistics(
 def _gradient_statistics(
     language_model: LanguageModel,
     batches: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     sums: frozenset[str],
     tell: Progress,
 ) -> dict[str, Statistics]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prunezero.errors import PruneZeroWarning, StatisticsError
-from prunezero.models.anatomy.linears import Layer, find_blocks
+from prunezero.models.anatomy.linears import Linear, find_blocks
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.hooks import empty_statistics, removing
 from prunezero.scoring.statistics import SUMS, Statistics
@@ -28,7 +28,7 @@ HIGHEST_ZERO_SHARE = 0.5
 def gradient_statistics(
     language_model: LanguageModel,
     batches: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     sums: frozenset[str],
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -73,7 +73,7 @@ def sequence_loss(model: Any, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _collecting(
-    language_model: LanguageModel, layers: Sequence[Layer], collected: dict[str, Statistics]
+    language_model: LanguageModel, layers: Sequence[Linear], collected: dict[str, Statistics]
 ) -> Iterator[None]:
     """Within it, a backward pass fills the statistics and leaves no gradient behind."""
     model = language_model.model
@@ -107,7 +107,7 @@ def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> None:
         args[0].requires_grad_(True)
 
 
-def _layer_hooks(layer: Layer, statistics: Statistics) -> list[Any]:
+def _layer_hooks(layer: Linear, statistics: Statistics) -> list[Any]:
     sources = {SUMS[name].source for name in statistics.sums}
     handles: list[Any] = []
     if "gradient" in sources:
@@ -131,7 +131,7 @@ def _layer_hooks(layer: Layer, statistics: Statistics) -> list[Any]:
 
 
 def _output_hook(
-    layer: Layer, statistics: Statistics
+    layer: Linear, statistics: Statistics
 ) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
     needs_inputs = any(SUMS[name].with_inputs for name in statistics.sums)
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunezero.errors import StatisticsError, TextError
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.gradients import sequence_loss
 from prunezero.models.text.windows import check_windows
@@ -28,7 +28,7 @@ from prunezero.models.text.windows import check_windows
 def hessian_traces(
     language_model: LanguageModel,
     windows: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     *,
     sequences: int,
     samples: int,
@@ -97,7 +97,7 @@ def curvatures(
 def _draws(
     language_model: LanguageModel,
     windows: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     samples: int,
     seed: int,
 ) -> Iterator[list[float]]:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.scoring.statistics import SUMS, Contribution, Statistics, contribution
 
 
-def empty_statistics(layer: Layer, sums: Iterable[str]) -> Statistics:
+def empty_statistics(layer: Linear, sums: Iterable[str]) -> Statistics:
     """Statistics of nothing yet, of the layer's shape and on its device."""
     rows, columns = layer.weight.shape
     return Statistics.empty(sums, rows, columns, layer.weight.device)
@@ -29,7 +29,7 @@ class Visits:
     text decides which layers run, and how often, all of it has to run.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, stop_early: bool) -> None:
+    def __init__(self, layers: Sequence[Linear], *, stop_early: bool) -> None:
         self._wanted = sorted(layer.name for layer in layers)
         self._reached: list[str] = []
         self._stop_early = stop_early
@@ -53,7 +53,7 @@ class Visits:
 
 @contextmanager
 def observing(
-    layers: list[Layer], collected: dict[str, Statistics], *, stop_early: bool = False
+    layers: list[Linear], collected: dict[str, Statistics], *, stop_early: bool = False
 ) -> Iterator[Visits]:
     """Within it, every forward of the layers adds to their statistics, found by layer name.
 
@@ -80,7 +80,7 @@ def observing(
 
 
 def _adding_inputs(
-    layer: Layer, statistics: Statistics, reuse: _LastContribution, visits: Visits
+    layer: Linear, statistics: Statistics, reuse: _LastContribution, visits: Visits
 ) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         statistics.add(reuse.of(args[0], statistics.sums, layer.name))
@@ -90,7 +90,7 @@ def _adding_inputs(
 
 
 def _adding_outputs(
-    layer: Layer, statistics: Statistics
+    layer: Linear, statistics: Statistics
 ) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         statistics.add_outputs(output, layer=layer.name)

@@ -24,7 +24,7 @@ from prunezero.errors import PruneZeroWarning, StatisticsError, reason
 from prunezero.files.atomic import replace_whole
 from prunezero.files.checked_lines import line_of, record_of
 from prunezero.files.digests import joined_digest, tensor_digest, tensor_digests
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.scoring.statistics import SUMS, Statistics
 
@@ -37,7 +37,7 @@ def cache_folder(
     cache: Path,
     language_model: LanguageModel,
     batches: Tensor,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     text_fingerprint: str,
 ) -> Path:
     """The folder for these sums: its name changes with whatever could change one of them."""
@@ -58,7 +58,7 @@ def cache_folder(
 
 
 def read_sums(
-    folder: Path, layers: Sequence[Layer], names: frozenset[str]
+    folder: Path, layers: Sequence[Linear], names: frozenset[str]
 ) -> dict[str, dict[str, Statistics]]:
     """The named sums that the folder holds: statistics by sum name, then by layer name.
 
@@ -85,7 +85,7 @@ def read_sums(
     return found
 
 
-def _read(path: Path, name: str, layers: Sequence[Layer]) -> dict[str, Statistics]:
+def _read(path: Path, name: str, layers: Sequence[Linear]) -> dict[str, Statistics]:
     """The sums of the layers, on their devices.
 
     Raises:

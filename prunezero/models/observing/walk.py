@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, StatisticsError
-from prunezero.models.anatomy.linears import Layer, find_blocks
+from prunezero.models.anatomy.linears import Linear, find_blocks
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.hooks import StopForwardError, empty_statistics, observing, removing
 from prunezero.models.text.windows import check_windows
@@ -82,7 +82,7 @@ class BlockWalk:
         return tuple(self._states)
 
     def observe(
-        self, index: int, layers: Sequence[Layer], sums: Iterable[str]
+        self, index: int, layers: Sequence[Linear], sums: Iterable[str]
     ) -> dict[str, Statistics]:
         """Statistics of the layers of block `index`, by layer name; the walk does not move.
 
@@ -102,7 +102,7 @@ class BlockWalk:
         self._run(index, [], [], moves=True)
 
     def observe_and_advance(
-        self, index: int, layers: Sequence[Layer], sums: Iterable[str]
+        self, index: int, layers: Sequence[Linear], sums: Iterable[str]
     ) -> dict[str, Statistics]:
         """`observe` and `advance` in one forward pass: both see the same weights."""
         return self._run(index, layers, sums, moves=True)
@@ -123,7 +123,7 @@ class BlockWalk:
             yield
 
     def _run(
-        self, index: int, layers: Sequence[Layer], sums: Iterable[str], *, moves: bool
+        self, index: int, layers: Sequence[Linear], sums: Iterable[str], *, moves: bool
     ) -> dict[str, Statistics]:
         if index != self.position:
             raise StatisticsError(

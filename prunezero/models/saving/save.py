@@ -17,7 +17,7 @@ from torch import Tensor
 from prunezero.errors import ModelError, OutputError, PruneZeroWarning, reason
 from prunezero.files.atomic import follow_umask
 from prunezero.files.places import try_folder
-from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import note_opened_biases
 from prunezero.models.loading.language_model import LanguageModel, quiet
 from prunezero.models.loading.shards import STORED_DTYPES, Shards, StoredTensor
@@ -171,7 +171,7 @@ def check_names(language_model: LanguageModel, *, moves: bool = False) -> None:
     source, name = language_model.source, language_model.name
     if source is None:
         return
-    for layer in find_layers(language_model.model):
+    for layer in find_linears(language_model.model):
         stored = source.dtype_of(f"{layer.name}.weight")
         if stored is None:
             raise ModelError(
@@ -209,7 +209,7 @@ def _save_network(model: Any, folder: Path) -> None:
 
 
 def stored_layers(
-    language_model: LanguageModel, layers: Iterable[Layer], folder: str | Path
+    language_model: LanguageModel, layers: Iterable[Linear], folder: str | Path
 ) -> list[str]:
     """The names that layers have in the files of a folder that the model was saved to.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunezero.files.places import mebibytes as mebibytes
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.observing.hooks import empty_statistics
 from prunezero.models.streaming.streamed_model import StreamedModel
 
@@ -55,7 +55,7 @@ class MemoryNeed:
 
 
 def memory_need(
-    streamed: StreamedModel, layers: Sequence[Layer], sums: Iterable[str], windows: Tensor | None
+    streamed: StreamedModel, layers: Sequence[Linear], sums: Iterable[str], windows: Tensor | None
 ) -> MemoryNeed:
     """What pruning these layers block by block holds in memory, from shapes alone.
 
@@ -83,7 +83,7 @@ def memory_need(
     )
 
 
-def _work(layer: Layer, is_factored: bool) -> int:
+def _work(layer: Linear, is_factored: bool) -> int:
     squared = layer.weight.shape[1] ** 2 if is_factored else 0
     return SCORING_BYTES * layer.weight.numel() + FACTOR_BYTES * squared
 

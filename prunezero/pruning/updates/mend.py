@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prunezero.errors import ModelError, StatisticsError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.editing.biases import compensate
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.updates.admm import refit
@@ -41,7 +41,7 @@ class Work:
 
     recipe: Recipe
     """the choices"""
-    layer: Layer
+    layer: Linear
     """its weight is changed in place"""
     statistics: Statistics | None
     """of the layer"""

@@ -70,7 +70,7 @@ def prune_(
     RefusalError is raised.
     """
     sparsity = settled(sparsity, pattern)
-    layers = find_layers(model.eval())
+    layers = find_linears(model.eval())
     weights = {name: matrix(module) for name, module in layers.items()}
     for name, weight in weights.items():
         check_columns(name, weight.shape[1], pattern)
@@ -218,7 +218,7 @@ def count_tokens(stats: dict[str, Any], source: str, values: Tensor) -> None:
     stats[f"sequences of {source}"] += len(values) if values.dim() == 3 else 1
 
 
-def find_layers(model: Any) -> dict[str, Any]:
+def find_linears(model: Any) -> dict[str, Any]:
     """Linear maps of the decoder blocks by name: no embedding, norm, router or output head."""
     everything, never = linear_maps(model)
     if never:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from prunezero.errors import OutputError
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import Source
 from prunezero.models.saving.companions import places_of_companions
@@ -71,7 +71,7 @@ def save_pruned(
     bench: Bench,
     recipe: Recipe,
     rows: Sequence[dict[str, Any]],
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     folder: Path,
 ) -> SavedSparsity:
     """Save the model on the bench, and count its zeros again from the files.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prunezero.models.anatomy.linears import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.compare import Stand
 from prunezero.pruning.testbed import Bench
@@ -54,7 +54,7 @@ class Post:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
         space = task.space
-        layers = find_layers(bench.language_model.model, targets=task.targets, ignore=task.ignore)
+        layers = find_linears(bench.language_model.model, targets=task.targets, ignore=task.ignore)
         statistics = bench.statistics(layers, sums, progress)
         if stand is None:
             stand = Stand(bench, statistics, splits=("search", "validation", "test"))

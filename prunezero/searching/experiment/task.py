@@ -12,7 +12,7 @@ from prunezero.errors import CriterionError, ModelError
 from prunezero.formula.algebra import multiply, without_factor
 from prunezero.formula.constants import number
 from prunezero.formula.criterion import Criterion
-from prunezero.models.anatomy.linears import Layer, matching
+from prunezero.models.anatomy.linears import Linear, matching
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
 from prunezero.searching.experiment.budgets import Regime
@@ -143,7 +143,7 @@ class Task:
                 found[key] = values
         return found
 
-    def on(self, *models: Sequence[Layer]) -> Task:
+    def on(self, *models: Sequence[Linear]) -> Task:
         """The task on models with these layers, some of which its rules may treat apart.
 
         Every rule has to fit every model, so a pattern that one of them lacks is left out, and a
@@ -185,7 +185,7 @@ class Task:
 
 
 def _found(
-    patterns: Sequence[str], models: Sequence[Sequence[Layer]]
+    patterns: Sequence[str], models: Sequence[Sequence[Linear]]
 ) -> dict[str, set[tuple[int, str]]]:
     """Of each pattern that no model lacks, which layers of which models it matches."""
     found = {}

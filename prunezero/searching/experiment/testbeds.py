@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from prunezero.errors import PruneZeroError, RecipeError, SearchError
-from prunezero.models.anatomy.linears import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import Progress
@@ -64,7 +64,7 @@ def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Ta
     for bench in benches:
         with about(bench, benches):
             model = bench.language_model.model
-            found.append(find_layers(model, targets=task.targets, ignore=task.ignore))
+            found.append(find_linears(model, targets=task.targets, ignore=task.ignore))
             for regime in task.regimes:
                 for recipe in [*_examples(task), *rivals]:
                     one = with_choices(recipe, pattern=regime.pattern)
@@ -144,7 +144,7 @@ def _examples(task: Task) -> Iterator[Recipe]:
                 yield task.recipe(Rule(formula, {key: value}), "example")
 
 
-def _check_permutation(model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]) -> None:
+def _check_permutation(model: LanguageModel, recipe: Recipe, layers: Sequence[Linear]) -> None:
     """Refuse a permutation that the model cannot follow.
 
     Raises:

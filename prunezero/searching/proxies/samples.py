@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prunezero.models.anatomy.linears import Layer
+from prunezero.models.anatomy.linears import Linear
 from prunezero.models.anatomy.patterns import fits
 from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.statistics import Statistics
@@ -140,7 +140,7 @@ def ladder_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[s
 
 
 def sample_rows(
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     statistics: Mapping[str, Statistics],
     features: Sequence[str],
     *,
