@@ -22,7 +22,7 @@ from typing import Any
 from rows import append, read
 
 from prunezero.models.anatomy.linears import find_linears
-from prunezero.pruning.compare import SPLITS, Stand, finite_row
+from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Settings, set_up, with_choices
@@ -94,11 +94,13 @@ def measure(
     ]
     if not missing:
         return
-    bench = set_up(arguments.model, "demo", settings, dtype=arguments.dtype)
-    layers = find_linears(bench.language_model.model)
-    stand = Stand(bench, bench.statistics(layers, dense_sums([one for one, _ in missing])))
+    testbed = set_up(arguments.model, "demo", settings, dtype=arguments.dtype)
+    layers = find_linears(testbed.language_model.model)
+    runner = RecipeRunner(
+        testbed, testbed.statistics(layers, dense_sums([one for one, _ in missing]))
+    )
     for recipe, sparsity in missing:
-        row = finite_row(stand.row(recipe, sparsity, SPLITS)) | conditions
+        row = finite_row(runner.row(recipe, sparsity, SPLITS)) | conditions
         row |= head_of(recipe, sparsity, settings)
         append(path, row)
         print(

@@ -46,9 +46,9 @@ def prepare(job: Row) -> Row:
         test_tokens=job["test_tokens"],
         seed=job["seed"],
     )
-    bench = set_up(job["model"], job["text"], settings, dtype="float32", device="cpu")
-    save_model(bench.language_model, job["dense"])
-    ids = {split: bench.windows(split).tolist() for split in ("calibration", "test")}
+    testbed = set_up(job["model"], job["text"], settings, dtype="float32", device="cpu")
+    save_model(testbed.language_model, job["dense"])
+    ids = {split: testbed.windows(split).tolist() for split in ("calibration", "test")}
     if job.get("order") == "reversed":
         ids["calibration"].reverse()
     Path(job["windows"]).write_text(json.dumps(ids))

@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     settings = Settings(calibration_tokens=arguments.calibration_tokens)
-    bench = set_up(arguments.model, "demo", settings, device=arguments.device)
-    layers = find_linears(bench.language_model.model)
+    testbed = set_up(arguments.model, "demo", settings, device=arguments.device)
+    layers = find_linears(testbed.language_model.model)
     layers = [layer for layer in layers if layer.block < (arguments.blocks or len(layers))]
-    statistics = bench.statistics(layers, {"gram"})
+    statistics = testbed.statistics(layers, {"gram"})
     recipe = with_choices(Recipe.load("sparsegpt"), pattern=arguments.pattern)
     totals = {"ours": 0.0, "published": 0.0}
     largest, different, count = 0.0, 0, 0
@@ -68,7 +68,7 @@ def main() -> None:
         "pattern": arguments.pattern,
         "layers": len(layers),
         "threads": torch.get_num_threads(),
-        "device": str(bench.language_model.device),
+        "device": str(testbed.language_model.device),
         "seconds": totals,
         "ratio": totals["published"] / totals["ours"],
         "masks_differ": different / count,

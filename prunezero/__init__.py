@@ -3,8 +3,8 @@
     import prunezero as pz
 
     model = pz.load_model("demo")
-    bench = pz.set_up(model, "demo")
-    for row in pz.compare(bench, [pz.Recipe.load("wanda")], 0.5):
+    testbed = pz.set_up(model, "demo")
+    for row in pz.compare(testbed, [pz.Recipe.load("wanda")], 0.5):
         print(row["recipe"], row["validation_perplexity"])
 
 Everything here is imported when it is first used, so that `import prunezero` is instant.
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from prunezero.pruning.prune import prune
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.streamed import prune_streamed
-    from prunezero.pruning.testbed import Bench, Settings, set_up
+    from prunezero.pruning.testbed import Settings, Testbed, set_up
     from prunezero.searching.session import find as search
     from prunezero.searching.spaces.space import SearchSpace
 
 __all__ = [
-    "Bench",
     "Criterion",
     "Recipe",
     "SearchSpace",
     "Settings",
+    "Testbed",
     "calibrate",
     "compare",
     "load_model",
@@ -44,11 +44,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Bench": "prunezero.pruning.testbed:Bench",
     "Criterion": "prunezero.formula.criterion:Criterion",
     "Recipe": "prunezero.pruning.recipes.recipe:Recipe",
     "SearchSpace": "prunezero.searching.spaces.space:SearchSpace",
     "Settings": "prunezero.pruning.testbed:Settings",
+    "Testbed": "prunezero.pruning.testbed:Testbed",
     "calibrate": "prunezero.models.observing.calibration:calibrate",
     "compare": "prunezero.pruning.compare:compare",
     "load_model": "prunezero.models.loading.load:load_model",

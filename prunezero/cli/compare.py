@@ -29,7 +29,7 @@ from prunezero.cli.options import (
 
 if TYPE_CHECKING:
     from prunezero.pruning.recipes.recipe import Recipe
-    from prunezero.pruning.testbed import Bench
+    from prunezero.pruning.testbed import Testbed
     from prunezero.report.tracking.tracker import Tracker
 
 
@@ -108,26 +108,28 @@ def compare(
     )
     check_runs_dir(runs_dir)
     with waiting(f"loading {model}"):
-        bench = set_up(model, text, settings, dtype=dtype, device=device)
-    say_about([bench])
+        testbed = set_up(model, text, settings, dtype=dtype, device=device)
+    say_about([testbed])
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
-        for row in _measured(bench, chosen, sparsity, statistics, tracker, with_rounding=rounding):
+        for row in _measured(
+            testbed, chosen, sparsity, statistics, tracker, with_rounding=rounding
+        ):
             rows.append(row)
     finally:
         untracked = tracker.close()
         if rows:
-            title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
+            title = f"{len(rows) - 1} of {len(chosen)} recipes on {testbed.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
-            say_conditions(rows, bench.language_model.name, [bench])
+            say_conditions(rows, testbed.language_model.name, [testbed])
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")
 
 
 def _measured(
-    bench: Bench,
+    testbed: Testbed,
     recipes: Sequence[Recipe],
     sparsity: float | None,
     statistics: str,
@@ -142,7 +144,7 @@ def _measured(
 
     with Bars() as bars:
         rows = measure(
-            bench,
+            testbed,
             recipes,
             sparsity,
             statistics=statistics,
@@ -154,5 +156,5 @@ def _measured(
             if not console.is_terminal:
                 say(one_line(row))
             bars("recipes", done, len(recipes) + 1)
-            for record in tracked_rows([row], bench):
+            for record in tracked_rows([row], testbed):
                 tracker.record(record)

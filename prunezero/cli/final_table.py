@@ -19,34 +19,34 @@ def judged(
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.export.page import no_page
     from prunezero.report.runs.folder import pruner_fields, write_winner
-    from prunezero.report.tracking.search_records import tracked_champion, tracked_rows
+    from prunezero.report.tracking.search_records import tracked_rows, tracked_winner
     from prunezero.searching import session as sessions
-    from prunezero.searching.experiment.baselines import published_twin, rivals
+    from prunezero.searching.experiment.baselines import baselines, published_equivalent
 
     name = folder.name
     final = sessions.finalists(candidates)
     with Bars() as bars:
         pairs = []
         for done, candidate in enumerate(final, start=1):
-            pairs.append((sessions.judge(session, candidate), candidate))
+            pairs.append((sessions.evaluator(session, candidate), candidate))
             bars("finalists on validation text", done, len(final))
         best = min(pairs, key=lambda pair: pair[0]["validation_perplexity"] or float("inf"))[1]
         rows = []
-        total = len(rivals(session.task)) + 1  # the dense model is one of them
-        for row in sessions.measure_rivals(session, SPLITS):
+        total = len(baselines(session.task)) + 1  # the dense model is one of them
+        for row in sessions.measure_baselines(session, SPLITS):
             rows.append(row)
             bars("published recipes on test text", len(rows), total)
         recipe = sessions.found_recipe(session, name, best)
-        rows.append(session.ladder.measure(recipe, SPLITS))
+        rows.append(session.rungs.measure(recipe, SPLITS))
     recipe = write_winner(recipe, rows, folder)
-    for record in tracked_rows(rows[:-1], session.bench, also_benches=session.also_benches):
+    for record in tracked_rows(rows[:-1], session.testbed, also_testbeds=session.also_testbeds):
         tracker.record(record)
-    champion = {**rows[-1], "search_perplexity": best.search_perplexity}
-    tracker.record(tracked_champion(recipe, champion, session, name, folder))
+    winner = {**rows[-1], "search_perplexity": best.search_perplexity}
+    tracker.record(tracked_winner(recipe, winner, session, name, folder))
     print_results(rows, f"search {name}", best="test_perplexity")
-    say_conditions(rows, session.models, [session.bench, *session.also_benches])
+    say_conditions(rows, session.models, [session.testbed, *session.also_testbeds])
     say(f"found: {best.rule.text}", style="bold")
-    twin = published_twin(session.task, best.rule)
+    twin = published_equivalent(session.task, best.rule)
     if twin is not None:
         say(f"it ranks weights as the published {twin} does")
     say(_verdict(rows))
@@ -60,8 +60,8 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     """One sentence: is the winner, the last row, better than the best published recipe?"""
     from prunezero.searching.evaluation.rung_correlation import chance_of_no_gain
 
-    winner, rivals = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
-    measured = [row for row in rivals if row["validation_perplexity"] is not None]
+    winner, baselines = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
+    measured = [row for row in baselines if row["validation_perplexity"] is not None]
     best = min(measured, key=lambda row: row["validation_perplexity"], default=None)
     if best is None or None in (best["test_perplexity"], winner["test_perplexity"]):
         return "no published recipe to compare with was measurable"

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from prunezero.pruning.testbed import Settings
     from prunezero.report.runs.search_file import Asked
     from prunezero.report.tracking.tracker import Tracker
-    from prunezero.searching.evaluation.rungs import Judges
+    from prunezero.searching.evaluation.rungs import Evaluators
     from prunezero.searching.experiment.candidate import Candidate
     from prunezero.searching.experiment.task import Task
     from prunezero.searching.session import Session
@@ -144,7 +144,7 @@ def search(
                 try:
                     rows = _run(session, tracker, folder, budget, seconds)
                 finally:
-                    session.ladder.close()
+                    session.rungs.close()
         finally:
             untracked = tracker.close()
             if untracked:
@@ -163,26 +163,26 @@ def _opened(
     folder: Path,
     *,
     resume: bool,
-    staff: Callable[[Plan], Judges] | None,
+    staff: Callable[[Plan], Evaluators] | None,
 ) -> Session:
     """The search that was asked for, on its models and text, ready to run."""
     from prunezero.cli.tables import Bars
     from prunezero.report.runs.search_file import forget_asked, write_asked
     from prunezero.searching.session import open_session
 
-    bench, *others = asking.benches(asked, settings)
+    testbed, *others = asking.testbeds(asked, settings)
     try:
         with Bars() as bars:
             return open_session(
-                bench,
+                testbed,
                 task,
                 folder,
-                also_benches=others,
+                also_testbeds=others,
                 resume=resume,
                 archive=folder.parent / "archive.jsonl",
                 staff=staff,
                 progress=bars,
-                opened=partial(write_asked, asked.settled(bench, task), folder),
+                opened=partial(write_asked, asked.settled(testbed, task), folder),
             )
     except BaseException:
         forget_asked(folder)
@@ -201,7 +201,7 @@ def _run(
     name = folder.name
     tracker.record(tracked_search(session, name, finished=False))
     try:
-        known = _rivals(session, tracker)
+        known = _baselines(session, tracker)
         candidates, was_interrupted = _searched(session, tracker, folder, known, budget, seconds)
         write_run(session, folder, candidates, known)
         rows = [] if was_interrupted else judged(session, tracker, folder, candidates)
@@ -214,19 +214,19 @@ def _run(
     return rows
 
 
-def _rivals(session: Session, tracker: Tracker) -> list[dict[str, Any]]:
+def _baselines(session: Session, tracker: Tracker) -> list[dict[str, Any]]:
     """Rows of what the search has to beat, on the texts that it looks at."""
     from prunezero.cli.tables import Bars
     from prunezero.report.tracking.search_records import tracked_rows
-    from prunezero.searching.experiment.baselines import rivals
-    from prunezero.searching.session import measure_rivals
+    from prunezero.searching.experiment.baselines import baselines
+    from prunezero.searching.session import measure_baselines
 
     known: list[dict[str, Any]] = []
     with Bars() as bars:
-        for row in measure_rivals(session, ("search", "validation")):
+        for row in measure_baselines(session, ("search", "validation")):
             known.append(row)
-            bars("published recipes", len(known), len(rivals(session.task)) + 1)
-    for record in tracked_rows(known, session.bench, also_benches=session.also_benches):
+            bars("published recipes", len(known), len(baselines(session.task)) + 1)
+    for record in tracked_rows(known, session.testbed, also_testbeds=session.also_testbeds):
         tracker.record(record)
     return known
 
@@ -251,7 +251,9 @@ def _searched(
     tables = RunningTables(folder)
     view = SearchView(known, budget=budget, seconds=seconds)
     with view, Stopping(seconds, view.say) as stopping:
-        proposed = candidates_of(session.ladder, budget=budget, stop=stopping, ended=view.say)
+        proposed = candidates_of(
+            session.rungs, max_candidates=budget, stop=stopping, ended=view.say
+        )
         for candidate in proposed:
             found[candidate.slot] = candidate
             view.show(candidate)

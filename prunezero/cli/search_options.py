@@ -13,9 +13,9 @@ from prunezero.cli.options import make_settings
 from prunezero.errors import RecipeError, shell_word
 
 if TYPE_CHECKING:
-    from prunezero.pruning.testbed import Bench, Settings
+    from prunezero.pruning.testbed import Settings, Testbed
     from prunezero.report.runs.search_file import Asked
-    from prunezero.searching.evaluation.rungs import Judges
+    from prunezero.searching.evaluation.rungs import Evaluators
     from prunezero.searching.workers.worker import Plan
 
 # Where searches are when --runs-dir is not typed.
@@ -82,7 +82,7 @@ def asked(ctx: typer.Context, folder: Path | None) -> tuple[Asked, Settings]:
     return found, settings
 
 
-def benches(asked: Asked, settings: Settings) -> list[Bench]:
+def testbeds(asked: Asked, settings: Settings) -> list[Testbed]:
     """The models that were asked for, its own first, each on the same text.
 
     Raises:
@@ -137,20 +137,20 @@ def limits(budget: int | None, seconds: float | None) -> str:
 
 def staff(
     workers: int, threads: int | None, cluster: str | None
-) -> Callable[[Plan], Judges] | None:
+) -> Callable[[Plan], Evaluators] | None:
     """Who hires judges beside this process; None where it judges alone."""
     import torch
 
     from prunezero.cli.tables import say
-    from prunezero.searching.workers.processes import local_crew, usable_cores
+    from prunezero.searching.workers.processes import process_pool, usable_cores
 
     if cluster is not None:
-        from prunezero.searching.workers.cluster import ray_crew
+        from prunezero.searching.workers.cluster import ray_pool
 
-        return lambda plan: ray_crew(plan, cluster, workers, threads=threads)
+        return lambda plan: ray_pool(plan, cluster, workers, threads=threads)
     if workers == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
         return None
     each = threads or max(1, usable_cores() // workers)
     say(f"{workers} workers with {each} {'thread' if each == 1 else 'threads'} each")
-    return lambda plan: local_crew(plan, workers, threads=each)
+    return lambda plan: process_pool(plan, workers, threads=each)

@@ -108,9 +108,9 @@ def _about(run: Run) -> dict[str, str]:
         "search": str(run.folder),
         "model": " and ".join(model_names(header, asked).values()),
         "text": asked.text if asked else f"{header['text']}",
-        "sparsity": f"{task.sparsity:g}, pattern {in_words(task.regimes)}",
+        "sparsity": f"{task.sparsity:g}, pattern {in_words(task.budgets)}",
         "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
-        "signals": f"{task.space.dearest_signal}, the dearest that a rule can look at",
+        "signals": f"{task.space.costliest_signal}, the dearest that a rule can look at",
         **({"draws": f"{task.draws} of calibration text"} if task.draws > 1 else {}),
         **{key: ", ".join(value) for key, value in _layers(task).items() if value},
         "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
@@ -153,7 +153,7 @@ def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
             no_wrap=not is_word,
         )
     for row in front:
-        told = {**row, "choices": ", ".join(rule_of(row).around)}
+        told = {**row, "choices": ", ".join(rule_of(row).other_choices)}
         table.add_row(*(cell(key, told[key]) for key in shown))
     return table
 

@@ -48,12 +48,12 @@ def verify(
     found = read_run(find_run(run, runs_dir))
     claimed = verification.claims(found, top)
     with waiting(f"loading model and text of {found.folder}"):
-        benches = verification.benches_of(found)
-    say_about(benches)
+        testbeds = verification.testbeds_of(found)
+    say_about(testbeds)
     checks: list[Check] = []
     with Bars() as bars:
         total = len(claimed) * len(verification.SPLITS)
-        for check in verification.verify(found, benches, claimed, bars):
+        for check in verification.verify(found, testbeds, claimed, bars):
             checks.append(check)
             bars("perplexities", len(checks), total)
     console.print(_table(checks, f"verify {found.folder.name}"))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunezero.errors import RecipeError
 from prunezero.models.anatomy.linears import Linear, matching
-from prunezero.models.editing.permuting import Folding, find_foldings, refusals
+from prunezero.models.editing.permuting import PermutableChannels, find_permutables, refusals
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.permutation import permute_block, simulated_mask
 from prunezero.pruning.recipes.recipe import Recipe
@@ -37,7 +37,7 @@ class Reordering:
         self._recipe = recipe
         self._source = language_model.source
         self._pattern = parse_pattern(recipe.pattern)
-        self._foldings: dict[int, list[Folding]] = defaultdict(list)
+        self._permutables: dict[int, list[PermutableChannels]] = defaultdict(list)
         self.simulates = recipe.permute.options.model_dump().get("simulate", False)
         if recipe.permute.word == "none":
             return
@@ -50,16 +50,16 @@ class Reordering:
         for layer in layers:
             by_block[layer.block].append(layer)
         for block, inside in by_block.items():
-            self._foldings[block] = find_foldings(language_model, inside)
+            self._permutables[block] = find_permutables(language_model, inside)
             names_layers = bool(self._recipe.permute.options.model_dump()["layers"])
-            if names_layers and len(self._foldings[block]) < len(inside):
+            if names_layers and len(self._permutables[block]) < len(inside):
                 for name, reason in refusals(language_model, inside).items():
                     raise RecipeError(
                         f"recipe {self._recipe.name}: the input channels of '{name}' cannot be "
                         f"permuted: {reason}; leave it out of permute, or write simulate: true to "
                         "measure what it would bring"
                     )
-        if not any(self._foldings.values()):
+        if not any(self._permutables.values()):
             raise RecipeError(
                 f"recipe {self._recipe.name}: no layer's input channels can be permuted in "
                 f"{type(language_model.model).__name__}; use permute: none, or simulate: true"
@@ -68,7 +68,7 @@ class Reordering:
     @property
     def moves(self) -> bool:
         """Whether channels of the model itself will change places."""
-        return any(self._foldings.values())
+        return any(self._permutables.values())
 
     def move(
         self,
@@ -83,10 +83,10 @@ class Reordering:
             score_of: the scores `[out, in]` of a layer, on weights and statistics as they are.
             statistics: by layer name.
         """
-        foldings = self._foldings.get(block)
-        if not foldings or self._pattern is None:
+        permutables = self._permutables.get(block)
+        if not permutables or self._pattern is None:
             return
-        moved = permute_block(foldings, score_of, self._pattern, self._recipe.permute)
+        moved = permute_block(permutables, score_of, self._pattern, self._recipe.permute)
         if self._source is not None:
             self._source.moved.update(moved)
         for name, orders in moved.items():

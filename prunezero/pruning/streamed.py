@@ -19,7 +19,7 @@ from torch import Tensor
 from prunezero.errors import ModelError, OutputError, RecipeError
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
-from prunezero.models.saving.resumable import UnfinishedCheckpoint
+from prunezero.models.saving.resumable import ResumableCheckpoint
 from prunezero.models.saving.save import count_sparsity, stored_layers
 from prunezero.models.streaming.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
 from prunezero.models.streaming.streamed_model import StreamedModel
@@ -103,7 +103,7 @@ def prune_streamed(
     plan = _planned(streamed, recipe, fraction, sums, windows if sums else None)
     need = memory_need(streamed, plan.layers, sums, plan.windows)
     _refuse_too_large(need, memory_limit, streamed.language_model.name)
-    checkpoint = UnfinishedCheckpoint(output, _request(plan), streamed.shards)
+    checkpoint = ResumableCheckpoint(output, _request(plan), streamed.shards)
     blocks_before = _Job(plan, checkpoint).run(progress or (lambda what, done, total: None))
     ours = ("recipe.yaml",) if report is None else FILES_BESIDE
     outcome = _finish(plan, checkpoint, begin, ours)
@@ -148,7 +148,7 @@ def _planned(
 @dataclass(frozen=True)
 class _Job:
     plan: _Plan
-    checkpoint: UnfinishedCheckpoint
+    checkpoint: ResumableCheckpoint
 
     def run(self, tell: Progress) -> int:
         """Write what is missing of the files; how many blocks were there already."""
@@ -275,7 +275,7 @@ def _request(plan: _Plan) -> dict[str, Any]:
 
 
 def _finish(
-    plan: _Plan, checkpoint: UnfinishedCheckpoint, begin: float, ours: Collection[str]
+    plan: _Plan, checkpoint: ResumableCheckpoint, begin: float, ours: Collection[str]
 ) -> Outcome:
     """Complete the folder, and count in its files what was reached."""
     recipe = plan.recipe

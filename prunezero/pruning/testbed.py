@@ -47,7 +47,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Testbed:
     """A model, and the text that it is calibrated with and measured on."""
 
     language_model: LanguageModel
@@ -70,7 +70,7 @@ class Bench:
         return {}
 
     @cached_property
-    def _draws(self) -> dict[int, Bench]:
+    def _draws(self) -> dict[int, Testbed]:
         """The benches of further draws that were asked for."""
         return {}
 
@@ -84,14 +84,14 @@ class Bench:
             self._cut[split] = self._windows(split)
         return self._cut[split]
 
-    def drawn(self, draw: int) -> Bench:
+    def drawn(self, draw: int) -> Testbed:
         """The same on another draw of calibration text, counted from 0, which is this one."""
         if draw and draw not in self._draws:
             settings = replace(self.settings, seed=self.settings.seed + draw)
             self._draws[draw] = replace(self, settings=settings)
         return self._draws[draw] if draw else self
 
-    def reversed(self) -> Bench:
+    def reversed(self) -> Testbed:
         """The same with its calibration windows in the opposite order."""
         return replace(self, is_reversed=not self.is_reversed)
 
@@ -130,7 +130,7 @@ def beginning(words: Iterable[str]) -> dict[str, str]:
     """What windows begin with, as a column of results; no column where that is text alone.
 
     Args:
-        words: `Bench.begin_with` of each model.
+        words: `Testbed.begin_with` of each model.
     """
     named = dict.fromkeys(word or "text" for word in words)
     return {} if list(named) in ([], ["text"]) else {"windows_begin_with": " or ".join(named)}
@@ -143,14 +143,14 @@ def set_up(
     *,
     dtype: str = "auto",
     device: str = "auto",
-) -> Bench:
+) -> Testbed:
     """Load a model and text.
 
     Raises:
         ModelError, TextError: either cannot be loaded.
     """
     loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
-    return Bench(loaded, load_text(str(text)), settings or Settings())
+    return Testbed(loaded, load_text(str(text)), settings or Settings())
 
 
 def with_choices(recipe: Recipe, **choices: object) -> Recipe:

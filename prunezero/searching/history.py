@@ -19,7 +19,7 @@ from prunezero.searching.experiment.task import Rule
 RUNGS = ("layer_error", "kl", "search_perplexity", "validation_perplexity")
 
 
-class Memory:
+class History:
     """Candidates by slot, by rule and by mask, and in order on each rung."""
 
     def __init__(self, *, forgets_masks: bool = False) -> None:
@@ -79,7 +79,7 @@ class Memory:
         best = self.best_of_each(lambda one: skeleton(one.criterion), island=island)
         return list(islice((one for one in best if one.generation >= oldest), size))
 
-    def twin(self, rule: Rule, mask: str = "") -> Candidate | None:
+    def duplicate(self, rule: Rule, mask: str = "") -> Candidate | None:
         """A candidate of the same rule, or of the same mask and choices around it."""
         if self._forgets_masks:
             return None
@@ -104,10 +104,12 @@ class Memory:
                     insort(self._ranked[rung], (value, candidate.slot))
         return candidate
 
-    def keep_known(self, candidate: Candidate, twin: Candidate) -> Candidate:
+    def keep_known(self, candidate: Candidate, duplicate: Candidate) -> Candidate:
         """Take in a candidate that needs no work, since it does what another did."""
         return self.keep(
-            replace(candidate, status="known", mask=twin.mask, layer_error=twin.layer_error)
+            replace(
+                candidate, status="known", mask=duplicate.mask, layer_error=duplicate.layer_error
+            )
         )
 
 

@@ -17,7 +17,7 @@ from prunezero.errors import PruneZeroError, reason
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Task
-from prunezero.searching.history import Memory
+from prunezero.searching.history import History
 from prunezero.searching.strategies.evolution import Proposal, Strategy
 
 # Proposals that are looked at, in two generations.
@@ -42,14 +42,14 @@ def broken_promises(strategy: Strategy, task: Task) -> list[str]:
 
 
 def _proposals(strategy: Strategy, task: Task) -> Iterator[Proposal]:
-    memory = Memory()
+    history = History()
     propose = strategy.start(task)
     for generation in range(2):
-        drawn = itertools.islice(propose(memory, generation), _COUNT // 2 * _DRAWS)
+        drawn = itertools.islice(propose(history, generation), _COUNT // 2 * _DRAWS)
         for proposal in itertools.islice((one for one in drawn if one), _COUNT // 2):
             yield proposal
-            memory.keep(_judged(proposal, memory.slot, generation))
-            memory.slot += 1
+            history.keep(_judged(proposal, history.slot, generation))
+            history.slot += 1
 
 
 def _judged(proposal: Proposal, slot: int, generation: int) -> Candidate:

@@ -18,7 +18,7 @@ from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.experiment.task import Rule
 from prunezero.searching.session import make_task
 from tests.cli.conftest import Run, small_space
-from tests.searching.bench import tiny_space
+from tests.searching.testbed import tiny_space
 
 OFFERS: dict[str, Any] = {"compare": ["row", "model"], "update": [["none"], ["admm"]]}
 

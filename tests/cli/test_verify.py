@@ -41,8 +41,8 @@ def test_an_untouched_search_is_agreed_with_though_its_journal_says_otherwise(
     assert [row["split"] for row in rows[:3]] == ["search", "validation", "test"]
     assert all(row["is_reported"] for row in rows[:3])
     assert all(abs(row["difference"]) < 1e-9 for row in rows if row["is_reported"])
-    rivals = front(parquet.read_table(mine / "candidates.parquet").to_pylist(), 2)
-    assert len(rows) == 3 + 3 * len(rivals)
+    baselines = front(parquet.read_table(mine / "candidates.parquet").to_pylist(), 2)
+    assert len(rows) == 3 + 3 * len(baselines)
     assert {"reported", "recomputed"} <= set(result.output.split())
 
 

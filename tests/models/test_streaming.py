@@ -18,7 +18,7 @@ from prunezero.models.loading.language_model import wrap_model
 from prunezero.models.loading.load import load_model, local_folder
 from prunezero.models.loading.shards import Shards, write_shard
 from prunezero.models.observing.walk import BlockWalk
-from prunezero.models.saving.resumable import UnfinishedCheckpoint
+from prunezero.models.saving.resumable import ResumableCheckpoint
 from prunezero.models.streaming import streamed_model as streaming
 from prunezero.models.streaming.evaluation import evaluate_streamed, evaluation_bytes
 from prunezero.models.streaming.memory import SPARE_BYTES, memory_need
@@ -312,11 +312,11 @@ def test_an_unfinished_checkpoint_goes_on_behind_its_last_finished_part(tmp_path
     folder = save_sharded("llama", tmp_path / "model", dtype=torch.float32)
     source, request = Shards(folder), {"recipe": "a", "sparsity": 0.5}
     names = list(source.tensors)
-    first = UnfinishedCheckpoint(tmp_path / "out", request, source)
+    first = ResumableCheckpoint(tmp_path / "out", request, source)
     assert first.finished() == 0
     first.copy(names[:3])
     first.write(1, [(names[3], source.read(names[3]) + 1)])
-    again = UnfinishedCheckpoint(tmp_path / "out", request, source)
+    again = ResumableCheckpoint(tmp_path / "out", request, source)
     assert again.finished() == 2
     assert torch.equal(again.shards().read(names[3]), source.read(names[3]) + 1)
     assert not again.shards().read(names[4]).any()
@@ -336,18 +336,18 @@ def test_an_unfinished_checkpoint_goes_on_behind_its_last_finished_part(tmp_path
 
 def test_an_unfinished_checkpoint_whose_files_are_damaged_begins_anew(tmp_path: Path) -> None:
     source = Shards(save_tiny_model("llama", tmp_path / "model"))
-    first = UnfinishedCheckpoint(tmp_path / "out", {}, source)
+    first = ResumableCheckpoint(tmp_path / "out", {}, source)
     first.copy(source.tensors)
     file = first.model_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert UnfinishedCheckpoint(tmp_path / "out", {}, source).finished() == 0
+    assert ResumableCheckpoint(tmp_path / "out", {}, source).finished() == 0
 
 
 def test_another_request_is_refused_with_the_difference(tmp_path: Path) -> None:
     source = Shards(save_tiny_model("llama", tmp_path / "model"))
-    UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, source)
+    ResumableCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, source)
     with pytest.raises(OutputError, match=r"another request \(sparsity: 0.5, now 0.6\)"):
-        UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, source)
+        ResumableCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, source)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("keep me")
     with pytest.raises(OutputError, match="is not empty and says nothing of what it holds"):
-        UnfinishedCheckpoint(tmp_path / "out", {}, source)
+        ResumableCheckpoint(tmp_path / "out", {}, source)
     assert (tmp_path / "out.partial" / "mine.txt").read_text() == "keep me"
 
 

@@ -15,7 +15,7 @@ from prunezero.errors import ModelError, RecipeError, SelectionError
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning.compare import Stand
+from prunezero.pruning.compare import RecipeRunner
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums, layer_sums
@@ -23,7 +23,7 @@ from prunezero.pruning.updates.mend import Work
 from prunezero.scoring.score import score
 from prunezero.scoring.statistics import Statistics
 from tests.scoring.reference import keep_pattern
-from tests.searching.bench import tiny_bench
+from tests.searching.testbed import tiny_testbed
 from tests.tiny_models import BLOCKS, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
 BATCHES = tiny_batches(4, 16)
@@ -255,8 +255,8 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_measurement_brings_back_order_and_weights(family: str) -> None:
-    bench = tiny_bench(family)
-    model = bench.language_model
+    testbed = tiny_testbed(family)
+    model = testbed.language_model
     for layer in find_linears(model.model):
         if layer.bias is not None:
             layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
@@ -272,13 +272,15 @@ def test_a_measurement_brings_back_order_and_weights(family: str) -> None:
 
     for targets in ([], [LAST[family]]):
         chosen = recipe(targets=targets)
-        stand = Stand(bench, bench.statistics(find_linears(model.model), dense_sums([chosen])))
-        first = stand.row(chosen, None, ["validation"])
+        runner = RecipeRunner(
+            testbed, testbed.statistics(find_linears(model.model), dense_sums([chosen]))
+        )
+        first = runner.row(chosen, None, ["validation"])
         assert is_dense()
         with pytest.raises(StopError):
-            stand.row(chosen, None, ["validation"], progress=stop)
+            runner.row(chosen, None, ["validation"], progress=stop)
         assert is_dense()
-        assert stand.row(chosen, None, ["validation"])["kl"] == first["kl"] > 0
+        assert runner.row(chosen, None, ["validation"])["kl"] == first["kl"] > 0
 
 
 def test_the_order_is_that_of_the_weights_a_mask_is_chosen_on() -> None:

@@ -21,7 +21,7 @@ from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import calibrate
 from prunezero.models.saving.mirror import Mirror
-from prunezero.models.saving.resumable import UnfinishedCheckpoint
+from prunezero.models.saving.resumable import ResumableCheckpoint
 from prunezero.models.saving.save import count_sparsity, save_model
 from prunezero.models.streaming.streamed_model import StreamedModel
 from prunezero.models.text.splits import load_text, windows
@@ -159,9 +159,9 @@ def test_the_files_keep_the_dtype_of_the_source(tmp_path: Path) -> None:
 
 def interrupted_after(place: int) -> Callable[..., None]:
     """What notes that a part is finished, stopped when the part at a place is in the files."""
-    usual = UnfinishedCheckpoint._finish
+    usual = ResumableCheckpoint._finish
 
-    def finish(self: UnfinishedCheckpoint, at: int) -> None:
+    def finish(self: ResumableCheckpoint, at: int) -> None:
         if at == place:
             raise KeyboardInterrupt
         usual(self, at)
@@ -205,7 +205,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_files(
     run(source, tmp_path / "whole", RECIPES[kind])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if not is_within:
-            patch.setattr(UnfinishedCheckpoint, "_finish", interrupted_after(place))
+            patch.setattr(ResumableCheckpoint, "_finish", interrupted_after(place))
         elif place == 0:
             patch.setattr(Mirror, "copy", interrupted_copy)
         else:
@@ -227,7 +227,7 @@ def test_a_run_stopped_before_it_is_published_has_nothing_left_to_prune(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(UnfinishedCheckpoint, "publish", stop)
+        patch.setattr(ResumableCheckpoint, "publish", stop)
         run(source, tmp_path / "stopped")
     monkeypatch.setattr(streamed, "prune_layers", stop)
     monkeypatch.setattr(streamed, "BlockWalk", stop)
@@ -350,7 +350,7 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_files(tmp_path: P
 def begun(source: Path, tmp_path: Path) -> Path:
     """The output of a run that was stopped behind its first block, and is not there yet."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(UnfinishedCheckpoint, "_finish", interrupted_after(2))
+        patch.setattr(ResumableCheckpoint, "_finish", interrupted_after(2))
         run(source, tmp_path / "out")
     return tmp_path / "out"
 

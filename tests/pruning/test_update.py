@@ -14,7 +14,7 @@ import torch
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning.compare import Stand
+from prunezero.pruning.compare import RecipeRunner
 from prunezero.pruning.prune import prune, prune_layers
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Dsnot
@@ -26,7 +26,7 @@ from tests.pruning.test_admm import exact_fit
 from tests.pruning.test_dsnot import slow_row
 from tests.pruning.test_swaps import exchanged_by_search
 from tests.scoring.reference import FORMULAS, keep_layer, keep_pattern, keep_rows
-from tests.searching.bench import tiny_bench
+from tests.searching.testbed import tiny_testbed
 from tests.tiny_models import tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -404,8 +404,8 @@ class StopError(Exception):
 @pytest.mark.parametrize("update_", ["bias", "obs", ["obs", "bias"]])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_dense_model_comes_back_after_every_measurement(family: str, update_: Any) -> None:
-    bench = tiny_bench(family)
-    network, ids = bench.language_model.model, bench.windows("validation")
+    testbed = tiny_testbed(family)
+    network, ids = testbed.language_model.model, testbed.windows("validation")
 
     def logits() -> torch.Tensor:
         with torch.no_grad():
@@ -416,11 +416,11 @@ def test_the_dense_model_comes_back_after_every_measurement(family: str, update_
         raise StopError
 
     dense, chosen = logits(), recipe(update=update_)
-    known = bench.statistics(find_linears(network), dense_sums([chosen]))
-    stand = Stand(bench, known)
-    rows = [stand.row(chosen, 0.5, ["validation"]) for _ in range(2)]
+    known = testbed.statistics(find_linears(network), dense_sums([chosen]))
+    runner = RecipeRunner(testbed, known)
+    rows = [runner.row(chosen, 0.5, ["validation"]) for _ in range(2)]
     assert torch.equal(logits(), dense)
     assert rows[0]["kl"] == rows[1]["kl"] > 0
     with pytest.raises(StopError):
-        stand.row(chosen, 0.5, ["validation"], progress=stop)
+        runner.row(chosen, 0.5, ["validation"], progress=stop)
     assert torch.equal(logits(), dense)

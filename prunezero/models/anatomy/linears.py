@@ -40,7 +40,7 @@ class Linear:
     def weight(self) -> Tensor:
         """The weight [out, in] without gradient; it shares storage: writing changes the model."""
         weight = self.module.weight
-        assert isinstance(weight, Tensor)  # for the type checker: find_layers picks such modules
+        assert isinstance(weight, Tensor)  # for the type checker: find_linears picks such modules
         return weight.detach() if isinstance(self.module, nn.Linear) else weight.detach().T
 
     @property

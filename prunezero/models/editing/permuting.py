@@ -50,7 +50,7 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Folding:
+class PermutableChannels:
     """A layer whose input channels may be put into another order, and the layers that make them."""
 
     consumer: Linear
@@ -72,7 +72,7 @@ class Folding:
         return self.channels // (self.heads.queries if self.heads else 1)
 
 
-def fold(folding: Folding, order: Tensor) -> None:
+def permute_channels(permutable: PermutableChannels, order: Tensor) -> None:
     """Put the channels into another order, in place: no number changes, and undoing is exact.
 
     Args:
@@ -82,32 +82,32 @@ def fold(folding: Folding, order: Tensor) -> None:
     Raises:
         ModelError: see `producer_order`.
     """
-    rows = producer_order(folding, order)
-    weight = folding.consumer.weight
+    rows = producer_order(permutable, order)
+    weight = permutable.consumer.weight
     weight.copy_(weight.index_select(1, order.to(weight.device)))
-    for layer, start in folding.producers:
+    for layer, start in permutable.producers:
         for part in filter(torch.is_tensor, (layer.weight, layer.bias)):
-            made = part[start : start + folding.produced]
+            made = part[start : start + permutable.produced]
             made.copy_(made.index_select(0, rows.to(made.device)))
 
 
-def producer_order(folding: Folding, order: Tensor) -> Tensor:
+def producer_order(permutable: PermutableChannels, order: Tensor) -> Tensor:
     """The order of the rows that make the channels, int64 [produced], from the channels' order.
 
     Raises:
         ModelError: it is no order of the channels, or one that the heads do not allow.
     """
-    name, count = folding.consumer.name, folding.channels
+    name, count = permutable.consumer.name, permutable.channels
     if not torch.equal(order.sort().values, torch.arange(count, device=order.device)):
         raise ModelError(
             f"the order of the inputs of '{name}' must hold each of 0 to {count - 1} once"
         )
-    if folding.heads is None:
+    if permutable.heads is None:
         return order
-    groups, _, size = folding.heads
-    within = order.view(folding.heads)[:, 0] % size
+    groups, _, size = permutable.heads
+    within = order.view(permutable.heads)[:, 0] % size
     rows = (within + size * torch.arange(groups, device=order.device)[:, None]).flatten()
-    if not torch.equal(consumer_order(folding, rows), order):
+    if not torch.equal(consumer_order(permutable, rows), order):
         raise ModelError(
             f"the order of the inputs of '{name}' must stay within heads of {size} channels, and "
             "be the same for all query heads of one key-value head"
@@ -115,17 +115,19 @@ def producer_order(folding: Folding, order: Tensor) -> Tensor:
     return rows
 
 
-def consumer_order(folding: Folding, rows: Tensor) -> Tensor:
+def consumer_order(permutable: PermutableChannels, rows: Tensor) -> Tensor:
     """The order of the channels, int64 [in], from that of the rows that make them."""
-    if folding.heads is None:
+    if permutable.heads is None:
         return rows
-    groups, queries, size = folding.heads
-    within = (rows % size).view(groups, 1, size).expand(folding.heads)
+    groups, queries, size = permutable.heads
+    within = (rows % size).view(groups, 1, size).expand(permutable.heads)
     heads = torch.arange(groups * queries, device=rows.device).view(groups, queries, 1)
     return (within + size * heads).flatten()
 
 
-def find_foldings(language_model: LanguageModel, layers: Sequence[Linear]) -> list[Folding]:
+def find_permutables(
+    language_model: LanguageModel, layers: Sequence[Linear]
+) -> list[PermutableChannels]:
     """The foldings whose consumer is one of the layers, proved by a probe.
 
     The model runs once for the block and once for each folding, on a few tokens; its weights are
@@ -137,7 +139,11 @@ def find_foldings(language_model: LanguageModel, layers: Sequence[Linear]) -> li
     Raises:
         ModelError: the blocks do not hand on hidden states.
     """
-    return [found for found in _examined(language_model, layers) if isinstance(found, Folding)]
+    return [
+        found
+        for found in _examined(language_model, layers)
+        if isinstance(found, PermutableChannels)
+    ]
 
 
 def refusals(language_model: LanguageModel, layers: Sequence[Linear]) -> dict[str, str]:
@@ -146,7 +152,9 @@ def refusals(language_model: LanguageModel, layers: Sequence[Linear]) -> dict[st
     return {layer.name: reason for layer, reason in found if isinstance(reason, str)}
 
 
-def _examined(language_model: LanguageModel, layers: Sequence[Linear]) -> list[Folding | str]:
+def _examined(
+    language_model: LanguageModel, layers: Sequence[Linear]
+) -> list[PermutableChannels | str]:
     """For each layer its folding, or why there is none."""
     if not layers:
         return []
@@ -156,10 +164,10 @@ def _examined(language_model: LanguageModel, layers: Sequence[Linear]) -> list[F
     ids = ids.to(language_model.device)
     probe, logits = probe_block(language_model, layers[0].block, ids)
     rounding = ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING)
-    examined: list[Folding | str] = []
+    examined: list[PermutableChannels | str] = []
     for layer in layers:
-        found = _folding_of_copy(probe, layer.name, generator)
-        if isinstance(found, Folding):
+        found = _permutable_of_copy(probe, layer.name, generator)
+        if isinstance(found, PermutableChannels):
             found = _with_layers(found, probe.originals)
             with _moved(found, _random_order(found, generator)):
                 moved = logits_of(language_model, ids)
@@ -168,7 +176,9 @@ def _examined(language_model: LanguageModel, layers: Sequence[Linear]) -> list[F
     return examined
 
 
-def _folding_of_copy(probe: BlockProbe, name: str, generator: torch.Generator) -> Folding | str:
+def _permutable_of_copy(
+    probe: BlockProbe, name: str, generator: torch.Generator
+) -> PermutableChannels | str:
     """The folding of the copied block whose consumer has this name, or why there is none."""
     # Anew for each consumer: gradients outlive no move of weights.
     trace = probe.run()
@@ -187,9 +197,9 @@ def _folding_of_copy(probe: BlockProbe, name: str, generator: torch.Generator) -
         return UNEVEN
     producers = tuple((probe.layers[other], start) for other, start in starts)
     for heads in _layouts(channels, produced):
-        folding = Folding(probe.layers[name], producers, heads)
-        if _is_free(folding, probe, trace, generator):
-            return folding
+        permutable = PermutableChannels(probe.layers[name], producers, heads)
+        if _is_free(permutable, probe, trace, generator):
+            return permutable
     return CHANGED
 
 
@@ -241,11 +251,13 @@ def _layouts(channels: int, produced: int) -> Iterator[Heads | None]:
             yield Heads(groups, channels // produced, produced // groups)
 
 
-def _is_free(folding: Folding, probe: BlockProbe, trace: Trace, generator: torch.Generator) -> bool:
+def _is_free(
+    permutable: PermutableChannels, probe: BlockProbe, trace: Trace, generator: torch.Generator
+) -> bool:
     """Whether a random order of the channels changes nothing behind them in the copied block."""
-    with _moved(folding, _random_order(folding, generator)):
+    with _moved(permutable, _random_order(permutable, generator)):
         moved = probe.run()
-    makers = {layer.name for layer, _ in folding.producers}
+    makers = {layer.name for layer, _ in permutable.producers}
     pairs = [
         (moved.outputs[other], value)
         for other, value in trace.outputs.items()
@@ -256,26 +268,26 @@ def _is_free(folding: Folding, probe: BlockProbe, trace: Trace, generator: torch
 
 
 @contextmanager
-def _moved(folding: Folding, order: Tensor) -> Iterator[None]:
+def _moved(permutable: PermutableChannels, order: Tensor) -> Iterator[None]:
     """Fold, and undo it at the end."""
-    fold(folding, order)
+    permute_channels(permutable, order)
     try:
         yield
     finally:
-        fold(folding, order.argsort())
+        permute_channels(permutable, order.argsort())
 
 
-def _random_order(folding: Folding, generator: torch.Generator) -> Tensor:
-    groups = folding.heads.groups if folding.heads else 1
-    size = folding.produced // groups
+def _random_order(permutable: PermutableChannels, generator: torch.Generator) -> Tensor:
+    groups = permutable.heads.groups if permutable.heads else 1
+    size = permutable.produced // groups
     rows = [torch.randperm(size, generator=generator) + size * group for group in range(groups)]
-    return consumer_order(folding, torch.cat(rows))
+    return consumer_order(permutable, torch.cat(rows))
 
 
-def _with_layers(folding: Folding, layers: dict[str, Linear]) -> Folding:
+def _with_layers(permutable: PermutableChannels, layers: dict[str, Linear]) -> PermutableChannels:
     """The same folding of other layers, found by name."""
-    producers = tuple((layers[layer.name], start) for layer, start in folding.producers)
-    return replace(folding, consumer=layers[folding.consumer.name], producers=producers)
+    producers = tuple((layers[layer.name], start) for layer, start in permutable.producers)
+    return replace(permutable, consumer=layers[permutable.consumer.name], producers=producers)
 
 
 def _change(now: Tensor, before: Tensor) -> float:

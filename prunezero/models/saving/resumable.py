@@ -28,7 +28,7 @@ from prunezero.models.saving.save import check_writable
 FINISHED = "finished"
 
 
-class UnfinishedCheckpoint:
+class ResumableCheckpoint:
     """A mirror of a checkpoint with other numbers, in the making."""
 
     def __init__(self, output: str | Path, request: Mapping[str, Any], source: Shards) -> None:
@@ -174,7 +174,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _refuse_other_request(
-    before: dict[str, Any], now: dict[str, Any], checkpoint: UnfinishedCheckpoint
+    before: dict[str, Any], now: dict[str, Any], checkpoint: ResumableCheckpoint
 ) -> None:
     changed = differences(before, now)
     if changed:

@@ -31,7 +31,7 @@ class _Row(_Place):
     calibration_tokens: int
     sparsity_reached: int | float | None = None
     kl: int | float | None = None
-    regimes: list[_Place] | None = None
+    budgets: list[_Place] | None = None
 
 
 _ROWS = TypeAdapter(list[_Row])

@@ -26,7 +26,7 @@ from pydantic import (
 
 from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import dearest
+from prunezero.formula.features import costliest
 from prunezero.models.anatomy.patterns import fitting
 from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
@@ -229,7 +229,7 @@ class Recipe(BaseModel):
             WORDS[arrow][choice.word].signal for arrow, found in words.items() for choice in found
         ]
         signals += [criterion.signal for criterion in self.formulas]
-        return dearest(signals)
+        return costliest(signals)
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

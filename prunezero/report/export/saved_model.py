@@ -18,7 +18,7 @@ from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_mod
 from prunezero.pruning.compare import finite_row
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import FILES_BESIDE
-from prunezero.pruning.testbed import Bench
+from prunezero.pruning.testbed import Testbed
 from prunezero.report.export.card import model_card
 from prunezero.scoring.masking import count_zeros
 
@@ -68,7 +68,7 @@ def _terms(source: Source | None) -> tuple[str, str]:
 
 
 def save_pruned(
-    bench: Bench,
+    testbed: Testbed,
     recipe: Recipe,
     rows: Sequence[dict[str, Any]],
     layers: Sequence[Linear],
@@ -82,9 +82,9 @@ def save_pruned(
     Raises:
         OutputError: the folder cannot be written, or the files do not hold what is in memory.
     """
-    files = files_beside(bench.language_model, recipe, rows)
-    save_model(bench.language_model, folder, files=files)
-    saved = count_sparsity(folder, stored_layers(bench.language_model, layers, folder))
+    files = files_beside(testbed.language_model, recipe, rows)
+    save_model(testbed.language_model, folder, files=files)
+    saved = count_sparsity(folder, stored_layers(testbed.language_model, layers, folder))
     in_memory = sum(count_zeros(layer.weight) for layer in layers)
     if saved.zeros != in_memory or saved.negative_zeros:
         raise OutputError(

@@ -103,12 +103,12 @@ def write_run(
     session: Session,
     folder: Path,
     candidates: Sequence[Candidate],
-    rivals: Sequence[dict[str, Any]],
+    baselines: Sequence[dict[str, Any]],
 ) -> None:
     """Write what is known so far: every candidate as a table, the pictures, and a study."""
     rows = [candidate.row() for candidate in candidates]
     write_candidates(rows, folder)
-    named = [baseline_row(row) for row in rivals]
+    named = [baseline_row(row) for row in baselines]
     pareto(rows, named, folder / "pareto.png")
     proxy_against_truth(rows, folder / "proxy.png")
     progress(rows, named, folder / "progress.png")

@@ -85,10 +85,10 @@ def _describe(study: Any, task: Task) -> None:
         warnings.simplefilter("ignore")
         study.set_metric_names(list(OBJECTIVES))
     study.set_user_attr("space", task.space.name)
-    study.set_user_attr("signals", task.space.dearest_signal)
+    study.set_user_attr("signals", task.space.costliest_signal)
     for key in ("sparsity", "strategy", "seed"):
         study.set_user_attr(key, getattr(task, key))
-    study.set_user_attr("pattern", in_words(task.regimes))
+    study.set_user_attr("pattern", in_words(task.budgets))
 
 
 def _trials(measured: Sequence[Candidate], task: Task) -> Iterator[Any]:

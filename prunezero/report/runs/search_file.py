@@ -17,8 +17,8 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.recipes.documents import validated
-from prunezero.pruning.testbed import Bench
-from prunezero.searching.experiment.budgets import read_regimes
+from prunezero.pruning.testbed import Testbed
+from prunezero.searching.experiment.budgets import read_budgets
 from prunezero.searching.experiment.task import Rule, Task
 from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace
@@ -103,11 +103,11 @@ class Asked:
             ignore=patterns_of(self.ignore),
         )
 
-    def settled(self, bench: Bench, task: Task) -> Asked:
+    def settled(self, testbed: Testbed, task: Task) -> Asked:
         """The same without what was left to the machine and to the pattern."""
-        loaded = bench.language_model
+        loaded = testbed.language_model
         device = loaded.device.type if self.device == OPEN else self.device
-        also = ",".join(regime.word for regime in task.also)
+        also = ",".join(budget.word for budget in task.also)
         return replace(
             self, dtype=loaded.dtype_word, device=device, sparsity=task.sparsity, also=also
         )
@@ -229,7 +229,7 @@ def _contradiction(before: Asked, key: str, value: Any) -> str:
     if key in ("targets", "ignore"):
         return "" if patterns_of(value) == patterns_of(was) else told
     if key == "also":
-        return "" if read_regimes(value) == read_regimes(was) else told
+        return "" if read_budgets(value) == read_budgets(was) else told
     if key == "device":
         # Which of several GPUs it is changes no result.
         was, value = was.partition(":")[0], value.partition(":")[0]

@@ -20,9 +20,9 @@ from prunezero.pruning.testbed import Settings
 from prunezero.report.plots.plots import pareto_front
 from prunezero.report.quoting import latex_text
 from prunezero.report.runs.search_file import Asked, read_asked
-from prunezero.searching.evaluation.evaluator import Question
+from prunezero.searching.evaluation.evaluator import Request
 from prunezero.searching.evaluation.journal import read_journal
-from prunezero.searching.experiment.baselines import rivals
+from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.budgets import with_names
 from prunezero.searching.experiment.task import Rule, Task
 from prunezero.searching.session import make_task
@@ -43,7 +43,7 @@ class Run:
     """what its results depend on, see `Journal`"""
     asked: Asked | None
     """its options; None for a folder without `search.json`"""
-    rivals: Sequence[Row]
+    baselines: Sequence[Row]
     """the dense model and the published recipes, as far as they were measured"""
     answers: Mapping[str, int]
     """how many results the journal holds, by kind"""
@@ -101,12 +101,12 @@ def read_run(folder: Path) -> Run:
     known = {(one["kind"], one["key"]): one["result"] for one in records[1:]}
     recipe = folder / "recipe.yaml"
     asked = read_asked(folder)
-    rows = _rivals(task_of(header, str(folder)), known)
+    rows = _baselines(task_of(header, str(folder)), known)
     return Run(
         folder=folder,
         header=header,
         asked=asked,
-        rivals=[with_names(row, model_names(header, asked)) for row in rows],
+        baselines=[with_names(row, model_names(header, asked)) for row in rows],
         answers=Counter(kind for kind, _ in known),
         candidates=read_candidates(folder),
         recipe=Recipe.load(recipe) if recipe.is_file() else None,
@@ -167,10 +167,10 @@ def model_names(header: Mapping[str, Any], asked: Asked | None) -> dict[str, str
     return dict(zip(prints, names, strict=False))
 
 
-def _rivals(task: Task, known: Mapping[tuple[str, str], Row]) -> list[Row]:
+def _baselines(task: Task, known: Mapping[tuple[str, str], Row]) -> list[Row]:
     found = []
-    for recipe in (None, *rivals(task)):
-        question = Question.of(recipe, RIVAL_SPLITS)
+    for recipe in (None, *baselines(task)):
+        question = Request.of(recipe, RIVAL_SPLITS)
         row = known.get((question.kind, question.key))
         if row is not None and "fault" not in row and is_result(row):
             found.append({**row, "recipe": recipe.name if recipe else "dense"})
@@ -258,10 +258,10 @@ def results(run: Run) -> list[Row]:
     Raises:
         RecipeError: the recipe of the winner holds rows that are none.
     """
-    searched = {row["recipe"]: row["search_perplexity"] for row in run.rivals}
+    searched = {row["recipe"]: row["search_perplexity"] for row in run.baselines}
     winner = best_row(run)
     if not run.measured:
-        return [dict(row) for row in run.rivals]
+        return [dict(row) for row in run.baselines]
     try:
         searched[run.measured[-1]["recipe"]] = winner["search_perplexity"] if winner else None
         return [{**row, "search_perplexity": searched.get(row["recipe"])} for row in run.measured]
@@ -281,9 +281,9 @@ def latex_of_front(rows: Sequence[Row]) -> str:
     for row in rows:
         formula = f"${Criterion.parse(row['formula']).latex}$"
         rule = rule_of(row)
-        for pattern, own in rule.own.items():
+        for pattern, own in rule.per_layer.items():
             formula += rf"; \texttt{{{latex_text(pattern)}}}: ${own.latex}$"
-        around = ", ".join(rule.with_own({}).around)
+        around = ", ".join(rule.with_per_layer({}).other_choices)
         if around:
             formula += f" ({latex_text(around)})"
         numbers = [_number(row[key]) for key in ("search_perplexity", "validation_perplexity")]

@@ -12,7 +12,7 @@ from typing import Any
 from prunezero.errors import SearchError, differences, shell_word
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.testbed import Bench, Settings, set_up
+from prunezero.pruning.testbed import Settings, Testbed, set_up
 from prunezero.report.runs.summary import Run, best_row, front, rule_of
 from prunezero.searching.evaluation.journal import refuse_other_format
 from prunezero.searching.experiment.provenance import FORMAT, further_draws, further_models, subject
@@ -68,7 +68,7 @@ class Check:
         return abs(self.difference) <= TOLERANCE
 
 
-def benches_of(run: Run) -> tuple[Bench, ...]:
+def testbeds_of(run: Run) -> tuple[Testbed, ...]:
     """The models and the text of a search, exactly as it was searched on them; its own first.
 
     Raises:
@@ -86,12 +86,12 @@ def benches_of(run: Run) -> tuple[Bench, ...]:
     except (KeyError, TypeError) as error:
         raise SearchError(f"{run.folder} was searched by another version of prunezero") from error
     refuse_other_format(run.header, FORMAT, run.folder)
-    bench = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
-    others = beside(bench, asked.also_model, device=asked.device)
+    testbed = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
+    others = beside(testbed, asked.also_model, device=asked.device)
     now: dict[str, Any] = {
-        **subject(bench),
+        **subject(testbed),
         **further_models(others),
-        **further_draws((bench, *others), run.task.draws),
+        **further_draws((testbed, *others), run.task.draws),
     }
     keys = (*now, "also_models", "also_dtypes", "also_token_ids", "drawn_token_ids")
     changed = differences({key: run.header.get(key) for key in keys}, now)
@@ -101,7 +101,7 @@ def benches_of(run: Run) -> tuple[Bench, ...]:
             f"{models} and {asked.text} text are not what {run.folder} was searched on "
             f"({changed}); put back those files to verify it"
         )
-    return bench, *others
+    return testbed, *others
 
 
 def claims(run: Run, top: int) -> list[Claim]:
@@ -131,7 +131,7 @@ def claims(run: Run, top: int) -> list[Claim]:
 
 
 def verify(
-    run: Run, benches: Sequence[Bench], claimed: list[Claim], progress: Progress | None = None
+    run: Run, testbeds: Sequence[Testbed], claimed: list[Claim], progress: Progress | None = None
 ) -> Iterator[Check]:
     """Measure every claim anew on all three texts; yields each perplexity as it is known.
 
@@ -141,15 +141,15 @@ def verify(
     Raises:
         PruneZeroError: model, text and recipes do not go together.
     """
-    bench, *others = benches
+    testbed, *others = testbeds
     with tempfile.TemporaryDirectory(prefix="prunezero-verify-") as folder:
         session = open_session(
-            bench, run.task, Path(folder) / "anew", also_benches=others, progress=progress
+            testbed, run.task, Path(folder) / "anew", also_testbeds=others, progress=progress
         )
         try:
             for claim in claimed:
                 # What fails on some layer has no perplexity, and says so by a fault.
-                row: dict[str, Any] = next(session.ladder.rows([claim.recipe], SPLITS))
+                row: dict[str, Any] = next(session.rungs.rows([claim.recipe], SPLITS))
                 for split in SPLITS:
                     yield Check(
                         claim.name,
@@ -159,7 +159,7 @@ def verify(
                         split in claim.reported,
                     )
         finally:
-            session.ladder.close()
+            session.rungs.close()
 
 
 def verdict(run: Run, checks: list[Check]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from prunezero.files.digests import joined_digest
 from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
-from prunezero.pruning.testbed import Bench, beginning
+from prunezero.pruning.testbed import Testbed, beginning
 from prunezero.report.tracking.records import RunRecord, candidate_name, run_record
 from prunezero.searching.experiment.budgets import in_words
 from prunezero.searching.experiment.candidate import Candidate
@@ -24,18 +24,18 @@ _VIEWS = ("pareto.png", "proxy.png", "progress.png", "optuna.log")
 
 def tracked_rows(
     rows: Sequence[dict[str, Any]],
-    bench: Bench,
+    testbed: Testbed,
     *,
     origin: str = "baseline",
-    also_benches: Sequence[Bench] = (),
+    also_testbeds: Sequence[Testbed] = (),
 ) -> Iterator[RunRecord]:
     """Records of the dense model and of recipes; measuring one again updates its record.
 
     Args:
-        also_benches: of further models over which the rows are means.
+        also_testbeds: of further models over which the rows are means.
     """
-    benches = (bench, *also_benches)
-    around = json.dumps([surroundings(one) for one in benches], sort_keys=True)
+    testbeds = (testbed, *also_testbeds)
+    around = json.dumps([surroundings(one) for one in testbeds], sort_keys=True)
     for row in rows:
         is_dense = row["recipe"] == "dense"
         told = ("sparsity", "pattern", "allocate", "statistics", "seed")
@@ -50,7 +50,7 @@ def tracked_rows(
         name = (
             row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
         )
-        full = {**baseline_row(row), **described(bench, also_benches), "origin": origin}
+        full = {**baseline_row(row), **described(testbed, also_testbeds), "origin": origin}
         yield run_record(key, name, "dense" if is_dense else "baseline", full)
 
 
@@ -65,12 +65,12 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
     recipe = task.recipe(candidate.rule, "candidate")
     row = {
         **candidate.row(),
-        **described(session.bench, session.also_benches),
+        **described(session.testbed, session.also_testbeds),
         "criteria": "; ".join(with_patterns(recipe.criteria)),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
-        "pattern": in_words(task.regimes),
+        "pattern": in_words(task.budgets),
         "sparsity": task.sparsity,
         "statistics": "dense",
         "seed": task.seed,
@@ -82,11 +82,11 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
     return run_record(key, candidate_name(row), "candidate", row, parent_key=parent)
 
 
-def tracked_champion(
+def tracked_winner(
     recipe: Recipe, row: dict[str, Any], session: Session, name: str, folder: Path
 ) -> RunRecord:
     """The record of the search's winner, with its files."""
-    told = described(session.bench, session.also_benches)
+    told = described(session.testbed, session.also_testbeds)
     full = {**baseline_row(row), **told, "origin": "search"}
     named = (folder / file for file in ("recipe.yaml", "pruner.py"))
     files = tuple(path for path in named if path.is_file())
@@ -101,20 +101,20 @@ def tracked_search(
     session: Session, name: str, *, finished: bool, artifacts: tuple[Path, ...] = ()
 ) -> RunRecord:
     """The record of the search itself, the parent of its candidates."""
-    task, bench = session.task, session.bench
+    task, testbed = session.task, session.testbed
     params: dict[str, Any] = {
-        **described(bench, session.also_benches),
+        **described(testbed, session.also_testbeds),
         "space": task.space.name,
-        "signals": task.space.dearest_signal,
+        "signals": task.space.costliest_signal,
         "sparsity": task.sparsity,
-        "pattern": in_words(task.regimes),
+        "pattern": in_words(task.budgets),
         "compare": task.space.compare,
         "seed": task.seed,
         "draws": task.draws,
         **layers_told(task.targets, task.ignore),
         "seeds": len(task.seeds),
-        "calibration_tokens": bench.settings.calibration_tokens,
-        "sequence_length": bench.settings.sequence_length,
+        "calibration_tokens": testbed.settings.calibration_tokens,
+        "sequence_length": testbed.settings.sequence_length,
     }
     return RunRecord(
         key=search_key(session, name),
@@ -131,15 +131,15 @@ def kept_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in (*_FILES, *_VIEWS) if (folder / name).is_file())
 
 
-def described(bench: Bench, also_benches: Sequence[Bench] = ()) -> dict[str, str]:
+def described(testbed: Testbed, also_testbeds: Sequence[Testbed] = ()) -> dict[str, str]:
     """Models, text, dtype and what windows begin with, as parameters of a record."""
-    others = ", ".join(one.language_model.name for one in also_benches)
+    others = ", ".join(one.language_model.name for one in also_testbeds)
     return {
-        "model": bench.language_model.name,
+        "model": testbed.language_model.name,
         **({"also_models": others} if others else {}),
-        "text": bench.text.name,
-        "dtype": bench.language_model.dtype_word,
-        **beginning(one.begin_with for one in (bench, *also_benches)),
+        "text": testbed.text.name,
+        "dtype": testbed.language_model.dtype_word,
+        **beginning(one.begin_with for one in (testbed, *also_testbeds)),
     }
 
 

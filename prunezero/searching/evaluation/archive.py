@@ -56,34 +56,34 @@ class Archive:
         check_archive(path)
         self._path = path
         self._context = joined_digest([json.dumps(conditions, sort_keys=True)])
-        self._answers: dict[tuple[str, str], dict[str, Any]] = {}
+        self._results: dict[tuple[str, str], dict[str, Any]] = {}
         with self._open() as file:
             lines = file.read().split(b"\n")
         for record in filter(None, map(record_of, lines)):
             # A torn line was never an answer; other conditions are other searches' business.
             if record.get("context") == self._context and isinstance(record.get("answer"), dict):
-                self._answers[str(record.get("kind")), str(record.get("key"))] = record["answer"]
+                self._results[str(record.get("kind")), str(record.get("key"))] = record["answer"]
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._results)
 
     def known(self, kind: str, key: str) -> dict[str, Any] | None:
         """The answer that was written under this kind and key, or None."""
-        return self._answers.get((kind, key))
+        return self._results.get((kind, key))
 
-    def write(self, kind: str, key: str, answer: dict[str, Any]) -> None:
+    def write(self, kind: str, key: str, result: dict[str, Any]) -> None:
         """Add an answer, unless there is one.
 
         Raises:
             OutputError: the disk is full or gone.
         """
-        if (kind, key) in self._answers:
+        if (kind, key) in self._results:
             return
-        record = {"context": self._context, "kind": kind, "key": key, "answer": answer}
+        record = {"context": self._context, "kind": kind, "key": key, "answer": result}
         with self._open() as file:
             # Begins with a line's end: what a crash may have left there stays a line of its own.
             file.write(b"\n" + line_of(record))
-        self._answers[kind, key] = answer
+        self._results[kind, key] = result
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:

@@ -27,12 +27,12 @@ from prunezero.pruning.compare import finite_row, rounding
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.pruning.testbed import Bench, with_choices
+from prunezero.pruning.testbed import Testbed, with_choices
 from prunezero.searching.evaluation.post import Post
 from prunezero.searching.evaluation.tuning import tune
-from prunezero.searching.experiment.budgets import Regime, geometric_mean, over_regimes
+from prunezero.searching.experiment.budgets import Budget, geometric_mean, over_budgets
 from prunezero.searching.experiment.task import Task
-from prunezero.searching.experiment.testbeds import about, drawn, told_of
+from prunezero.searching.experiment.testbeds import about, drawn, progress_of
 from prunezero.searching.proxies.matrix import (
     layer_error,
     mask_digest,
@@ -40,7 +40,7 @@ from prunezero.searching.proxies.matrix import (
     merged_scores,
     scores_on,
 )
-from prunezero.searching.proxies.samples import Stack, ladder_sums
+from prunezero.searching.proxies.samples import Stack, rung_sums
 
 # Keys of a recipe that change no result.
 _WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}
@@ -49,11 +49,11 @@ _PROBES = 1024
 # How torch says on the CPU, and cuBLAS on a GPU, that memory is short: not by an error of its own.
 _SHORT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # The one regime of a dense model.
-_DENSE = (Regime(0.0),)
+_DENSE = (Budget(0.0),)
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """What is asked of a judge."""
 
     splits: tuple[str, ...]
@@ -64,7 +64,7 @@ class Question:
     """numbers to try in its formula; more than none asks for the best ones"""
 
     @classmethod
-    def of(cls, recipe: Recipe | None, splits: Sequence[str] = (), *, trials: int = 0) -> Question:
+    def of(cls, recipe: Recipe | None, splits: Sequence[str] = (), *, trials: int = 0) -> Request:
         """The question what a recipe does, on some texts or to the layers' outputs."""
         if recipe is None:
             return cls(tuple(splits), None)
@@ -100,40 +100,40 @@ class ProbeMask:
         return float(np.mean(self.bits != other.bits))
 
 
-class Judge:
+class Evaluator:
     """The rungs of a search, over one model and one draw of calibration text, or over several."""
 
     def __init__(
         self,
         task: Task,
-        bench: Bench,
-        rivals: Sequence[Recipe] = (),
+        testbed: Testbed,
+        baselines: Sequence[Recipe] = (),
         progress: Progress | None = None,
         *,
-        also_benches: Sequence[Bench] = (),
+        also_testbeds: Sequence[Testbed] = (),
     ) -> None:
         """Calibrate the models, or find their statistics where an earlier process left them.
 
         Args:
             rivals: recipes that will be measured beside those of the task.
-            also_benches: of further models, on the same text and under the same settings.
+            also_testbeds: of further models, on the same text and under the same settings.
 
         Raises:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
         self.task = task
         space = task.space
-        sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
-        for regime in task.regimes:
-            sums |= dense_sums(space.examples(regime.pattern))
-        sums |= dense_sums(rivals)
-        self._benches = drawn((bench, *also_benches), task.draws)
+        sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
+        for budget in task.budgets:
+            sums |= dense_sums(space.examples(budget.pattern))
+        sums |= dense_sums(baselines)
+        self._testbeds = drawn((testbed, *also_testbeds), task.draws)
         self._posts: list[Post] = []
-        for place, one in enumerate(self._benches):
+        for place, one in enumerate(self._testbeds):
             # Draws of one model stand side by side, and share all that calibration does not change.
-            stand = self._posts[-1].stand if place % task.draws else None
-            told = told_of(one, self._benches, progress)
-            self._posts.append(Post.of(one, sums, task, told, stand=stand))
+            runner = self._posts[-1].runner if place % task.draws else None
+            told = progress_of(one, self._testbeds, progress)
+            self._posts.append(Post.of(one, sums, task, told, runner=runner))
         self.probe = lru_cache(maxsize=_PROBES)(self._probed)
         self._rungs = {
             "layer error": self._layer_error,
@@ -144,7 +144,7 @@ class Judge:
     @property
     def names(self) -> dict[str, str]:
         """What the models are called, by their fingerprints, under which rows know them."""
-        models = [bench.language_model for bench in self._benches]
+        models = [testbed.language_model for testbed in self._testbeds]
         return {model.fingerprint: model.name for model in models}
 
     def _probed(
@@ -156,44 +156,44 @@ class Judge:
             masks = [
                 mask
                 for post in self._posts
-                for of_regime in self._masks(post.probe, recipe)
-                for mask in of_regime
+                for of_budget in self._masks(post.probe, recipe)
+                for mask in of_budget
             ]
         except ScoreError:
             return None
         bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
         return ProbeMask(mask_digest(masks), bits)
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        """What `answer` says to each, in their order, each computed when it is asked for.
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        """What `result` says to each, in their order, each computed when it is asked for.
 
         On a GPU, formulas that are asked for their layer errors are scored together.
         """
-        for kind, some in groupby(questions, key=lambda question: question.kind):
+        for kind, some in groupby(requests, key=lambda request: request.kind):
             alike = list(some)
             yield from (
-                self._layer_errors(alike) if kind == "layer error" else map(self.answer, alike)
+                self._layer_errors(alike) if kind == "layer error" else map(self.result, alike)
             )
 
-    def _layer_errors(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        waiting = list(questions)
+    def _layer_errors(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        waiting = list(requests)
         while waiting:
-            scores = self._scores([_recipe(question).criterion for question in waiting])
+            scores = self._scores([_recipe(request).criterion for request in waiting])
             begin = time.perf_counter()
             while waiting:
-                question = waiting.pop(0)
+                request = waiting.pop(0)
                 try:
                     values = next(scores)
                 except (RuntimeError, MemoryError):
                     # Perhaps together they were too many; what failed has no more to give.
-                    yield self.answer(question)
+                    yield self.result(request)
                     break
-                yield self._or_fault(partial(self._layer_error, question, values, begin))
+                yield self._or_fault(partial(self._layer_error, request, values, begin))
                 begin = time.perf_counter()
 
-    def answer(self, question: Question) -> dict[str, Any]:
+    def result(self, request: Request) -> dict[str, Any]:
         """The answer, with a `fault` in words where the recipe fails on some layer."""
-        return self._or_fault(partial(self._rungs[question.kind], question))
+        return self._or_fault(partial(self._rungs[request.kind], request))
 
     def _or_fault(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -207,13 +207,13 @@ class Judge:
 
     def _layer_error(
         self,
-        question: Question,
+        request: Request,
         scores: Sequence[Sequence[Tensor]] | None = None,
         begin: float | None = None,
     ) -> dict[str, Any]:
         begin = time.perf_counter() if begin is None else begin
         samples = [post.samples for post in self._posts]
-        error = self._lost(samples, _recipe(question), scores)
+        error = self._lost(samples, _recipe(request), scores)
         if not math.isfinite(error):
             return {"fault": "its layer error is not finite"}
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
@@ -232,10 +232,10 @@ class Judge:
         """The layer error, of several posts and regimes the geometric mean."""
         known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_posts)
         lost: list[float] = []
-        for bench, samples, own in zip(self._benches, of_posts, known, strict=True):
-            with about(bench, self._benches):
-                for of_regime in self._masks(samples, recipe, own):
-                    lost.append(layer_error(samples, of_regime))
+        for testbed, samples, own in zip(self._testbeds, of_posts, known, strict=True):
+            with about(testbed, self._testbeds):
+                for of_budget in self._masks(samples, recipe, own):
+                    lost.append(layer_error(samples, of_budget))
         return geometric_mean(lost)
 
     def _masks(
@@ -246,11 +246,11 @@ class Judge:
     ) -> Iterator[list[Tensor]]:
         """The masks of all samples in each regime, one regime after the other."""
         merged = merged_scores(samples, recipe, scores)
-        for regime in self.task.regimes:
-            yield masks_on(samples, recipe, regime.sparsity, regime.pattern, scores=merged)
+        for budget in self.task.budgets:
+            yield masks_on(samples, recipe, budget.sparsity, budget.pattern, scores=merged)
 
-    def _tuned(self, question: Question) -> dict[str, Any]:
-        recipe = _recipe(question)
+    def _tuned(self, request: Request) -> dict[str, Any]:
+        recipe = _recipe(request)
         begin = time.perf_counter()
         samples = [post.tuning_samples for post in self._posts]
 
@@ -261,20 +261,20 @@ class Judge:
                 return None
             return found if math.isfinite(found) else None
 
-        best = tune(recipe.criterion, error, trials=question.trials, seed=0)
+        best = tune(recipe.criterion, error, trials=request.trials, seed=0)
         return {"formula": best.text, "seconds": time.perf_counter() - begin}
 
-    def _row(self, question: Question) -> dict[str, Any]:
-        if question.recipe is None:
-            dense = [post.stand.dense_row(question.splits) for post in self._posts]
-            return finite_row(over_regimes(_DENSE, dense, self._places()))
+    def _row(self, request: Request) -> dict[str, Any]:
+        if request.recipe is None:
+            dense = [post.runner.dense_row(request.splits) for post in self._posts]
+            return finite_row(over_budgets(_DENSE, dense, self._places()))
         begin = time.perf_counter()
-        recipe = _recipe(question)
-        row = self._measured(recipe, question.splits)
+        recipe = _recipe(request)
+        row = self._measured(recipe, request.splits)
         # Test text is asked for at the end alone, when others are compared with what was found.
-        if recipe.mends and "test" in question.splits:
-            again = self._measured(recipe, question.splits, is_reversed=True)
-            row |= rounding(row, again, question.splits)
+        if recipe.mends and "test" in request.splits:
+            again = self._measured(recipe, request.splits, is_reversed=True)
+            row |= rounding(row, again, request.splits)
         return finite_row(row) | {"elapsed": time.perf_counter() - begin}
 
     def _measured(
@@ -283,19 +283,19 @@ class Judge:
         """The row of a recipe in all regimes; also with its calibration windows in reverse."""
         rows = []
         for post in self._posts:
-            with about(post.stand.bench, self._benches):
-                stand = post.stand.reversed(recipe) if is_reversed else post.stand
-                for regime in self.task.regimes:
-                    one = with_choices(recipe, pattern=regime.pattern)
-                    rows.append(stand.row(one, regime.sparsity, splits))
-        return over_regimes(self.task.regimes, rows, self._places())
+            with about(post.runner.testbed, self._testbeds):
+                runner = post.runner.reversed(recipe) if is_reversed else post.runner
+                for budget in self.task.budgets:
+                    one = with_choices(recipe, pattern=budget.pattern)
+                    rows.append(runner.row(one, budget.sparsity, splits))
+        return over_budgets(self.task.budgets, rows, self._places())
 
     def _places(self) -> list[dict[str, Any]]:
         """Of each post what tells it from the others."""
         # Not by name: the same model may be called otherwise in another process or search.
         of = [
             {"model": one.language_model.fingerprint, "seed": one.settings.seed}
-            for one in self._benches
+            for one in self._testbeds
         ]
         told = [key for key in ("model", "seed") if len({place[key] for place in of}) > 1]
         return [{key: place[key] for key in told} for place in of]
@@ -306,5 +306,5 @@ def _is_short_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(text in str(error) for text in _SHORT_OF_MEMORY)
 
 
-def _recipe(question: Question) -> Recipe:
-    return validated(Recipe, {"name": "candidate", **(question.recipe or {})}, "a question")
+def _recipe(request: Request) -> Recipe:
+    return validated(Recipe, {"name": "candidate", **(request.recipe or {})}, "a question")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.compare import Stand
-from prunezero.pruning.testbed import Bench
+from prunezero.pruning.compare import RecipeRunner
+from prunezero.pruning.testbed import Testbed
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.proxies.samples import Stack, probe_of, sample_rows, stacked
 
@@ -23,7 +23,7 @@ _TUNED_ON = 3
 class Post:
     """One model that is judged on, under one draw of calibration text."""
 
-    stand: Stand
+    runner: RecipeRunner
     """where it is pruned and measured"""
     samples: Sequence[Stack]
     """rows of every layer, for the layer error"""
@@ -35,12 +35,12 @@ class Post:
     @classmethod
     def of(
         cls,
-        bench: Bench,
+        testbed: Testbed,
         sums: Iterable[str],
         task: Task,
         progress: Progress | None = None,
         *,
-        stand: Stand | None = None,
+        runner: RecipeRunner | None = None,
     ) -> Post:
         """Calibrate the model, or find its statistics where an earlier process left them.
 
@@ -54,12 +54,14 @@ class Post:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
         space = task.space
-        layers = find_linears(bench.language_model.model, targets=task.targets, ignore=task.ignore)
-        statistics = bench.statistics(layers, sums, progress)
-        if stand is None:
-            stand = Stand(bench, statistics, splits=("search", "validation", "test"))
+        layers = find_linears(
+            testbed.language_model.model, targets=task.targets, ignore=task.ignore
+        )
+        statistics = testbed.statistics(layers, sums, progress)
+        if runner is None:
+            runner = RecipeRunner(testbed, statistics, splits=("search", "validation", "test"))
         else:
-            stand = stand.redrawn(bench, statistics)
+            runner = runner.redrawn(testbed, statistics)
         samples = sample_rows(layers, statistics, space.features)
         of_some = (samples, samples[::_TUNED_ON], probe_of(samples, kinds=space.criteria))
-        return cls(stand, *map(stacked, of_some))
+        return cls(runner, *map(stacked, of_some))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prunezero.searching.evaluation.rung_correlation import fidelity, width
-from prunezero.searching.evaluation.rungs import Ladder
+from prunezero.searching.evaluation.rung_correlation import rung_correlation, width
+from prunezero.searching.evaluation.rungs import Rungs
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.history import Memory, beside_mask
+from prunezero.searching.history import History, beside_mask
 from prunezero.searching.strategies.evolution import generator
 
 # Candidates of each search that stand on validation text, the best on search text.
@@ -24,43 +24,43 @@ _NEAR = 1.3
 _LOOKED_AT = 4
 
 
-def to_glance(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate]:
+def to_quick_kl(rungs: Rungs, history: History, generation: int) -> list[Candidate]:
     """Those whose distance to the dense model is looked at next, on a little text."""
-    space = ladder.task.space
-    count = width(space.glanced, fidelity(memory.candidates, "layer_error", "kl"))
-    chosen = _promoted(ladder, memory, ("layer_error", "kl"), count, generation)
+    space = rungs.task.space
+    count = width(space.quick_kl, rung_correlation(history.candidates, "layer_error", "kl"))
+    chosen = _promoted(rungs, history, ("layer_error", "kl"), count, generation)
     waiting = [
         one
-        for one in memory.candidates
+        for one in history.candidates
         if one.generation == generation and one.status == "new" and one.kl is None
     ]
     # What others hold good is looked at, whatever the layer error says of it.
     known = [one for one in waiting if one.origin == "seed"]
     # What is done beside masking is not seen by the layer error, and formulas of some layers move
     # it little.
-    unseen = [one for one in waiting if one.origin == "choose"][: space.glanced]
+    unseen = [one for one in waiting if one.origin == "choose"][: space.quick_kl]
     asked = [*known, *unseen]
-    return chosen + _unlike(ladder, asked, chosen, len(asked))
+    return chosen + _unlike(rungs, asked, chosen, len(asked))
 
 
-def to_measure(ladder: Ladder, memory: Memory, generation: int) -> list[Candidate]:
+def to_measure(rungs: Rungs, history: History, generation: int) -> list[Candidate]:
     """Those whose perplexity is measured next, on all search text."""
-    rungs = ("kl", "search_perplexity")
-    count = width(ladder.task.space.measured, fidelity(memory.candidates, *rungs))
-    return _promoted(ladder, memory, rungs, count, generation)
+    pair = ("kl", "search_perplexity")
+    count = width(rungs.task.space.measured, rung_correlation(history.candidates, *pair))
+    return _promoted(rungs, history, pair, count, generation)
 
 
-def to_judge(memory: Memory) -> list[Candidate]:
+def to_validate(history: History) -> list[Candidate]:
     """Those that are among the best on search text, and not yet on validation text."""
     return [
         one
-        for one in memory.ranked("search_perplexity")[:FINALISTS]
+        for one in history.ranked("search_perplexity")[:FINALISTS]
         if one.validation_perplexity is None and one.status == "new"
     ]
 
 
 def _promoted(
-    ladder: Ladder, memory: Memory, rungs: tuple[str, str], count: int, generation: int
+    rungs: Rungs, history: History, pair: tuple[str, str], count: int, generation: int
 ) -> list[Candidate]:
     """The best by the lower rung that wait for the upper one, a third of them by luck.
 
@@ -68,38 +68,38 @@ def _promoted(
     candidate which the lower rung underrates has a chance, and the rung itself is put to the test.
     Of those that do nearly the same, one climbs at most.
     """
-    lower, upper = rungs
-    ranked = memory.ranked(lower)
+    lower, upper = pair
+    ranked = history.ranked(lower)
     there = [one for one in ranked if getattr(one, upper) is not None]
     waiting = [one for one in ranked if getattr(one, upper) is None and one.status == "new"]
-    lucky = max(1, count // 3) if count > 1 else 0
-    chosen = _unlike(ladder, waiting, there, count - lucky)
+    at_random = max(1, count // 3) if count > 1 else 0
+    chosen = _unlike(rungs, waiting, there, count - at_random)
     near = [one for one in waiting if getattr(one, lower) <= _NEAR * getattr(ranked[0], lower)]
     near = [one for one in near if one not in chosen]
-    generator(ladder.task.seed, generation, f"promote to {upper}").shuffle(near)
+    generator(rungs.task.seed, generation, f"promote to {upper}").shuffle(near)
     near.sort(key=lambda one: one.generation != generation)
-    return chosen + _unlike(ladder, near, [*there, *chosen], lucky)
+    return chosen + _unlike(rungs, near, [*there, *chosen], at_random)
 
 
 def _unlike(
-    ladder: Ladder, candidates: Sequence[Candidate], others: Sequence[Candidate], count: int
+    rungs: Rungs, candidates: Sequence[Candidate], others: Sequence[Candidate], count: int
 ) -> list[Candidate]:
     """The first of the candidates that do nearly the same as none of the others, nor each other."""
     found: list[Candidate] = []
-    for candidate in candidates[: _LOOKED_AT * ladder.task.space.population]:
+    for candidate in candidates[: _LOOKED_AT * rungs.task.space.population]:
         if len(found) == count:
             break
-        if _differs(ladder, candidate, [*others, *found]):
+        if _differs(rungs, candidate, [*others, *found]):
             found.append(candidate)
     return found
 
 
-def _differs(ladder: Ladder, candidate: Candidate, others: Sequence[Candidate]) -> bool:
+def _differs(rungs: Rungs, candidate: Candidate, others: Sequence[Candidate]) -> bool:
     """Whether none of the others does nearly the same."""
-    probe = ladder.probe(candidate.rule)
+    probe = rungs.probe(candidate.rule)
     for other in others:
         if beside_mask(other.rule) == beside_mask(candidate.rule):
-            theirs = ladder.probe(other.rule)
+            theirs = rungs.probe(other.rule)
             if probe and theirs and probe.differs(theirs) < _MIN_DIFFERENCE:
                 return False
     return True

@@ -24,7 +24,7 @@ _TRUSTED, _MISTRUSTED = 0.7, 0.3
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class RungCorrelation:
     """How well one rung foretells the order on the next."""
 
     tau: float
@@ -47,7 +47,7 @@ class Fidelity:
         return f"tau {self.tau:.2f}, recall {self.recall:.2f} over {self.count}"
 
 
-def fidelity(candidates: Sequence[Candidate], lower: str, upper: str) -> Fidelity:
+def rung_correlation(candidates: Sequence[Candidate], lower: str, upper: str) -> RungCorrelation:
     """How well the order by one field foretells that by another, over the last that have both.
 
     The layer error sees masks alone, so it is asked about candidates that mend, permute and
@@ -67,12 +67,12 @@ def fidelity(candidates: Sequence[Candidate], lower: str, upper: str) -> Fidelit
         on_both = _of_one_kind(on_both)
     pairs = [(getattr(one, lower), getattr(one, upper)) for one in on_both[-WINDOW:]]
     if not pairs:
-        return Fidelity(math.nan, math.nan, 0)
+        return RungCorrelation(math.nan, math.nan, 0)
     low, high = zip(*pairs, strict=True)
-    return Fidelity(kendall_tau(low, high), _recall(low, high), len(pairs))
+    return RungCorrelation(kendall_tau(low, high), _recall(low, high), len(pairs))
 
 
-def width(usual: int, seen: Fidelity) -> int:
+def width(usual: int, seen: RungCorrelation) -> int:
     """How many candidates climb: the usual number, fewer if the rung is right, more if it errs."""
     if not seen.says_much:
         return usual

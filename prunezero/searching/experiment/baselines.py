@@ -14,7 +14,7 @@ FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero")
 PIPELINES = ("sparsegpt", "admm")
 
 
-def rivals(task: Task) -> list[Recipe]:
+def baselines(task: Task) -> list[Recipe]:
     """The published recipes that a search is compared with, under the search's conditions.
 
     A search that uses no gradients is not compared with recipes that would need them collected.
@@ -36,7 +36,7 @@ def rivals(task: Task) -> list[Recipe]:
     ]
 
 
-def published_twin(task: Task, rule: Rule | Criterion) -> str | None:
+def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:
     """The published recipe that does what the rule does; None if it is new.
 
     Recipes that do more than rank, and those of other comparison groups, are no twins.

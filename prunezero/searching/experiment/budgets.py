@@ -20,7 +20,7 @@ from prunezero.scoring.request import parse_pattern
 
 
 @dataclass(frozen=True)
-class Regime:
+class Budget:
     """How much a rule has to remove, and in which pattern."""
 
     sparsity: float
@@ -29,7 +29,7 @@ class Regime:
     """free or N:M"""
 
     @classmethod
-    def read(cls, word: str) -> Regime:
+    def read(cls, word: str) -> Budget:
         """The regime of a word such as `0.7` or `2:4`.
 
         Raises:
@@ -53,19 +53,19 @@ class Regime:
         return repr(self.sparsity) if self.pattern == "free" else self.pattern
 
 
-def read_regimes(words: str) -> tuple[Regime, ...]:
+def read_budgets(words: str) -> tuple[Budget, ...]:
     """Regimes of words with commas between them, such as `0.7,2:4`; none of no words.
 
     Raises:
         PruneZeroError: one of them is no regime.
     """
-    return tuple(Regime.read(word.strip()) for word in words.split(",") if word.strip())
+    return tuple(Budget.read(word.strip()) for word in words.split(",") if word.strip())
 
 
-def in_words(regimes: Sequence[Regime]) -> str:
+def in_words(budgets: Sequence[Budget]) -> str:
     """The pattern of the first and the words of the others, for a column of patterns."""
-    first, *others = regimes
-    return ", ".join([first.pattern, *(regime.word for regime in others)])
+    first, *others = budgets
+    return ", ".join([first.pattern, *(budget.word for budget in others)])
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -79,19 +79,19 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
-def over_regimes(
-    regimes: Sequence[Regime],
+def over_budgets(
+    budgets: Sequence[Budget],
     rows: Sequence[Mapping[str, Any]],
     places: Sequence[Mapping[str, Any]] = ({},),
 ) -> dict[str, Any]:
-    """The row of a recipe over all regimes, from one row for each as `Stand.row` gives it.
+    """The row of a recipe over all regimes, from one row for each as `RecipeRunner.row` gives it.
 
     Perplexities and KL are geometric means, and so are the losses of the windows, in nats, means:
-    tests over windows hold for the whole as for a part. `regimes` keeps the perplexities of each.
+    tests over windows hold for the whole as for a part. `budgets` keeps the perplexities of each.
 
     Args:
         rows: of the first model and draw in every regime, then of the next.
-        places: of each model and draw, what `regimes` says to tell it from the others.
+        places: of each model and draw, what `budgets` says to tell it from the others.
     """
     first = dict(rows[0])
     if len(rows) == 1:
@@ -103,7 +103,7 @@ def over_regimes(
         split: _means([row["window_losses"][split] for row in rows])
         for split in first["window_losses"]
     }
-    first["pattern"] = in_words(regimes)
+    first["pattern"] = in_words(budgets)
     first |= beginning(row.get("windows_begin_with", "") for row in rows)
     # There is no one number; each regime has its own.
     first["sparsity_reached"] = None
@@ -111,10 +111,10 @@ def over_regimes(
     first["regimes"] = [
         {
             **place,
-            **asdict(regime),
+            **asdict(budget),
             **{key: row[key] for key in means},
         }
-        for (place, regime), row in zip(itertools.product(places, regimes), rows, strict=True)
+        for (place, budget), row in zip(itertools.product(places, budgets), rows, strict=True)
     ]
     draws = {place["seed"] for place in places if "seed" in place}
     if draws:
@@ -135,7 +135,7 @@ def windows_of(row: Mapping[str, Any]) -> str:
 
 
 def with_names(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A row in whose `regimes` models have other names; one that says no models stays as it is."""
+    """A row in whose `budgets` models have other names; one that says no models stays as it is."""
     if not any("model" in part for part in row.get("regimes", ())):
         return dict(row)
     parts = [{**part, "model": names.get(part["model"], part["model"])} for part in row["regimes"]]

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import dearest
+from prunezero.formula.features import costliest
 from prunezero.searching.experiment.task import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
@@ -66,7 +66,7 @@ class Candidate:
     @cached_property
     def signal(self) -> str:
         """The dearest signal that one of its formulas looks at."""
-        return dearest(one.signal for one in self.rule.formulas)
+        return costliest(one.signal for one in self.rule.formulas)
 
     def row(self) -> dict[str, Any]:
         """The candidate as one flat row of a table."""

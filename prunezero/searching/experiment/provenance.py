@@ -22,9 +22,9 @@ from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.text.splits import SPLITS
 from prunezero.models.text.windows import windows_fingerprint
-from prunezero.pruning.testbed import Bench
+from prunezero.pruning.testbed import Testbed
 from prunezero.searching.experiment.task import Task
-from prunezero.searching.proxies.samples import ROW_WEIGHTS, ladder_sums
+from prunezero.searching.proxies.samples import ROW_WEIGHTS, rung_sums
 
 # Counts changes to what a search draws, asks or writes; what is older is then refused.
 FORMAT = 8
@@ -34,52 +34,54 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "sympy", "
 _FLOORS = ("files", "formula", "scoring", "models", "pruning", "searching")
 
 
-def conditions(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dict[str, Any]:
+def conditions(
+    testbed: Testbed, task: Task, also_testbeds: Sequence[Testbed] = ()
+) -> dict[str, Any]:
     """Everything beside a question that its answer depends on, as JSON.
 
     Args:
-        also_benches: of further models, on the same text and under the same settings.
+        also_testbeds: of further models, on the same text and under the same settings.
     """
     space = task.space
-    sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
+    sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
     return {
-        **surroundings(bench),
+        **surroundings(testbed),
         "format": FORMAT,
         "sparsity": task.sparsity,
         "weighted_rows": ROW_WEIGHTS in sums,
         **further(task),
-        **further_models(also_benches),
-        **further_draws((bench, *also_benches), task.draws),
+        **further_models(also_testbeds),
+        **further_draws((testbed, *also_testbeds), task.draws),
         **_plugged(task),
     }
 
 
-def surroundings(bench: Bench) -> dict[str, Any]:
+def surroundings(testbed: Testbed) -> dict[str, Any]:
     """What any number that is measured on a bench depends on, whatever is asked, as JSON."""
     return {
         "prunezero": version("prunezero"),
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: version(name) for name in LIBRARIES},
-        **_kernels(bench),
-        **subject(bench),
-        "settings": vars(bench.settings).copy(),
+        **_kernels(testbed),
+        **subject(testbed),
+        "settings": vars(testbed.settings).copy(),
     }
 
 
-def subject(bench: Bench) -> dict[str, str]:
+def subject(testbed: Testbed) -> dict[str, str]:
     """The model and text of a bench, as they are and not as they are called."""
-    model = bench.language_model
+    model = testbed.language_model
     return {
         "model": model.fingerprint,
         "dtype": str(model.dtype),
         "device": model.device.type,
-        "text": bench.text.fingerprint,
+        "text": testbed.text.fingerprint,
         # The vocabulary does not tell how a text becomes tokens, nor the text how it is cut.
-        **{f"{split} token ids": _ids(bench, split) for split in SPLITS},
+        **{f"{split} token ids": _ids(testbed, split) for split in SPLITS},
     }
 
 
-def machine(bench: Bench, threads: int) -> dict[str, Any]:
+def machine(testbed: Testbed, threads: int) -> dict[str, Any]:
     """What the last bits of an answer depend on, and the code that it comes from.
 
     An answer of another search that differs in a last bit would let this one end otherwise than
@@ -88,7 +90,7 @@ def machine(bench: Bench, threads: int) -> dict[str, Any]:
     Args:
         threads: of each judge.
     """
-    device = bench.language_model.device
+    device = testbed.language_model.device
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "threads": threads,
@@ -121,9 +123,9 @@ def _processor() -> str:
     return joined_digest(found)
 
 
-def _ids(bench: Bench, split: str) -> str:
+def _ids(testbed: Testbed, split: str) -> str:
     try:
-        return windows_fingerprint(bench.windows(split))
+        return windows_fingerprint(testbed.windows(split))
     except TextError:
         # Whoever needs the split says so; a comparison does without that of searches.
         return "too short"
@@ -132,7 +134,7 @@ def _ids(bench: Bench, split: str) -> str:
 def further(task: Task) -> dict[str, Any]:
     """Words of further regimes, number of draws, patterns of layers; where there are any."""
     told = {
-        "also": [regime.word for regime in task.also],
+        "also": [budget.word for budget in task.also],
         "draws": task.draws if task.draws > 1 else None,
         "targets": list(task.targets),
         "ignore": list(task.ignore),
@@ -140,27 +142,27 @@ def further(task: Task) -> dict[str, Any]:
     return {key: value for key, value in told.items() if value}
 
 
-def further_models(also_benches: Sequence[Bench]) -> dict[str, list[Any]]:
+def further_models(also_testbeds: Sequence[Testbed]) -> dict[str, list[Any]]:
     """Fingerprints, dtypes and token ids of further models, where there are any."""
-    if not also_benches:
+    if not also_testbeds:
         return {}
-    models = [bench.language_model for bench in also_benches]
+    models = [testbed.language_model for testbed in also_testbeds]
     return {
         "also_models": [model.fingerprint for model in models],
         "also_dtypes": [str(model.dtype) for model in models],
-        "also_token_ids": [[_ids(bench, split) for split in SPLITS] for bench in also_benches],
+        "also_token_ids": [[_ids(testbed, split) for split in SPLITS] for testbed in also_testbeds],
     }
 
 
-def further_draws(benches: Sequence[Bench], draws: int) -> dict[str, list[str]]:
+def further_draws(testbeds: Sequence[Testbed], draws: int) -> dict[str, list[str]]:
     """Token ids of further draws of calibration text, where there are any."""
-    drawn = [bench.drawn(draw) for bench in benches for draw in range(1, draws)]
-    return {"drawn_token_ids": [_ids(bench, "calibration") for bench in drawn]} if drawn else {}
+    drawn = [testbed.drawn(draw) for testbed in testbeds for draw in range(1, draws)]
+    return {"drawn_token_ids": [_ids(testbed, "calibration") for testbed in drawn]} if drawn else {}
 
 
-def _kernels(bench: Bench) -> dict[str, str]:
+def _kernels(testbed: Testbed) -> dict[str, str]:
     """Which Triton computes scores on a GPU; kernels and torch differ in last bits."""
-    if bench.language_model.device.type == "cpu":
+    if testbed.language_model.device.type == "cpu":
         return {}
     has_triton = importlib.util.find_spec("triton") is not None
     return {"triton": version("triton") if has_triton else "none"}

@@ -15,7 +15,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.linears import Linear, matching
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
-from prunezero.searching.experiment.budgets import Regime
+from prunezero.searching.experiment.budgets import Budget
 from prunezero.searching.spaces.space import SearchSpace
 
 
@@ -29,12 +29,12 @@ class Rule:
     """values of recipe keys, as their YAML spells them"""
 
     @cached_property
-    def own(self) -> dict[str, Criterion]:
+    def per_layer(self) -> dict[str, Criterion]:
         """The formulas that some layers have instead, by pattern."""
         given = self.choices.get("criteria", {})
         return {pattern: Criterion.parse(text) for pattern, text in given.items()}
 
-    def with_own(self, own: Mapping[str, Criterion]) -> Rule:
+    def with_per_layer(self, own: Mapping[str, Criterion]) -> Rule:
         """The rule with these formulas of some layers, and none beside."""
         choices = {key: value for key, value in self.choices.items() if key != "criteria"}
         if own:
@@ -44,18 +44,18 @@ class Rule:
     @property
     def formulas(self) -> tuple[Criterion, ...]:
         """The formula, and those that some layers have instead."""
-        return tuple(dict.fromkeys((self.criterion, *self.own.values())))
+        return tuple(dict.fromkeys((self.criterion, *self.per_layer.values())))
 
     @property
     def text(self) -> str:
         """The rule on one line, equal for equal rules."""
-        return "; ".join([self.criterion.text, *self.around])
+        return "; ".join([self.criterion.text, *self.other_choices])
 
     @property
-    def around(self) -> list[str]:
+    def other_choices(self) -> list[str]:
         """Each choice in words, in the order of their keys."""
         words = [(key, value) for key, value in sorted(self.choices.items()) if key != "criteria"]
-        return [*(f"{key}: {value}" for key, value in words), *with_patterns(self.own)]
+        return [*(f"{key}: {value}" for key, value in words), *with_patterns(self.per_layer)]
 
 
 def factor_of(criterion: Criterion, base: Criterion) -> float | None:
@@ -98,10 +98,10 @@ class Task:
     """what to start from"""
     strategy: str = "evolution"
     """who proposes rules, see `strategies/catalogue.py`"""
-    also: tuple[Regime, ...] = ()
+    also: tuple[Budget, ...] = ()
     """where else its rules have to be good"""
     draws: int = 1
-    """of calibration text that its rules have to be good on, see `benches.drawn`"""
+    """of calibration text that its rules have to be good on, see `testbeds.drawn`"""
     ratios: tuple[str, ...] = ()
     """layers, by pattern, whose share of the sparsity its rules may change; see `on`"""
     criteria: tuple[str, ...] = ()
@@ -112,14 +112,14 @@ class Task:
     """layers to leave alone, by pattern"""
 
     @cached_property
-    def regimes(self) -> tuple[Regime, ...]:
+    def budgets(self) -> tuple[Budget, ...]:
         """All that a rule is judged in; that of `sparsity` and `pattern` first."""
-        return (Regime(self.sparsity, self.pattern), *self.also)
+        return (Budget(self.sparsity, self.pattern), *self.also)
 
     @property
     def competes_freely(self) -> bool:
         """Whether which weights compete matters in some regime; an N:M pattern says it itself."""
-        return any(regime.pattern == "free" for regime in self.regimes)
+        return any(budget.pattern == "free" for budget in self.budgets)
 
     def competing(self, choices: Mapping[str, Any]) -> str:
         """The group in which weights compete under a rule of these choices, as a mask sees it.
@@ -131,12 +131,14 @@ class Task:
     @cached_property
     def options(self) -> dict[str, tuple[Any, ...]]:
         """Recipe keys that the space leaves open in all regimes, and their values."""
-        patterns = dict.fromkeys(regime.pattern for regime in self.regimes)
-        offers = [self.space.choices_for(pattern) for pattern in patterns]
+        patterns = dict.fromkeys(budget.pattern for budget in self.budgets)
+        open_choices = [self.space.choices_for(pattern) for pattern in patterns]
         found = {}
-        for key in dict.fromkeys(key for offer in offers for key in offer):
+        for key in dict.fromkeys(key for offer in open_choices for key in offer):
             # Who competes is ignored by a pattern that says it itself.
-            those = [one for one in offers if key in one] if key == "compare" else offers
+            those = (
+                [one for one in open_choices if key in one] if key == "compare" else open_choices
+            )
             first, *others = [one.get(key, ()) for one in those]
             values = tuple(value for value in first if all(value in other for other in others))
             if len(values) > 1:
@@ -149,7 +151,7 @@ class Task:
         Every rule has to fit every model, so a pattern that one of them lacks is left out, and a
         rule to start with that speaks of such layers starts without formulas of their own.
         """
-        is_free = all(regime.pattern == "free" for regime in self.regimes)
+        is_free = all(budget.pattern == "free" for budget in self.budgets)
         ratios = tuple(_found(self.space.ratios, models)) if is_free else ()
         criteria: list[str] = []
         taken: set[tuple[int, str]] = set()
@@ -158,7 +160,8 @@ class Task:
                 criteria.append(pattern)
                 taken |= names
         seeds = (
-            seed if set(seed.own) <= set(criteria) else seed.with_own({}) for seed in self.seeds
+            seed if set(seed.per_layer) <= set(criteria) else seed.with_per_layer({})
+            for seed in self.seeds
         )
         unlike = {seed.text: seed for seed in seeds}
         return replace(self, ratios=ratios, criteria=tuple(criteria), seeds=tuple(unlike.values()))

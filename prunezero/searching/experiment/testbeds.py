@@ -19,21 +19,21 @@ from prunezero.models.text.splits import SPLITS
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe
-from prunezero.pruning.testbed import Bench, with_choices
+from prunezero.pruning.testbed import Testbed, with_choices
 from prunezero.searching.experiment.task import Rule, Task
 
 
-def beside(bench: Bench, names: Sequence[str], *, device: str) -> tuple[Bench, ...]:
+def beside(testbed: Testbed, names: Sequence[str], *, device: str) -> tuple[Testbed, ...]:
     """Benches of further models, on the text of the first and in the dtype that it has.
 
     Raises:
         SearchError: a model is named twice.
         ModelError: one cannot be loaded.
     """
-    _refuse_twice([bench.language_model.name, *names])
-    dtype = bench.language_model.dtype_word
+    _refuse_twice([testbed.language_model.name, *names])
+    dtype = testbed.language_model.dtype_word
     return tuple(
-        replace(bench, language_model=load_model(name, dtype=dtype, device=device))
+        replace(testbed, language_model=load_model(name, dtype=dtype, device=device))
         for name in names
     )
 
@@ -49,7 +49,7 @@ def _refuse_twice(names: Sequence[str]) -> None:
             raise SearchError(f"model {name} is named twice; name every model once")
 
 
-def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Task:
+def fitted(task: Task, testbeds: Sequence[Testbed], baselines: Sequence[Recipe]) -> Task:
     """The task on these models, once it is known that each can take it.
 
     Args:
@@ -59,68 +59,70 @@ def fitted(task: Task, benches: Sequence[Bench], rivals: Sequence[Recipe]) -> Ta
         SearchError: one model stands there twice, or they share no text, settings or device.
         PruneZeroError: model, text and task do not go together; of several models it names which.
     """
-    _refuse_unlike(benches)
+    _refuse_unlike(testbeds)
     found = []
-    for bench in benches:
-        with about(bench, benches):
-            model = bench.language_model.model
+    for testbed in testbeds:
+        with about(testbed, testbeds):
+            model = testbed.language_model.model
             found.append(find_linears(model, targets=task.targets, ignore=task.ignore))
-            for regime in task.regimes:
-                for recipe in [*_examples(task), *rivals]:
-                    one = with_choices(recipe, pattern=regime.pattern)
-                    layers = check_recipe(bench.language_model, one, regime.sparsity)
-                    _check_permutation(bench.language_model, one, layers)
+            for budget in task.budgets:
+                for recipe in [*_examples(task), *baselines]:
+                    one = with_choices(recipe, pattern=budget.pattern)
+                    layers = check_recipe(testbed.language_model, one, budget.sparsity)
+                    _check_permutation(testbed.language_model, one, layers)
             for split in SPLITS:
-                bench.windows(split)
+                testbed.windows(split)
     return task.on(*found)
 
 
-def drawn(benches: Sequence[Bench], draws: int) -> tuple[Bench, ...]:
+def drawn(testbeds: Sequence[Testbed], draws: int) -> tuple[Testbed, ...]:
     """Each bench on so many draws of calibration text, by seeds that count up from its own."""
-    return tuple(bench.drawn(draw) for bench in benches for draw in range(draws))
+    return tuple(testbed.drawn(draw) for testbed in testbeds for draw in range(draws))
 
 
 @contextmanager
-def about(bench: Bench, benches: Sequence[Bench]) -> Iterator[None]:
+def about(testbed: Testbed, testbeds: Sequence[Testbed]) -> Iterator[None]:
     """Within it, an error says which model and draw it is about, where there are several."""
     try:
         yield
     except PruneZeroError as error:
-        place = ", ".join(_place(bench, benches))
+        place = ", ".join(_place(testbed, testbeds))
         if not place:
             raise
         raise type(error)(f"{place}: {error}") from error
 
 
-def told_of(bench: Bench, benches: Sequence[Bench], progress: Progress | None) -> Progress | None:
+def progress_of(
+    testbed: Testbed, testbeds: Sequence[Testbed], progress: Progress | None
+) -> Progress | None:
     """The progress of work on one model and draw, under their names where there are several."""
-    place = ", ".join(_place(bench, benches))
+    place = ", ".join(_place(testbed, testbeds))
     if progress is None or not place:
         return progress
     return lambda what, done, total: progress(f"{place}: {what}", done, total)
 
 
-def _place(bench: Bench, benches: Sequence[Bench]) -> Iterator[str]:
+def _place(testbed: Testbed, testbeds: Sequence[Testbed]) -> Iterator[str]:
     """What tells one bench from the others, in words."""
-    if len({one.language_model.name for one in benches}) > 1:
-        yield f"model {bench.language_model.name}"
-    if len({one.settings.seed for one in benches}) > 1:
-        yield f"calibration seed {bench.settings.seed}"
+    if len({one.language_model.name for one in testbeds}) > 1:
+        yield f"model {testbed.language_model.name}"
+    if len({one.settings.seed for one in testbeds}) > 1:
+        yield f"calibration seed {testbed.settings.seed}"
 
 
-def _refuse_unlike(benches: Sequence[Bench]) -> None:
-    _refuse_twice([bench.language_model.name for bench in benches])
-    first, *others = benches
+def _refuse_unlike(testbeds: Sequence[Testbed]) -> None:
+    _refuse_twice([testbed.language_model.name for testbed in testbeds])
+    first, *others = testbeds
     known = {first.language_model.fingerprint: first.language_model.name}
-    for bench in others:
-        model = bench.language_model
+    for testbed in others:
+        model = testbed.language_model
         if model.fingerprint in known:
             raise SearchError(
                 f"{known[model.fingerprint]} and {model.name} are the same model; name every "
                 "model once"
             )
         known[model.fingerprint] = model.name
-        if _shared(bench) != _shared(first):
+        if _shared(testbed) != _shared(first):
             raise SearchError(
                 f"model {model.name} has other text, settings or another kind of device than "
                 f"{first.language_model.name}, so their windows cannot be compared one by one; "
@@ -128,9 +130,9 @@ def _refuse_unlike(benches: Sequence[Bench]) -> None:
             )
 
 
-def _shared(bench: Bench) -> tuple[object, ...]:
+def _shared(testbed: Testbed) -> tuple[object, ...]:
     """What all benches of a search have in common."""
-    return bench.text.fingerprint, bench.settings, bench.language_model.device.type
+    return testbed.text.fingerprint, testbed.settings, testbed.language_model.device.type
 
 
 def _examples(task: Task) -> Iterator[Recipe]:

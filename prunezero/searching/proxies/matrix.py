@@ -13,7 +13,7 @@ layer, averaged over layers, with w_i a row of weights, e_i its removed part, H 
 the inputs and d_i the root mean square of the loss gradient at that output: the Fisher weight that
 K-FAC would give it. It tells good formulas from bad (on the demo model, Kendall's tau with
 perplexity is 0.9 over published and random formulas) and hardly the best from the good (0.45 over
-those that a search measured), so it gates and never decides; `benchmarks/ladder.py` measures it.
+those that a search measured), so it gates and never decides; `benchmarks/rungs.py` measures it.
 On 4 % of the rows it orders formulas as on all of them (tau 0.996 over 56 formulas).
 """
 

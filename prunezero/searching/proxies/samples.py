@@ -134,7 +134,7 @@ def _stack(samples: Sequence[Sample]) -> Stack:
     )
 
 
-def ladder_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[str]:
+def rung_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[str]:
     """Names of the sums over calibration text that the ladder needs for these features."""
     return needed_sums(features) | {"gram"} | ({ROW_WEIGHTS} if with_gradients else set())
 

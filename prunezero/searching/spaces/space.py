@@ -6,11 +6,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import FEATURES, SIGNALS, dearest
+from prunezero.formula.features import FEATURES, SIGNALS, costliest
 from prunezero.formula.reading import MAX_DEPTH, MAX_NODES
 from prunezero.pruning.recipes.documents import find_document, read_document, validated
 from prunezero.pruning.recipes.recipe import Recipe, folder
@@ -25,7 +25,7 @@ from prunezero.searching.spaces.space_types import (
     LayerPatterns,
     Nestings,
     Numbers,
-    Offers,
+    OpenChoices,
     Operators,
     Share,
     Signal,
@@ -72,7 +72,7 @@ class SearchSpace(BaseModel):
     # which weights compete, where the search does not choose it
     compare: Group = "row"
     # values that the search may give to other keys of its recipes; none: it finds formulas alone
-    choices: Offers = {}
+    choices: OpenChoices = {}
     # layers, by pattern, whose share of the sparsity the search may change, in an allocation table;
     # those that the model lacks are left out, and N:M patterns have no shares
     ratios: LayerPatterns = ()
@@ -94,8 +94,9 @@ class SearchSpace(BaseModel):
     # skeletons of each generation whose numbers are tuned, and how many numbers are tried for each
     tuned: CountOrNone = 2
     trials: Count = 30
-    # candidates of each generation that are glanced at, and that are measured on all search text
-    glanced: Count = 6
+    # candidates of each generation whose quick KL is taken (`glanced` in older files), and that are
+    # measured on all search text
+    quick_kl: Count = Field(default=6, validation_alias=AliasChoices("quick_kl", "glanced"))
     measured: Count = 2
 
     @model_validator(mode="after")
@@ -138,10 +139,10 @@ class SearchSpace(BaseModel):
         return tuple(name for name in FEATURES if name in used)
 
     @property
-    def dearest_signal(self) -> str:
+    def costliest_signal(self) -> str:
         """The dearest signal that a rule of the space can look at, whatever it may."""
         chosen = [signal_of(key, one) for key, values in self.choices.items() for one in values]
-        return dearest([*(terminal.signal for terminal in self.terminals), *chosen])
+        return costliest([*(terminal.signal for terminal in self.terminals), *chosen])
 
     @property
     def widest_group(self) -> str:

@@ -50,9 +50,9 @@ def within(choices: Choices, signal: str) -> dict[str, tuple[Any, ...]]:
     return {key: values for key, values in kept.items() if values}
 
 
-def is_within(signal: str, dearest: str) -> bool:
+def is_within(signal: str, costliest: str) -> bool:
     """Whether a signal costs no more than another one."""
-    return SIGNALS.index(signal) <= SIGNALS.index(dearest)
+    return SIGNALS.index(signal) <= SIGNALS.index(costliest)
 
 
 def example(key: str, value: Any, pattern: str) -> Recipe:

@@ -138,7 +138,7 @@ Numbers = Annotated[
 Exponents = Annotated[Numbers, AfterValidator(_usable_exponents)]
 Nestings = Annotated[dict[str, Words], MOST_WORDS, AfterValidator(_known_nestings)]
 Group = Annotated[str, AfterValidator(_known_group)]
-Offers = Annotated[
+OpenChoices = Annotated[
     dict[str, Annotated[tuple[Any, ...], MOST_WORDS]], AfterValidator(_cheap_choices)
 ]
 LayerPatterns = Annotated[Words, AfterValidator(_readable_patterns)]

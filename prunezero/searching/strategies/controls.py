@@ -18,7 +18,7 @@ from prunezero.formula.functions import REDUCTIONS
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Rule, Task
-from prunezero.searching.history import Memory
+from prunezero.searching.history import History
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import (
     Proposal,
@@ -38,20 +38,20 @@ _CROSSOVER = 0.5
 _NUMBER = "number"
 
 
-def breed_plainly(task: Task, memory: Memory, generation: int) -> Proposals:
+def breed_plainly(task: Task, history: History, generation: int) -> Proposals:
     """Endless individuals of one generation of plain genetic programming, whose size is POPULATION.
 
     The fitness is perplexity on search text. Parents are the individuals of the last generation
     and the best so far, which is not measured again. Formulas stay as they were drawn, but for what
     SymPy simplifies.
     """
-    parents = _parents(memory, generation)
+    parents = _parents(history, generation)
     while True:
-        yield _plain_child(task, generator(task.seed, memory.slot, "breed"), parents)
+        yield _plain_child(task, generator(task.seed, history.slot, "breed"), parents)
 
 
-def _parents(memory: Memory, generation: int) -> list[Candidate]:
-    everyone = memory.candidates
+def _parents(history: History, generation: int) -> list[Candidate]:
+    everyone = history.candidates
     parents = [one for one in everyone if one.generation == generation - 1]
     best = min(everyone, key=_fitness, default=None)
     return parents if best is None or best in parents else [*parents, best]
@@ -97,14 +97,14 @@ def suggest(task: Task) -> Propose:
     waiting: list[tuple[Any, Rule]] = []
     told: set[str] = set()
 
-    def propose(memory: Memory, generation: int) -> Proposals:
-        errors = {one.mask: one.layer_error for one in memory.ranked("layer_error")}
+    def propose(history: History, generation: int) -> Proposals:
+        errors = {one.mask: one.layer_error for one in history.ranked("layer_error")}
         for trial, rule in waiting:
             if rule.text in told:
                 study.tell(trial, state=dropped)
                 continue
             told.add(rule.text)
-            error = _error(memory.twin(rule), errors)
+            error = _error(history.duplicate(rule), errors)
             study.tell(trial, error, state=worst if error is None else None)
         waiting.clear()
         while True:

@@ -33,7 +33,7 @@ from prunezero.formula.vocabulary import OPERATORS, Operator
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.experiment.task import Rule, Task
-from prunezero.searching.history import Memory
+from prunezero.searching.history import History
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import Proposal, Proposals
 from prunezero.searching.strategies.genetics import as_seen
@@ -62,7 +62,7 @@ class Enumeration:
         self._blocks = Blocks(task.space, most)
         self._proposals = self._all()
 
-    def __call__(self, memory: Memory, generation: int) -> Proposals:
+    def __call__(self, history: History, generation: int) -> Proposals:
         """What is left; the memory changes nothing."""
         return self._proposals
 

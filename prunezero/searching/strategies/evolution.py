@@ -18,10 +18,10 @@ from prunezero.errors import CriterionError, RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Rule, Task
-from prunezero.searching.history import Memory
+from prunezero.searching.history import History
 from prunezero.searching.strategies.genetics import as_seen, cross, mutate, random_criterion
-from prunezero.searching.strategies.parents import Breeders
-from prunezero.searching.strategies.per_layer import around, specialised
+from prunezero.searching.strategies.parents import ParentPool
+from prunezero.searching.strategies.per_layer import with_formula, with_own_formula
 
 # By what the share of some layers in the sparsity is multiplied.
 _SHARES = (0.8, 0.9, 1.1, 1.25)
@@ -43,7 +43,7 @@ class Proposal:
 Proposals = Iterator[Proposal | None]
 # The proposals of one generation, endless unless a strategy says otherwise; None where a draw came
 # to nothing. The memory grows between them, and its `slot` is that of the next proposal.
-Propose = Callable[[Memory, int], Proposals]
+Propose = Callable[[History, int], Proposals]
 
 
 @dataclass(frozen=True)
@@ -78,25 +78,25 @@ def generator(seed: int, slot: int, purpose: str) -> random.Random:
     return random.Random(int.from_bytes(digest.digest(), "big"))
 
 
-def without_state(propose: Callable[[Task, Memory, int], Proposals]) -> Callable[[Task], Propose]:
+def without_state(propose: Callable[[Task, History, int], Proposals]) -> Callable[[Task], Propose]:
     """The start of a strategy that remembers nothing beside the memory of the search."""
     return lambda task: partial(propose, task)
 
 
-def evolve(task: Task, memory: Memory, generation: int) -> Proposals:
+def evolve(task: Task, history: History, generation: int) -> Proposals:
     """Seeds first; then children of the best on their islands, other choices, fresh formulas."""
     if generation == 0:
         yield from (Proposal(seed, "seed") for seed in task.seeds)
-        yield from fresh(task, memory, generation)
-    breeders = Breeders.among(memory, task.space, generation)
+        yield from fresh(task, history, generation)
+    parent_pool = ParentPool.among(history, task.space, generation)
     while True:
-        yield _bred(task, memory.slot, breeders)
+        yield _bred(task, history.slot, parent_pool)
 
 
-def fresh(task: Task, memory: Memory, generation: int) -> Proposals:
+def fresh(task: Task, history: History, generation: int) -> Proposals:
     """Fresh formulas only, drawn alike in every generation."""
     while True:
-        yield _fresh(task, generator(task.seed, memory.slot, "breed"))
+        yield _fresh(task, generator(task.seed, history.slot, "breed"))
 
 
 def child_of(
@@ -105,7 +105,7 @@ def child_of(
     """A formula made from these candidates, the first of which gives the choices around it."""
     if criterion is None:
         return None
-    rule = around(task, parents[0].rule, criterion) if parents else Rule(criterion)
+    rule = with_formula(task, parents[0].rule, criterion) if parents else Rule(criterion)
     return Proposal(rule, origin, tuple(parent.slot for parent in parents))
 
 
@@ -113,25 +113,25 @@ def _fresh(task: Task, rng: random.Random) -> Proposal | None:
     return child_of(task, random_criterion(task.space, rng, compare=task.competing({})), "random")
 
 
-def _bred(task: Task, slot: int, breeders: Breeders) -> Proposal | None:
+def _bred(task: Task, slot: int, parent_pool: ParentPool) -> Proposal | None:
     space = task.space
     rng = generator(task.seed, slot, "breed")
     kind = rng.random() - space.fresh
-    if kind < 0 or not breeders.everyone:
+    if kind < 0 or not parent_pool.everyone:
         return _fresh(task, rng)
     if kind < space.chosen and (task.options or task.ratios or task.criteria):
-        return _chosen(task, breeders.parent(slot, rng, glanced=1.0), breeders, rng)
-    mother = breeders.parent(slot, rng)
+        return _chosen(task, parent_pool.parent(slot, rng, quick_kl=1.0), parent_pool, rng)
+    mother = parent_pool.parent(slot, rng)
     compare = task.competing(mother.choices)
     if kind > 1 - space.fresh - space.crossover:
-        father = breeders.parent(None if rng.random() < _MIGRATION else slot, rng)
+        father = parent_pool.parent(None if rng.random() < _MIGRATION else slot, rng)
         child = cross(mother.criterion, father.criterion, space, rng, compare=compare)
         return child_of(task, child, "cross", mother, father)
     return child_of(task, mutate(mother.criterion, space, rng, compare=compare), "mutate", mother)
 
 
 def _chosen(
-    task: Task, parent: Candidate, breeders: Breeders, rng: random.Random
+    task: Task, parent: Candidate, parent_pool: ParentPool, rng: random.Random
 ) -> Proposal | None:
     """The parent with another value at one of the keys that the space leaves open."""
     apart = [key for key in ("ratios", "criteria") if getattr(task, key)]
@@ -139,7 +139,7 @@ def _chosen(
     if key == "ratios":
         return _moved(task, parent, rng)
     if key == "criteria":
-        rule = specialised(task, parent, breeders, rng)
+        rule = with_own_formula(task, parent, parent_pool, rng)
         return None if rule == parent.rule else Proposal(rule, "choose", (parent.slot,))
     before = task.recipe(parent.rule, "candidate")
     rules = []
@@ -178,7 +178,7 @@ def _with_choices(task: Task, parent: Candidate, choices: Mapping[str, Any]) -> 
     rule, compare = Rule(parent.criterion, choices), task.competing(choices)
     if compare != task.competing(parent.choices):
         # What some layers have of their own was chosen for the other competition.
-        rule = rule.with_own({})
+        rule = rule.with_per_layer({})
         with suppress(CriterionError):
             seen = as_seen(rule.criterion, task.space, compare)
             rule = Rule(seen, rule.choices) if task.space.holds(seen) else rule

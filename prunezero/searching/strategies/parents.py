@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.history import Memory
+from prunezero.searching.history import History
 from prunezero.searching.spaces.space import SearchSpace
 
 # Sizes of formulas that are told apart.
@@ -29,7 +29,7 @@ Kind = tuple[int, str, int]
 
 
 @dataclass(frozen=True)
-class Breeders:
+class ParentPool:
     """The candidates that may have children in one generation, the best first in each list."""
 
     islands: tuple[list[Candidate], ...]
@@ -37,24 +37,26 @@ class Breeders:
     wherever it was found, on all of them"""
     everyone: list[Candidate]
     """by layer error, of all islands"""
-    glanced: list[Candidate]
+    quick_kl: list[Candidate]
     """by KL to the dense model, of all islands"""
     tournament: int
     """how many are drawn to find one parent"""
 
     @classmethod
-    def among(cls, memory: Memory, space: SearchSpace, generation: int) -> Breeders:
+    def among(cls, history: History, space: SearchSpace, generation: int) -> ParentPool:
         """The breeders of a generation; places of those that retired go to younger ones."""
-        best = list(memory.best_of_each(kind))
+        best = list(history.best_of_each(kind))
         count, oldest = space.islands, generation - _RETIRES
         islands = tuple(
-            _united(memory.population(space.population, island=(which, count), oldest=oldest), best)
+            _united(
+                history.population(space.population, island=(which, count), oldest=oldest), best
+            )
             for which in range(count)
         )
         everyone = _united(*islands)
-        return cls(islands, everyone, memory.ranked("kl"), space.tournament)
+        return cls(islands, everyone, history.ranked("kl"), space.tournament)
 
-    def parent(self, slot: int | None, rng: random.Random, *, glanced: float = 0.5) -> Candidate:
+    def parent(self, slot: int | None, rng: random.Random, *, quick_kl: float = 0.5) -> Candidate:
         """The winner of a tournament among candidates that are ordered by the same rung.
 
         It is the one of the best rank, where those of crowded sizes count as if they ranked lower.
@@ -63,17 +65,17 @@ class Breeders:
             slot: of the child, which says the island; None looks on all of them.
             glanced: chance that the tournament is among those that were run on the model.
         """
-        pool = self.everyone if slot is None else self.islands[slot % len(self.islands)]
-        if len(self.glanced) > 1 and rng.random() < glanced:
-            pool = self.glanced
-        pool = pool or self.everyone
-        crowds = Counter(one.complexity for one in pool)
+        ranked = self.everyone if slot is None else self.islands[slot % len(self.islands)]
+        if len(self.quick_kl) > 1 and rng.random() < quick_kl:
+            ranked = self.quick_kl
+        ranked = ranked or self.everyone
+        crowds = Counter(one.complexity for one in ranked)
 
         def cost(rank: int) -> tuple[int, int]:
-            crowd = crowds[pool[rank].complexity]
-            return (rank + 1) * (len(pool) + _CROWDING * crowd), rank
+            crowd = crowds[ranked[rank].complexity]
+            return (rank + 1) * (len(ranked) + _CROWDING * crowd), rank
 
-        return pool[min((rng.randrange(len(pool)) for _ in range(self.tournament)), key=cost)]
+        return ranked[min((rng.randrange(len(ranked)) for _ in range(self.tournament)), key=cost)]
 
 
 def kind(candidate: Candidate) -> Kind:

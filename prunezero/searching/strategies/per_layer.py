@@ -15,34 +15,36 @@ from prunezero.formula.ranking import ranking_form
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Rule, Task, factor_of, rescaled, scaled
 from prunezero.searching.strategies.genetics import as_seen, mutate
-from prunezero.searching.strategies.parents import Breeders
+from prunezero.searching.strategies.parents import ParentPool
 
 # By what the scores of a kind are multiplied.
 _FACTORS = (0.8, 0.9, 1.1, 1.25)
 
 
-def specialised(task: Task, parent: Candidate, breeders: Breeders, rng: random.Random) -> Rule:
+def with_own_formula(
+    task: Task, parent: Candidate, parent_pool: ParentPool, rng: random.Random
+) -> Rule:
     """The parent with another formula for one kind: another candidate's for it, or a mutant."""
     rule, pattern = parent.rule, rng.choice(task.criteria)
-    before = rule.own.get(pattern, rule.criterion)
+    before = rule.per_layer.get(pattern, rule.criterion)
     compare = task.competing(rule.choices)
     if compare == "model":
         now = factor_of(before, rule.criterion) or 1.0
         after = scaled(rule.criterion, now * rng.choice(_FACTORS))
     elif rng.random() < 0.5:
-        donor = breeders.parent(None, rng, glanced=1.0).rule
-        after = donor.own.get(pattern, donor.criterion)
+        donor = parent_pool.parent(None, rng, quick_kl=1.0).rule
+        after = donor.per_layer.get(pattern, donor.criterion)
     else:
         after = mutate(before, task.space, rng, compare=compare)
-    return settled(task, rule.with_own({**rule.own, pattern: after or before}))
+    return settled(task, rule.with_per_layer({**rule.per_layer, pattern: after or before}))
 
 
-def around(task: Task, rule: Rule, criterion: Criterion) -> Rule:
+def with_formula(task: Task, rule: Rule, criterion: Criterion) -> Rule:
     """The rule with another formula, and the choices around it as they fit that one."""
-    own = rule.own
+    own = rule.per_layer
     if task.competing(rule.choices) == "model":
         own = rescaled(own, rule.criterion, criterion)
-    return settled(task, Rule(criterion, rule.choices).with_own(own))
+    return settled(task, Rule(criterion, rule.choices).with_per_layer(own))
 
 
 def settled(task: Task, rule: Rule) -> Rule:
@@ -52,14 +54,14 @@ def settled(task: Task, rule: Rule) -> Rule:
     """
     compare = task.competing(rule.choices)
     own = {}
-    for pattern, criterion in rule.own.items():
+    for pattern, criterion in rule.per_layer.items():
         if compare != "model":
             # One that ranks nothing is kept, and fails by name.
             with suppress(CriterionError):
                 criterion = as_seen(criterion, task.space, compare)
         if task.space.holds(criterion) and not _ranks_alike(criterion, rule.criterion, compare):
             own[pattern] = criterion
-    return rule.with_own(own)
+    return rule.with_per_layer(own)
 
 
 def _ranks_alike(one: Criterion, other: Criterion, compare: str) -> bool:

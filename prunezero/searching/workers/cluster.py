@@ -16,10 +16,10 @@ from typing import Any
 
 from prunezero.errors import SearchError, reason
 from prunezero.files.cache import cache_dir
-from prunezero.searching.evaluation.evaluator import Question
-from prunezero.searching.workers.pool import DEADLINE, Crew, Worker
+from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.workers.pool import DEADLINE, Worker, WorkerPool
 from prunezero.searching.workers.processes import usable_cores
-from prunezero.searching.workers.worker import Desk, JudgePlan, Message
+from prunezero.searching.workers.worker import JudgePlan, Message, WorkerLoop
 
 # Settings of this process that its workers on other machines must have as well.
 _SHARED = ("HF_HUB_OFFLINE", "HF_HOME", "PRUNEZERO_CACHE_GIB")
@@ -28,14 +28,14 @@ _SHARED = ("HF_HUB_OFFLINE", "HF_HOME", "PRUNEZERO_CACHE_GIB")
 _SECONDS_TO_ANSWER = 10.0
 
 
-def ray_crew(
+def ray_pool(
     plan: JudgePlan,
     address: str,
     count: int,
     *,
     threads: int | None = None,
     deadline: float = DEADLINE,
-) -> Crew:
+) -> WorkerPool:
     """Judges in actors of a Ray cluster, which is joined; the first question starts the actors.
 
     Args:
@@ -57,7 +57,7 @@ def ray_crew(
         machines = [one["Resources"] for one in ray.nodes() if one["Alive"]]
         each = _share(machines, plan.device, count, threads)
         cluster = _Cluster(ray, plan, count, each, is_ours=is_ours)
-        return Crew(cluster, count, deadline, threads=each)
+        return WorkerPool(cluster, count, deadline, threads=each)
     except BaseException:
         if is_ours:
             ray.shutdown()
@@ -143,11 +143,11 @@ class _Cluster:
         self._plan = ray.put(plan)
         self._threads = threads
         self.loading = count
-        self._actors = ray.remote(Desk).options(
+        self._actors = ray.remote(WorkerLoop).options(
             num_cpus=threads, num_gpus=int(plan.device == "cuda"), max_restarts=0
         )
 
-    def hire(self, place: int) -> Worker:
+    def start(self, place: int) -> Worker:
         return _Actor(self._ray, self._actors.remote(self._plan, self._threads))
 
     def wait(self, handles: Sequence[Any], seconds: float) -> Collection[Any]:
@@ -165,13 +165,13 @@ class _Cluster:
 class _Actor:
     """A worker in an actor; its handle is the reference to what it will say."""
 
-    def __init__(self, ray: Any, desk: Any) -> None:
+    def __init__(self, ray: Any, loop: Any) -> None:
         self._ray = ray
-        self._desk = desk
-        self.handle = desk.start.remote()
+        self._loop = loop
+        self.handle = loop.start.remote()
 
-    def ask(self, question: Question) -> bool:
-        self.handle = self._desk.answer.remote(question)
+    def ask(self, request: Request) -> bool:
+        self.handle = self._loop.result.remote(request)
         return True
 
     def hear(self) -> Message:
@@ -181,4 +181,4 @@ class _Actor:
             return "died", reason(error)
 
     def kill(self) -> None:
-        self._ray.kill(self._desk, no_restart=True)
+        self._ray.kill(self._loop, no_restart=True)

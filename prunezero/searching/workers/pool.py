@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prunezero.errors import PruneZeroError, SearchError
-from prunezero.searching.evaluation.evaluator import Question
+from prunezero.searching.evaluation.evaluator import Request
 from prunezero.searching.workers.worker import Message
 
 # Seconds for one question, where nothing else is asked for.
@@ -39,7 +39,7 @@ class Worker(Protocol):
         """What its office can wait for."""
         ...
 
-    def ask(self, question: Question) -> bool:
+    def ask(self, request: Request) -> bool:
         """Hand it a question; False if it is known to have died."""
         ...
 
@@ -52,7 +52,7 @@ class Worker(Protocol):
         ...
 
 
-class Office(Protocol):
+class Launcher(Protocol):
     """Where workers come from."""
 
     @property
@@ -60,7 +60,7 @@ class Office(Protocol):
         """How many may load their model at the same time."""
         ...
 
-    def hire(self, place: int) -> Worker:
+    def start(self, place: int) -> Worker:
         """A new worker, which begins to load at once."""
         ...
 
@@ -76,15 +76,15 @@ class Office(Protocol):
 class _Batch:
     """Questions that are answered together, and how far they are."""
 
-    def __init__(self, questions: Sequence[Question]) -> None:
-        self.questions = questions
-        self.waiting = deque(range(len(questions)))
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.waiting = deque(range(len(requests)))
         self.deaths: Counter[int] = Counter()
         self.found: dict[int, dict[str, Any] | PruneZeroError] = {}
 
 
 @dataclass
-class _Seat:
+class _Slot:
     """A worker at its place, and what it is doing."""
 
     worker: Worker
@@ -98,11 +98,11 @@ class _Seat:
     """of its question in the batch"""
 
 
-class Crew:
-    """Workers that answer questions; a `Judges`."""
+class WorkerPool:
+    """Workers that answer questions; a `Evaluators`."""
 
     def __init__(
-        self, office: Office, count: int, deadline: float = DEADLINE, *, threads: int = 1
+        self, launcher: Launcher, count: int, deadline: float = DEADLINE, *, threads: int = 1
     ) -> None:
         """Begin with nobody: workers are hired when there is something to ask.
 
@@ -112,91 +112,91 @@ class Crew:
             threads: on which each computes.
         """
         self.threads = threads
-        self._office = office
+        self._launcher = launcher
         self._count = count
         self._deadline = deadline
-        self._seats: dict[int, _Seat] = {}
+        self._slots: dict[int, _Slot] = {}
         self._false_starts = 0
 
     @property
-    def at_work(self) -> dict[int, Question | None]:
+    def at_work(self) -> dict[int, Request | None]:
         """By process id, the question that each worker which is ready is at."""
         return {
-            seat.pid: seat.batch.questions[seat.number] if seat.batch else None
-            for seat in self._seats.values()
-            if seat.pid is not None
+            slot.pid: slot.batch.requests[slot.number] if slot.batch else None
+            for slot in self._slots.values()
+            if slot.pid is not None
         }
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
         """One answer to each question, in their order, each as soon as it can be had.
 
         Raises:
             SearchError: workers cannot start.
             PruneZeroError: as the judge.
         """
-        batch = _Batch(questions)
-        for number in range(len(questions)):
+        batch = _Batch(requests)
+        for number in range(len(requests)):
             self._hand_out(batch)
             while number not in batch.found:
                 self._listen()
                 self._hand_out(batch)
-            answer = batch.found.pop(number)
-            if isinstance(answer, PruneZeroError):
-                raise answer
-            yield answer
+            result = batch.found.pop(number)
+            if isinstance(result, PruneZeroError):
+                raise result
+            yield result
 
     def close(self) -> None:
         """End all workers, and let go of where they came from."""
-        for place in list(self._seats):
+        for place in list(self._slots):
             self._dismiss(place)
-        self._office.close()
+        self._launcher.close()
 
     def _hand_out(self, batch: _Batch) -> None:
         """Give questions to whoever is free, and hire for those that are left."""
-        for place, seat in list(self._seats.items()):
-            if batch.waiting and seat.pid is not None and seat.batch is None:
-                if seat.worker.ask(batch.questions[batch.waiting[0]]):
-                    seat.batch, seat.number = batch, batch.waiting.popleft()
-                    seat.until = time.monotonic() + self._deadline
+        for place, slot in list(self._slots.items()):
+            if batch.waiting and slot.pid is not None and slot.batch is None:
+                if slot.worker.ask(batch.requests[batch.waiting[0]]):
+                    slot.batch, slot.number = batch, batch.waiting.popleft()
+                    slot.until = time.monotonic() + self._deadline
                 else:
                     self._dismiss(place)
-        vacant = [place for place in range(self._count) if place not in self._seats]
-        loading = sum(seat.pid is None for seat in self._seats.values())
-        wanted = min(len(batch.waiting), self._office.loading) - loading
+        vacant = [place for place in range(self._count) if place not in self._slots]
+        loading = sum(slot.pid is None for slot in self._slots.values())
+        wanted = min(len(batch.waiting), self._launcher.loading) - loading
         for place in vacant[: max(0, wanted)]:
             until = time.monotonic() + _PATIENCE
-            self._seats[place] = _Seat(self._office.hire(place), until)
+            self._slots[place] = _Slot(self._launcher.start(place), until)
 
     def _listen(self) -> None:
         """Wait until a worker says something or is late."""
         busy = {
-            place: seat for place, seat in self._seats.items() if seat.batch or seat.pid is None
+            place: slot for place, slot in self._slots.items() if slot.batch or slot.pid is None
         }
-        seconds = min(seat.until for seat in busy.values()) - time.monotonic()
-        handles = [seat.worker.handle for seat in busy.values()]
-        speaking = self._office.wait(handles, max(0.0, seconds))
-        for place, seat in busy.items():
-            if seat.worker.handle in speaking:
-                self._hear(place, seat)
-            elif seat.until <= time.monotonic():
-                self._give_up(place, seat)
+        seconds = min(slot.until for slot in busy.values()) - time.monotonic()
+        handles = [slot.worker.handle for slot in busy.values()]
+        speaking = self._launcher.wait(handles, max(0.0, seconds))
+        for place, slot in busy.items():
+            if slot.worker.handle in speaking:
+                self._hear(place, slot)
+            elif slot.until <= time.monotonic():
+                self._give_up(place, slot)
 
-    def _hear(self, place: int, seat: _Seat) -> None:
-        kind, content = seat.worker.hear()
+    def _hear(self, place: int, slot: _Slot) -> None:
+        kind, content = slot.worker.hear()
         if kind == "ready":
-            seat.pid, self._false_starts = content, 0
+            slot.pid, self._false_starts = content, 0
         elif kind == "refused":
             self._dismiss(place)
             raise SearchError(f"a worker cannot start: {content}")
         elif kind == "died":
             self._dismiss(place)
-            self._mourn(seat, content)
-        elif seat.batch is not None:
-            seat.batch.found[seat.number], seat.batch = content, None
+            self._retry(slot, content)
+        elif slot.batch is not None:
+            slot.batch.found[slot.number], slot.batch = content, None
 
-    def _mourn(self, seat: _Seat, reason: str) -> None:
+    def _retry(self, slot: _Slot, reason: str) -> None:
         """Give the question of a worker that died to another one, unless that was the last try."""
-        batch = seat.batch
+        batch = slot.batch
         if batch is None:
             self._false_starts += 1
             if self._false_starts == _FALSE_STARTS:
@@ -206,22 +206,22 @@ class Crew:
                     "fewer --workers"
                 )
             return
-        batch.deaths[seat.number] += 1
-        if batch.deaths[seat.number] < _ATTEMPTS:
-            batch.waiting.appendleft(seat.number)
+        batch.deaths[slot.number] += 1
+        if batch.deaths[slot.number] < _ATTEMPTS:
+            batch.waiting.appendleft(slot.number)
         else:
-            batch.found[seat.number] = {
+            batch.found[slot.number] = {
                 "fault": f"{_ATTEMPTS} workers died over it (the last: {reason})"
             }
 
-    def _give_up(self, place: int, seat: _Seat) -> None:
+    def _give_up(self, place: int, slot: _Slot) -> None:
         self._dismiss(place)
-        if seat.batch is None:
+        if slot.batch is None:
             raise SearchError(
                 f"a worker was not ready after {_PATIENCE:g} seconds; see whether machines "
                 "and files can be reached, or ask for fewer --workers"
             )
-        seat.batch.found[seat.number] = {"fault": f"no answer after {self._deadline:g} seconds"}
+        slot.batch.found[slot.number] = {"fault": f"no answer after {self._deadline:g} seconds"}
 
     def _dismiss(self, place: int) -> None:
-        self._seats.pop(place).worker.kill()
+        self._slots.pop(place).worker.kill()

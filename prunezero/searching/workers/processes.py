@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from prunezero.errors import SearchError, reason
-from prunezero.searching.evaluation.evaluator import Question
-from prunezero.searching.workers.pool import DEADLINE, Crew, Worker
-from prunezero.searching.workers.worker import Desk, JudgePlan, Message, Plan
+from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.workers.pool import DEADLINE, Worker, WorkerPool
+from prunezero.searching.workers.worker import JudgePlan, Message, Plan, WorkerLoop
 
-__all__ = ["DEADLINE", "Plan", "local_crew", "usable_cores"]
+__all__ = ["DEADLINE", "Plan", "process_pool", "usable_cores"]
 
 # What a terminal or a batch system sends to every process of a search.
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -31,9 +31,9 @@ _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 _SECONDS_TO_END = 10.0
 
 
-def local_crew(
+def process_pool(
     plan: JudgePlan, count: int, *, threads: int | None = None, deadline: float = DEADLINE
-) -> Crew:
+) -> WorkerPool:
     """Judges in processes of this machine; the first question starts them.
 
     Args:
@@ -43,12 +43,12 @@ def local_crew(
         deadline: seconds for one question.
     """
     each = threads or max(1, usable_cores() // count)
-    office = _Here(plan, count, each)
-    crew = Crew(office, count, deadline, threads=each)
+    launcher = _Here(plan, count, each)
+    pool = WorkerPool(launcher, count, deadline, threads=each)
     # Before multiprocessing waits at exit for processes that wait for questions.
-    office.at_exit = crew.close
-    atexit.register(crew.close)
-    return crew
+    launcher.at_exit = pool.close
+    atexit.register(pool.close)
+    return pool
 
 
 def usable_cores() -> int:
@@ -69,7 +69,7 @@ class _Here:
         self.loading = count if self._gpus else 1
         self.at_exit: Callable[[], None] | None = None
 
-    def hire(self, place: int) -> Worker:
+    def start(self, place: int) -> Worker:
         gpu = self._gpus[place % len(self._gpus)] if self._gpus else None
         return _Process(self._plan, self._threads, gpu)
 
@@ -107,9 +107,9 @@ class _Process:
             # The process has its own; as long as this one is open, its death is not heard.
             theirs.close()
 
-    def ask(self, question: Question) -> bool:
+    def ask(self, request: Request) -> bool:
         try:
-            self.handle.send(question)
+            self.handle.send(request)
         except OSError:
             return False
         return True
@@ -154,12 +154,12 @@ def _serve(pipe: Any, plan: JudgePlan, threads: int, gpu: str | None) -> None:
     threading.Thread(target=_end_with_the_coordinator, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    desk = Desk(plan, threads)
+    loop = WorkerLoop(plan, threads)
     # The pipe ends when the coordinator does, or when it needs no more answers.
     with contextlib.suppress(EOFError, OSError):
-        pipe.send(desk.start())
+        pipe.send(loop.start())
         while True:
-            pipe.send(desk.answer(pipe.recv()))
+            pipe.send(loop.result(pipe.recv()))
 
 
 def _end_with_the_coordinator() -> None:

@@ -20,9 +20,9 @@ from prunezero.formula.criterion import Criterion
 from prunezero.models.loading.load import load_model
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.testbed import Bench, Settings, set_up
-from prunezero.searching.evaluation.evaluator import Judge, Question
-from prunezero.searching.experiment.budgets import Regime
+from prunezero.pruning.testbed import Settings, Testbed, set_up
+from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.experiment.budgets import Budget
 from prunezero.searching.experiment.provenance import conditions
 from prunezero.searching.experiment.task import Rule, Task
 from prunezero.searching.spaces.space import SearchSpace
@@ -33,9 +33,9 @@ Message = tuple[str, Any]
 
 
 class Answering(Protocol):
-    """Whoever answers one question at a time, as a `Judge` does."""
+    """Whoever answers one question at a time, as a `Evaluator` does."""
 
-    def answer(self, question: Question) -> dict[str, Any]:
+    def result(self, request: Request) -> dict[str, Any]:
         """The answer."""
         ...
 
@@ -48,7 +48,7 @@ class JudgePlan(Protocol):
         """Type of the device that the judge computes on."""
         ...
 
-    def judge(self, threads: int) -> Answering:
+    def evaluator(self, threads: int) -> Answering:
         """The judge, which computes on this many threads."""
         ...
 
@@ -75,7 +75,7 @@ class Plan:
     """fraction of the weights to remove"""
     pattern: str
     """free or N:M"""
-    also: tuple[Regime, ...]
+    also: tuple[Budget, ...]
     """where else rules have to be good"""
     seed: int
     """of the task"""
@@ -83,7 +83,7 @@ class Plan:
     """of calibration text that rules have to be good on"""
     seeds: tuple[str, ...]
     """formulas of the task"""
-    rivals: tuple[Mapping[str, Any], ...]
+    baselines: tuple[Mapping[str, Any], ...]
     """fields of the recipes that are measured beside those of the task, as JSON holds them"""
     also_models: tuple[tuple[str, str], ...] = ()
     """further models: name or absolute path, and dtype"""
@@ -95,21 +95,21 @@ class Plan:
     @classmethod
     def of(
         cls,
-        bench: Bench,
+        testbed: Testbed,
         task: Task,
-        rivals: Sequence[Recipe] = (),
+        baselines: Sequence[Recipe] = (),
         *,
-        also_benches: Sequence[Bench] = (),
+        also_testbeds: Sequence[Testbed] = (),
     ) -> Plan:
-        """The plan of the judge that `Judge` is of the same arguments."""
-        model, *others = (one.language_model for one in (bench, *also_benches))
+        """The plan of the judge that `Evaluator` is of the same arguments."""
+        model, *others = (one.language_model for one in (testbed, *also_testbeds))
         return cls(
             model=_from_anywhere(model.name),
-            text=_from_anywhere(bench.text.name),
-            settings=bench.settings,
+            text=_from_anywhere(testbed.text.name),
+            settings=testbed.settings,
             dtype=model.dtype_word,
             device=model.device.type,
-            conditions=conditions(bench, task, also_benches),
+            conditions=conditions(testbed, task, also_testbeds),
             space=task.space.model_dump(mode="json"),
             sparsity=task.sparsity,
             pattern=task.pattern,
@@ -117,13 +117,13 @@ class Plan:
             seed=task.seed,
             draws=task.draws,
             seeds=tuple(seed.criterion.text for seed in task.seeds),
-            rivals=tuple(one.model_dump(mode="json", by_alias=True) for one in rivals),
+            baselines=tuple(one.model_dump(mode="json", by_alias=True) for one in baselines),
             also_models=tuple((_from_anywhere(one.name), one.dtype_word) for one in others),
             targets=task.targets,
             ignore=task.ignore,
         )
 
-    def judge(self, threads: int) -> Judge:
+    def evaluator(self, threads: int) -> Evaluator:
         """The judge; from here on this process computes on so many threads.
 
         Raises:
@@ -131,20 +131,20 @@ class Plan:
             PruneZeroError: models or text cannot be loaded.
         """
         torch.set_num_threads(threads)
-        bench = set_up(self.model, self.text, self.settings, dtype=self.dtype, device=self.device)
-        also_benches = [
-            replace(bench, language_model=load_model(name, dtype=dtype, device=self.device))
+        testbed = set_up(self.model, self.text, self.settings, dtype=self.dtype, device=self.device)
+        also_testbeds = [
+            replace(testbed, language_model=load_model(name, dtype=dtype, device=self.device))
             for name, dtype in self.also_models
         ]
         task = self._task()
-        told = differences(self.conditions, conditions(bench, task, also_benches))
+        told = differences(self.conditions, conditions(testbed, task, also_testbeds))
         if told:
             raise SearchError(
                 f"the worker would answer otherwise than the search ({told}); give every machine "
                 "the same packages, and the same files under the same path"
             )
-        rivals = [validated(Recipe, dict(fields), "a rival") for fields in self.rivals]
-        return Judge(task, bench, rivals, also_benches=also_benches)
+        baselines = [validated(Recipe, dict(fields), "a rival") for fields in self.baselines]
+        return Evaluator(task, testbed, baselines, also_testbeds=also_testbeds)
 
     def _task(self) -> Task:
         space = validated(SearchSpace, dict(self.space), "a plan")
@@ -168,7 +168,7 @@ def _from_anywhere(name: str) -> str:
     return str(path.resolve()) if name != "demo" and path.exists() else name
 
 
-class Desk:
+class WorkerLoop:
     """Where a worker sits: its judge, and what it says of it. Errors are said, never raised."""
 
     def __init__(self, plan: JudgePlan, threads: int) -> None:
@@ -179,19 +179,19 @@ class Desk:
     def start(self) -> Message:
         """Build the judge: ready, or refused."""
         try:
-            self._judge = self._plan.judge(self._threads)
+            self._evaluator = self._plan.evaluator(self._threads)
         except Exception as error:
             return "refused", _in_words(error)
         return "ready", os.getpid()
 
-    def answer(self, question: Question) -> Message:
+    def result(self, request: Request) -> Message:
         """Ask the judge: an answer, or failed with an error of ours."""
         try:
-            return "answer", self._judge.answer(question)
+            return "answer", self._evaluator.result(request)
         except PruneZeroError as error:
             return "failed", error
         except Exception as error:
-            told = SearchError(f"a worker cannot answer {question.key} ({_in_words(error)})")
+            told = SearchError(f"a worker cannot answer {request.key} ({_in_words(error)})")
             told.add_note(traceback.format_exc())
             return "failed", told
 

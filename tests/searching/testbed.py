@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from prunezero.models.text.splits import SPLITS, Text
-from prunezero.pruning.testbed import Bench, Settings
+from prunezero.pruning.testbed import Settings, Testbed
 from prunezero.searching.spaces.space import SearchSpace
 from tests.tiny_models import tiny_model
 
@@ -24,9 +24,9 @@ def tiny_text() -> Text:
     return Text("letters", documents, "letters")
 
 
-def tiny_bench(family: str = "llama", **changes: Any) -> Bench:
+def tiny_testbed(family: str = "llama", **changes: Any) -> Testbed:
     """The bench; `changes` go to the model's configuration."""
-    return Bench(tiny_model(family, **changes), tiny_text(), SETTINGS)
+    return Testbed(tiny_model(family, **changes), tiny_text(), SETTINGS)
 
 
 def tiny_space(**changes: Any) -> SearchSpace:
