@@ -1,4 +1,4 @@
-"""What is a search worth? Its finalists are judged, its winner set beside published recipes."""
+"""The final table of a search: its finalists on validation text, its winner beside baselines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from prunezero.searching.session import Session
 
 
-def judged(
+def measured_finally(
     session: Session, tracker: Tracker, folder: Path, candidates: list[Candidate]
 ) -> list[dict[str, Any]]:
-    """Judge the finalists on validation text, report the winner and its rivals on test text."""
+    """Measure the finalists on validation text, report the winner and its rivals on test text."""
     from prunezero.cli.tables import Bars, print_results, say, say_conditions
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.export.page import no_page
@@ -28,7 +28,7 @@ def judged(
     with Bars() as bars:
         pairs = []
         for done, candidate in enumerate(final, start=1):
-            pairs.append((sessions.evaluator(session, candidate), candidate))
+            pairs.append((sessions.measure_finalist(session, candidate), candidate))
             bars("finalists on validation text", done, len(final))
         best = min(pairs, key=lambda pair: pair[0]["validation_perplexity"] or float("inf"))[1]
         rows = []
@@ -39,12 +39,12 @@ def judged(
         recipe = sessions.found_recipe(session, name, best)
         rows.append(session.rungs.measure(recipe, SPLITS))
     recipe = write_winner(recipe, rows, folder)
-    for record in tracked_rows(rows[:-1], session.testbed, also_testbeds=session.also_testbeds):
+    for record in tracked_rows(rows[:-1], session.testbeds):
         tracker.record(record)
     winner = {**rows[-1], "search_perplexity": best.search_perplexity}
     tracker.record(tracked_winner(recipe, winner, session, name, folder))
     print_results(rows, f"search {name}", best="test_perplexity")
-    say_conditions(rows, session.models, [session.testbed, *session.also_testbeds])
+    say_conditions(rows, session.models, session.testbeds)
     say(f"found: {best.rule.text}", style="bold")
     twin = published_equivalent(session.task, best.rule)
     if twin is not None:

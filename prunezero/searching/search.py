@@ -54,7 +54,7 @@ def search(
         stop: asked before every piece of work; True ends the search.
         ended: told in one sentence how far a strategy came that has nothing left to propose.
     """
-    chosen = find_strategy(strategy or rungs.task.strategy)
+    chosen = find_strategy(strategy or rungs.task.config.strategy)
     run = _Run(rungs, History(forgets_masks=chosen.forgets_masks), chosen, stop)
     for generation in itertools.count():
         before = run.charged

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.report.runs.summary import find_run, front, read_run, rule_of
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.spaces.space_choices import CHOOSABLE
 
 

@@ -6,7 +6,8 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.testbed import with_choices
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 
 # What every search is compared with, in this order: formulas by the same dense statistics.
 FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero")
@@ -20,14 +21,17 @@ def baselines(task: Task) -> list[Recipe]:
     A search that uses no gradients is not compared with recipes that would need them collected.
     """
     has_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
-    layers = {"targets": task.targets, "ignore": task.ignore}
+    layers = {"targets": task.config.targets, "ignore": task.config.ignore}
     formulas = [
-        with_choices(Recipe.load(name), pattern=task.pattern, statistics="dense", **layers)
+        with_choices(
+            Recipe.load(name), pattern=task.budgets[0].pattern, statistics="dense", **layers
+        )
         for name in FORMULAS
     ]
     mending = PIPELINES if "update" in task.options else ()
     pipelines = [
-        with_choices(Recipe.load(name), pattern=task.pattern, **layers) for name in mending
+        with_choices(Recipe.load(name), pattern=task.budgets[0].pattern, **layers)
+        for name in mending
     ]
     return [
         recipe

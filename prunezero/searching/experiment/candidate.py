@@ -10,7 +10,7 @@ from typing import Any
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import costliest
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.rule import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
 STATUSES = ("new", "known", "invalid")

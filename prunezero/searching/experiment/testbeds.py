@@ -20,7 +20,9 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe
 from prunezero.pruning.testbed import Testbed, with_choices
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 
 
 def beside(testbed: Testbed, names: Sequence[str], *, device: str) -> tuple[Testbed, ...]:
@@ -49,11 +51,8 @@ def _refuse_twice(names: Sequence[str]) -> None:
             raise SearchError(f"model {name} is named twice; name every model once")
 
 
-def fitted(task: Task, testbeds: Sequence[Testbed], baselines: Sequence[Recipe]) -> Task:
-    """The task on these models, once it is known that each can take it.
-
-    Args:
-        rivals: recipes that will be measured beside those of the task.
+def fitted(task: Task, testbeds: Sequence[Testbed]) -> Task:
+    """The task on these models, once it is known that each can take it and its baselines.
 
     Raises:
         SearchError: one model stands there twice, or they share no text, settings or device.
@@ -64,9 +63,11 @@ def fitted(task: Task, testbeds: Sequence[Testbed], baselines: Sequence[Recipe])
     for testbed in testbeds:
         with about(testbed, testbeds):
             model = testbed.language_model.model
-            found.append(find_linears(model, targets=task.targets, ignore=task.ignore))
+            found.append(
+                find_linears(model, targets=task.config.targets, ignore=task.config.ignore)
+            )
             for budget in task.budgets:
-                for recipe in [*_examples(task), *baselines]:
+                for recipe in [*_examples(task), *baselines(task)]:
                     one = with_choices(recipe, pattern=budget.pattern)
                     layers = check_recipe(testbed.language_model, one, budget.sparsity)
                     _check_permutation(testbed.language_model, one, layers)

@@ -17,7 +17,8 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.functions import REDUCTIONS
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import (

@@ -17,7 +17,8 @@ from typing import Any
 from prunezero.errors import CriterionError, RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.strategies.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.strategies.parents import ParentPool

@@ -16,10 +16,10 @@ from typing import Any
 
 from prunezero.errors import SearchError, reason
 from prunezero.files.cache import cache_dir
-from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.workers.pool import DEADLINE, Worker, WorkerPool
 from prunezero.searching.workers.processes import usable_cores
-from prunezero.searching.workers.worker import JudgePlan, Message, WorkerLoop
+from prunezero.searching.workers.worker import EvaluatorPlan, Message, WorkerLoop
 
 # Settings of this process that its workers on other machines must have as well.
 _SHARED = ("HF_HUB_OFFLINE", "HF_HOME", "PRUNEZERO_CACHE_GIB")
@@ -29,7 +29,7 @@ _SECONDS_TO_ANSWER = 10.0
 
 
 def ray_pool(
-    plan: JudgePlan,
+    plan: EvaluatorPlan,
     address: str,
     count: int,
     *,
@@ -136,7 +136,7 @@ class _Cluster:
     """A Ray cluster, as an office of a crew."""
 
     def __init__(
-        self, ray: Any, plan: JudgePlan, count: int, threads: int, *, is_ours: bool
+        self, ray: Any, plan: EvaluatorPlan, count: int, threads: int, *, is_ours: bool
     ) -> None:
         self._ray = ray
         self._is_ours = is_ours

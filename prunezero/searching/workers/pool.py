@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prunezero.errors import PruneZeroError, SearchError
-from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.workers.worker import Message
 
 # Seconds for one question, where nothing else is asked for.
