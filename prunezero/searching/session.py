@@ -17,7 +17,7 @@ from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.evaluation.promotion import FINALISTS
 from prunezero.searching.evaluation.rungs import Evaluators, Rungs
-from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.baselines import baselines, on_terms_of
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.config import SearchConfig, starting_rules
 from prunezero.searching.experiment.provenance import header, machine
@@ -159,6 +159,16 @@ def measure_baselines(session: Session, splits: Sequence[str]) -> Iterator[dict[
     yield session.rungs.measure_dense(splits)
     for recipe in baselines(session.task):
         yield session.rungs.measure(recipe, splits)
+
+
+def measure_on_same_terms(
+    session: Session, found: Recipe, splits: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One row for each baseline's formula under the choices of a found recipe, or its `fault`."""
+    recipes, refused = on_terms_of(found, session.task)
+    yield from ({"recipe": name, "fault": why} for name, why in refused.items())
+    for recipe, row in zip(recipes, session.rungs.rows(recipes, splits), strict=True):
+        yield {"recipe": recipe.name, **row}
 
 
 def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -211,7 +211,7 @@ class SearchConfig(BaseModel):
             "space": self.space_content.name,
             "signals": self.space_content.costliest_signal,
             "strategy": self.strategy,
-            "sparsity": self.sparsity,
+            "sparsity": self.budgets[0].sparsity,
             "pattern": self.pattern,
             **{key: value for key, value in further.items() if value},
             "seed": self.seed,
