@@ -42,7 +42,7 @@ def show(
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
 ) -> None:
-    """Show what a search looked for and found: its counts, rivals, front and winner.
+    """Show what a search looked for and found: its counts, baselines, front and winner.
 
     The front holds the best candidate of each size that no smaller one beats, by perplexity on
     search text. No model is loaded, and a search that runs or was stopped is shown as far as it is.

@@ -1,4 +1,4 @@
-"""What a search knows so far: every rule, every mask, and the best on each rung."""
+"""History of a search: every rule, every mask, and the best on each rung."""
 
 from __future__ import annotations
 

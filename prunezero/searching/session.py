@@ -155,7 +155,7 @@ def open_session(
 
 
 def measure_baselines(session: Session, splits: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """One row for the dense model and each rival, on the given splits."""
+    """One row for the dense model and each baseline, on the given splits."""
     yield session.rungs.measure_dense(splits)
     for recipe in baselines(session.task):
         yield session.rungs.measure(recipe, splits)

@@ -1,4 +1,4 @@
-"""The folder of a search, `runs/NAME/`: which files does it hold?"""
+"""Run folder `runs/NAME/` of a search: which files it holds."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Run:
 
     @property
     def measured(self) -> list[Row]:
-        """The rows of the winner and its rivals as a finished search reports them, else none."""
+        """The rows of the winner and its baselines as a finished search reports them, else none."""
         return [] if self.recipe is None else list(self.recipe.provenance.get("measured", []))
 
 
@@ -217,7 +217,7 @@ def read_candidates(folder: Path) -> list[Row] | None:
 
 
 def counted(candidates: Sequence[Row]) -> dict[str, int]:
-    """How many candidates came how far up the ladder."""
+    """How many candidates came how far up the rungs."""
     statuses = Counter(row["status"] for row in candidates)
     own = [row for row in candidates if row["status"] != "known"]
     return {
@@ -274,7 +274,7 @@ def best_row(run: Run) -> Row | None:
 
 
 def results(run: Run) -> list[Row]:
-    """The dense model, the rivals and the winner with every perplexity that is known of them.
+    """The dense model, the baselines and the winner with every perplexity that is known of them.
 
     Raises:
         RecipeError: the recipe of the winner holds rows that are none.

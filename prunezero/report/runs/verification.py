@@ -1,4 +1,4 @@
-"""Do the numbers of a search hold? Its best recipes measured anew, without its journal."""
+"""Verification of a search: its best recipes measured anew, without its journal."""
 
 from __future__ import annotations
 

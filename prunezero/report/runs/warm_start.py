@@ -1,4 +1,4 @@
-"""From which rules may a search start? From what another one found, or what a recipe says."""
+"""Warm start of a search: the rules that another one found, or that a recipe says."""
 
 from __future__ import annotations
 

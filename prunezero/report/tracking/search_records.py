@@ -1,4 +1,4 @@
-"""What is recorded in MLflow of a search and of measured recipes: a record for each run there."""
+"""Records of a search and of measured recipes for MLflow: one for each run there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep what a search finds in MLflow without ever making the search wait.
+"""Tracker: keeps what a search finds in MLflow, without ever making the search wait.
 
 `Tracker.record` puts a record in a queue; one daemon thread writes it. When MLflow does not answer,
 the record goes to `untracked.jsonl` in the runs folder, and that file is replayed, without

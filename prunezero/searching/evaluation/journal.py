@@ -1,4 +1,4 @@
-"""The memory of a search: one line per result, written once and never changed.
+"""Journal of a search: one line per result, written once and never changed.
 
 A search is a function of its settings and of the results in its journal. To go on after a crash it
 runs again from the start, and finds every result that was written before instead of computing it;

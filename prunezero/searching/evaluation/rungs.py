@@ -121,7 +121,7 @@ class Rungs:
         return self._named(self._without_fault(Request.of(None, splits), "the dense model"))
 
     def close(self) -> None:
-        """Let go of the judges and of the journal."""
+        """Let go of the evaluators and of the journal."""
         self._evaluators.close()
         self._journal.close()
 

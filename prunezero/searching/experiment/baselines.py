@@ -105,7 +105,7 @@ def _measured_as(recipe: Recipe, task: Task) -> str:
 def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:
     """The published recipe that does what the rule does; None if it is new.
 
-    Recipes that do more than rank, and those of other comparison groups, are no twins.
+    Recipes that do more than rank, and those of other comparison groups, are not equivalent.
     """
     own = task.recipe(rule, "own")
     if own.extras or own.criteria:

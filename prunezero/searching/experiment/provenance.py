@@ -122,7 +122,7 @@ def _surroundings(testbed: Testbed) -> dict[str, Any]:
 
 
 def subject(testbed: Testbed) -> dict[str, str]:
-    """The model and text of a bench, as they are and not as they are called."""
+    """The model and text of a testbed, as they are and not as they are called."""
     model = testbed.language_model
     return {
         "model": model.fingerprint,
@@ -141,7 +141,7 @@ def machine(testbed: Testbed, threads: int) -> dict[str, Any]:
     without it, so the archive keeps them apart. A search itself may go on elsewhere.
 
     Args:
-        threads: of each judge.
+        threads: of each evaluator.
     """
     device = testbed.language_model.device
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}

@@ -1,4 +1,4 @@
-"""Which formulas are there at all? Every one of a space, shortest first.
+"""Enumeration, a strategy: every formula of a space, shortest first.
 
 Long formulas are made of short ones. Of sub-formulas that have the same values on random numbers a
 single one is kept to build with (observational equivalence, Udupa et al. 2013, TRANSIT), and of

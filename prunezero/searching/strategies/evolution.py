@@ -1,4 +1,4 @@
-"""Who proposes the next rules: evolution by default; `catalogue.py` lists everybody else.
+"""Evolution, the usual strategy: who proposes the next rules; `catalogue.py` lists the others.
 
 Every draw has its own generator, seeded by (search seed, slot, purpose), and everything else
 follows from the memory, so a search that is resumed proposes exactly what it would have proposed.
@@ -32,7 +32,7 @@ _MIGRATION = 0.1
 
 @dataclass(frozen=True)
 class Proposal:
-    """A rule that nobody has judged yet."""
+    """A rule that nobody has measured yet."""
 
     rule: Rule
     origin: str
@@ -56,7 +56,7 @@ class Strategy:
     note: str
     """what it is, in one line"""
     is_screened: bool = True
-    """whether candidates climb the ladder; else all are measured at once, repeated masks too"""
+    """whether candidates climb the rungs; else all are measured at once, repeated masks too"""
     is_exhaustive: bool = False
     """whether it ends by itself when nothing is left, however many known masks come in a row"""
     generation: int | None = None

@@ -1,4 +1,4 @@
-"""Which formulas do some kinds of projection have of their own, and what becomes of them?
+"""Per-layer formulas: kinds of projection that have one of their own, and what becomes of it.
 
 Where all layers compete, scores of two formulas do not compare, so there a kind has the formula of
 the others times a factor, and keeps that factor when the formula changes.

@@ -1,4 +1,4 @@
-"""How does a search use all cores and GPUs of one machine? By judges in other processes.
+"""Workers in processes of one machine: how a search uses all its cores and GPUs.
 
 Each process has its model, its pipe and its share of the cores, and ends with its coordinator
 however that ends. The coordinator alone decides what Ctrl-C means.
@@ -34,18 +34,18 @@ _SECONDS_TO_END = 10.0
 def process_pool(
     plan: EvaluatorPlan, count: int, *, threads: int | None = None, deadline: float = DEADLINE
 ) -> WorkerPool:
-    """Judges in processes of this machine; the first question starts them.
+    """Evaluators in processes of this machine; the first request starts them.
 
     Args:
         count: processes at most; where there are GPUs, they take these in turn.
         threads: of each process; None divides the cores. Sums differ in their last bits between
             numbers of threads.
-        deadline: seconds for one question.
+        deadline: seconds for one request.
     """
     each = threads or max(1, usable_cores() // count)
     launcher = _Here(plan, count, each)
     pool = WorkerPool(launcher, count, deadline, threads=each)
-    # Before multiprocessing waits at exit for processes that wait for questions.
+    # Before multiprocessing waits at exit for processes that wait for requests.
     launcher.at_exit = pool.close
     atexit.register(pool.close)
     return pool
@@ -59,7 +59,7 @@ def usable_cores() -> int:
 
 
 class _Here:
-    """This machine, as an office of a crew."""
+    """This machine, as a launcher of a pool."""
 
     def __init__(self, plan: EvaluatorPlan, count: int, threads: int) -> None:
         self._plan = plan

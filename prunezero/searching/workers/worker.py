@@ -86,7 +86,7 @@ def _from_anywhere(name: str) -> str:
 
 
 class WorkerLoop:
-    """Where a worker sits: its judge, and what it says of it. Errors are said, never raised."""
+    """The life of a worker: it builds its evaluator and answers. Errors are said, never raised."""
 
     def __init__(self, plan: EvaluatorPlan, threads: int) -> None:
         """Sit down; nothing is loaded yet."""
@@ -94,7 +94,7 @@ class WorkerLoop:
         self._threads = threads
 
     def start(self) -> Message:
-        """Build the judge: ready, or refused."""
+        """Build the evaluator: ready, or refused."""
         try:
             self._evaluator = self._plan.evaluator(self._threads)
         except Exception as error:
@@ -102,7 +102,7 @@ class WorkerLoop:
         return "ready", os.getpid()
 
     def result(self, request: Request) -> Message:
-        """Ask the judge: an answer, or failed with an error of ours."""
+        """Ask the evaluator: an answer, or failed with an error of ours."""
         try:
             return "answer", self._evaluator.result(request)
         except PruneZeroError as error:
