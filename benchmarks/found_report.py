@@ -132,14 +132,15 @@ def summary(found: list[Found]) -> list[str]:
         "whole gain is over the best rival as published, the formula's own over the best one with "
         "the same choices; - where rivals were not measured with those choices.",
         "",
-        "| recipe | target | model, draws, statistics from | found | best as published "
+        "| recipe | formula | target | model, draws, statistics from | found | best as published "
         "| best with the same choices | whole gain | the formula's own | share |",
-        "|---" * 9 + "|",
+        "|---" * 10 + "|",
     ]
     for one in found:
         best, whole = one.best(PUBLISHED), whole_gain(one)
         cells = [
             one.recipe.name,
+            shortened(one.one["formula"]),
             target(one.one),
             f"{one.one['model']}, {drawn(one.seeds)}, {one.one['calibration_tokens']:,} tokens",
             one.recipe.shown("test"),
@@ -149,6 +150,12 @@ def summary(found: list[Found]) -> list[str]:
         cells.insert(-2, f"{whole:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def shortened(formula: str) -> str:
+    """The formula, without those that some layers have instead."""
+    first, _, others = formula.partition("; ")
+    return f"`{first}` and others" if others else f"`{first}`"
 
 
 def own_cells(found: Found) -> list[str]:
@@ -302,7 +309,7 @@ def verdict(found: Found) -> Iterator[str]:
 
 def target(row: Row) -> str:
     """The sparsity or pattern, as people write it."""
-    return f"{row['sparsity']:.0%}" if row["pattern"] == "free" else str(row["pattern"])
+    return f"{100 * row['sparsity']:g} %" if row["pattern"] == "free" else str(row["pattern"])
 
 
 def drawn(seeds: list[int]) -> str:
