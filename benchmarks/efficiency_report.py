@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from prunezero.report.axes import INK, plain_log_ticks
+from prunezero.report.plots.axes import INK, plain_log_ticks
 
 REFERENCE = "plain-gp"
 STRATEGIES = (

@@ -28,11 +28,11 @@ from pruning import cpu_name
 from rows import append, read
 
 from prunezero.errors import PruneZeroError
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import Settings, set_up
-from prunezero.pruning.compare import SPLITS, Stand, finite_row
-from prunezero.pruning.recipe import Recipe
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Settings, set_up
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 # What tells a row from every other under the same conditions.
@@ -100,12 +100,12 @@ def measure(
     if not missing:
         return
     torch.set_num_threads(arguments.threads)
-    bench = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
-    layers = find_layers(bench.language_model.model)
+    testbed = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
+    linears = find_linears(testbed.language_model.model)
     recipes = [one.recipe for one, _ in missing.values() if one.recipe is not None]
-    stand = Stand(bench, bench.statistics(layers, dense_sums(recipes)))
+    runner = RecipeRunner(testbed, testbed.statistics(linears, dense_sums(recipes)))
     for one, head in missing.values():
-        row = row_of(one, head, stand, list(known.values()))
+        row = row_of(one, head, runner, list(known.values()))
         append(path, row)
         known[place_of(row)] = row
         print(told(row), flush=True)
@@ -125,7 +125,7 @@ def head_of(one: Contender, found: Recipe, seed: int) -> Row:
     }
 
 
-def row_of(one: Contender, head: Row, stand: Stand, known: list[Row]) -> Row:
+def row_of(one: Contender, head: Row, runner: RecipeRunner, known: list[Row]) -> Row:
     """The row of a contender: measured, copied from one that does the same, or refused."""
     if one.recipe is None:
         return head | {"refused": one.refused}
@@ -134,7 +134,7 @@ def row_of(one: Contender, head: Row, stand: Stand, known: list[Row]) -> Row:
         if all(row.get(key) == head[key] for key in alike) and "refused" not in row:
             return row | head | {"measured_as": row.get("measured_as", row["recipe"])}
     try:
-        row = finite_row(stand.row(one.recipe, head["sparsity"], SPLITS))
+        row = finite_row(runner.row(one.recipe, head["sparsity"], SPLITS))
     except PruneZeroError as error:
         return head | {"refused": str(error)}
     # Seconds of work beside other work say nothing.

@@ -10,7 +10,7 @@ from typing import Any
 
 from found_rivals import AROUND, FOUND, PUBLISHED
 
-from prunezero.searching.judging.audit import chance_of_no_gain
+from prunezero.searching.evaluation.rung_correlation import chance_of_no_gain
 
 # So many draws of calibration text stand in one table.
 DRAWS = 3

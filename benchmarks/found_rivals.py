@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from prunezero.errors import PruneZeroError
 from prunezero.formula.ranking import ranking_form
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
 
 # Formulas, by the same dense statistics as the found ones.
 FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero", "obd", "fisher")

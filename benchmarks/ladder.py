@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 
 from prunezero.errors import ScoreError
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import Settings, set_up
-from prunezero.pruning.compare import GLANCE, Stand
-from prunezero.searching.judging.audit import kendall_tau
-from prunezero.searching.judging.fitness import layer_error, mask_digest, masks_on
-from prunezero.searching.judging.samples import ladder_sums, probe_of, sample_rows, stacked
-from prunezero.searching.proposing.genetics import random_criterion
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.pruning.compare import QUICK_KL, RecipeRunner
+from prunezero.pruning.testbed import Settings, set_up
+from prunezero.searching.evaluation.rung_correlation import kendall_tau
+from prunezero.searching.proxies.matrix import layer_error, mask_digest, masks_on
+from prunezero.searching.proxies.samples import probe_of, rung_sums, sample_rows, stacked
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.genetics import random_criterion
 
 
 def main() -> None:
@@ -39,15 +39,15 @@ def main() -> None:
     parser.add_argument("--evaluation-tokens", type=int, default=2048)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    bench = set_up(
+    testbed = set_up(
         "demo", "demo", Settings(evaluation_tokens=arguments.evaluation_tokens), dtype="float32"
     )
     space = SearchSpace.load("formulas")
     task = make_task(space, arguments.sparsity, pattern=arguments.pattern)
-    layers = find_layers(bench.language_model.model)
-    sums = ladder_sums(space.features, with_gradients=True)
-    statistics = bench.statistics(layers, sums)
-    stand = Stand(bench, statistics, splits=("search",))
+    layers = find_linears(testbed.language_model.model)
+    sums = rung_sums(space.features, with_gradients=True)
+    statistics = testbed.statistics(layers, sums)
+    runner = RecipeRunner(testbed, statistics, splits=("search",))
     rows_of_layers = sample_rows(layers, statistics, space.features)
     samples, probe = stacked(rows_of_layers), stacked(probe_of(rows_of_layers))
     plain = [replace(one, row_weights=torch.ones_like(one.row_weights)) for one in samples]
@@ -74,9 +74,9 @@ def main() -> None:
         if digest in seen or weighted > 0.5:
             continue
         seen.add(digest)
-        glance = stand.row(recipe, task.sparsity, (GLANCE,))
+        glance = runner.row(recipe, task.sparsity, (QUICK_KL,))
         glanced = time.perf_counter()
-        row = stand.row(recipe, task.sparsity, ("search",))
+        row = runner.row(recipe, task.sparsity, ("search",))
         rows.append(
             {
                 "formula": criterion.text,

@@ -22,11 +22,11 @@ from typing import Any
 
 from rows import append, read
 
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import Settings, set_up, with_choices
-from prunezero.pruning.compare import SPLITS, Stand, finite_row
-from prunezero.pruning.recipe import Recipe
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Settings, set_up, with_choices
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 RECIPES = ("magnitude", "wanda", "ria", "pruner_zero", "isc", "sparsegpt", "admm")
@@ -93,15 +93,15 @@ def measure(model: str, settings: Settings, allocate: str, path: Path) -> None:
     dense_head = head_of(model, settings, Recipe.load("magnitude"), 0.0) | {"recipe": "dense"}
     if not missing and key_of(dense_head) in done:
         return
-    bench = set_up(model, "demo", settings, dtype="float32")
-    layers = find_layers(bench.language_model.model)
-    sums = bench.statistics(layers, dense_sums([recipe for recipe, _ in missing]), told)
-    stand = Stand(bench, sums)
+    testbed = set_up(model, "demo", settings, dtype="float32")
+    layers = find_linears(testbed.language_model.model)
+    sums = testbed.statistics(layers, dense_sums([recipe for recipe, _ in missing]), told)
+    runner = RecipeRunner(testbed, sums)
     if key_of(dense_head) not in done:
-        write(path, stand.dense_row(SPLITS) | dense_head)
+        write(path, runner.dense_row(SPLITS) | dense_head)
     for recipe, sparsity in missing:
         begin = time.perf_counter()
-        row = stand.row(recipe, sparsity, SPLITS)
+        row = runner.row(recipe, sparsity, SPLITS)
         write(path, row | head_of(model, settings, recipe, sparsity))
         print(f"  {time.perf_counter() - begin:.0f} s with evaluation", flush=True)
 

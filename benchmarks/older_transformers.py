@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from prunezero.models.loading import load_model
-from prunezero.models.saving import save_model
+from prunezero.models.loading.load import load_model
+from prunezero.models.saving.save import save_model
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import prune_streamed
 
 ROTARY_BASE = 500000.0

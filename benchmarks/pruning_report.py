@@ -9,7 +9,7 @@ from typing import Any
 
 from tracking import log
 
-from prunezero.report.axes import INK
+from prunezero.report.plots.axes import INK
 
 OURS = "prunezero"
 # Okabe and Ito's colours, which colour-blind people tell apart.

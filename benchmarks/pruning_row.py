@@ -17,15 +17,15 @@ import torch
 from rivals_in_torch import prune_block_by_block
 from seconds_and_memory import measured
 
-from prunezero.models.calibration import calibrate
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.evaluation import evaluate
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import load_model, save_model
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import Settings, set_up, with_choices
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model, save_model
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Settings, set_up, with_choices
 from prunezero.scoring.request import parse_pattern
 
 Row = dict[str, Any]
@@ -46,9 +46,9 @@ def prepare(job: Row) -> Row:
         test_tokens=job["test_tokens"],
         seed=job["seed"],
     )
-    bench = set_up(job["model"], job["text"], settings, dtype="float32", device="cpu")
-    save_model(bench.language_model, job["dense"])
-    ids = {split: bench.windows(split).tolist() for split in ("calibration", "test")}
+    testbed = set_up(job["model"], job["text"], settings, dtype="float32", device="cpu")
+    save_model(testbed.language_model, job["dense"])
+    ids = {split: testbed.windows(split).tolist() for split in ("calibration", "test")}
     if job.get("order") == "reversed":
         ids["calibration"].reverse()
     Path(job["windows"]).write_text(json.dumps(ids))
@@ -68,7 +68,7 @@ def prune_here(job: Row) -> Row:
 
     def from_the_dense_model() -> None:
         once = with_choices(recipe, statistics="dense")
-        layers = find_layers(model.model)
+        layers = find_linears(model.model)
         sums = calibrate(model, windows, layers, dense_sums([once]))
         prune(model, once, sparsity, statistics=sums, windows=windows)
 
@@ -102,7 +102,7 @@ def windows_of(job: Row, split: str) -> torch.Tensor:
 
 def quality(job: Row, model: LanguageModel) -> Row:
     """What every contender is judged by: the zeros in its layers, and perplexity on test text."""
-    weights = [layer.weight for layer in find_layers(model.model)]
+    weights = [layer.weight for layer in find_linears(model.model)]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     return {
         "sparsity_reached": zeros / sum(weight.numel() for weight in weights),

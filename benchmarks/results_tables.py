@@ -13,7 +13,7 @@ import scoring_report
 from published_selection import FORMULAS
 
 from prunezero.formula.features import FEATURES
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 
 Row = dict[str, Any]
 # So many measurements of search text are early in a search.

@@ -18,7 +18,7 @@ import torch
 from sparsegpt import one_column_at_a_time
 from torch import Tensor, nn
 
-from prunezero.models.units import find_blocks
+from prunezero.models.anatomy.linears import find_blocks
 
 # N and M of a pattern that keeps N of every M columns; None where the sparsity alone counts.
 Pattern = tuple[int, int] | None

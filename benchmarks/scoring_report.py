@@ -10,7 +10,7 @@ from typing import Any
 from published_selection import FORMULAS, REQUESTS
 from tracking import log
 
-from prunezero.report.axes import INK, plain_log_ticks
+from prunezero.report.plots.axes import INK, plain_log_ticks
 
 PLACE = ("device", "machine", "threads")
 WORK = ("part", *PLACE, "dtype", "shape", "formula", "request")

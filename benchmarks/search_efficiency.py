@@ -26,15 +26,15 @@ from typing import Any
 from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
 
-from prunezero.pruning.bench import Settings, set_up
-from prunezero.searching.conditions import conditions
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.judging.ladder import Ladder
+from prunezero.pruning.testbed import Settings, set_up
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.rungs import Rungs
+from prunezero.searching.experiment.provenance import conditions
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Task
+from prunezero.searching.spaces.space import SearchSpace
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SCRATCH = "-from-scratch"
@@ -126,19 +126,19 @@ def run_pattern(
         evaluation_tokens=arguments.evaluation_tokens,
         test_tokens=arguments.sequence_length,
     )
-    bench = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
+    testbed = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
     # Holds every feature of the reference's space as well, and answers alike for both.
     task = make_task(SearchSpace.load("formulas"), missing[0]["sparsity"], pattern=pattern)
     name = f"{pattern}-{task.sparsity:g}-{arguments.dtype}".replace(":", "_")
     folder = arguments.folder / name
-    header = conditions(bench, task) | {"features": list(task.space.features)}
+    header = conditions(testbed, task) | {"features": list(task.space.features)}
     journal = Journal(folder / "journal.jsonl", header, resume=True)
     try:
-        judge = Judge(task, bench)
+        evaluator = Evaluator(task, testbed)
         for head in missing:
-            ladder = Counted(Ladder(for_task(judge, task_of(head)), journal))
+            rungs = Counted(Rungs(for_task(evaluator, task_of(head)), journal))
             print(f"{pattern} {head['strategy']} seed {head['seed']}", flush=True)
-            append(path, {**head, "points": list(points(ladder, head))})
+            append(path, {**head, "points": list(points(rungs, head))})
     finally:
         journal.close()
 
@@ -155,9 +155,9 @@ def task_of(head: dict[str, Any]) -> Task:
     )
 
 
-def for_task(judge: Judge, task: Task) -> Judge:
+def for_task(evaluator: Evaluator, task: Task) -> Evaluator:
     """The same model on the same stand, asked by another search."""
-    other = copy.copy(judge)
+    other = copy.copy(evaluator)
     other.task = task
     return other
 
@@ -168,9 +168,9 @@ class Counted:
     It asks one question at a time, since a strategy that forgets may ask the same twice at once.
     """
 
-    def __init__(self, ladder: Ladder) -> None:
-        self.uncounted = ladder
-        self.task, self.probe = ladder.task, ladder.probe
+    def __init__(self, rungs: Rungs) -> None:
+        self.uncounted = rungs
+        self.task, self.probe = rungs.task, rungs.probe
         self.counts: Counter[str] = Counter()
         self.seconds = 0.0
 
@@ -196,7 +196,7 @@ class Counted:
             yield answer
 
 
-def points(ladder: Counted, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def points(rungs: Counted, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Where the run stood each time that it found a better formula, and where it ended."""
     is_reference, limit = head["strategy"] == REFERENCE, head["limit"]
     seen: dict[int, float | None] = {}
@@ -204,24 +204,24 @@ def points(ladder: Counted, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
     state: dict[str, Any] = {"search": None, "validation": None, "formula": ""}
 
     def charged() -> int:
-        return len(seen) if is_reference else ladder.counts["search"]
+        return len(seen) if is_reference else rungs.counts["search"]
 
     def point() -> dict[str, Any]:
-        counts = ladder.counts
+        counts = rungs.counts
         return {
             "evaluations": charged(),
             "distinct": counts["search"],
             "glances": counts["glance"],
             "validations": counts["validation"],
             "screened": counts["screened"],
-            "seconds": round(ladder.seconds, 1),
+            "seconds": round(rungs.seconds, 1),
             **state,
         }
 
     for candidate in search(
-        ladder,
+        rungs,
         strategy=head["strategy"].removesuffix(SCRATCH),
-        budget=limit if is_reference else None,
+        max_candidates=limit if is_reference else None,
         stop=lambda: not is_reference and charged() >= limit,
     ):
         value = candidate.search_perplexity
@@ -229,8 +229,8 @@ def points(ladder: Counted, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if value is not None and value < best:
             best = value
             # No search is charged for this, nor chooses by it unless it asks itself.
-            recipe = ladder.task.recipe(candidate.rule, "incumbent")
-            row = next(ladder.uncounted.rows([recipe], ("validation",)))
+            recipe = rungs.task.recipe(candidate.rule, "incumbent")
+            row = next(rungs.uncounted.rows([recipe], ("validation",)))
             state = {
                 "search": value,
                 "validation": row.get("validation_perplexity"),

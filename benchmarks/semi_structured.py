@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import load_model
-from prunezero.models.semi_structured import check_gpu, to_semi_structured
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.semi_structured import check_gpu, to_semi_structured
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model
 from prunezero.scoring.selection import select
 
 # Calls between two events, so that one is long enough for the clock.
@@ -78,7 +78,7 @@ def random_7b(device: torch.device, blocks: int) -> LanguageModel:
 
 def measured(model: LanguageModel, tokens: list[int], repeats: int) -> list[Row]:
     """One row per shape and count of tokens, then one per count for the whole model."""
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     for layer in layers:
         layer.weight.masked_fill_(~select(layer.weight.abs(), 0.5, pattern="2:4"), 0.0)
     dense = [layer.module.weight for layer in layers]
@@ -103,7 +103,7 @@ def measured(model: LanguageModel, tokens: list[int], repeats: int) -> list[Row]
 
 def row_of(
     what: str,
-    layers: list[Layer],
+    layers: list[Linear],
     weights: list[list[Any]],
     call: Callable[[Tensor], Any],
     inputs: Tensor,
@@ -140,7 +140,7 @@ def row_of(
     }
 
 
-def put(layers: list[Layer], weights: list[nn.Parameter]) -> None:
+def put(layers: list[Linear], weights: list[nn.Parameter]) -> None:
     """Give the layers these weights."""
     for layer, weight in zip(layers, weights, strict=True):
         layer.module.weight = weight

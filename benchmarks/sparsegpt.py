@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunezero.models.units import Layer, find_layers
-from prunezero.pruning.bench import Settings, set_up, with_choices
-from prunezero.pruning.dense_weights import DenseWeights
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.pruning.prune import prune_layers
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Settings, set_up, with_choices
 from prunezero.scoring.request import parse_pattern
 from prunezero.scoring.statistics import Statistics
 
@@ -43,10 +43,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     settings = Settings(calibration_tokens=arguments.calibration_tokens)
-    bench = set_up(arguments.model, "demo", settings, device=arguments.device)
-    layers = find_layers(bench.language_model.model)
+    testbed = set_up(arguments.model, "demo", settings, device=arguments.device)
+    layers = find_linears(testbed.language_model.model)
     layers = [layer for layer in layers if layer.block < (arguments.blocks or len(layers))]
-    statistics = bench.statistics(layers, {"gram"})
+    statistics = testbed.statistics(layers, {"gram"})
     recipe = with_choices(Recipe.load("sparsegpt"), pattern=arguments.pattern)
     totals = {"ours": 0.0, "published": 0.0}
     largest, different, count = 0.0, 0, 0
@@ -68,7 +68,7 @@ def main() -> None:
         "pattern": arguments.pattern,
         "layers": len(layers),
         "threads": torch.get_num_threads(),
-        "device": str(bench.language_model.device),
+        "device": str(testbed.language_model.device),
         "seconds": totals,
         "ratio": totals["published"] / totals["ours"],
         "masks_differ": different / count,
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _timed(
-    recipe: Recipe, layers: list[Layer], statistics: dict[str, Statistics]
+    recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]
 ) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
     """Shortest seconds of each way over the layers of one block, and the weights that it leaves."""
     dense = DenseWeights(layers)
@@ -101,18 +101,18 @@ def _timed(
     return seconds, found
 
 
-def _wait(layers: list[Layer]) -> None:
+def _wait(layers: list[Linear]) -> None:
     if layers[0].weight.is_cuda:
         torch.cuda.synchronize()
 
 
-def _ours(recipe: Recipe, layers: list[Layer], statistics: dict[str, Statistics]) -> None:
+def _ours(recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]) -> None:
     for layer in layers:
         statistics[layer.name].memo.clear()
     prune_layers(recipe, layers, statistics, {layer.name: 0.5 for layer in layers})
 
 
-def _published(recipe: Recipe, layers: list[Layer], statistics: dict[str, Statistics]) -> None:
+def _published(recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]) -> None:
     pattern = parse_pattern(recipe.pattern)
     for layer in layers:
         known = statistics[layer.name]

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prunezero.report.track import ENVIRONMENT, tracking_uri
-from prunezero.report.tracking_database import open_client
+from prunezero.report.tracking.database import open_client
+from prunezero.report.tracking.tracker import ENVIRONMENT, tracking_uri
 
 EXPERIMENT = "benchmarks"
 KEY_TAG = "benchmark.key"

@@ -3,8 +3,8 @@
     import prunezero as pz
 
     model = pz.load_model("demo")
-    bench = pz.set_up(model, "demo")
-    for row in pz.compare(bench, [pz.Recipe.load("wanda")], 0.5):
+    testbed = pz.set_up(model, "demo")
+    for row in pz.compare(testbed, [pz.Recipe.load("wanda")], 0.5):
         print(row["recipe"], row["validation_perplexity"])
 
 Everything here is imported when it is first used, so that `import prunezero` is instant.
@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunezero.formula.criterion import Criterion
-    from prunezero.models.calibration import calibrate
-    from prunezero.models.loading import load_model, save_model
-    from prunezero.pruning.bench import Bench, Settings, set_up
+    from prunezero.models.loading.load import load_model, save_model
+    from prunezero.models.observing.calibration import calibrate
     from prunezero.pruning.compare import compare
     from prunezero.pruning.prune import prune
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.streamed import prune_streamed
+    from prunezero.pruning.testbed import Settings, Testbed, set_up
     from prunezero.searching.session import find as search
-    from prunezero.searching.space import SearchSpace
+    from prunezero.searching.spaces.space import SearchSpace
 
 __all__ = [
-    "Bench",
     "Criterion",
     "Recipe",
     "SearchSpace",
     "Settings",
+    "Testbed",
     "calibrate",
     "compare",
     "load_model",
@@ -44,19 +44,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Bench": "prunezero.pruning.bench:Bench",
     "Criterion": "prunezero.formula.criterion:Criterion",
-    "Recipe": "prunezero.pruning.recipe:Recipe",
-    "SearchSpace": "prunezero.searching.space:SearchSpace",
-    "Settings": "prunezero.pruning.bench:Settings",
-    "calibrate": "prunezero.models.calibration:calibrate",
+    "Recipe": "prunezero.pruning.recipes.recipe:Recipe",
+    "SearchSpace": "prunezero.searching.spaces.space:SearchSpace",
+    "Settings": "prunezero.pruning.testbed:Settings",
+    "Testbed": "prunezero.pruning.testbed:Testbed",
+    "calibrate": "prunezero.models.observing.calibration:calibrate",
     "compare": "prunezero.pruning.compare:compare",
-    "load_model": "prunezero.models.loading:load_model",
+    "load_model": "prunezero.models.loading.load:load_model",
     "prune": "prunezero.pruning.prune:prune",
     "prune_streamed": "prunezero.pruning.streamed:prune_streamed",
-    "save_model": "prunezero.models.loading:save_model",
+    "save_model": "prunezero.models.loading.load:save_model",
     "search": "prunezero.searching.session:find",
-    "set_up": "prunezero.pruning.bench:set_up",
+    "set_up": "prunezero.pruning.testbed:set_up",
 }
 
 

@@ -26,11 +26,11 @@ from prunezero.errors import FormulaWarning, PruneZeroError
 from prunezero.formula import FEATURES, OPERATORS, Criterion
 from prunezero.formula.code import torch_lines
 from prunezero.formula.ranking import ranking_form
-from prunezero.models.patterns import check_pattern
-from prunezero.pruning.choices import WORDS
-from prunezero.pruning.documents import to_yaml
-from prunezero.pruning.recipe import Recipe
-from prunezero.searching.space import SearchSpace
+from prunezero.models.anatomy.patterns import check_pattern
+from prunezero.pruning.recipes.documents import to_yaml
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.words import WORDS
+from prunezero.searching.spaces.space import SearchSpace
 from tests.formula.grammar import EXPONENTS, random_text
 
 SECONDS, BYTES = 0.5, 200 * 2**20

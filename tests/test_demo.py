@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import Settings, set_up
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Settings, set_up
 
 pytestmark = pytest.mark.slow
 
@@ -60,11 +60,11 @@ def test_a_search_of_the_demo_model_ends_in_a_table_with_test_perplexities(searc
 
 
 def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path) -> None:
-    bench = set_up("demo", "demo", Settings(calibration_tokens=512), dtype="float32")
+    testbed = set_up("demo", "demo", Settings(calibration_tokens=512), dtype="float32")
     recipe = Recipe.load(searched / "runs" / "small" / "recipe.yaml")
-    batches = bench.windows("calibration")
+    batches = testbed.windows("calibration")
     torch.save(batches, searched / "batches.pt")
-    bench.language_model.model.save_pretrained(searched / "dense")
+    testbed.language_model.model.save_pretrained(searched / "dense")
     program = textwrap.dedent(
         """
         import importlib.abc, sys, torch, transformers
@@ -94,9 +94,9 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
         env={**os.environ, "PYTHONPATH": ""},
     )
     assert finished.returncode == 0, finished.stderr
-    layers = find_layers(bench.language_model.model)
-    statistics = bench.statistics(layers, dense_sums([recipe]))
-    prune(bench.language_model, recipe, 0.5, statistics=statistics)
+    layers = find_linears(testbed.language_model.model)
+    statistics = testbed.statistics(layers, dense_sums([recipe]))
+    prune(testbed.language_model, recipe, 0.5, statistics=statistics)
     theirs = torch.load(searched / "masks.pt")
     for layer in layers:
         assert torch.equal(layer.weight == 0, theirs[f"{layer.name}.weight"]), layer.name

@@ -12,14 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "prunezero"
-FLOORS = ["errors", "formula", "scoring", "models", "pruning", "searching", "report", "cli"]
+FLOORS = "errors files formula scoring models pruning searching testing report cli".split()
 # A library may be used on these floors only.
 HOMES = {
-    "torch": {"scoring", "models", "pruning", "searching", "report", "cli"},
+    "torch": {"files", "scoring", "models", "pruning", "searching", "testing", "report", "cli"},
     "transformers": {"models", "report"},
     "datasets": {"models"},
     "sympy": {"formula", "searching"},
-    "optuna": {"searching"},
+    "optuna": {"searching", "report"},
     "triton": {"scoring"},
     "mlflow": {"report"},
     "matplotlib": {"report"},

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from prunezero.cli import app
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import SMALL, tiny_files
 
 __all__ = ["tiny_files"]

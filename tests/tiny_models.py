@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunezero.models.loading import LanguageModel, wrap_model
+from prunezero.models.loading.load import LanguageModel, wrap_model
 
 HIDDEN = 32
 BLOCKS = 2

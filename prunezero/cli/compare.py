@@ -28,9 +28,9 @@ from prunezero.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Bench
-    from prunezero.pruning.recipe import Recipe
-    from prunezero.report.track import Tracker
+    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.testbed import Testbed
+    from prunezero.report.tracking.tracker import Tracker
 
 
 def compare(
@@ -82,11 +82,11 @@ def compare(
         prunezero compare --model demo --recipes wanda,ria --sparsity 0.5 --ignore down_proj
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
-    from prunezero.models.patterns import patterns_of
-    from prunezero.pruning.bench import set_up, with_choices
+    from prunezero.models.anatomy.patterns import patterns_of
     from prunezero.pruning.requirements import settled_sparsity
-    from prunezero.report.run_folder import check_runs_dir
-    from prunezero.report.track import Tracker
+    from prunezero.pruning.testbed import set_up, with_choices
+    from prunezero.report.runs.folder import check_runs_dir
+    from prunezero.report.tracking.tracker import Tracker
 
     options.check_statistics(statistics)
     options.check_json(json_file)
@@ -108,26 +108,28 @@ def compare(
     )
     check_runs_dir(runs_dir)
     with waiting(f"loading {model}"):
-        bench = set_up(model, text, settings, dtype=dtype, device=device)
-    say_about([bench])
+        testbed = set_up(model, text, settings, dtype=dtype, device=device)
+    say_about([testbed])
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
-        for row in _measured(bench, chosen, sparsity, statistics, tracker, with_rounding=rounding):
+        for row in _measured(
+            testbed, chosen, sparsity, statistics, tracker, with_rounding=rounding
+        ):
             rows.append(row)
     finally:
         untracked = tracker.close()
         if rows:
-            title = f"{len(rows) - 1} of {len(chosen)} recipes on {bench.language_model.name}"
+            title = f"{len(rows) - 1} of {len(chosen)} recipes on {testbed.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
-            say_conditions(rows, bench.language_model.name, [bench])
+            say_conditions(rows, testbed.language_model.name, [testbed])
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")
 
 
 def _measured(
-    bench: Bench,
+    testbed: Testbed,
     recipes: Sequence[Recipe],
     sparsity: float | None,
     statistics: str,
@@ -138,11 +140,11 @@ def _measured(
     """The rows as they come, each shown and recorded behind its handing over."""
     from prunezero.cli.tables import Bars, console, one_line, say
     from prunezero.pruning.compare import compare as measure
-    from prunezero.report.tracked import tracked_rows
+    from prunezero.report.tracking.search_records import tracked_rows
 
     with Bars() as bars:
         rows = measure(
-            bench,
+            testbed,
             recipes,
             sparsity,
             statistics=statistics,
@@ -154,5 +156,5 @@ def _measured(
             if not console.is_terminal:
                 say(one_line(row))
             bars("recipes", done, len(recipes) + 1)
-            for record in tracked_rows([row], bench):
+            for record in tracked_rows([row], testbed):
                 tracker.record(record)

@@ -50,7 +50,7 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, str]:
     import torch
 
-    from prunezero.models.loading import trial_dtypes
+    from prunezero.models.loading.load import trial_dtypes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
@@ -84,9 +84,9 @@ def _parity() -> str:
 
 
 def _places(runs_dir: Path) -> dict[str, str]:
-    from prunezero.models.cache import cache_dir
-    from prunezero.models.gguf import DEMO_PACKAGE
-    from prunezero.report.track import tracking_uri
+    from prunezero.files.cache import cache_dir
+    from prunezero.models.loading.gguf import DEMO_PACKAGE
+    from prunezero.report.tracking.tracker import tracking_uri
 
     cache = cache_dir()
     files = [path for path in cache.rglob("*") if path.is_file()] if cache.is_dir() else []

@@ -52,12 +52,12 @@ def export(
     """
     from prunezero.cli.tables import say
     from prunezero.errors import shell_word
-    from prunezero.models.places import check_apart, try_file
-    from prunezero.pruning.bench import with_choices
-    from prunezero.pruning.recipe import Recipe
-    from prunezero.report.export import write_pruner
-    from prunezero.report.kernel_export import refuse_several, write_kernel
-    from prunezero.report.run_folder import pruner_fields
+    from prunezero.files.places import check_apart, try_file
+    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.testbed import with_choices
+    from prunezero.report.export.kernel import refuse_several, write_kernel
+    from prunezero.report.export.page import write_pruner
+    from prunezero.report.runs.folder import pruner_fields
 
     check_statistics(statistics)
     if output is None and kernel is None:

@@ -13,7 +13,7 @@ from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from prunezero.formula.operators import Operator
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
 
 Rows = list[dict[str, Any]]
 
@@ -60,7 +60,7 @@ def list_(
 
 
 def _recipes(runs_dir: Path) -> Rows:
-    from prunezero.pruning.recipe import Recipe, published_recipes
+    from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 
     return [
         {
@@ -82,7 +82,7 @@ def _around(recipe: Recipe) -> list[str]:
 
 
 def _choices(runs_dir: Path) -> Rows:
-    from prunezero.pruning.choices import PLAIN_WORDS, WORDS
+    from prunezero.pruning.recipes.words import PLAIN_WORDS, WORDS
 
     plain = [
         {"key": key, "word": word, "meaning": meaning, "numbers": ""}
@@ -102,7 +102,7 @@ def _choices(runs_dir: Path) -> Rows:
 
 
 def _spaces(runs_dir: Path) -> Rows:
-    from prunezero.searching.space import SearchSpace, search_spaces
+    from prunezero.searching.spaces.space import SearchSpace, search_spaces
 
     spaces = [SearchSpace.load(name) for name in search_spaces()]
     return [
@@ -118,7 +118,7 @@ def _spaces(runs_dir: Path) -> Rows:
 
 
 def _strategies(runs_dir: Path) -> Rows:
-    from prunezero.searching.proposing.catalogue import find_strategy, strategy_words
+    from prunezero.searching.strategies.catalogue import find_strategy, strategy_words
 
     return [{"name": word, "meaning": find_strategy(word).note} for word in strategy_words()]
 
@@ -156,7 +156,7 @@ def _operator(row: Operator, meaning: str) -> dict[str, Any]:
 
 
 def _runs(runs_dir: Path) -> Rows:
-    from prunezero.report.run_folder import list_runs
+    from prunezero.report.runs.folder import list_runs
 
     return list_runs(runs_dir)
 

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from prunezero.cli.fitting import Table
 from prunezero.cli.tables import cell, console, means_over, say
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.audit import fidelity
+from prunezero.searching.evaluation.rung_correlation import rung_correlation
+from prunezero.searching.experiment.candidate import Candidate
 
 # How many of the best candidates are shown.
 _SHOWN = 5
@@ -31,10 +31,10 @@ class SearchView:
     """The live table of a search; on anything but a terminal, a line per measured candidate."""
 
     def __init__(
-        self, rivals: list[dict[str, Any]], *, budget: int | None, seconds: float | None
+        self, baselines: list[dict[str, Any]], *, budget: int | None, seconds: float | None
     ) -> None:
-        self._rivals = rivals
-        means = means_over(rivals)
+        self._baselines = baselines
+        means = means_over(baselines)
         self._over = f", geometric mean over {means}" if means else ""
         self._budget = budget
         self._seconds = seconds
@@ -54,7 +54,7 @@ class SearchView:
             if self._over:
                 say(f"perplexity{self._over}")
             say(f"{'recipe':<12} search  validation  formula")
-            for row in self._rivals:
+            for row in self._baselines:
                 values = "  ".join(cell("perplexity", row.get(split)) for split in _SPLITS)
                 say(f"{row['recipe']:<12} {values}  {row['formula']}")
         return self
@@ -123,7 +123,7 @@ class SearchView:
             "screened": float(counts["new"]),
         }
         for low, high, lower, upper in _RUNGS:
-            seen = fidelity(self._by_slot(), lower, upper)
+            seen = rung_correlation(self._by_slot(), lower, upper)
             if seen.says_much:
                 rungs = f"{low}_{high}".replace(" ", "_").lower()
                 points[f"tau_{rungs}"] = seen.tau
@@ -144,7 +144,7 @@ class SearchView:
 
     def _gain(self, candidate: Candidate, split: str) -> str:
         """How far it is below the best published recipe on one text, in words."""
-        values = [row.get(split) for row in self._rivals if row["recipe"] != "dense"]
+        values = [row.get(split) for row in self._baselines if row["recipe"] != "dense"]
         known = [value for value in values if value is not None]
         mine = getattr(candidate, split)
         if not known or mine is None:
@@ -158,7 +158,7 @@ class SearchView:
         for place, column in enumerate(columns):
             table.add_column(column, justify="right" if place else "left")
         table.add_column("formula", overflow="fold")
-        for row in self._rivals:
+        for row in self._baselines:
             search, validation = (cell("perplexity", row.get(split)) for split in _SPLITS)
             table.add_row(row["recipe"], search, "", validation, "", "", row["formula"])
         table.add_section()
@@ -192,7 +192,7 @@ class SearchView:
 
     def _trusted(self) -> str:
         """Whether each cheap rung foretells the next."""
-        seen = [(pair, fidelity(self._by_slot(), *pair[2:])) for pair in _RUNGS]
+        seen = [(pair, rung_correlation(self._by_slot(), *pair[2:])) for pair in _RUNGS]
         told = [f"{low} foretells {high}: {one.text}" for (low, high, *_), one in seen if one.count]
         return "; ".join(told) or "no rung foretells another yet"
 

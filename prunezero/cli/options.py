@@ -11,8 +11,8 @@ import typer
 from prunezero.errors import RecipeError, reason
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Settings
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.testbed import Settings
 
 _TEXT = "Calibration and evaluation text"
 _SIZES = "How much text"
@@ -195,7 +195,7 @@ def make_settings(
     Raises:
         RecipeError: a size is smaller than one window.
     """
-    from prunezero.pruning.bench import Settings
+    from prunezero.pruning.testbed import Settings
 
     if sequence_length < 2:
         raise RecipeError(f"--sequence-length must be at least 2 but is {sequence_length}")
@@ -218,7 +218,7 @@ def load_recipes(names: str) -> list[Recipe]:
     Raises:
         RecipeError: one is unknown or faulty, or none is named.
     """
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.pruning.recipes.recipe import Recipe
 
     words = [word.strip() for word in names.split(",") if word.strip()]
     if not words:
@@ -232,7 +232,7 @@ def check_statistics(word: str | None) -> None:
     Raises:
         RecipeError: it is not.
     """
-    from prunezero.pruning.recipe import STATISTICS
+    from prunezero.pruning.recipes.recipe import STATISTICS
 
     if word is not None and word not in STATISTICS:
         raise RecipeError(f"--statistics must be {' or '.join(STATISTICS)} but is '{word}'")
@@ -244,7 +244,7 @@ def check_json(path: Path | None) -> None:
     Raises:
         OutputError: its folder does not exist, or cannot be written.
     """
-    from prunezero.models.places import try_file
+    from prunezero.files.places import try_file
 
     try_file(path, "--json")
 
@@ -255,7 +255,7 @@ def write_json(data: Any, path: Path | None) -> None:
     Raises:
         OutputError: the file cannot be written; what was there is as it was.
     """
-    from prunezero.models.whole_files import write_text
+    from prunezero.files.atomic import write_text
 
     if path is not None:
         write_text(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n", path)

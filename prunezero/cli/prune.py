@@ -32,10 +32,10 @@ from prunezero.cli.quantities import bytes_of
 from prunezero.errors import OutputError
 
 if TYPE_CHECKING:
-    from prunezero.models.saving import SavedSparsity
-    from prunezero.models.units import Layer
-    from prunezero.pruning.bench import Bench
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.models.anatomy.linears import Linear
+    from prunezero.models.saving.save import SavedSparsity
+    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.testbed import Testbed
 
 PATTERN_LINE = "Zeros do not make a model smaller or faster unless its kernels use the pattern."
 FIRST_LINE = "Free-form zeros do not make a model smaller or faster by themselves."
@@ -94,11 +94,11 @@ def prune(
         prunezero prune --model ./7b --recipe wanda --sparsity 0.5 --memory-limit 6GiB --output out
     """
     from prunezero.cli.tables import say, waiting
-    from prunezero.models.patterns import patterns_of
-    from prunezero.models.places import check_apart, try_folder
-    from prunezero.pruning.bench import set_up, with_choices
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.files.places import check_apart, try_folder
+    from prunezero.models.anatomy.patterns import patterns_of
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.requirements import settled_sparsity
+    from prunezero.pruning.testbed import set_up, with_choices
 
     options.check_statistics(statistics)
     options.check_json(json_file)
@@ -121,16 +121,16 @@ def prune(
     faults: list[OutputError] = []
     if limit is None:
         with waiting(f"loading {model}"):
-            bench = set_up(model, text, settings, dtype=dtype, device=device)
-        row = _prune_in_memory(bench, chosen, fraction, output, faults)
+            testbed = set_up(model, text, settings, dtype=dtype, device=device)
+        row = _prune_in_memory(testbed, chosen, fraction, output, faults)
     else:
         from prunezero.cli.streamed import open_files, prune_files
 
         if output is None:
             raise OutputError("--memory-limit prunes into files, so it needs an --output folder")
         with waiting(f"opening {model}"):
-            streamed, bench = open_files(model, text, settings, dtype=dtype, device=device)
-        row = prune_files(streamed, bench, chosen, fraction, output, limit)
+            streamed, testbed = open_files(model, text, settings, dtype=dtype, device=device)
+        row = prune_files(streamed, testbed, chosen, fraction, output, limit)
     say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
     with _noted(faults):
         options.write_json({"model": model, "text": text, **row}, json_file)
@@ -139,7 +139,11 @@ def prune(
 
 
 def _prune_in_memory(
-    bench: Bench, recipe: Recipe, sparsity: float, output: Path | None, faults: list[OutputError]
+    testbed: Testbed,
+    recipe: Recipe,
+    sparsity: float,
+    output: Path | None,
+    faults: list[OutputError],
 ) -> dict[str, Any]:
     """Prune, measure, print, and save where an output is named; returns the pruned row.
 
@@ -153,43 +157,45 @@ def _prune_in_memory(
         say_conditions,
         waiting,
     )
-    from prunezero.models.places import check_room
-    from prunezero.models.saving import check_names, saved_bytes
-    from prunezero.pruning.compare import SPLITS, Stand
+    from prunezero.files.places import check_room
+    from prunezero.models.saving.save import check_names, saved_bytes
+    from prunezero.pruning.compare import SPLITS, RecipeRunner
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums
 
-    name = bench.language_model.name
-    say_about([bench])
-    layers = check_recipe(bench.language_model, recipe, sparsity)
+    name = testbed.language_model.name
+    say_about([testbed])
+    layers = check_recipe(testbed.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
-    reordering = Reordering(bench.language_model, recipe, layers)
+    reordering = Reordering(testbed.language_model, recipe, layers)
     if output is not None:
-        check_names(bench.language_model, moves=reordering.moves)
-        check_room(output, saved_bytes(bench.language_model), "the pruned model")
+        check_names(testbed.language_model, moves=reordering.moves)
+        check_room(output, saved_bytes(testbed.language_model), "the pruned model")
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
-        sums = bench.statistics(layers, dense_sums([recipe]), bars)
+        sums = testbed.statistics(layers, dense_sums([recipe]), bars)
         with waiting("measuring the dense model"):
-            stand = Stand(bench, sums)
-            rows = [stand.dense_row(SPLITS)]
+            runner = RecipeRunner(testbed, sums)
+            rows = [runner.dense_row(SPLITS)]
         with waiting(f"pruning by {recipe.name}, then measuring"):
-            rows.append(stand.row(recipe, sparsity, SPLITS, keep=True, folder=steps, progress=bars))
+            rows.append(
+                runner.row(recipe, sparsity, SPLITS, keep=True, folder=steps, progress=bars)
+            )
     console.print(results_table(rows, f"{recipe.name} on {name}"))
-    say_conditions(rows, name, [bench])
+    say_conditions(rows, name, [testbed])
     if output is not None:
         with _noted(faults):
-            rows[-1]["sparsity_reached"] = _save(bench, recipe, rows, layers, output)
+            rows[-1]["sparsity_reached"] = _save(testbed, recipe, rows, layers, output)
             if steps is not None:
                 shutil.rmtree(steps, ignore_errors=True)
     return rows[-1]
 
 
 def _save(
-    bench: Bench,
+    testbed: Testbed,
     recipe: Recipe,
     rows: Sequence[dict[str, Any]],
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     output: Path,
 ) -> float:
     """Save what is on the bench, and print what was saved; the sparsity counted in the files.
@@ -199,13 +205,13 @@ def _save(
     """
     from prunezero.cli.rescue import saved_or_kept
     from prunezero.cli.tables import say
-    from prunezero.models.saving import saved_bytes
-    from prunezero.report.saved_model import save_pruned
+    from prunezero.models.saving.save import saved_bytes
+    from prunezero.report.export.saved_model import save_pruned
 
     def save(folder: Path) -> SavedSparsity:
-        return save_pruned(bench, recipe, rows, layers, folder)
+        return save_pruned(testbed, recipe, rows, layers, folder)
 
-    saved = saved_or_kept(save, output, saved_bytes(bench.language_model))
+    saved = saved_or_kept(save, output, saved_bytes(testbed.language_model))
     say(
         f"saved to {output}: {saved.zeros} of {saved.total} weights of {len(layers)} layers "
         "are zero, counted from the files"

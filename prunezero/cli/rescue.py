@@ -72,7 +72,7 @@ def _fault_of(save: Callable[[Path], Saved], folder: Path) -> Saved | OutputErro
 
 def _places_elsewhere(output: Path, size: int) -> Iterator[Path]:
     """New folders on disks with room, other disks than that of the output first."""
-    from prunezero.models.cache import cache_dir
+    from prunezero.files.cache import cache_dir
 
     usual = [Path(tempfile.gettempdir()), Path("/var/tmp"), cache_dir(), Path.home(), Path.cwd()]
     there = [folder for folder in usual if folder.is_dir() and os.access(folder, os.W_OK)]

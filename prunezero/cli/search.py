@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from prunezero.cli import asking, options
+from prunezero.cli import options
+from prunezero.cli import search_options as asking
 from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.options import (
     Also,
@@ -46,14 +47,14 @@ from prunezero.cli.quantities import seconds_of
 from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Settings
-    from prunezero.report.search_file import Asked
-    from prunezero.report.track import Tracker
-    from prunezero.searching.candidate import Candidate
-    from prunezero.searching.hiring.plan import Plan
-    from prunezero.searching.judging.ladder import Judges
+    from prunezero.pruning.testbed import Settings
+    from prunezero.report.runs.search_file import Asked
+    from prunezero.report.tracking.tracker import Tracker
+    from prunezero.searching.evaluation.rungs import Evaluators
+    from prunezero.searching.experiment.candidate import Candidate
+    from prunezero.searching.experiment.task import Task
     from prunezero.searching.session import Session
-    from prunezero.searching.task import Task
+    from prunezero.searching.workers.worker import Plan
 
 
 def search(
@@ -118,8 +119,8 @@ def search(
     """
     from prunezero.cli.stopping import sigterm_interrupts, told_what_is_kept
     from prunezero.cli.tables import say
-    from prunezero.report.run_folder import refuse_foreign, run_folder
-    from prunezero.report.track import Tracker
+    from prunezero.report.runs.folder import refuse_foreign, run_folder
+    from prunezero.report.tracking.tracker import Tracker
 
     seconds = seconds_of(time_limit)
     options.check_json(json_file)
@@ -143,7 +144,7 @@ def search(
                 try:
                     rows = _run(session, tracker, folder, budget, seconds)
                 finally:
-                    session.ladder.close()
+                    session.rungs.close()
         finally:
             untracked = tracker.close()
             if untracked:
@@ -162,26 +163,26 @@ def _opened(
     folder: Path,
     *,
     resume: bool,
-    staff: Callable[[Plan], Judges] | None,
+    staff: Callable[[Plan], Evaluators] | None,
 ) -> Session:
     """The search that was asked for, on its models and text, ready to run."""
     from prunezero.cli.tables import Bars
-    from prunezero.report.search_file import forget_asked, write_asked
+    from prunezero.report.runs.search_file import forget_asked, write_asked
     from prunezero.searching.session import open_session
 
-    bench, *others = asking.benches(asked, settings)
+    testbed, *others = asking.testbeds(asked, settings)
     try:
         with Bars() as bars:
             return open_session(
-                bench,
+                testbed,
                 task,
                 folder,
-                also_benches=others,
+                also_testbeds=others,
                 resume=resume,
                 archive=folder.parent / "archive.jsonl",
                 staff=staff,
                 progress=bars,
-                opened=partial(write_asked, asked.settled(bench, task), folder),
+                opened=partial(write_asked, asked.settled(testbed, task), folder),
             )
     except BaseException:
         forget_asked(folder)
@@ -192,15 +193,15 @@ def _run(
     session: Session, tracker: Tracker, folder: Path, budget: int | None, seconds: float | None
 ) -> list[dict[str, Any]]:
     """Search, then judge; rows of results, the winner's last, none when it was interrupted."""
-    from prunezero.cli.judging import judged
+    from prunezero.cli.final_table import judged
     from prunezero.cli.tables import say
-    from prunezero.report.run_folder import write_run
-    from prunezero.report.tracked import kept_files, tracked_search
+    from prunezero.report.runs.folder import write_run
+    from prunezero.report.tracking.search_records import kept_files, tracked_search
 
     name = folder.name
     tracker.record(tracked_search(session, name, finished=False))
     try:
-        known = _rivals(session, tracker)
+        known = _baselines(session, tracker)
         candidates, was_interrupted = _searched(session, tracker, folder, known, budget, seconds)
         write_run(session, folder, candidates, known)
         rows = [] if was_interrupted else judged(session, tracker, folder, candidates)
@@ -213,19 +214,19 @@ def _run(
     return rows
 
 
-def _rivals(session: Session, tracker: Tracker) -> list[dict[str, Any]]:
+def _baselines(session: Session, tracker: Tracker) -> list[dict[str, Any]]:
     """Rows of what the search has to beat, on the texts that it looks at."""
     from prunezero.cli.tables import Bars
-    from prunezero.report.tracked import tracked_rows
-    from prunezero.searching.rivals import rivals
-    from prunezero.searching.session import measure_rivals
+    from prunezero.report.tracking.search_records import tracked_rows
+    from prunezero.searching.experiment.baselines import baselines
+    from prunezero.searching.session import measure_baselines
 
     known: list[dict[str, Any]] = []
     with Bars() as bars:
-        for row in measure_rivals(session, ("search", "validation")):
+        for row in measure_baselines(session, ("search", "validation")):
             known.append(row)
-            bars("published recipes", len(known), len(rivals(session.task)) + 1)
-    for record in tracked_rows(known, session.bench, also_benches=session.also_benches):
+            bars("published recipes", len(known), len(baselines(session.task)) + 1)
+    for record in tracked_rows(known, session.testbed, also_testbeds=session.also_testbeds):
         tracker.record(record)
     return known
 
@@ -241,8 +242,8 @@ def _searched(
     """Every candidate in order of slots, as far as it came; and whether somebody stopped it."""
     from prunezero.cli.live import SearchView
     from prunezero.cli.stopping import Stopping
-    from prunezero.report.candidates import RunningTables
-    from prunezero.report.tracked import search_key, tracked_candidate
+    from prunezero.report.runs.candidate_tables import RunningTables
+    from prunezero.report.tracking.search_records import search_key, tracked_candidate
     from prunezero.searching.search import search as candidates_of
 
     name = folder.name
@@ -250,7 +251,9 @@ def _searched(
     tables = RunningTables(folder)
     view = SearchView(known, budget=budget, seconds=seconds)
     with view, Stopping(seconds, view.say) as stopping:
-        proposed = candidates_of(session.ladder, budget=budget, stop=stopping, ended=view.say)
+        proposed = candidates_of(
+            session.rungs, max_candidates=budget, stop=stopping, ended=view.say
+        )
         for candidate in proposed:
             found[candidate.slot] = candidate
             view.show(candidate)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prunezero.cli.asking import way_on
 from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
+from prunezero.cli.search_options import way_on
 
 if TYPE_CHECKING:
     from prunezero.cli.fitting import Table
-    from prunezero.report.run_summary import Run
-    from prunezero.searching.task import Task
+    from prunezero.report.runs.summary import Run
+    from prunezero.searching.experiment.task import Task
 
 # Columns of the front, by the key of a candidate's row.
 _FRONT = {
@@ -58,7 +58,7 @@ def show(
 
         prunezero show first --latex > front.tex
     """
-    from prunezero.report.run_summary import find_run, front, latex_of_front, read_run
+    from prunezero.report.runs.summary import find_run, front, latex_of_front, read_run
 
     check_json(json_file)
     found = read_run(find_run(run, runs_dir))
@@ -72,8 +72,8 @@ def show(
 
 def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
     from prunezero.cli.tables import console, print_results, say
-    from prunezero.report.run_folder import STUDY
-    from prunezero.report.run_summary import results
+    from prunezero.report.runs.folder import STUDY
+    from prunezero.report.runs.summary import results
 
     for name, value in _about(run).items():
         say(f"{name:<9} {value}")
@@ -98,8 +98,8 @@ def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
 
 def _about(run: Run) -> dict[str, str]:
     """What was searched, a line each."""
-    from prunezero.report.run_summary import model_names
-    from prunezero.searching.regimes import in_words
+    from prunezero.report.runs.summary import model_names
+    from prunezero.searching.experiment.budgets import in_words
 
     header, asked, task = run.header, run.asked, run.task
     settings = header["settings"]
@@ -108,9 +108,9 @@ def _about(run: Run) -> dict[str, str]:
         "search": str(run.folder),
         "model": " and ".join(model_names(header, asked).values()),
         "text": asked.text if asked else f"{header['text']}",
-        "sparsity": f"{task.sparsity:g}, pattern {in_words(task.regimes)}",
+        "sparsity": f"{task.sparsity:g}, pattern {in_words(task.budgets)}",
         "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
-        "signals": f"{task.space.dearest_signal}, the dearest that a rule can look at",
+        "signals": f"{task.space.costliest_signal}, the dearest that a rule can look at",
         **({"draws": f"{task.draws} of calibration text"} if task.draws > 1 else {}),
         **{key: ", ".join(value) for key, value in _layers(task).items() if value},
         "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
@@ -125,7 +125,7 @@ def _layers(task: Task) -> dict[str, tuple[str, ...]]:
 
 def _counts(run: Run) -> str:
     """How many candidates came how far; of a search without a table, what its journal holds."""
-    from prunezero.report.run_summary import counted
+    from prunezero.report.runs.summary import counted
 
     if run.candidates is not None:
         return ", ".join(f"{count} {what}" for what, count in counted(run.candidates).items())
@@ -139,7 +139,7 @@ def _counts(run: Run) -> str:
 def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
     from prunezero.cli.fitting import Table
     from prunezero.cli.tables import cell
-    from prunezero.report.run_summary import rule_of
+    from prunezero.report.runs.summary import rule_of
 
     those = "the best" if each == 1 else f"the best {each}"
     table = Table(title=f"front: {those} of each size on search text")
@@ -153,14 +153,14 @@ def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
             no_wrap=not is_word,
         )
     for row in front:
-        told = {**row, "choices": ", ".join(rule_of(row).around)}
+        told = {**row, "choices": ", ".join(rule_of(row).other_choices)}
         table.add_row(*(cell(key, told[key]) for key in shown))
     return table
 
 
 def _recipe_text(run: Run) -> str:
     """The winner's recipe as its file spells it, without where it comes from."""
-    from prunezero.pruning.documents import read_document, to_yaml
+    from prunezero.pruning.recipes.documents import read_document, to_yaml
 
     fields = read_document(run.folder / "recipe.yaml")
     return to_yaml({key: value for key, value in fields.items() if key != "provenance"})
@@ -170,7 +170,7 @@ def _data(run: Run, front: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Everything that is shown, for machines."""
     from dataclasses import asdict
 
-    from prunezero.report.run_summary import counted, results
+    from prunezero.report.runs.summary import counted, results
 
     recipe = run.recipe.model_dump(mode="json", by_alias=True) if run.recipe else None
     return {

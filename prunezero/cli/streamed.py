@@ -13,34 +13,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prunezero.cli.tables import Bars
-    from prunezero.models.streaming import StreamedModel
-    from prunezero.models.units import Layer
-    from prunezero.pruning.bench import Bench, Settings
-    from prunezero.pruning.recipe import Recipe
+    from prunezero.models.anatomy.linears import Linear
+    from prunezero.models.streaming.streamed_model import StreamedModel
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.streamed import StreamedOutcome
+    from prunezero.pruning.testbed import Settings, Testbed
 
 
 def open_files(
     model: str, text: str, settings: Settings, *, dtype: str, device: str
-) -> tuple[StreamedModel, Bench]:
+) -> tuple[StreamedModel, Testbed]:
     """A model whose weights stay in their files, and the bench that cuts text for it.
 
     Raises:
         ModelError: the name is that of no folder and no .gguf file, or its model is not readable.
         TextError: the text cannot be loaded.
     """
-    from prunezero.models.loading import local_folder
-    from prunezero.models.streaming import StreamedModel
-    from prunezero.models.text import load_text
-    from prunezero.pruning.bench import Bench
+    from prunezero.models.loading.load import local_folder
+    from prunezero.models.streaming.streamed_model import StreamedModel
+    from prunezero.models.text.splits import load_text
+    from prunezero.pruning.testbed import Testbed
 
     streamed = StreamedModel(local_folder(model), dtype=dtype, device=device, name=model)
-    return streamed, Bench(streamed.language_model, load_text(text), settings)
+    return streamed, Testbed(streamed.language_model, load_text(text), settings)
 
 
 def prune_files(
     streamed: StreamedModel,
-    bench: Bench,
+    testbed: Testbed,
     recipe: Recipe,
     sparsity: float,
     output: Path,
@@ -57,26 +57,26 @@ def prune_files(
         PruneZeroError: as `prune_streamed`.
     """
     from prunezero.cli.tables import Bars, console, results_table, say, say_about, say_conditions
-    from prunezero.models.memory import PeakMemory
-    from prunezero.models.places import check_room
+    from prunezero.files.places import check_room
+    from prunezero.models.streaming.memory import PeakMemory
     from prunezero.pruning.compare import SPLITS
     from prunezero.pruning.requirements import check_recipe
     from prunezero.pruning.streamed import checked_sums, prune_streamed
 
-    ids = bench.windows("calibration")
+    ids = testbed.windows("calibration")
     # Before anything that looks at the model as a whole.
     checked_sums(recipe, ids)
     with streamed.outlined():
-        say_about([bench])
-        layers = check_recipe(bench.language_model, recipe, sparsity)
+        say_about([testbed])
+        layers = check_recipe(testbed.language_model, recipe, sparsity)
     partial = output.absolute().with_name(f"{output.name}.partial")
     there = sum(path.stat().st_size for path in partial.rglob("*.safetensors"))
     check_room(output, max(0, streamed.shards.bytes - there), "the pruned model")
-    measured = {split: bench.windows(split) for split in SPLITS}
+    measured = {split: testbed.windows(split) for split in SPLITS}
     measuring = _checked_estimates(streamed, recipe, layers, ids, measured, limit)
-    peak = PeakMemory(bench.language_model.device)
+    peak = PeakMemory(testbed.language_model.device)
     with Bars() as bars:
-        report = _Report(streamed, recipe, bench, measured, ids.numel(), bars)
+        report = _Report(streamed, recipe, testbed, measured, ids.numel(), bars)
         try:
             done = prune_streamed(
                 streamed,
@@ -91,9 +91,9 @@ def prune_files(
         except KeyboardInterrupt:
             say(f"finished blocks are kept beside {output}; the same command goes on there")
             raise
-    name = bench.language_model.name
+    name = testbed.language_model.name
     console.print(results_table(report.rows, f"{recipe.name} on {name}"))
-    say_conditions(report.rows, name, [bench])
+    say_conditions(report.rows, name, [testbed])
     _tell(done, len(streamed.blocks), len(layers), limit, [peak.growth, measuring])
     memory = {"peak_bytes": done.peak_bytes, "estimated_bytes": done.need.total}
     return {**report.rows[-1], **memory, "blocks_before": done.blocks_before}
@@ -102,7 +102,7 @@ def prune_files(
 def _checked_estimates(
     streamed: StreamedModel,
     recipe: Recipe,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     ids: Tensor,
     measured: Mapping[str, Tensor],
     limit: int,
@@ -113,8 +113,8 @@ def _checked_estimates(
         ModelError: either takes more than the limit.
     """
     from prunezero.cli.tables import say
-    from prunezero.models.memory import mebibytes, memory_need
-    from prunezero.models.streamed_evaluation import evaluation_bytes
+    from prunezero.models.streaming.evaluation import evaluation_bytes
+    from prunezero.models.streaming.memory import mebibytes, memory_need
     from prunezero.pruning.requirements import layer_sums
 
     sums = layer_sums(recipe)
@@ -138,7 +138,7 @@ def _tell(
 ) -> None:
     """The lines under the table; `measuring` is the highest use of all and the estimate of it."""
     from prunezero.cli.tables import say
-    from prunezero.models.memory import mebibytes
+    from prunezero.models.streaming.memory import mebibytes
 
     highest, estimate = map(mebibytes, measuring)
     if done.blocks_before:
@@ -160,7 +160,7 @@ class _Report:
 
     streamed: StreamedModel
     recipe: Recipe
-    bench: Bench
+    testbed: Testbed
     windows: Mapping[str, Tensor]
     calibration_tokens: int
     bars: Bars
@@ -168,11 +168,11 @@ class _Report:
 
     def __call__(self, done: StreamedOutcome) -> dict[str, str]:
         """The texts to put beside the weights; keeps the rows."""
-        from prunezero.models.streaming import StreamedModel
+        from prunezero.models.streaming.streamed_model import StreamedModel
         from prunezero.pruning.compare import dense_row, pruned_row
-        from prunezero.report.saved_model import files_beside
+        from prunezero.report.export.saved_model import files_beside
 
-        model = self.bench.language_model
+        model = self.testbed.language_model
         pruned = StreamedModel(done.folder, dtype=model.dtype_word, device=str(model.device))
         self.rows.append(dense_row(self._measured(self.streamed, "dense")))
         measured = self._measured(pruned, "pruned")
@@ -180,15 +180,15 @@ class _Report:
         return files_beside(model, self.recipe, self.rows)
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
-        from prunezero.models.streamed_evaluation import evaluate_streamed
-        from prunezero.pruning.bench import beginning
+        from prunezero.models.streaming.evaluation import evaluate_streamed
+        from prunezero.pruning.testbed import beginning
 
-        settings = self.bench.settings
+        settings = self.testbed.settings
         row: dict[str, Any] = {
             "seed": settings.seed,
             "calibration_tokens": self.calibration_tokens,
             "sequence_length": settings.sequence_length,
-            **beginning([self.bench.begin_with]),
+            **beginning([self.testbed.begin_with]),
             "window_losses": {},
         }
         for split, windows in self.windows.items():

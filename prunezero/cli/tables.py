@@ -15,7 +15,7 @@ from prunezero.cli.fitting import Table
 from prunezero.errors import printable
 
 if TYPE_CHECKING:
-    from prunezero.pruning.bench import Bench
+    from prunezero.pruning.testbed import Testbed
 
 # Names of models, files and recipes may hold brackets and colons, which are no markup here.
 console = Console(markup=False, emoji=False)
@@ -123,9 +123,9 @@ def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
 def _part(row: dict[str, Any], column: dict[str, Any]) -> dict[str, Any]:
     """What a row says in the place of a column; a dense one says the same in all regimes."""
     for part in row["regimes"]:
-        is_regime = all(part[key] == column[key] for key in ("sparsity", "pattern"))
+        is_budget = all(part[key] == column[key] for key in ("sparsity", "pattern"))
         is_place = all(part.get(key) == column.get(key) for key in ("model", "seed"))
-        if is_place and (is_regime or part["sparsity"] == 0):
+        if is_place and (is_budget or part["sparsity"] == 0):
             return part
     return {}
 
@@ -152,9 +152,9 @@ def one_line(row: dict[str, Any]) -> str:
     return f"{row['recipe']}: {shown}"
 
 
-def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
+def conditions(rows: Sequence[dict[str, Any]], model: str, testbed: Testbed) -> str:
     """The line under a table that says how its numbers were measured."""
-    from prunezero.searching.regimes import seeds_of, windows_of
+    from prunezero.searching.experiment.budgets import seeds_of, windows_of
 
     row = rows[-1]
 
@@ -164,7 +164,7 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, bench: Bench) -> str:
     alike = [told for told in sorted(chosen) if all(_tells(one, told) for one in pruned)]
     what = "geometric mean of the perplexities" if row.get("regimes") else "perplexity"
     return (
-        f"{what} of {model} in {bench.language_model.dtype_word} on {bench.text.name} text, "
+        f"{what} of {model} in {testbed.language_model.dtype_word} on {testbed.text.name} text, "
         f"{windows_of(row)}; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
         f"pattern {row['pattern']}, {seeds_of(row)}" + "".join(f", {told}" for told in alike)
@@ -176,23 +176,23 @@ def _tells(row: dict[str, Any], told: str) -> bool:
     return any(told == f"{word} {row.get(word)}" for word in _LAYERS)
 
 
-def say_about(benches: Sequence[Bench]) -> None:
+def say_about(testbeds: Sequence[Testbed]) -> None:
     """A line on each model at hand, and one on what was guessed about their text, if anything."""
-    for bench in benches:
-        say(_about_model(bench))
-    text = benches[0].text
+    for testbed in testbeds:
+        say(_about_model(testbed))
+    text = testbeds[0].text
     if text.notes:
         say(f"text {text.name}: {'; '.join(text.notes)}")
 
 
-def _about_model(bench: Bench) -> str:
+def _about_model(testbed: Testbed) -> str:
     """One line on the model at hand."""
-    from prunezero.models.units import find_layers, uncalled_layers
+    from prunezero.models.anatomy.linears import find_linears, uncalled_linears
 
-    loaded = bench.language_model
+    loaded = testbed.language_model
     count = sum(parameter.numel() for parameter in loaded.model.parameters())
-    layers = len(find_layers(loaded.model))
-    uncalled = uncalled_layers(loaded.model)
+    layers = len(find_linears(loaded.model))
+    uncalled = uncalled_linears(loaded.model)
     kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in uncalled}))
     left = f"; {len(uncalled)} more ({kinds}) are never called, and left alone" if uncalled else ""
     return (
@@ -201,7 +201,7 @@ def _about_model(bench: Bench) -> str:
     )
 
 
-def say_conditions(rows: Sequence[dict[str, Any]], model: str, benches: Sequence[Bench]) -> None:
+def say_conditions(rows: Sequence[dict[str, Any]], model: str, testbeds: Sequence[Testbed]) -> None:
     """The line under a table, and what is to be doubted of its first row, the dense model's.
 
     Args:
@@ -210,13 +210,13 @@ def say_conditions(rows: Sequence[dict[str, Any]], model: str, benches: Sequence
     """
     from prunezero.pruning.soundness import dense_warnings
 
-    say(conditions(rows, model, benches[0]))
+    say(conditions(rows, model, testbeds[0]))
     if any("test_rounding" in row for row in rows):
         say(
             "±: how much rounding alone changes it, by the same calibration windows in reverse "
             "order: no smaller difference means anything, and other text usually changes more"
         )
-    for warning in dense_warnings(rows[0], benches):
+    for warning in dense_warnings(rows[0], testbeds):
         say(f"warning: {warning}", style="yellow")
 
 

@@ -28,7 +28,7 @@ def ui(
 
     from prunezero.cli.tables import say
     from prunezero.errors import OutputError
-    from prunezero.report.track import Tracker, ui_command
+    from prunezero.report.tracking.tracker import Tracker, ui_command
 
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (runs_dir / "mlflow.db").is_file():
         raise OutputError(
@@ -74,7 +74,7 @@ def _links(runs_dir: Path, port: int) -> dict[str, str]:
         OutputError: MLflow cannot read what the tracking URI names.
     """
     from prunezero.errors import OutputError, reason
-    from prunezero.report.track import tracking_uri, view_links
+    from prunezero.report.tracking.tracker import tracking_uri, view_links
 
     try:
         return view_links(runs_dir, port=port)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prunezero.cli.fitting import Table
-    from prunezero.report.verification import Check
+    from prunezero.report.runs.verification import Check
 
 
 def verify(
@@ -41,19 +41,19 @@ def verify(
     """
     from prunezero.cli.tables import Bars, console, say, say_about, waiting
     from prunezero.errors import SearchError
-    from prunezero.report import verification
-    from prunezero.report.run_summary import find_run, read_run
+    from prunezero.report.runs import verification
+    from prunezero.report.runs.summary import find_run, read_run
 
     check_json(json_file)
     found = read_run(find_run(run, runs_dir))
     claimed = verification.claims(found, top)
     with waiting(f"loading model and text of {found.folder}"):
-        benches = verification.benches_of(found)
-    say_about(benches)
+        testbeds = verification.testbeds_of(found)
+    say_about(testbeds)
     checks: list[Check] = []
     with Bars() as bars:
         total = len(claimed) * len(verification.SPLITS)
-        for check in verification.verify(found, benches, claimed, bars):
+        for check in verification.verify(found, testbeds, claimed, bars):
             checks.append(check)
             bars("perplexities", len(checks), total)
     console.print(_table(checks, f"verify {found.folder.name}"))

@@ -20,7 +20,7 @@ from prunezero.formula.algebra import negated
 from prunezero.formula.canonical import canonical, combine
 from prunezero.formula.changes import changes
 from prunezero.formula.constants import number
-from prunezero.formula.features import FEATURES, dearest
+from prunezero.formula.features import FEATURES, costliest
 from prunezero.formula.functions import shape_of
 from prunezero.formula.printing import is_negated, latex_of, split_quotient, split_sum, text_of
 from prunezero.formula.reading import MAX_DEPTH, MAX_NODES, check_readable, read
@@ -126,7 +126,7 @@ class Criterion:
     @cached_property
     def signal(self) -> str:
         """The dearest signal it needs, one of SIGNALS."""
-        return dearest(FEATURES[name].signal for name in self.features)
+        return costliest(FEATURES[name].signal for name in self.features)
 
     @cached_property
     def shape(self) -> str:

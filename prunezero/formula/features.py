@@ -17,7 +17,7 @@ import sympy
 SIGNALS = ("none", "activations", "gradients", "second order")
 
 
-def dearest(signals: Iterable[str]) -> str:
+def costliest(signals: Iterable[str]) -> str:
     """The one of them that costs most."""
     return max(signals, key=SIGNALS.index, default=SIGNALS[0])
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.saving import SavedSparsity, count_sparsity
-from prunezero.models.windows import check_windows
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.saving.save import SavedSparsity, count_sparsity
+from prunezero.models.text.windows import check_windows
 
 __all__ = [
     "Evaluation",

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import RecipeError, StatisticsError
-from prunezero.models.hessian_trace import hessian_traces
-from prunezero.models.units import Layer, matching
+from prunezero.models.anatomy.linears import Linear, matching
+from prunezero.models.observing.hessian_trace import hessian_traces
 from prunezero.pruning.spectra import spectral_exponent
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.statistics import Statistics
 
 if TYPE_CHECKING:
-    from prunezero.models.language_model import LanguageModel
-    from prunezero.pruning.choice_options import HeavyTail, Options, Owl, Sensitivity, Table
+    from prunezero.models.loading.language_model import LanguageModel
+    from prunezero.pruning.recipes.word_options import HeavyTail, Options, Owl, Sensitivity, Table
 
 Key = TypeVar("Key", int, str)
 
@@ -47,14 +47,14 @@ class Evidence:
 
 
 def uniform(
-    layers: Sequence[Layer], sparsity: float, options: Options, evidence: Evidence
+    layers: Sequence[Linear], sparsity: float, options: Options, evidence: Evidence
 ) -> dict[str, float]:
     """Every layer loses the same fraction: the choice of magnitude, Wanda, RIA and others."""
     return {layer.name: sparsity for layer in layers}
 
 
 def owl(
-    layers: Sequence[Layer], sparsity: float, options: Owl, evidence: Evidence
+    layers: Sequence[Linear], sparsity: float, options: Owl, evidence: Evidence
 ) -> dict[str, float]:
     """Blocks with more outliers among their scores |W| X lose less.
 
@@ -76,7 +76,7 @@ def owl(
 
 
 def sensitivity(
-    layers: Sequence[Layer], sparsity: float, options: Sensitivity, evidence: Evidence
+    layers: Sequence[Linear], sparsity: float, options: Sensitivity, evidence: Evidence
 ) -> dict[str, float]:
     """Matrices along whose weights the loss curves more lose less.
 
@@ -110,7 +110,7 @@ def sensitivity(
 
 
 def heavy_tail(
-    layers: Sequence[Layer], sparsity: float, options: HeavyTail, evidence: Evidence
+    layers: Sequence[Linear], sparsity: float, options: HeavyTail, evidence: Evidence
 ) -> dict[str, float]:
     """Blocks whose weights have heavier-tailed spectra lose less; no calibration text is needed.
 
@@ -130,7 +130,7 @@ def heavy_tail(
     return fit_to_budget(by_layer, layers, sparsity, keep="ratios")
 
 
-def _block_exponents(layers: Sequence[Layer]) -> dict[int, float]:
+def _block_exponents(layers: Sequence[Linear]) -> dict[int, float]:
     """The mean exponent of the matrices of each block."""
     return {
         block: sum(spectral_exponent(layer.weight, layer=layer.name) for layer in inside)
@@ -140,7 +140,7 @@ def _block_exponents(layers: Sequence[Layer]) -> dict[int, float]:
 
 
 def table(
-    layers: Sequence[Layer], sparsity: float, options: Table, evidence: Evidence
+    layers: Sequence[Linear], sparsity: float, options: Table, evidence: Evidence
 ) -> dict[str, float]:
     """Layers lose in the ratios that the recipe gives by pattern, scaled to the sparsity.
 
@@ -158,7 +158,7 @@ def table(
 
 def fit_to_budget(
     wishes: Mapping[str, float],
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     sparsity: float,
     *,
     keep: Literal["differences", "ratios"],
@@ -199,13 +199,13 @@ def _held(wishes: Mapping[str, float], move: float, keep: str, ceiling: float) -
     return {name: min(max(moved(wish, move), 0.0), ceiling) for name, wish in wishes.items()}
 
 
-def _removed_share(ratios: Mapping[str, float], layers: Sequence[Layer]) -> float:
+def _removed_share(ratios: Mapping[str, float], layers: Sequence[Linear]) -> float:
     removed = math.fsum(ratios[layer.name] * layer.weight.numel() for layer in layers)
     return removed / sum(layer.weight.numel() for layer in layers)
 
 
 def _refuse_unreachable(
-    wishes: Mapping[str, float], layers: Sequence[Layer], sparsity: float, ceiling: float
+    wishes: Mapping[str, float], layers: Sequence[Linear], sparsity: float, ceiling: float
 ) -> None:
     open_layers = {name: float(wish > 0) for name, wish in wishes.items()}
     most = ceiling * _removed_share(open_layers, layers)
@@ -217,8 +217,8 @@ def _refuse_unreachable(
         )
 
 
-def _by_block(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
-    blocks: dict[int, list[Layer]] = {}
+def _by_block(layers: Sequence[Linear]) -> dict[int, list[Linear]]:
+    blocks: dict[int, list[Linear]] = {}
     for layer in layers:
         blocks.setdefault(layer.block, []).append(layer)
     return blocks
@@ -237,7 +237,7 @@ def _stretched(values: Mapping[Key, float], first: float, last: float) -> dict[K
 
 
 def _outlier_share(
-    layers: Sequence[Layer], statistics: Mapping[str, Statistics], outlier: float
+    layers: Sequence[Linear], statistics: Mapping[str, Statistics], outlier: float
 ) -> float:
     """Share of the scores |W| X of all matrices together above `outlier` times their mean."""
     total = sum(float(_products(layer, statistics).sum(dtype=torch.float64)) for layer in layers)
@@ -252,14 +252,14 @@ def _outlier_share(
     return sum(int((_products(layer, statistics) > threshold).sum()) for layer in layers) / count
 
 
-def _products(layer: Layer, statistics: Mapping[str, Statistics]) -> Tensor:
+def _products(layer: Linear, statistics: Mapping[str, Statistics]) -> Tensor:
     norms = feature("X", layer.weight, statistics.get(layer.name))
     return layer.weight.float().abs() * norms
 
 
 # By the recipe's word: layers, sparsity of the whole, options of the word (see choices.WORDS) and
 # evidence in, sparsity by layer name out.
-ALLOCATIONS: dict[str, Callable[[Sequence[Layer], float, Any, Evidence], dict[str, float]]] = {
+ALLOCATIONS: dict[str, Callable[[Sequence[Linear], float, Any, Evidence], dict[str, float]]] = {
     "uniform": uniform,
     "owl": owl,
     "sensitivity": sensitivity,

@@ -8,23 +8,23 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from prunezero.formula.features import dearest
-from prunezero.models.calibration import Progress
+from prunezero.formula.features import costliest
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import dense_reference, evaluate
-from prunezero.models.units import Layer, find_layers
-from prunezero.pruning.bench import Bench, beginning, with_choices
-from prunezero.pruning.dense_weights import DenseWeights
+from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe, with_patterns
+from prunezero.pruning.recipes.recipe import Recipe, with_patterns
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
+from prunezero.pruning.testbed import Testbed, beginning, with_choices
 from prunezero.scoring.statistics import Statistics
 
 SPLITS = ("validation", "test")
 # A first look at a recipe: the first quarter of the search text, with the distance to the dense
 # model, of which few tokens tell more than of perplexity.
-GLANCE = "glance"
+QUICK_KL = "glance"
 
 
 def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) ->
         "formula": recipe.criterion.text,
         "criteria": "; ".join(with_patterns(recipe.criteria)),
         "complexity": sum(criterion.complexity for criterion in recipe.formulas),
-        "signal": dearest(one.signal for one in recipe.formulas),
+        "signal": costliest(one.signal for one in recipe.formulas),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
@@ -62,7 +62,7 @@ def layers_told(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, str]
     return {key: patterns for key, patterns in told.items() if patterns}
 
 
-class Stand:
+class RecipeRunner:
     """Prunes the model on a bench by one recipe after another, and measures what is left.
 
     The model is dense again after every measurement, also after one that failed or was stopped.
@@ -70,7 +70,7 @@ class Stand:
 
     def __init__(
         self,
-        bench: Bench,
+        testbed: Testbed,
         statistics: Mapping[str, Statistics],
         *,
         splits: Sequence[str] = SPLITS,
@@ -80,26 +80,26 @@ class Stand:
         Raises:
             TextError: a split is too short for the settings.
         """
-        self.bench = bench
+        self.testbed = testbed
         self._statistics = statistics
-        self._calibration = bench.windows("calibration")
-        self._windows = {split: bench.windows(split) for split in splits}
+        self._calibration = testbed.windows("calibration")
+        self._windows = {split: testbed.windows(split) for split in splits}
         if "search" in self._windows:
             searched = self._windows["search"]
-            self._windows[GLANCE] = searched[: max(1, len(searched) // 4)]
+            self._windows[QUICK_KL] = searched[: max(1, len(searched) // 4)]
         self._references = {
-            split: dense_reference(bench.language_model, ids)
+            split: dense_reference(testbed.language_model, ids)
             for split, ids in self._windows.items()
-            if split in ("validation", GLANCE)
+            if split in ("validation", QUICK_KL)
         }
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
-        self._dense = DenseWeights(find_layers(bench.language_model.model))
+        self._dense = DenseWeights(find_linears(testbed.language_model.model))
 
-    def redrawn(self, bench: Bench, statistics: Mapping[str, Statistics]) -> Stand:
+    def redrawn(self, testbed: Testbed, statistics: Mapping[str, Statistics]) -> RecipeRunner:
         """The stand of the same model and text under another draw of calibration text."""
         other = copy(self)
-        other.bench, other._statistics = bench, statistics
-        other._calibration = bench.windows("calibration")
+        other.testbed, other._statistics = testbed, statistics
+        other._calibration = testbed.windows("calibration")
         return other
 
     def dense_row(self, splits: Sequence[str]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Stand:
         Raises:
             PruneZeroError: as `prune`.
         """
-        model = self.bench.language_model
+        model = self.testbed.language_model
         try:
             outcome = prune(
                 model,
@@ -145,30 +145,30 @@ class Stand:
             self._dense.restore()
         return pruned_row(recipe, outcome, measured)
 
-    def reversed(self, recipe: Recipe) -> Stand:
+    def reversed(self, recipe: Recipe) -> RecipeRunner:
         """The stand of this recipe on the same calibration windows in the opposite order.
 
         Its sums are the same up to rounding, so what changes in a perplexity says nothing of the
         recipe. Collects the dense model's sums anew where the recipe looks at them.
         """
-        bench = self.bench.reversed()
-        layers = find_layers(
-            bench.language_model.model, targets=recipe.targets, ignore=recipe.ignore
+        testbed = self.testbed.reversed()
+        layers = find_linears(
+            testbed.language_model.model, targets=recipe.targets, ignore=recipe.ignore
         )
-        return self.redrawn(bench, bench.statistics(layers, dense_sums([recipe])))
+        return self.redrawn(testbed, testbed.statistics(layers, dense_sums([recipe])))
 
     def _measured(self, splits: Sequence[str]) -> dict[str, Any]:
-        settings = self.bench.settings
+        settings = self.testbed.settings
         row: dict[str, Any] = {
             "seed": settings.seed,
             "calibration_tokens": self._calibration.numel(),
             "sequence_length": settings.sequence_length,
-            **beginning([self.bench.begin_with]),
+            **beginning([self.testbed.begin_with]),
             "window_losses": {},
         }
         for split in splits:
             result = evaluate(
-                self.bench.language_model,
+                self.testbed.language_model,
                 self._windows[split],
                 reference=self._references.get(split),
             )
@@ -191,7 +191,7 @@ def rounding(
 
 
 def compare(
-    bench: Bench,
+    testbed: Testbed,
     recipes: Sequence[Recipe],
     sparsity: float | None = None,
     *,
@@ -218,7 +218,7 @@ def compare(
         pattern: for all recipes; None leaves each its own.
         statistics: "dense" or "sequential" for all recipes, so that a table never mixes them.
         allocate: a word for all recipes; None leaves each its own.
-        targets: patterns of the layers to prune, as in `find_layers`; None leaves each its own.
+        targets: patterns of the layers to prune, as in `find_linears`; None leaves each its own.
         ignore: patterns of those to leave alone, likewise.
         with_rounding: prune by each recipe that mends weights once more, on the calibration windows
             in reverse order; columns `validation_rounding` and `test_rounding` say by how much
@@ -230,20 +230,20 @@ def compare(
     choices = {"pattern": pattern, "statistics": statistics, "allocate": allocate}
     layers_chosen = {"targets": targets, "ignore": ignore}
     changed = [with_choices(recipe, **choices, **layers_chosen) for recipe in recipes]
-    layers: dict[str, Layer] = {}
+    layers: dict[str, Linear] = {}
     for recipe in changed:
         fraction = settled_sparsity(recipe.pattern, sparsity)
-        found = check_recipe(bench.language_model, recipe, fraction)
+        found = check_recipe(testbed.language_model, recipe, fraction)
         # Refuses a permutation that cannot be had.
-        Reordering(bench.language_model, recipe, found)
+        Reordering(testbed.language_model, recipe, found)
         layers |= {layer.name: layer for layer in found}
     every = list(layers.values())
-    stand = Stand(bench, bench.statistics(every, dense_sums(changed), progress))
-    yield stand.dense_row(SPLITS)
+    runner = RecipeRunner(testbed, testbed.statistics(every, dense_sums(changed), progress))
+    yield runner.dense_row(SPLITS)
     for recipe in changed:
-        row = stand.row(recipe, sparsity, SPLITS)
+        row = runner.row(recipe, sparsity, SPLITS)
         if with_rounding and recipe.mends:
-            row |= rounding(row, stand.reversed(recipe).row(recipe, sparsity, SPLITS), SPLITS)
+            row |= rounding(row, runner.reversed(recipe).row(recipe, sparsity, SPLITS), SPLITS)
         yield row
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from prunezero.errors import SelectionError
-from prunezero.models.units import Layer
-from prunezero.pruning.recipe import Recipe
+from prunezero.models.anatomy.linears import Linear
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.request import group_columns, removed_count
 
 
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def check_reached(
-    outcome: Outcome, recipe: Recipe, layers: Sequence[Layer], ratios: Mapping[str, float]
+    outcome: Outcome, recipe: Recipe, layers: Sequence[Linear], ratios: Mapping[str, float]
 ) -> None:
     """A sparsity that was not reached is an error of ours, and never passes in silence."""
     wanted = sum(expected_zeros(layer.weight.shape, recipe, ratios[layer.name]) for layer in layers)

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import SelectionError, did_you_mean
-from prunezero.models.folding import Folding, consumer_order, fold, producer_order
-from prunezero.models.units import Layer
-from prunezero.pruning.choices import Choice
+from prunezero.models.anatomy.linears import Linear
+from prunezero.models.editing.permuting import (
+    PermutableChannels,
+    consumer_order,
+    permute_channels,
+    producer_order,
+)
+from prunezero.pruning.recipes.words import Choice
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import refuse_non_finite, select
 
@@ -96,8 +101,8 @@ def simulated_mask(scores: Tensor, pattern: Pattern, method: str) -> Tensor:
 
 
 def permute_block(
-    foldings: Sequence[Folding],
-    score_of: Callable[[Layer], Tensor],
+    permutables: Sequence[PermutableChannels],
+    score_of: Callable[[Linear], Tensor],
     pattern: Pattern,
     choice: Choice,
 ) -> dict[str, Orders]:
@@ -118,35 +123,39 @@ def permute_block(
         SelectionError: M does not divide the channels, or the head where they may not leave it.
         ScoreError: a score is NaN or infinite.
     """
-    chosen = [_folding_order(each, score_of(each.consumer), pattern, choice) for each in foldings]
+    chosen = [
+        _permutable_order(each, score_of(each.consumer), pattern, choice) for each in permutables
+    ]
     moved: dict[str, Orders] = {}
-    for folding, order in zip(foldings, chosen, strict=True):
+    for permutable, order in zip(permutables, chosen, strict=True):
         if not torch.equal(order, order.sort().values):
-            _note(moved, folding, order)
-            fold(folding, order)
+            _note(moved, permutable, order)
+            permute_channels(permutable, order)
     return moved
 
 
-def _folding_order(folding: Folding, scores: Tensor, pattern: Pattern, choice: Choice) -> Tensor:
+def _permutable_order(
+    permutable: PermutableChannels, scores: Tensor, pattern: Pattern, choice: Choice
+) -> Tensor:
     """The order of a folding's channels, int64 [in]."""
-    if folding.heads is None:
+    if permutable.heads is None:
         return channel_order(scores, pattern, choice.word)
-    size = folding.heads.size
+    size = permutable.heads.size
     if size % pattern.of:
         raise SelectionError(
-            f"'{folding.consumer.name}' can be permuted within heads of {size} channels only, "
+            f"'{permutable.consumer.name}' can be permuted within heads of {size} channels only, "
             f"which pattern {pattern} does not divide; name the other layers under permute"
         )
-    stacked = scores.view(-1, *folding.heads).transpose(1, 2).reshape(-1, folding.produced)
-    return consumer_order(folding, channel_order(stacked, pattern, choice.word, segment=size))
+    stacked = scores.view(-1, *permutable.heads).transpose(1, 2).reshape(-1, permutable.produced)
+    return consumer_order(permutable, channel_order(stacked, pattern, choice.word, segment=size))
 
 
-def _note(moved: dict[str, Orders], folding: Folding, order: Tensor) -> None:
+def _note(moved: dict[str, Orders], permutable: PermutableChannels, order: Tensor) -> None:
     """Add a folding's moves; a layer may make the channels of one and read those of another."""
-    name = folding.consumer.name
+    name = permutable.consumer.name
     moved[name] = moved.get(name, Orders(None, None))._replace(inputs=order)
-    rows = producer_order(folding, order)
-    for layer, start in folding.producers:
+    rows = producer_order(permutable, order)
+    for layer, start in permutable.producers:
         known = moved.get(layer.name, Orders(None, None))
         outputs = known.outputs
         if outputs is None:

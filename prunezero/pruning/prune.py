@@ -17,15 +17,15 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.models.biases import open_biases
-from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.source import round_as_stored
-from prunezero.models.units import Layer, find_layers
-from prunezero.models.windows import windows_fingerprint
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.biases import open_biases
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.source import round_as_stored
+from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
+from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recovery import RECOVERIES
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
@@ -36,7 +36,7 @@ from prunezero.pruning.requirements import (
 )
 from prunezero.pruning.schedule import SCHEDULES
 from prunezero.pruning.stages import Stages
-from prunezero.pruning.update import Work, mend
+from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.score import score
 from prunezero.scoring.second_order import forget_factors, set_damping, share_gram
@@ -99,7 +99,7 @@ def prune(
 
 def prune_layers(
     recipe: Recipe,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     statistics: Mapping[str, Statistics],
     ratios: Mapping[str, float],
     *,
@@ -129,7 +129,7 @@ def prune_layers(
         _finish(together)
 
 
-def settle(language_model: LanguageModel, layers: Sequence[Layer]) -> None:
+def settle(language_model: LanguageModel, layers: Sequence[Linear]) -> None:
     """Let pruned layers be, in place, what their files will hold, so that this is what is measured.
 
     Mended numbers are rounded to the dtype of the files, where that is narrower than the one of the
@@ -169,7 +169,7 @@ class _Job:
 
     language_model: LanguageModel
     recipe: Recipe
-    layers: list[Layer]
+    layers: list[Linear]
     reordering: Reordering
     dense: dict[str, Statistics]
     windows: Tensor | None
@@ -184,7 +184,7 @@ class _Job:
         evidence = Evidence(self.dense, self.language_model, self.windows)
         ratios = [self._allocated(share, evidence) for share in shares]
         # All layers: a permutation also moves rows of layers that are not pruned.
-        every = find_layers(self.language_model.model)
+        every = find_linears(self.language_model.model)
         stages = Stages(folder, self._request(sparsity), every)
         for step, share in enumerate(shares):
             if not stages.has(step, "pruned"):
@@ -244,7 +244,7 @@ class _Job:
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
 
-    def _score(self, layer: Layer) -> Tensor:
+    def _score(self, layer: Linear) -> Tensor:
         known = self.known.get(layer.name)
         if known is not None:
             set_damping(known, self.recipe.damping)
@@ -259,7 +259,7 @@ class _Job:
         return BlockWalk(self.language_model, self.windows)
 
     def _seen_by_pruned(
-        self, walk: BlockWalk | None, block: int, layers: list[Layer]
+        self, walk: BlockWalk | None, block: int, layers: list[Linear]
     ) -> dict[str, Statistics]:
         """Statistics of one block behind already pruned ones, with the dense gradients beside."""
         if walk is None:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import OutputError, RecipeError, differences, reason
-from prunezero.models.calibration import Progress
-from prunezero.models.gradients import asking_anew, sequence_loss
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.observing import removing
-from prunezero.models.units import Layer
-from prunezero.models.windows import check_windows
-from prunezero.pruning.choice_options import Tune
+from prunezero.models.anatomy.linears import Linear
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.calibration import Progress
+from prunezero.models.observing.gradients import asking_anew, sequence_loss
+from prunezero.models.observing.hooks import removing
+from prunezero.models.text.windows import check_windows
+from prunezero.pruning.recipes.word_options import Tune
 
 # Steps of the optimizer between two checkpoints.
 KEEP_EVERY = 10
@@ -97,7 +97,7 @@ def no_training(*arguments: object, **choices: object) -> TuneReport:
 
 def tune(
     language_model: LanguageModel,
-    layers: Sequence[Layer],
+    layers: Sequence[Linear],
     windows: Tensor,
     options: Tune,
     *,
@@ -168,7 +168,7 @@ def _share_of_rate(place: int, steps: int) -> float:
 
 
 @contextmanager
-def _training(model: nn.Module, layers: Sequence[Layer], options: Tune) -> Iterator[_Tuning]:
+def _training(model: nn.Module, layers: Sequence[Linear], options: Tune) -> Iterator[_Tuning]:
     """Within it, a backward pass adds to the masters' gradients; an error undoes all changes."""
     trained = [_trained(layer.module.weight) for layer in layers]
     optimizer = OPTIMIZERS[options.optimizer]([one.master for one in trained], 0.0)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from prunezero.errors import RecipeError
-from prunezero.models.folding import Folding, find_foldings, refusals
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, matching
+from prunezero.models.anatomy.linears import Linear, matching
+from prunezero.models.editing.permuting import PermutableChannels, find_permutables, refusals
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.permutation import permute_block, simulated_mask
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.request import parse_pattern
 from prunezero.scoring.statistics import Statistics
 
@@ -26,7 +26,7 @@ class Reordering:
     """
 
     def __init__(
-        self, language_model: LanguageModel, recipe: Recipe, layers: Sequence[Layer]
+        self, language_model: LanguageModel, recipe: Recipe, layers: Sequence[Linear]
     ) -> None:
         """Find what can be moved.
 
@@ -37,7 +37,7 @@ class Reordering:
         self._recipe = recipe
         self._source = language_model.source
         self._pattern = parse_pattern(recipe.pattern)
-        self._foldings: dict[int, list[Folding]] = defaultdict(list)
+        self._permutables: dict[int, list[PermutableChannels]] = defaultdict(list)
         self.simulates = recipe.permute.options.model_dump().get("simulate", False)
         if recipe.permute.word == "none":
             return
@@ -45,21 +45,21 @@ class Reordering:
         if not self.simulates:
             self._find(language_model, [layer for layer in layers if layer.name in self._wanted])
 
-    def _find(self, language_model: LanguageModel, layers: list[Layer]) -> None:
-        by_block: dict[int, list[Layer]] = defaultdict(list)
+    def _find(self, language_model: LanguageModel, layers: list[Linear]) -> None:
+        by_block: dict[int, list[Linear]] = defaultdict(list)
         for layer in layers:
             by_block[layer.block].append(layer)
         for block, inside in by_block.items():
-            self._foldings[block] = find_foldings(language_model, inside)
+            self._permutables[block] = find_permutables(language_model, inside)
             names_layers = bool(self._recipe.permute.options.model_dump()["layers"])
-            if names_layers and len(self._foldings[block]) < len(inside):
+            if names_layers and len(self._permutables[block]) < len(inside):
                 for name, reason in refusals(language_model, inside).items():
                     raise RecipeError(
                         f"recipe {self._recipe.name}: the input channels of '{name}' cannot be "
                         f"permuted: {reason}; leave it out of permute, or write simulate: true to "
                         "measure what it would bring"
                     )
-        if not any(self._foldings.values()):
+        if not any(self._permutables.values()):
             raise RecipeError(
                 f"recipe {self._recipe.name}: no layer's input channels can be permuted in "
                 f"{type(language_model.model).__name__}; use permute: none, or simulate: true"
@@ -68,12 +68,12 @@ class Reordering:
     @property
     def moves(self) -> bool:
         """Whether channels of the model itself will change places."""
-        return any(self._foldings.values())
+        return any(self._permutables.values())
 
     def move(
         self,
         block: int,
-        score_of: Callable[[Layer], Tensor],
+        score_of: Callable[[Linear], Tensor],
         statistics: dict[str, Statistics],
     ) -> None:
         """Fold the orders that keep the most into one block; its statistics are replaced.
@@ -83,10 +83,10 @@ class Reordering:
             score_of: the scores `[out, in]` of a layer, on weights and statistics as they are.
             statistics: by layer name.
         """
-        foldings = self._foldings.get(block)
-        if not foldings or self._pattern is None:
+        permutables = self._permutables.get(block)
+        if not permutables or self._pattern is None:
             return
-        moved = permute_block(foldings, score_of, self._pattern, self._recipe.permute)
+        moved = permute_block(permutables, score_of, self._pattern, self._recipe.permute)
         if self._source is not None:
             self._source.moved.update(moved)
         for name, orders in moved.items():
@@ -96,7 +96,7 @@ class Reordering:
                 )
 
     def simulated(
-        self, layers: Sequence[Layer], score_of: Callable[[Layer], Tensor]
+        self, layers: Sequence[Linear], score_of: Callable[[Linear], Tensor]
     ) -> Mapping[str, Tensor]:
         """The masks of layers that would be permuted, by name; empty where nothing is simulated."""
         if not self.simulates or self._pattern is None:
@@ -108,7 +108,7 @@ class Reordering:
         }
 
 
-def _wanted(recipe: Recipe, layers: Sequence[Layer]) -> set[str]:
+def _wanted(recipe: Recipe, layers: Sequence[Linear]) -> set[str]:
     """Names of the pruned layers that the recipe permutes, if they can be."""
     patterns = recipe.permute.options.model_dump()["layers"]
     if not patterns:

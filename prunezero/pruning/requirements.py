@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from prunezero.errors import ModelError, RecipeError, SelectionError
-from prunezero.models.biases import refuse_without_bias
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers, matching
-from prunezero.models.walk import FORWARD_SUMS
+from prunezero.models.anatomy.linears import Linear, find_linears, matching
+from prunezero.models.editing.biases import refuse_without_bias
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.pruning.allocation import ALLOCATION_SUMS
-from prunezero.pruning.recipe import Recipe
-from prunezero.pruning.update import UPDATE_SUMS
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.updates.mend import UPDATE_SUMS
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import check_request, pattern_sparsity, removed_count
 
@@ -80,7 +80,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
         )
 
 
-def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Layer]:
+def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Linear]:
     """The layers that a recipe prunes, after every check that needs no computation.
 
     Raises:
@@ -94,7 +94,7 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
             f"recipe {recipe.name}: compare 'model' ranks all layers before the first is pruned, "
             "so it needs statistics 'dense'"
         )
-    layers = find_layers(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
+    layers = find_linears(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
     for layer in layers:
         try:
             check_request(
@@ -110,7 +110,7 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
     return layers
 
 
-def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Layer]) -> None:
+def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Linear]) -> None:
     taken: dict[str, str] = {}
     for pattern in recipe.criteria:
         try:

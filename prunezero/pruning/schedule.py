@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from prunezero.pruning.choice_options import Iterative, Options
+from prunezero.pruning.recipes.word_options import Iterative, Options
 
 # Earlier steps are given in ten-thousandths: what they leave is removed by a later one.
 PARTS = 10_000

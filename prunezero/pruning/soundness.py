@@ -10,29 +10,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prunezero.models.evaluation import frequency_perplexity
-from prunezero.pruning.bench import Bench
-from prunezero.pruning.published import warning_of
+from prunezero.pruning.recipes.published import warning_of
+from prunezero.pruning.testbed import Testbed
 
 
-def dense_warnings(row: Mapping[str, Any], benches: Sequence[Bench]) -> Iterator[str]:
+def dense_warnings(row: Mapping[str, Any], testbeds: Sequence[Testbed]) -> Iterator[str]:
     """What to doubt of the dense models that a row of results is about, a sentence each.
 
     Args:
         row: of the dense model on test text, over all benches where there are several.
         benches: on which it was measured.
     """
-    for bench in benches:
-        for measured in _rows_of(row, bench, benches):
-            yield from _doubts(measured, bench)
+    for testbed in testbeds:
+        for measured in _rows_of(row, testbed, testbeds):
+            yield from _doubts(measured, testbed)
 
 
-def _doubts(row: Mapping[str, Any], bench: Bench) -> Iterator[str]:
-    model, perplexity = bench.language_model, row["test_perplexity"]
-    published = warning_of(model.name, bench.text.name, row)
+def _doubts(row: Mapping[str, Any], testbed: Testbed) -> Iterator[str]:
+    model, perplexity = testbed.language_model, row["test_perplexity"]
+    published = warning_of(model.name, testbed.text.name, row)
     if published is not None:
         yield published
     vocabulary = int(model.model.get_input_embeddings().weight.shape[0])
-    test, seen = bench.windows("test"), bench.windows("calibration")
+    test, seen = testbed.windows("test"), testbed.windows("calibration")
     frequency = frequency_perplexity(test, seen, vocabulary)
     # Written so that NaN is a reason to doubt too.
     if perplexity is None or not perplexity <= frequency:
@@ -45,13 +45,13 @@ def _doubts(row: Mapping[str, Any], bench: Bench) -> Iterator[str]:
 
 
 def _rows_of(
-    row: Mapping[str, Any], bench: Bench, benches: Sequence[Bench]
+    row: Mapping[str, Any], testbed: Testbed, testbeds: Sequence[Testbed]
 ) -> Iterator[Mapping[str, Any]]:
     """The row as one model alone has it; the parts of a dense row over draws are all alike."""
-    if len(benches) == 1:
+    if len(testbeds) == 1:
         yield row
         return
-    name = bench.language_model.name
+    name = testbed.language_model.name
     part = next((one for one in row["regimes"] if one.get("model") == name), None)
     if part is not None:
         # Losses of windows are means over all models.

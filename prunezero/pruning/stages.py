@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from prunezero.errors import OutputError, differences, reason
-from prunezero.models.digests import file_digest
-from prunezero.models.shards import write_shard
-from prunezero.models.units import Layer
-from prunezero.models.whole_files import replace_text
+from prunezero.files.atomic import replace_text
+from prunezero.files.digests import file_digest
+from prunezero.models.anatomy.linears import Linear
+from prunezero.models.loading.shards import write_shard
 
 STAGES = ("pruned", "tuned")
 
@@ -26,7 +26,7 @@ class Stages:
     """The finished stages of one request, on disk; without a folder nothing is kept."""
 
     def __init__(
-        self, folder: Path | None, request: dict[str, Any], layers: Sequence[Layer]
+        self, folder: Path | None, request: dict[str, Any], layers: Sequence[Linear]
     ) -> None:
         """Open or make the folder, and bring back the weights of the last finished stage.
 

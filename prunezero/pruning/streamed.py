@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError, RecipeError
-from prunezero.models.calibration import FORWARD_SUMS, BlockWalk, Progress
-from prunezero.models.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
-from prunezero.models.saving import count_sparsity, stored_layers
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.unfinished import UnfinishedCheckpoint
-from prunezero.models.units import Layer
-from prunezero.models.windows import check_windows, windows_fingerprint
+from prunezero.models.anatomy.linears import Linear
+from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
+from prunezero.models.saving.resumable import ResumableCheckpoint
+from prunezero.models.saving.save import count_sparsity, stored_layers
+from prunezero.models.streaming.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
+from prunezero.models.streaming.streamed_model import StreamedModel
+from prunezero.models.text.windows import check_windows, windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.prune import prune_layers, settle
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, layer_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
 
@@ -103,7 +103,7 @@ def prune_streamed(
     plan = _planned(streamed, recipe, fraction, sums, windows if sums else None)
     need = memory_need(streamed, plan.layers, sums, plan.windows)
     _refuse_too_large(need, memory_limit, streamed.language_model.name)
-    checkpoint = UnfinishedCheckpoint(output, _request(plan), streamed.shards)
+    checkpoint = ResumableCheckpoint(output, _request(plan), streamed.shards)
     blocks_before = _Job(plan, checkpoint).run(progress or (lambda what, done, total: None))
     ours = ("recipe.yaml",) if report is None else FILES_BESIDE
     outcome = _finish(plan, checkpoint, begin, ours)
@@ -121,7 +121,7 @@ class _Plan:
     streamed: StreamedModel
     recipe: Recipe
     sparsity: float
-    layers: list[Layer]
+    layers: list[Linear]
     ratios: Mapping[str, float]
     sums: frozenset[str]
     windows: Tensor | None
@@ -148,7 +148,7 @@ def _planned(
 @dataclass(frozen=True)
 class _Job:
     plan: _Plan
-    checkpoint: UnfinishedCheckpoint
+    checkpoint: ResumableCheckpoint
 
     def run(self, tell: Progress) -> int:
         """Write what is missing of the files; how many blocks were there already."""
@@ -242,7 +242,7 @@ def checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
     return sums
 
 
-def _refuse_new_biases(recipe: Recipe, layers: list[Layer]) -> None:
+def _refuse_new_biases(recipe: Recipe, layers: list[Linear]) -> None:
     without = [layer.name for layer in layers if layer.bias is None]
     if "bias" in recipe.updates and without:
         raise RecipeError(
@@ -275,7 +275,7 @@ def _request(plan: _Plan) -> dict[str, Any]:
 
 
 def _finish(
-    plan: _Plan, checkpoint: UnfinishedCheckpoint, begin: float, ours: Collection[str]
+    plan: _Plan, checkpoint: ResumableCheckpoint, begin: float, ours: Collection[str]
 ) -> Outcome:
     """Complete the folder, and count in its files what was reached."""
     recipe = plan.recipe

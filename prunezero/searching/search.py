@@ -15,14 +15,14 @@ from dataclasses import replace
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.compare import GLANCE
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.ladder import Ladder
-from prunezero.searching.memory import Memory, skeleton
-from prunezero.searching.proposing.apart import around
-from prunezero.searching.proposing.catalogue import find_strategy
-from prunezero.searching.proposing.strategies import Proposal, Strategy, ending
-from prunezero.searching.race import to_glance, to_judge, to_measure
+from prunezero.pruning.compare import QUICK_KL
+from prunezero.searching.evaluation.promotion import to_measure, to_quick_kl, to_validate
+from prunezero.searching.evaluation.rungs import Rungs
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.history import History, skeleton
+from prunezero.searching.strategies.catalogue import find_strategy
+from prunezero.searching.strategies.evolution import Proposal, Strategy, ending
+from prunezero.searching.strategies.per_layer import with_formula
 
 # Proposals for one new mask before a space counts as exhausted.
 _MAX_PROPOSALS = 40
@@ -35,10 +35,10 @@ Stop = Callable[[], bool]
 
 
 def search(
-    ladder: Ladder,
+    rungs: Rungs,
     *,
     strategy: str | None = None,
-    budget: int | None = None,
+    max_candidates: int | None = None,
     stop: Stop = lambda: False,
     ended: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[Candidate]:
@@ -48,69 +48,69 @@ def search(
     resumed from its journal, and whoever judges.
 
     Args:
-        strategy: see `proposing/catalogue.py`; None takes that of the task.
+        strategy: see `strategies/catalogue.py`; None takes that of the task.
         budget: candidates with a new mask to screen, or all candidates of a strategy that screens
             none; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.
         ended: told in one sentence how far a strategy came that has nothing left to propose.
     """
-    chosen = find_strategy(strategy or ladder.task.strategy)
-    run = _Run(ladder, Memory(forgets_masks=chosen.forgets_masks), chosen, stop)
+    chosen = find_strategy(strategy or rungs.task.strategy)
+    run = _Run(rungs, History(forgets_masks=chosen.forgets_masks), chosen, stop)
     for generation in itertools.count():
         before = run.charged
-        yield from run.generation(generation, budget)
+        yield from run.generation(generation, max_candidates)
         is_over = run.charged == before
         if is_over and run.ending and not stop():
             ended(run.ending)
-        if is_over or stop() or (budget is not None and run.charged >= budget):
+        if is_over or stop() or (max_candidates is not None and run.charged >= max_candidates):
             return
 
 
 class _Run:
     """One search under way."""
 
-    def __init__(self, ladder: Ladder, memory: Memory, strategy: Strategy, stop: Stop) -> None:
-        self.memory = memory
-        self._ladder = ladder
+    def __init__(self, rungs: Rungs, history: History, strategy: Strategy, stop: Stop) -> None:
+        self.history = history
+        self._rungs = rungs
         self._strategy = strategy
-        self._propose = strategy.start(ladder.task)
+        self._propose = strategy.start(rungs.task)
         self._stop = stop
         self._tuned: set[tuple[str, str]] = set()
         self._value_of_mask: dict[str, float | None] = {}
-        self._wanda = ladder.probe(_usual(ladder.task.space.features))
+        self._wanda = rungs.probe(_usual(rungs.task.space.features))
 
     @property
     def charged(self) -> int:
         """What the budget has paid for."""
-        return self.memory.new if self._strategy.is_screened else len(self.memory.candidates)
+        return self.history.new if self._strategy.is_screened else len(self.history.candidates)
 
     @property
     def ending(self) -> str:
         """What the strategy says once it has nothing left; nothing where it is silent."""
         return ending(self._propose)
 
-    def generation(self, number: int, budget: int | None) -> Iterator[Candidate]:
+    def generation(self, number: int, max_candidates: int | None) -> Iterator[Candidate]:
         """Propose, screen, tune and race the candidates of one generation."""
         if not self._strategy.is_screened:
-            yield from self._unscreened(number, budget)
+            yield from self._unscreened(number, max_candidates)
             return
         fresh: list[Candidate] = []
-        for candidate in self._proposed(number, self._wanted(budget)):
+        for candidate in self._proposed(number, self._wanted(max_candidates)):
             if candidate.status == "new":
                 fresh.append(candidate)
             else:
                 yield candidate
         yield from self._screened(fresh)
-        yield from self._with_better_numbers(number, budget)
-        ladder, memory = self._ladder, self.memory
-        yield from self._measured_on(GLANCE, to_glance(ladder, memory, number), "kl")
-        chosen = to_measure(ladder, memory, number)
+        yield from self._with_better_numbers(number, max_candidates)
+        rungs, history = self._rungs, self.history
+        yield from self._measured_on(QUICK_KL, to_quick_kl(rungs, history, number), "kl")
+        chosen = to_measure(rungs, history, number)
         yield from self._measured_on("search", chosen, "search_perplexity")
-        yield from self._measured_on("validation", to_judge(memory), "validation_perplexity")
+        yield from self._measured_on("validation", to_validate(history), "validation_perplexity")
 
-    def _unscreened(self, generation: int, budget: int | None) -> Iterator[Candidate]:
+    def _unscreened(self, generation: int, max_candidates: int | None) -> Iterator[Candidate]:
         """All candidates of one generation, measured at once; a known mask has its twin's value."""
-        found = list(self._proposed(generation, self._wanted(budget)))
+        found = list(self._proposed(generation, self._wanted(max_candidates)))
         new = [one for one in found if one.status == "new"]
         measured = self._measured_on("search", new, "search_perplexity")
         for one in found:
@@ -122,22 +122,22 @@ class _Run:
                 yield now
             else:
                 value = self._value_of_mask.get(one.mask)
-                yield self.memory.keep(replace(one, search_perplexity=value))
+                yield self.history.keep(replace(one, search_perplexity=value))
 
-    def _wanted(self, budget: int | None) -> int:
-        size = self._strategy.generation or self._ladder.task.space.generation
-        return size if budget is None else min(size, budget - self.charged)
+    def _wanted(self, max_candidates: int | None) -> int:
+        size = self._strategy.generation or self._rungs.task.space.generation
+        return size if max_candidates is None else min(size, max_candidates - self.charged)
 
     def _proposed(self, generation: int, wanted: int) -> Iterator[Candidate]:
         """Candidates until enough of them have a mask of their own, or count without one."""
-        memory, strategy = self.memory, self._strategy
+        history, strategy = self.history, self._strategy
         limit = None if strategy.is_exhaustive else _MAX_PROPOSALS * max(1, wanted)
-        proposals = itertools.islice(self._propose(memory, generation), limit)
+        proposals = itertools.islice(self._propose(history, generation), limit)
         # Asked before each draw: a strategy may not make the same proposal twice.
         going_on = iter(lambda: wanted > 0 and not self._stop(), False)
         for _, proposal in zip(going_on, proposals, strict=False):
-            slot = memory.slot
-            memory.slot += 1
+            slot = history.slot
+            history.slot += 1
             if proposal is not None:
                 candidate = self._probed(proposal, slot, generation)
                 wanted -= candidate.status == "new" or not strategy.is_screened
@@ -155,46 +155,48 @@ class _Run:
             "known",
             rule.choices,
         )
-        twin = self.memory.twin(rule)
-        if twin is not None:
-            return self.memory.keep_known(candidate, twin)
-        probe = self._ladder.probe(rule)
+        duplicate = self.history.duplicate(rule)
+        if duplicate is not None:
+            return self.history.keep_known(candidate, duplicate)
+        probe = self._rungs.probe(rule)
         if probe is None:
-            return self.memory.keep(replace(candidate, status="invalid", fault=_RANKS_NOTHING))
-        twin = self.memory.twin(rule, probe.digest)
-        if twin is not None:
-            return self.memory.keep_known(candidate, twin)
+            return self.history.keep(replace(candidate, status="invalid", fault=_RANKS_NOTHING))
+        duplicate = self.history.duplicate(rule, probe.digest)
+        if duplicate is not None:
+            return self.history.keep_known(candidate, duplicate)
         distance = 1.0 if self._wanda is None else probe.differs(self._wanda)
         behaviour = sum(distance > limit for limit in _DISTANCES)
-        return self.memory.keep(
+        return self.history.keep(
             replace(candidate, status="new", mask=probe.digest, behaviour=behaviour)
         )
 
     def _screened(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
-        answers = self._ladder.errors([candidate.rule for candidate in candidates])
+        answers = self._rungs.errors([candidate.rule for candidate in candidates])
         yield from self._taken(candidates, answers, "layer_error")
 
-    def _with_better_numbers(self, generation: int, budget: int | None) -> Iterator[Candidate]:
+    def _with_better_numbers(
+        self, generation: int, max_candidates: int | None
+    ) -> Iterator[Candidate]:
         """Candidates made of the best skeletons that were not yet tuned."""
-        space = self._ladder.task.space
-        best = self.memory.best_of_each(self._family)
+        space = self._rungs.task.space
+        best = self.history.best_of_each(self._family)
         waiting = [
             candidate
             for candidate in itertools.islice(best, space.population)
             if self._family(candidate) not in self._tuned
-        ][: min(space.tuned, self._wanted(budget))]
+        ][: min(space.tuned, self._wanted(max_candidates))]
         self._tuned.update(map(self._family, waiting))
-        answers = self._ladder.tunings([candidate.rule for candidate in waiting], space.trials)
+        answers = self._rungs.tunings([candidate.rule for candidate in waiting], space.trials)
         found = []
         for candidate in waiting:
             if self._stop():
                 return
             # One that could not be tuned stays as it is, and so is known.
             formula = next(answers).get("formula", candidate.criterion.text)
-            rule = around(self._ladder.task, candidate.rule, Criterion.parse(formula))
+            rule = with_formula(self._rungs.task, candidate.rule, Criterion.parse(formula))
             if space.holds(rule.criterion):
-                slot = self.memory.slot
-                self.memory.slot += 1
+                slot = self.history.slot
+                self.history.slot += 1
                 proposal = Proposal(rule, "tune", (candidate.slot,))
                 found.append(self._probed(proposal, slot, generation))
         yield from (one for one in found if one.status != "new")
@@ -202,14 +204,14 @@ class _Run:
 
     def _family(self, candidate: Candidate) -> tuple[str, str]:
         """What is tuned once: other numbers may be the best where other weights compete."""
-        return skeleton(candidate.criterion), self._ladder.task.competing(candidate.choices)
+        return skeleton(candidate.criterion), self._rungs.task.competing(candidate.choices)
 
     def _measured_on(
         self, split: str, candidates: Sequence[Candidate], field: str
     ) -> Iterator[Candidate]:
-        task = self._ladder.task
+        task = self._rungs.task
         recipes = [task.recipe(one.rule, f"candidate-{one.slot}") for one in candidates]
-        yield from self._taken(candidates, self._ladder.rows(recipes, (split,)), field)
+        yield from self._taken(candidates, self._rungs.rows(recipes, (split,)), field)
 
     def _taken(
         self,
@@ -230,11 +232,11 @@ class _Run:
                 is_replayed=answer.get("is_replayed", False),
             )
             if value is None:
-                self.memory.new -= field == "layer_error"
+                self.history.new -= field == "layer_error"
                 fault = answer.get("fault", f"its {field.replace('_', ' ')} is not finite")
-                yield self.memory.keep(replace(candidate, status="invalid", fault=fault))
+                yield self.history.keep(replace(candidate, status="invalid", fault=fault))
             else:
-                yield self.memory.keep(replace(candidate, **{field: value}))
+                yield self.history.keep(replace(candidate, **{field: value}))
 
 
 def _usual(features: Sequence[str]) -> Criterion:

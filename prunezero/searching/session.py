@@ -9,48 +9,50 @@ from typing import Any
 
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.calibration import Progress
-from prunezero.pruning.bench import Bench, beginning
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.models.observing.calibration import Progress
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.requirements import settled_sparsity
-from prunezero.searching.benches import fitted
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import conditions, further, machine
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.judging.archive import Archive, check_archive
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.judging.ladder import Judges, Ladder, OneJudge
-from prunezero.searching.offers import alike
-from prunezero.searching.proposing.apart import settled
-from prunezero.searching.proposing.catalogue import find_strategy
-from prunezero.searching.race import FINALISTS
-from prunezero.searching.regimes import read_regimes
-from prunezero.searching.rivals import rivals
+from prunezero.pruning.testbed import Testbed, beginning
+from prunezero.searching.evaluation.archive import Archive, check_archive
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.promotion import FINALISTS
+from prunezero.searching.evaluation.rungs import Evaluators, LocalEvaluator, Rungs
+from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.budgets import read_budgets
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.provenance import conditions, further, machine
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.testbeds import fitted
 from prunezero.searching.search import search
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.spaces.space_choices import alike
+from prunezero.searching.strategies.catalogue import find_strategy
+from prunezero.searching.strategies.per_layer import settled
+from prunezero.searching.workers.worker import Plan
 
 
 @dataclass(frozen=True)
 class Session:
     """A search that is ready to run."""
 
-    bench: Bench
+    testbed: Testbed
     """model and text"""
     task: Task
     """what it looks for"""
-    ladder: Ladder
+    rungs: Rungs
     """how candidates are judged"""
     journal: Journal
     """what it remembers"""
-    also_benches: tuple[Bench, ...] = ()
+    also_testbeds: tuple[Testbed, ...] = ()
     """further models that its rules have to be good on, and the same text"""
 
     @property
     def models(self) -> str:
         """The names of all its models."""
-        return " and ".join(bench.language_model.name for bench in (self.bench, *self.also_benches))
+        return " and ".join(
+            testbed.language_model.name for testbed in (self.testbed, *self.also_testbeds)
+        )
 
 
 def make_task(
@@ -75,8 +77,8 @@ def make_task(
         start: other rules to begin with; choices that the space does not offer are left out, and
             formulas that it cannot write.
         from_scratch: whether it starts without published formulas.
-        strategy: who proposes rules, see `proposing/catalogue.py`.
-        targets: patterns of the layers to prune, as in `find_layers`.
+        strategy: who proposes rules, see `strategies/catalogue.py`.
+        targets: patterns of the layers to prune, as in `find_linears`.
         ignore: patterns of those to leave alone.
 
     Raises:
@@ -91,11 +93,11 @@ def make_task(
     # Simplest first: of formulas with equal masks the first one stands for all.
     published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
     settled = settled_sparsity(pattern, sparsity)
-    task = Task(space, settled, pattern, seed, (), strategy, read_regimes(also), draws)
+    task = Task(space, settled, pattern, seed, (), strategy, read_budgets(also), draws)
     task = replace(task, targets=tuple(targets), ignore=tuple(ignore))
-    if len(set(task.regimes)) < len(task.regimes):
+    if len(set(task.budgets)) < len(task.budgets):
         raise SearchError(f"--also {also}: a regime stands there twice, or is the search's own")
-    if not all(regime.sparsity for regime in task.regimes):
+    if not all(budget.sparsity for budget in task.budgets):
         raise SearchError("at sparsity 0 all formulas are alike; give one above 0, such as 0.5")
     begun = _writable(task, start)
     if start and not begun:
@@ -124,28 +126,28 @@ def _writable(task: Task, rules: Sequence[Rule]) -> tuple[Rule, ...]:
                 if alike(key, one, value)
             }
             own = Rule(rule.criterion, offered)
-            if set(rule.own) <= set(space.criteria) and all(map(is_writable, rule.formulas)):
-                own = settled(task, own.with_own(rule.own))
+            if set(rule.per_layer) <= set(space.criteria) and all(map(is_writable, rule.formulas)):
+                own = settled(task, own.with_per_layer(rule.per_layer))
             found.setdefault(own.text, own)
     return tuple(found.values())
 
 
 def open_session(
-    bench: Bench,
+    testbed: Testbed,
     task: Task,
     folder: Path,
     *,
-    also_benches: Sequence[Bench] = (),
+    also_testbeds: Sequence[Testbed] = (),
     resume: bool = False,
     archive: Path | None = None,
-    staff: Callable[[Plan], Judges] | None = None,
+    staff: Callable[[Plan], Evaluators] | None = None,
     progress: Progress | None = None,
     opened: Callable[[], None] = lambda: None,
 ) -> Session:
     """Calibrate the model and open the journal `folder/journal.jsonl`.
 
     Args:
-        also_benches: of further models that rules have to be good on, with the same text and
+        also_testbeds: of further models that rules have to be good on, with the same text and
             settings.
         archive: file of answers that searches share; None asks nobody else.
         staff: hires judges, see `hiring/`; None leaves all to this process.
@@ -156,31 +158,31 @@ def open_session(
             models are not comparable.
         PruneZeroError: the model, the text and the task do not go together.
     """
-    also = tuple(also_benches)
+    also = tuple(also_testbeds)
     if archive is not None:
         check_archive(archive)
-    task = fitted(task, (bench, *also), rivals(task))
+    task = fitted(task, (testbed, *also), baselines(task))
     # Opened before the long work, so that a wrong name or setting is known at once.
-    journal = Journal(folder / "journal.jsonl", _header(bench, task, also), resume=resume)
+    journal = Journal(folder / "journal.jsonl", _header(testbed, task, also), resume=resume)
     try:
         opened()
-        judge = Judge(task, bench, rivals(task), progress, also_benches=also)
-        plan = Plan.of(bench, task, rivals(task), also_benches=also)
-        judges = OneJudge(judge) if staff is None else staff(plan)
-        within = conditions(bench, task, also) | machine(bench, judges.threads)
+        evaluator = Evaluator(task, testbed, baselines(task), progress, also_testbeds=also)
+        plan = Plan.of(testbed, task, baselines(task), also_testbeds=also)
+        evaluators = LocalEvaluator(evaluator) if staff is None else staff(plan)
+        within = conditions(testbed, task, also) | machine(testbed, evaluators.threads)
         answers = None if archive is None else Archive(archive, within)
-        return Session(bench, task, Ladder(judge, journal, judges, answers), journal, also)
+        return Session(testbed, task, Rungs(evaluator, journal, evaluators, answers), journal, also)
     except BaseException:
         # A search that could not begin must not stand in the way of its next attempt.
         journal.give_up()
         raise
 
 
-def measure_rivals(session: Session, splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure_baselines(session: Session, splits: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row for the dense model and each rival, on the given splits."""
-    yield session.ladder.measure_dense(splits)
-    for recipe in rivals(session.task):
-        yield session.ladder.measure(recipe, splits)
+    yield session.rungs.measure_dense(splits)
+    for recipe in baselines(session.task):
+        yield session.rungs.measure(recipe, splits)
 
 
 def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -202,16 +204,16 @@ def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
     return measured[:FINALISTS] + [one for one in late if one.validation_perplexity is not None]
 
 
-def judge(session: Session, candidate: Candidate) -> dict[str, Any]:
+def evaluator(session: Session, candidate: Candidate) -> dict[str, Any]:
     """The row of a finalist on validation text, which no search has seen."""
     recipe = session.task.recipe(candidate.rule, f"candidate-{candidate.slot}")
-    return session.ladder.measure(recipe, ("validation",))
+    return session.rungs.measure(recipe, ("validation",))
 
 
 def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
     """The recipe of the winner, with where it comes from."""
-    task, bench = session.task, session.bench
-    models = [one.language_model for one in session.also_benches]
+    task, testbed = session.task, session.testbed
+    models = [one.language_model for one in session.also_testbeds]
     others = [{"name": model.name, "fingerprint": model.fingerprint} for model in models]
     return task.recipe(winner.rule, name).model_copy(
         update={
@@ -224,39 +226,39 @@ def found_recipe(session: Session, name: str, winner: Candidate) -> Recipe:
                 "pattern": task.pattern,
                 **further(task),
                 "seed": task.seed,
-                "model": bench.language_model.name,
-                "model_fingerprint": bench.language_model.fingerprint,
+                "model": testbed.language_model.name,
+                "model_fingerprint": testbed.language_model.fingerprint,
                 **({"also_models": others} if others else {}),
-                "text": bench.text.name,
-                "text_fingerprint": bench.text.fingerprint,
-                "calibration_tokens": bench.settings.calibration_tokens,
-                "sequence_length": bench.settings.sequence_length,
-                **beginning(one.begin_with for one in (bench, *session.also_benches)),
-                "dtype": bench.language_model.dtype_word,
+                "text": testbed.text.name,
+                "text_fingerprint": testbed.text.fingerprint,
+                "calibration_tokens": testbed.settings.calibration_tokens,
+                "sequence_length": testbed.settings.sequence_length,
+                **beginning(one.begin_with for one in (testbed, *session.also_testbeds)),
+                "dtype": testbed.language_model.dtype_word,
             },
         }
     )
 
 
-def _header(bench: Bench, task: Task, also_benches: Sequence[Bench] = ()) -> dict[str, Any]:
+def _header(testbed: Testbed, task: Task, also_testbeds: Sequence[Testbed] = ()) -> dict[str, Any]:
     """Everything that the results of a search depend on."""
-    return conditions(bench, task, also_benches) | {
+    return conditions(testbed, task, also_testbeds) | {
         "space": task.space.model_dump(mode="json"),
         "pattern": task.pattern,
         "seed": task.seed,
         "seeds": [rule.text for rule in task.seeds],
         "strategy": task.strategy,
-        "rivals": [recipe.criterion.text for recipe in rivals(task)],
+        "rivals": [recipe.criterion.text for recipe in baselines(task)],
     }
 
 
 def find(
-    bench: Bench,
+    testbed: Testbed,
     space: str | SearchSpace = "formulas",
     sparsity: float | None = None,
     *,
     folder: str | Path,
-    also_benches: Sequence[Bench] = (),
+    also_testbeds: Sequence[Testbed] = (),
     pattern: str = "free",
     also: str = "",
     seed: int = 0,
@@ -276,14 +278,14 @@ def find(
     Args:
         space: name, path of a .yaml file, or a SearchSpace.
         folder: where the journal is kept.
-        also_benches: of further models that a rule has to be good on, with the same text and
+        also_testbeds: of further models that a rule has to be good on, with the same text and
             settings.
         also: other regimes that a rule has to serve as well, such as `0.7,2:4`.
         draws: of calibration text that a rule has to be good on.
         start: rules to begin with, beside published formulas.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
-        strategy: who proposes rules, see `proposing/catalogue.py`.
-        targets: patterns of the layers to prune, as in `find_layers`.
+        strategy: who proposes rules, see `strategies/catalogue.py`.
+        targets: patterns of the layers to prune, as in `find_linears`.
         ignore: patterns of those to leave alone.
 
     Raises:
@@ -303,8 +305,8 @@ def find(
         targets=targets,
         ignore=ignore,
     )
-    session = open_session(bench, task, Path(folder), also_benches=also_benches, resume=resume)
+    session = open_session(testbed, task, Path(folder), also_testbeds=also_testbeds, resume=resume)
     try:
-        yield from search(session.ladder, budget=budget)
+        yield from search(session.rungs, max_candidates=budget)
     finally:
         session.journal.close()

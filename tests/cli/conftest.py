@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from prunezero.cli import app
-from prunezero.pruning.documents import write_document
+from prunezero.pruning.recipes.documents import write_document
 from prunezero.searching import search as searching
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
 from tests.tiny_models import save_tiny_model
 
 # What makes any command quick on a tiny model.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import SearchError
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run, flat, small_space, typing
 from tests.tiny_models import save_tiny_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import PruneZeroError
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run, small_space
 
 COMMANDS = ["search", "show", "verify", "compare", "prune", "export", "list", "ui", "doctor"]
@@ -196,7 +196,7 @@ def test_the_process_prints_the_sentence_and_no_traceback() -> None:
 @pytest.mark.parametrize("name", ["../x", "/abs", "a\nb", "x" * 300, "abs(W)*X", "", ".hidden"])
 def test_a_name_that_could_not_be_a_folder_is_refused(name: str, tmp_path: Path) -> None:
     from prunezero.errors import OutputError
-    from prunezero.report.run_folder import run_folder
+    from prunezero.report.runs.folder import run_folder
 
     with pytest.raises(OutputError):
         run_folder(tmp_path, name)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
 from prunezero.searching import session
 from tests.cli.conftest import Run, flat, small_space
 

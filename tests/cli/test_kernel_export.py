@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from tests.cli.conftest import Run
 
 

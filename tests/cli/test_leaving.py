@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.cli.stopping import sigterm_interrupts, told_what_is_kept
-from prunezero.report.run_summary import read_candidates
+from prunezero.report.runs.summary import read_candidates
 from tests.cli.conftest import SMALL, Run
 
 # `prunezero`, but that it stays for long at one call, and says when it is there.
@@ -23,7 +23,7 @@ PROGRAM = textwrap.dedent(
     import signal, sys, time
     from prunezero.cli import main
     from prunezero.searching import session
-    from prunezero.searching.judging.ladder import Ladder
+    from prunezero.searching.evaluation.rungs import Ladder
     place, *words = sys.argv[1:]
     owner, name = {
         "calibration": (session, "Judge"),

@@ -6,7 +6,7 @@ import pytest
 
 from prunezero.cli.live import SearchView
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
+from prunezero.searching.experiment.candidate import Candidate
 
 
 def view_of(count: int) -> SearchView:

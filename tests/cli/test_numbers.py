@@ -10,10 +10,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from typer.models import OptionInfo
 
-from prunezero.cli import app, asking
+from prunezero.cli import app
+from prunezero.cli import search_options as asking
 from prunezero.cli.quantities import bytes_of, seconds_of
 from prunezero.errors import PruneZeroError, RecipeError
-from prunezero.models import loading
+from prunezero.models.loading import load as loading
 from tests.cli.conftest import Run
 
 # Amounts with a unit, which are text to typer.

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from prunezero.pruning import bench as benches
-from prunezero.report import track
+from prunezero.pruning import testbed as testbeds
+from prunezero.report.tracking import tracker as track
 from tests.cli.conftest import Run
-from tests.searching.bench import tiny_bench
+from tests.searching.testbed import tiny_testbed
 
 HUB = "--model huggyllama/llama-7b --text Salesforce/wikitext:wikitext-2-raw-v1"
 
@@ -36,12 +36,14 @@ class Untracked:
 def test_a_warning_stands_under_the_table(
     options: str, is_warned: bool, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def set_up(model: str, text: str, *args: Any, **kwargs: Any) -> benches.Bench:
-        bench = tiny_bench()
-        language_model = replace(bench.language_model, name=model)
-        return replace(bench, language_model=language_model, text=replace(bench.text, name=text))
+    def set_up(model: str, text: str, *args: Any, **kwargs: Any) -> testbeds.Testbed:
+        testbed = tiny_testbed()
+        language_model = replace(testbed.language_model, name=model)
+        return replace(
+            testbed, language_model=language_model, text=replace(testbed.text, name=text)
+        )
 
-    monkeypatch.setattr(benches, "set_up", set_up)
+    monkeypatch.setattr(testbeds, "set_up", set_up)
     # Nothing is asked of MLflow here, which takes longer than all the rest.
     monkeypatch.setattr(track, "Tracker", Untracked)
     result = run(f"compare {options} --recipes magnitude --sparsity 0.5")

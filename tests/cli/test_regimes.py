@@ -19,7 +19,7 @@ def test_a_search_over_regimes_reports_shows_and_verifies_geometric_means(
     )
     assert result.exit_code == 0, (result.output, result.exception)
     winner = json.loads(Path("all.json").read_text())["rows"][-1]
-    parts = [regime["test_perplexity"] for regime in winner["regimes"]]
+    parts = [budget["test_perplexity"] for budget in winner["regimes"]]
     assert len(parts) == 3
     assert math.isclose(winner["test_perplexity"], math.prod(parts) ** (1 / 3), rel_tol=1e-9)
     assert "perplexity on test text in each regime" in result.output

@@ -11,7 +11,7 @@ import pytest
 from prunezero.cli import rescue
 from prunezero.cli.rescue import saved_or_kept
 from prunezero.errors import OutputError
-from prunezero.models import saving
+from prunezero.models.saving import save as saving
 from tests.cli.conftest import Run, flat
 
 FULL = OSError(28, "No space left on device")

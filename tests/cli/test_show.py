@@ -13,8 +13,8 @@ import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
-from prunezero.models import loading
-from prunezero.pruning.recipe import Recipe
+from prunezero.models.loading import load as loading
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prunezero.errors import PruneZeroError
-from prunezero.models import calibration
-from prunezero.report.run_summary import read_candidates
+from prunezero.models.observing import calibration
+from prunezero.report.runs.summary import read_candidates
 from tests.cli.conftest import Run, small_space
 
 SEARCH = "search MODEL --sparsity 0.5 --space small.yaml --budget 6"

@@ -11,14 +11,14 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
-from prunezero.pruning.recipe import Recipe
-from prunezero.report.beginnings import rules_of
-from prunezero.report.run_summary import front, read_run
-from prunezero.searching.judging.journal import read_journal
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.report.runs.summary import front, read_run
+from prunezero.report.runs.warm_start import rules_of
+from prunezero.searching.evaluation.journal import read_journal
+from prunezero.searching.experiment.task import Rule
 from prunezero.searching.session import make_task
-from prunezero.searching.task import Rule
 from tests.cli.conftest import Run, small_space
-from tests.searching.bench import tiny_space
+from tests.searching.testbed import tiny_space
 
 OFFERS: dict[str, Any] = {"compare": ["row", "model"], "update": [["none"], ["admm"]]}
 

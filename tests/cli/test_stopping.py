@@ -53,7 +53,9 @@ def started(folder: Path, seconds: float) -> subprocess.Popen[str]:
 def resumed_equals_whole(folder: Path) -> bool:
     """Whether the interrupted search, resumed, ends like one that was left alone."""
     sessions = session_in(folder / "parts", resume=True), session_in(folder / "whole")
-    parts, whole = (list(searching.search(session.ladder, budget=10)) for session in sessions)
+    parts, whole = (
+        list(searching.search(session.rungs, max_candidates=10)) for session in sessions
+    )
     for session in sessions:
         session.journal.close()
     return outcome(parts) == outcome(whole) and any(one.is_replayed for one in parts)

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from prunezero.errors import ModelError, OutputError, PruneZeroError, RecipeError
-from prunezero.models import streamed_evaluation
-from prunezero.models.unfinished import UnfinishedCheckpoint
+from prunezero.models.saving.resumable import ResumableCheckpoint
+from prunezero.models.streaming import evaluation as streamed_evaluation
 from prunezero.pruning import prune as pruning
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.stages import Stages
 from tests.cli.conftest import Run
 
@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_and_says_how_many_blocks_were_there(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(UnfinishedCheckpoint, "write", stopping_at(UnfinishedCheckpoint.write, 2))
+        patch.setattr(ResumableCheckpoint, "write", stopping_at(ResumableCheckpoint.write, 2))
         assert run(STREAMED).exit_code != 0
     assert not Path("out").exists()
     result = run(f"{STREAMED} --json o.json")

@@ -9,13 +9,13 @@ import pytest
 from safetensors.torch import load_file
 
 from prunezero.errors import ModelError, SearchError
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.recipe import Recipe
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.rivals import rivals
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
+from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.session import make_task
+from prunezero.searching.workers.worker import Plan
 from tests.cli.conftest import Run, flat, small_space
-from tests.searching.bench import tiny_bench, tiny_space
+from tests.searching.testbed import tiny_space, tiny_testbed
 from tests.tiny_models import tiny_tokenizer
 
 CHOSEN = "--targets q_proj,mlp.up_proj --ignore re:layers\\.0\\."
@@ -89,15 +89,15 @@ def test_a_search_of_some_layers_is_told_resumed_shown_verified_and_exported(run
 
 
 def test_layers_are_a_condition_of_answers_and_travel_to_workers() -> None:
-    bench = tiny_bench()
+    testbed = tiny_testbed()
     every = make_task(tiny_space(), 0.5)
     some = make_task(tiny_space(), 0.5, targets=("q_proj",), ignore=("re:layers.0",))
-    plan = Plan.of(bench, some, rivals(some))
+    plan = Plan.of(testbed, some, baselines(some))
     assert plan.conditions["targets"] == ["q_proj"] and plan.conditions["ignore"] == ["re:layers.0"]
-    assert not {"targets", "ignore"} & Plan.of(bench, every).conditions.keys()
+    assert not {"targets", "ignore"} & Plan.of(testbed, every).conditions.keys()
     worker = plan._task()
     assert (worker.targets, worker.ignore) == (some.targets, some.ignore)
-    assert {recipe.targets for recipe in rivals(some)} == {("q_proj",)}
+    assert {recipe.targets for recipe in baselines(some)} == {("q_proj",)}
 
 
 def test_every_command_leaves_alone_what_the_forward_pass_never_calls(

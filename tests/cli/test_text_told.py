@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prunezero.report import track
+from prunezero.report.tracking import tracker as track
 from tests.cli.conftest import Run
 from tests.cli.test_published import Untracked
 from tests.tiny_models import save_tiny_model, tiny_tokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.report import track
+from prunezero.report.tracking import tracker as track
 from tests.cli.conftest import Run
 
 

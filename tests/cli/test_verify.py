@@ -9,10 +9,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from prunezero.errors import SearchError
-from prunezero.report.candidates import write_candidates
-from prunezero.report.run_summary import front
-from prunezero.report.verification import Check
-from prunezero.searching.judging.journal import Journal, read_journal
+from prunezero.report.runs.candidate_tables import write_candidates
+from prunezero.report.runs.summary import front
+from prunezero.report.runs.verification import Check
+from prunezero.searching.evaluation.journal import Journal, read_journal
 from tests.cli.conftest import Run
 from tests.tiny_models import save_tiny_model
 
@@ -41,8 +41,8 @@ def test_an_untouched_search_is_agreed_with_though_its_journal_says_otherwise(
     assert [row["split"] for row in rows[:3]] == ["search", "validation", "test"]
     assert all(row["is_reported"] for row in rows[:3])
     assert all(abs(row["difference"]) < 1e-9 for row in rows if row["is_reported"])
-    rivals = front(parquet.read_table(mine / "candidates.parquet").to_pylist(), 2)
-    assert len(rows) == 3 + 3 * len(rivals)
+    baselines = front(parquet.read_table(mine / "candidates.parquet").to_pylist(), 2)
+    assert len(rows) == 3 + 3 * len(baselines)
     assert {"reported", "recomputed"} <= set(result.output.split())
 
 

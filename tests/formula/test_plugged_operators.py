@@ -24,16 +24,16 @@ from prunezero.formula.functions import elementwise_function
 from prunezero.formula.plugins import GROUP
 from prunezero.formula.ranking import ranking_form
 from prunezero.formula.vocabulary import Operator, elementwise
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
-from prunezero.report.export import PrunerFields, write_pruner
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.report.export.page import PrunerFields, write_pruner
 from prunezero.scoring.columns import sees_inputs_alone
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernels.source import plan
 from prunezero.scoring.score import evaluate
-from prunezero.searching.proposing.enumeration import Blocks
-from prunezero.searching.proposing.genetics import cross, mutate, random_criterion, tunable
-from prunezero.searching.space import SearchSpace
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.enumeration import Blocks
+from prunezero.searching.strategies.genetics import cross, mutate, random_criterion, tunable
 
 # Triton decides when it is first imported.
 if not torch.cuda.is_available():

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunezero.errors import StatisticsError, TextError
-from prunezero.models import calibration
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.observing import calibration
+from prunezero.models.observing.calibration import calibrate
 from prunezero.scoring.statistics import SUMS, Statistics
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
@@ -38,7 +38,7 @@ def assert_equal(left: dict[str, Statistics], right: dict[str, Statistics]) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_sum_has_the_shape_and_dtype_of_its_row(family: str) -> None:
     model = tiny_model(family)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     collected = calibrate(model, tiny_batches(), layers, SUMS)
     for layer in layers:
         size = dict(zip(("out", "in"), layer.weight.shape, strict=True))
@@ -50,7 +50,7 @@ def test_every_sum_has_the_shape_and_dtype_of_its_row(family: str) -> None:
 
 def test_no_sums_need_no_work() -> None:
     model = tiny_model()
-    collected = calibrate(model, tiny_batches(), find_layers(model.model), [])
+    collected = calibrate(model, tiny_batches(), find_linears(model.model), [])
     assert all(not statistics.sums for statistics in collected.values())
 
 
@@ -61,7 +61,7 @@ def test_progress_is_told_for_blocks_and_sequences() -> None:
     def progress(what: str, done: int, total: int) -> None:
         told.append((what, done, total))
 
-    calibrate(model, tiny_batches(2), find_layers(model.model), SOME, progress=progress)
+    calibrate(model, tiny_batches(2), find_linears(model.model), SOME, progress=progress)
     blocks, sequences = "activations of block", "gradients of sequence"
     assert told == [(blocks, 1, 2), (blocks, 2, 2), (sequences, 1, 2), (sequences, 2, 2)]
 
@@ -69,20 +69,20 @@ def test_progress_is_told_for_blocks_and_sequences() -> None:
 def test_text_that_the_model_cannot_take_is_refused_before_any_work() -> None:
     model = tiny_model()
     with pytest.raises(TextError, match="0 windows"):
-        calibrate(model, torch.zeros((0, 4), dtype=torch.int64), find_layers(model.model), SOME)
+        calibrate(model, torch.zeros((0, 4), dtype=torch.int64), find_linears(model.model), SOME)
 
 
 def test_an_unknown_sum_is_refused_by_name() -> None:
     model = tiny_model()
     with pytest.raises(StatisticsError, match="did you mean 'gram'"):
-        calibrate(model, tiny_batches(), find_layers(model.model), ["gramm"])
+        calibrate(model, tiny_batches(), find_linears(model.model), ["gramm"])
 
 
 def test_a_second_run_reads_the_first_ones_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny_model(), tiny_batches()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     first = calibrate(model, ids, layers, SOME, cache=tmp_path)
     monkeypatch.setattr(calibration, "BlockWalk", None)
     monkeypatch.setattr(calibration, "gradient_statistics", None)
@@ -97,7 +97,7 @@ def test_only_the_missing_sums_are_collected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = tiny_model(), tiny_batches()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     calibrate(model, ids, layers, SOME, cache=tmp_path)
     monkeypatch.setattr(calibration, "gradient_statistics", None)
     both = calibrate(model, ids, layers, [*SOME, "gram"], cache=tmp_path)
@@ -110,9 +110,11 @@ def test_another_model_text_or_choice_of_layers_has_its_own_files(
     tmp_path: Path, change: str
 ) -> None:
     model, ids = tiny_model(), tiny_batches()
-    calibrate(model, ids, find_layers(model.model), ["gram"], cache=tmp_path)
+    calibrate(model, ids, find_linears(model.model), ["gram"], cache=tmp_path)
     model = tiny_model(seed=int(change == "model"))
-    layers: list[Layer] = find_layers(model.model, targets=["q_proj"] if change == "layers" else [])
+    layers: list[Linear] = find_linears(
+        model.model, targets=["q_proj"] if change == "layers" else []
+    )
     text = "other" if change == "text" else ""
     other: Tensor = tiny_batches(seed=int(change == "ids"))
     calibrate(model, other, layers, ["gram"], cache=tmp_path, text_fingerprint=text)
@@ -122,7 +124,7 @@ def test_another_model_text_or_choice_of_layers_has_its_own_files(
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 64, None])
 def test_a_damaged_file_is_made_anew_with_a_warning(tmp_path: Path, damage: bytes | None) -> None:
     model, ids = tiny_model(), tiny_batches()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     first = calibrate(model, ids, layers, ["gram"], cache=tmp_path)
     (file,) = sum_files(tmp_path)
     file.write_bytes(file.read_bytes()[:-7] if damage is None else damage)
@@ -133,7 +135,7 @@ def test_a_damaged_file_is_made_anew_with_a_warning(tmp_path: Path, damage: byte
 
 def test_no_flipped_bit_of_a_file_of_sums_changes_what_is_read(tmp_path: Path) -> None:
     model, ids = tiny_model(), tiny_batches()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     first = calibrate(model, ids, layers, ["input_sum"], cache=tmp_path)
     (file,) = sum_files(tmp_path)
     written = file.read_bytes()
@@ -150,7 +152,7 @@ def test_no_flipped_bit_of_a_file_of_sums_changes_what_is_read(tmp_path: Path) -
 @pytest.mark.parametrize("fault", ["shape", "dtype", "missing", "nan", "unsigned", "other text"])
 def test_a_file_that_was_not_written_for_its_place_is_made_anew(tmp_path: Path, fault: str) -> None:
     model, ids = tiny_model(), tiny_batches()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     first = calibrate(model, ids, layers, ["gram"], cache=tmp_path)
     (file,) = sum_files(tmp_path)
     with safe_open(file, framework="pt") as opened:
@@ -176,7 +178,7 @@ def test_the_files_used_longest_ago_go_when_the_cache_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     for seed in range(3):
         calibrate(model, tiny_batches(seed=seed), layers, ["gram"], cache=tmp_path)
         for age, folder in enumerate(sorted(tmp_path.glob("statistics/*"), key=os.path.getmtime)):
@@ -197,12 +199,12 @@ def test_a_cache_limit_that_is_no_number_is_refused(
     model = tiny_model()
     monkeypatch.setenv("PRUNEZERO_CACHE_GIB", "plenty")
     with pytest.raises(StatisticsError, match="must be a number of GiB but is 'plenty'"):
-        calibrate(model, tiny_batches(), find_layers(model.model), ["gram"], cache=tmp_path)
+        calibrate(model, tiny_batches(), find_linears(model.model), ["gram"], cache=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_nothing_else(tmp_path: Path) -> None:
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     (tmp_path / "statistics").write_text("a file where a folder should be")
     with pytest.warns(UserWarning, match="not kept"):
         found = calibrate(model, tiny_batches(), layers, ["input_sum"], cache=tmp_path)
@@ -223,7 +225,7 @@ def test_what_others_keep_beside_the_sums_is_never_deleted(
     model = tiny_model()
     for seed in range(2):
         calibrate(
-            model, tiny_batches(seed=seed), find_layers(model.model), ["gram"], cache=tmp_path
+            model, tiny_batches(seed=seed), find_linears(model.model), ["gram"], cache=tmp_path
         )
     assert all((folder / "answers.csv").is_file() for folder in (own, hashed, elsewhere))
     assert len(sum_files(tmp_path)) == 4

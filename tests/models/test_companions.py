@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from prunezero.models.biases import open_biases
-from prunezero.models.companions import companions, edit_configuration, places_of_companions
-from prunezero.models.loading import load_model
-from prunezero.models.saving import save_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.editing.biases import open_biases
+from prunezero.models.loading.load import load_model
+from prunezero.models.saving.companions import companions, edit_configuration, places_of_companions
+from prunezero.models.saving.save import save_model
 from tests.tiny_models import save_tiny_model, tiny_batches
 
 BESIDE = (
@@ -115,7 +115,7 @@ def test_opened_biases_are_the_only_change_of_configuration_and_files(
     if shard == "20KB":
         (source / "model.safetensors").unlink()
     model = load_model(str(source), device="cpu")
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     open_biases(model, layers)
     for layer in layers:
         assert layer.bias is not None

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from prunezero.errors import ModelError
-from prunezero.models import file_digests, gguf
-from prunezero.models.digests import file_digest, tensor_digest, tensor_digests
-from prunezero.models.file_digests import digest_of_file, is_sealed, seal
-from prunezero.models.loading import wrap_model
-from prunezero.models.shards import Shards
+from prunezero.files import file_digests
+from prunezero.files.digests import file_digest, tensor_digest, tensor_digests
+from prunezero.files.file_digests import digest_of_file, is_sealed, seal
+from prunezero.models.loading import gguf
+from prunezero.models.loading.load import wrap_model
+from prunezero.models.loading.shards import Shards
 from tests.models.test_gguf import DATA, entry, header, tensor
 from tests.tiny_models import save_tiny_model, tiny_model, tiny_tokenizer
 

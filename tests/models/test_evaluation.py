@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from prunezero.errors import ModelError, TextError
 from prunezero.models import evaluation
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.evaluation import count_sparsity, dense_reference, evaluate
-from prunezero.models.loading import wrap_model
-from prunezero.models.saving import save_model
-from prunezero.models.units import find_layers
+from prunezero.models.loading.load import wrap_model
+from prunezero.models.saving.save import save_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_tokenizer
 
 
@@ -26,7 +26,7 @@ def test_perplexity_and_divergence_equal_those_of_whole_logits(
     reference = dense_reference(model, ids)
     with torch.no_grad():
         dense = model.model(ids).logits[:, :-1].log_softmax(-1)
-        find_layers(model.model)[-1].weight.mul_(-30.0)
+        find_linears(model.model)[-1].weight.mul_(-30.0)
         pruned = model.model(ids).logits[:, :-1].log_softmax(-1)
     measured = evaluate(model, ids, reference=reference)
     losses = [cross_entropy(p, i[1:]).item() for p, i in zip(pruned, ids, strict=True)]
@@ -67,7 +67,7 @@ def test_a_model_that_narrows_its_hidden_states_itself_is_measured_in_bfloat16()
 
 def test_a_model_that_blew_up_has_no_perplexity() -> None:
     model, ids = tiny_model(), tiny_batches()
-    find_layers(model.model)[0].weight.fill_(float("nan"))
+    find_linears(model.model)[0].weight.fill_(float("nan"))
     measured = evaluate(model, ids)
     assert math.isnan(measured.perplexity)
     assert all(map(math.isnan, measured.window_losses))
@@ -95,7 +95,7 @@ def test_a_reference_of_other_windows_is_refused_with_both_shapes() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zeros_are_counted_in_the_saved_files(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     names = [layer.name for layer in layers]
     layers[0].weight[:, 1::2] = -0.0
     layers[1].weight[:3] = 0.0
@@ -109,7 +109,7 @@ def test_zeros_are_counted_in_the_saved_files(family: str, tmp_path: Path) -> No
 
 def test_zeros_are_counted_across_several_files_and_negative_ones_are_named(tmp_path: Path) -> None:
     model = tiny_model()
-    layer = find_layers(model.model)[-1]
+    layer = find_linears(model.model)[-1]
     layer.weight[0] = -0.0
     model.model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.folding import (
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.permuting import (
     CHANGED,
     STREAM,
     UNREACHED,
-    Folding,
     Heads,
+    PermutableChannels,
     consumer_order,
-    find_foldings,
-    fold,
+    find_permutables,
+    permute_channels,
     producer_order,
     refusals,
 )
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_batches, tiny_model, tiny_tokenizer
 
 Found = dict[str, tuple[dict[str, int], Heads | None]]
@@ -38,8 +38,8 @@ EXPECTED: dict[str, Found] = {
 }
 
 
-def layers_of(model: LanguageModel, block: int) -> list[Layer]:
-    return [layer for layer in find_layers(model.model) if layer.block == block]
+def layers_of(model: LanguageModel, block: int) -> list[Linear]:
+    return [layer for layer in find_linears(model.model) if layer.block == block]
 
 
 def with_random_biases(model: LanguageModel) -> LanguageModel:
@@ -50,15 +50,15 @@ def with_random_biases(model: LanguageModel) -> LanguageModel:
     return model
 
 
-def described(foldings: list[Folding]) -> Found:
+def described(permutables: list[PermutableChannels]) -> Found:
     return {
         each.consumer.kind: ({layer.kind: start for layer, start in each.producers}, each.heads)
-        for each in foldings
+        for each in permutables
     }
 
 
-def random_order(folding: Folding, seed: int = 1) -> Tensor:
-    groups, queries, size = folding.heads or (1, 1, folding.channels)
+def random_order(permutable: PermutableChannels, seed: int = 1) -> Tensor:
+    groups, queries, size = permutable.heads or (1, 1, permutable.channels)
     generator = torch.Generator().manual_seed(seed)
     within = torch.rand(groups, 1, size, generator=generator).argsort(-1)
     heads = torch.arange(groups * queries).view(groups, queries, 1)
@@ -75,7 +75,7 @@ def logits_of(model: LanguageModel) -> Tensor:
 def test_the_channels_inside_mlp_and_heads_are_found_in_every_block(family: str) -> None:
     model = with_random_biases(tiny_model(family))
     for block in range(BLOCKS):
-        assert described(find_foldings(model, layers_of(model, block))) == EXPECTED[family]
+        assert described(find_permutables(model, layers_of(model, block))) == EXPECTED[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,10 +83,10 @@ def test_logits_stay_when_every_folding_gets_a_random_order(family: str) -> None
     model = with_random_biases(tiny_model(family))
     dense = logits_of(model)
     for block in range(BLOCKS):
-        for folding in find_foldings(model, layers_of(model, block)):
-            before = folding.consumer.weight.clone()
-            fold(folding, random_order(folding))
-            assert not torch.equal(folding.consumer.weight, before)
+        for permutable in find_permutables(model, layers_of(model, block)):
+            before = permutable.consumer.weight.clone()
+            permute_channels(permutable, random_order(permutable))
+            assert not torch.equal(permutable.consumer.weight, before)
     torch.testing.assert_close(logits_of(model), dense, rtol=1e-4, atol=1e-5)
 
 
@@ -95,10 +95,10 @@ def test_foldings_are_found_and_hold_in_bfloat16(family: str) -> None:
     network = tiny_model(family).model.to(torch.bfloat16)
     model = wrap_model(network, tiny_tokenizer(), name=family)
     dense = logits_of(model)
-    foldings = find_foldings(model, layers_of(model, 0))
-    assert described(foldings) == EXPECTED[family]
-    for folding in foldings:
-        fold(folding, random_order(folding))
+    permutables = find_permutables(model, layers_of(model, 0))
+    assert described(permutables) == EXPECTED[family]
+    for permutable in permutables:
+        permute_channels(permutable, random_order(permutable))
     change = (logits_of(model) - dense).float().norm() / dense.float().norm()
     assert float(change) < 0.02
 
@@ -117,7 +117,7 @@ def test_heads_of_any_number_and_size_are_told_apart(
     changes: dict[str, Any], heads: Heads | None
 ) -> None:
     model = tiny_model("llama", **changes)
-    found = described(find_foldings(model, layers_of(model, 1)))
+    found = described(find_permutables(model, layers_of(model, 1)))
     assert found["o_proj"] == ({"v_proj": 0}, heads)
 
 
@@ -125,7 +125,7 @@ def test_heads_of_any_number_and_size_are_told_apart(
 def test_looking_for_foldings_leaves_the_model_as_it_was(family: str) -> None:
     model = with_random_biases(tiny_model(family))
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
-    find_foldings(model, layers_of(model, 0))
+    find_permutables(model, layers_of(model, 0))
     after = model.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not any(module._forward_pre_hooks for module in model.model.modules())
@@ -137,12 +137,12 @@ def test_folding_moves_numbers_bit_for_bit_and_can_be_undone(family: str) -> Non
     model = with_random_biases(tiny_model(family))
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     places = {name: value.data_ptr() for name, value in model.model.state_dict().items()}
-    for folding in find_foldings(model, layers_of(model, 0)):
-        order = random_order(folding)
-        columns = folding.consumer.weight.clone()
-        fold(folding, order)
-        assert torch.equal(folding.consumer.weight, columns[:, order])
-        fold(folding, order.argsort())
+    for permutable in find_permutables(model, layers_of(model, 0)):
+        order = random_order(permutable)
+        columns = permutable.consumer.weight.clone()
+        permute_channels(permutable, order)
+        assert torch.equal(permutable.consumer.weight, columns[:, order])
+        permute_channels(permutable, order.argsort())
     after = model.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert {name: value.data_ptr() for name, value in after.items()} == places
@@ -151,26 +151,26 @@ def test_folding_moves_numbers_bit_for_bit_and_can_be_undone(family: str) -> Non
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_biases_move_with_their_rows_and_other_rows_stay(family: str) -> None:
     model = with_random_biases(tiny_model(family))
-    for folding in find_foldings(model, layers_of(model, 0)):
-        ((layer, start),) = folding.producers
+    for permutable in find_permutables(model, layers_of(model, 0)):
+        ((layer, start),) = permutable.producers
         weight, bias = layer.weight.clone(), layer.module.bias.clone()  # type: ignore[operator]
-        order = random_order(folding)
-        fold(folding, order)
+        order = random_order(permutable)
+        permute_channels(permutable, order)
         rows = torch.arange(len(weight))
-        rows[start : start + folding.channels] = order + start
+        rows[start : start + permutable.channels] = order + start
         assert torch.equal(layer.weight, weight[rows])
         assert torch.equal(layer.module.bias.detach(), bias[rows])  # type: ignore[operator]
 
 
 def test_producers_are_found_where_only_the_consumer_is_given() -> None:
     model = tiny_model("llama")
-    consumer = find_layers(model.model, targets=["layers.1.mlp.down_proj"])
-    (folding,) = find_foldings(model, consumer)
-    assert [layer.name for layer, _ in folding.producers] == [
+    consumer = find_linears(model.model, targets=["layers.1.mlp.down_proj"])
+    (permutable,) = find_permutables(model, consumer)
+    assert [layer.name for layer, _ in permutable.producers] == [
         "model.layers.1.mlp.gate_proj",
         "model.layers.1.mlp.up_proj",
     ]
-    assert find_foldings(model, []) == []
+    assert find_permutables(model, []) == []
 
 
 def test_layers_that_read_the_residual_stream_are_refused_with_the_reason() -> None:
@@ -198,12 +198,12 @@ def test_rows_that_are_fused_in_one_layer_are_found() -> None:
 
     model = model_from(Phi3Config(**SIZES, **REST, num_key_value_heads=2, pad_token_id=0))
     dense = logits_of(model)
-    attention, mlp = find_foldings(model, layers_of(model, 0))
+    attention, mlp = find_permutables(model, layers_of(model, 0))
     assert described([attention]) == {"o_proj": ({"qkv_proj": 48}, Heads(2, 2, 8))}
     starts = [(layer.kind, start) for layer, start in mlp.producers]
     assert starts == [("gate_up_proj", 0), ("gate_up_proj", 48)]
-    for folding in (attention, mlp):
-        fold(folding, random_order(folding))
+    for permutable in (attention, mlp):
+        permute_channels(permutable, random_order(permutable))
     torch.testing.assert_close(logits_of(model), dense, rtol=1e-4, atol=1e-5)
 
 
@@ -212,7 +212,7 @@ def test_heads_whose_queries_keys_and_values_alternate_are_refused() -> None:
 
     model = model_from(GPTNeoXConfig(**SIZES, **REST))
     layers = layers_of(model, 0)
-    found = described(find_foldings(model, layers))
+    found = described(find_permutables(model, layers))
     assert found == {"dense_4h_to_h": ({"dense_h_to_4h": 0}, None)}
     assert refusals(model, layers)["gpt_neox.layers.0.attention.dense"] == CHANGED
 
@@ -222,7 +222,7 @@ def test_channels_and_heads_that_are_dead_are_found_like_any_other(family: str) 
     model = tiny_model(family)
     for layer in layers_of(model, 0):
         layer.weight[: len(layer.weight) // 2] = 0.0
-    assert described(find_foldings(model, layers_of(model, 0))) == EXPECTED[family]
+    assert described(find_permutables(model, layers_of(model, 0))) == EXPECTED[family]
 
 
 def test_a_layer_that_does_not_run_is_refused() -> None:
@@ -230,7 +230,7 @@ def test_a_layer_that_does_not_run_is_refused() -> None:
     for block in model.model.model.layers:
         block.spare = nn.Linear(32, 32)
     layers = layers_of(model, 0)
-    assert described(find_foldings(model, layers)) == GROUPED
+    assert described(find_permutables(model, layers)) == GROUPED
     assert refusals(model, layers)["model.layers.0.spare"] == UNREACHED
 
 
@@ -245,7 +245,7 @@ def test_a_channel_that_is_treated_by_its_place_is_refused() -> None:
     model = tiny_model("llama")
     model.model.model.layers[0].mlp.act_fn = ScaledActivation()
     layers = layers_of(model, 0)
-    assert list(described(find_foldings(model, layers))) == ["o_proj"]
+    assert list(described(find_permutables(model, layers))) == ["o_proj"]
     assert refusals(model, layers)["model.layers.0.mlp.down_proj"] == CHANGED
 
 
@@ -262,17 +262,17 @@ def test_a_channel_that_another_block_reads_too_is_refused() -> None:
 
     first.mlp.up_proj.register_forward_hook(keep)
     second.mlp.down_proj.register_forward_hook(add)
-    assert list(described(find_foldings(model, layers_of(model, 0)))) == ["o_proj"]
+    assert list(described(find_permutables(model, layers_of(model, 0)))) == ["o_proj"]
 
 
 def test_the_order_of_grouped_heads_goes_to_the_rows_and_back() -> None:
     model = tiny_model("llama")
-    folding = find_foldings(model, layers_of(model, 0))[0]
-    order = random_order(folding)
-    rows = producer_order(folding, order)
+    permutable = find_permutables(model, layers_of(model, 0))[0]
+    order = random_order(permutable)
+    rows = producer_order(permutable, order)
     # Two query heads of 8 channels read each key-value head.
     assert rows.tolist() == [*order[:8].tolist(), *(order[16:24] - 8).tolist()]
-    assert torch.equal(consumer_order(folding, rows), order)
+    assert torch.equal(consumer_order(permutable, rows), order)
 
 
 def swapped(count: int, left: int, right: int) -> Tensor:
@@ -293,8 +293,8 @@ def swapped(count: int, left: int, right: int) -> Tensor:
 )
 def test_an_order_that_would_change_the_model_is_refused(order: Tensor, message: str) -> None:
     model = tiny_model("llama")
-    folding = find_foldings(model, layers_of(model, 0))[0]
-    before = folding.consumer.weight.clone()
+    permutable = find_permutables(model, layers_of(model, 0))[0]
+    before = permutable.consumer.weight.clone()
     with pytest.raises(ModelError, match=message):
-        fold(folding, order)
-    assert torch.equal(folding.consumer.weight, before)
+        permute_channels(permutable, order)
+    assert torch.equal(permutable.consumer.weight, before)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prunezero.errors import ModelError
-from prunezero.models.gguf_header import check_header
+from prunezero.models.loading.gguf_header import check_header
 
 
 def text(words: str) -> bytes:

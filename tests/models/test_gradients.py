@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prunezero.errors import StatisticsError
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.observing.calibration import calibrate
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 GRADIENT_SUMS = [
@@ -20,7 +20,7 @@ GRADIENT_SUMS = [
 ]
 
 
-def reference(network: Any, layers: list[Layer], ids: Tensor) -> dict[str, list[Tensor]]:
+def reference(network: Any, layers: list[Linear], ids: Tensor) -> dict[str, list[Tensor]]:
     """The gradient sums of every layer by plain autograd."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -57,10 +57,10 @@ def reference(network: Any, layers: list[Layer], ids: Tensor) -> dict[str, list[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_sums_equal_those_of_plain_autograd(family: str) -> None:
     model, ids = tiny_model(family), tiny_batches(3, 12)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     collected = calibrate(model, ids, layers, GRADIENT_SUMS)
     twin = tiny_model(family).model
-    for name, expected in reference(twin, find_layers(twin), ids).items():
+    for name, expected in reference(twin, find_linears(twin), ids).items():
         for sum_name, value in zip(GRADIENT_SUMS, expected, strict=True):
             have = collected[name].sums[sum_name].float()
             torch.testing.assert_close(have, value.detach(), rtol=1e-3, atol=1e-12)
@@ -70,9 +70,9 @@ def test_gradient_sums_equal_those_of_plain_autograd(family: str) -> None:
 @pytest.mark.parametrize("sum_name", GRADIENT_SUMS)
 def test_a_gradient_sum_alone_equals_itself_among_others(sum_name: str) -> None:
     model, ids = tiny_model(), tiny_batches()
-    layers = find_layers(model.model, targets=["o_proj"])
+    layers = find_linears(model.model, targets=["o_proj"])
     alone = calibrate(model, ids, layers, [sum_name])
-    among = calibrate(model, ids, find_layers(model.model), [*GRADIENT_SUMS, "input_sum"])
+    among = calibrate(model, ids, find_linears(model.model), [*GRADIENT_SUMS, "input_sum"])
     for layer in layers:
         assert set(alone[layer.name].sums) == {sum_name}
         left, right = (found[layer.name].sums[sum_name] for found in (alone, among))
@@ -83,7 +83,7 @@ def test_no_gradient_and_no_hook_is_left_behind() -> None:
     model = tiny_model()
     first = next(model.model.parameters())
     first.requires_grad_(True)
-    calibrate(model, tiny_batches(), find_layers(model.model), GRADIENT_SUMS)
+    calibrate(model, tiny_batches(), find_linears(model.model), GRADIENT_SUMS)
     assert [p.requires_grad for p in model.model.parameters()].count(True) == 1
     assert first.requires_grad
     assert all(parameter.grad is None for parameter in model.model.parameters())
@@ -93,7 +93,7 @@ def test_no_gradient_and_no_hook_is_left_behind() -> None:
 
 def test_everything_is_restored_after_an_error_too() -> None:
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     layers[0].weight.fill_(float("nan"))
     with pytest.raises(StatisticsError, match="the loss of 'llama' on calibration sequence 0 is"):
         calibrate(model, tiny_batches(), layers, GRADIENT_SUMS)
@@ -103,7 +103,7 @@ def test_everything_is_restored_after_an_error_too() -> None:
 
 def test_a_layer_whose_gradients_are_all_zero_is_refused_by_name() -> None:
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     o_proj = next(layer for layer in layers if layer.name.endswith("0.self_attn.o_proj"))
     o_proj.weight.zero_()
     with pytest.raises(StatisticsError, match="layer 'model.layers.0.self_attn.q_proj' are zero"):
@@ -112,8 +112,8 @@ def test_a_layer_whose_gradients_are_all_zero_is_refused_by_name() -> None:
 
 def test_many_zero_gradients_are_reported_once() -> None:
     model = tiny_model(hidden_act="relu")
-    layers = find_layers(model.model, targets=["down_proj"])
-    for layer in find_layers(model.model, targets=["gate_proj"]):
+    layers = find_linears(model.model, targets=["down_proj"])
+    for layer in find_linears(model.model, targets=["gate_proj"]):
         layer.weight[:40] = 0.0
     with pytest.warns(UserWarning, match="62% of the gradient sums are exactly zero") as caught:
         calibrate(model, tiny_batches(), layers, ["gradient_square_sum"])

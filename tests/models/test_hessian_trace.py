@@ -9,9 +9,9 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from prunezero.errors import StatisticsError, TextError
-from prunezero.models.hessian_trace import curvatures, hessian_traces
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.hessian_trace import curvatures, hessian_traces
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 SMALL: dict[str, Any] = {
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def exact_hessian(model: LanguageModel, layers: list[Layer], ids: Tensor) -> Tensor:
+def exact_hessian(model: LanguageModel, layers: list[Linear], ids: Tensor) -> Tensor:
     """The Hessian [weights, weights] of one sequence's loss over all weights of the layers."""
     model.model.double()
     parameters = {name: value.detach() for name, value in model.model.named_parameters()}
@@ -45,7 +45,7 @@ def exact_hessian(model: LanguageModel, layers: list[Layer], ids: Tensor) -> Ten
 def test_estimates_are_the_exact_traces_within_their_standard_errors(targets: list[str]) -> None:
     samples = 400
     model, ids = tiny_model(**SMALL), tiny_batches(1, 8)
-    layers = find_layers(model.model, targets=targets)
+    layers = find_linears(model.model, targets=targets)
     traces = hessian_traces(model, ids, layers, sequences=1, samples=samples)
     hessian = exact_hessian(model, layers, ids[0])
     start = 0
@@ -79,7 +79,7 @@ def test_the_curvature_of_a_quadratic_is_known() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_every_family_has_a_trace(family: str) -> None:
     model, ids = tiny_model(family), tiny_batches(2, 12)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     traces = hessian_traces(model, ids, layers, sequences=2, samples=1)
     assert set(traces) == {layer.name for layer in layers}
     assert all(value != 0 for value in traces.values())
@@ -87,7 +87,7 @@ def test_every_layer_of_every_family_has_a_trace(family: str) -> None:
 
 def test_a_seed_gives_the_same_traces_again_and_another_seed_others() -> None:
     model, ids = tiny_model(), tiny_batches(2, 8)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     first, again, other = (
         hessian_traces(model, ids, layers, sequences=2, samples=1, seed=seed) for seed in (0, 0, 1)
     )
@@ -97,11 +97,11 @@ def test_a_seed_gives_the_same_traces_again_and_another_seed_others() -> None:
 
 def test_a_trace_is_the_mean_over_sequences_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([[1.0], [2.0], [4.0], [9.0]])
-    place = "prunezero.models.hessian_trace.curvatures"
+    place = "prunezero.models.observing.hessian_trace.curvatures"
     monkeypatch.setattr(place, lambda *given: next(values))
     told: list[tuple[int, int]] = []
     model = tiny_model()
-    layers = find_layers(model.model, targets=["0.mlp.up_proj"])
+    layers = find_linears(model.model, targets=["0.mlp.up_proj"])
     traces = hessian_traces(
         model,
         tiny_batches(3, 8),
@@ -121,7 +121,7 @@ def test_half_precision_weights_are_differentiated_in_float32() -> None:
     single = tiny_model()
     single.model.load_state_dict(half.model.state_dict())
     found, expected = (
-        hessian_traces(model, ids, find_layers(model.model), sequences=1, samples=1)
+        hessian_traces(model, ids, find_linears(model.model), sequences=1, samples=1)
         for model in (half, single)
     )
     assert found == pytest.approx(expected, rel=1e-5)
@@ -132,7 +132,7 @@ def test_the_model_is_left_as_it_was_after_success_and_after_an_error() -> None:
     model, ids = tiny_model(), tiny_batches(1, 8)
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     first = next(model.model.parameters()).requires_grad_(True)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     hessian_traces(model, ids, layers, sequences=1, samples=1)
     assert [p.requires_grad for p in model.model.parameters()].count(True) == 1
     assert first.requires_grad
@@ -149,8 +149,8 @@ def test_a_trace_that_is_not_finite_is_refused_with_the_name_of_its_layer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, ids = tiny_model(), tiny_batches(1, 8)
-    layers = find_layers(model.model, targets=["v_proj"])
-    place = "prunezero.models.hessian_trace.curvatures"
+    layers = find_linears(model.model, targets=["v_proj"])
+    place = "prunezero.models.observing.hessian_trace.curvatures"
     monkeypatch.setattr(place, lambda *given: [1.0, float("nan")])
     with pytest.raises(StatisticsError, match=f"layer '{layers[1].name}' is nan"):
         hessian_traces(model, ids, layers, sequences=1, samples=1)
@@ -159,4 +159,4 @@ def test_a_trace_that_is_not_finite_is_refused_with_the_name_of_its_layer(
 def test_too_few_sequences_are_refused() -> None:
     model = tiny_model()
     with pytest.raises(TextError, match="asked for over 4 sequences but there are only 2"):
-        hessian_traces(model, tiny_batches(2), find_layers(model.model), sequences=4, samples=1)
+        hessian_traces(model, tiny_batches(2), find_linears(model.model), sequences=4, samples=1)

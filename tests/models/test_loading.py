@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError
-from prunezero.models import gguf
-from prunezero.models.cache import cache_dir
-from prunezero.models.language_model import wrap_model
-from prunezero.models.loading import computing_dtype, load_model, trial_dtypes
-from prunezero.models.shards import Shards
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.units import find_layers
+from prunezero.files.cache import cache_dir
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading import gguf
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.loading.load import computing_dtype, load_model, trial_dtypes
+from prunezero.models.loading.shards import Shards
+from prunezero.models.streaming.streamed_model import StreamedModel
 from tests.tiny_models import (
     FAMILIES,
     save_tiny_model,
@@ -91,7 +91,7 @@ def test_unknown_dtypes_and_devices_are_refused(tmp_path: Path) -> None:
 def test_a_fingerprint_changes_with_weights_configuration_dtype_and_vocabulary() -> None:
     base = tiny_model()
     network = tiny_network("llama")
-    find_layers(network)[3].weight[:, ::2] = 0.0
+    find_linears(network)[3].weight[:, ::2] = 0.0
     words = tiny_tokenizer()
     words.add_tokens(["prune"])
     variants = [
@@ -208,10 +208,10 @@ def test_a_demo_model_that_is_not_installed_is_told_with_the_command(
 
 @pytest.mark.slow
 def test_the_demo_model_loads_saves_and_loads_again(tmp_path: Path) -> None:
-    from prunezero.models.saving import save_model
+    from prunezero.models.saving.save import save_model
 
     model = load_model("demo", dtype="float32", device="cpu")
-    assert len(find_layers(model.model)) == 210
+    assert len(find_linears(model.model)) == 210
     save_model(model, tmp_path / "saved")
     assert load(tmp_path / "saved").fingerprint == model.fingerprint
 

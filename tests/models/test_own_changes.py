@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from prunezero.errors import ModelError
-from prunezero.models.language_model import wrap_model
-from prunezero.models.loading import load_model
-from prunezero.models.streaming import StreamedModel
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.loading.load import load_model
+from prunezero.models.streaming.streamed_model import StreamedModel
 from tests.tiny_models import tiny_network, tiny_tokenizer
 
 

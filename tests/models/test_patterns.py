@@ -8,10 +8,10 @@ import time
 import pytest
 
 from prunezero.errors import ModelError, RecipeError
-from prunezero.models.patterns import MAX_LENGTH, check_pattern, fits
-from prunezero.pruning.documents import validated
-from prunezero.pruning.recipe import Recipe
-from prunezero.searching.space import SearchSpace
+from prunezero.models.anatomy.patterns import MAX_LENGTH, check_pattern, fits
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.searching.spaces.space import SearchSpace
 
 NAME = "model.layers.10.self_attn.q_proj"
 ENDLESS = [

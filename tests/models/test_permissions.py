@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunezero.models.calibration import calibrate
-from prunezero.models.saving import save_model
-from prunezero.models.shards import write_shard
-from prunezero.models.units import find_layers
-from prunezero.models.whole_files import follow_umask
+from prunezero.files.atomic import follow_umask
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.shards import write_shard
+from prunezero.models.observing.calibration import calibrate
+from prunezero.models.saving.save import save_model
 from tests.tiny_models import tiny_batches, tiny_model
 
 
@@ -27,7 +27,7 @@ def write_one_shard(folder: Path) -> None:
 
 def write_statistics(folder: Path) -> None:
     model = tiny_model()
-    calibrate(model, tiny_batches(), find_layers(model.model), ["input_sum"], cache=folder)
+    calibrate(model, tiny_batches(), find_linears(model.model), ["input_sum"], cache=folder)
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077])

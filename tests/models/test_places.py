@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.models import places
-from prunezero.models.places import check_apart, check_room, try_file, try_folder, try_inside
-from prunezero.models.whole_files import write_text
+from prunezero.files import places
+from prunezero.files.atomic import write_text
+from prunezero.files.places import check_apart, check_room, try_file, try_folder, try_inside
 from tests.searching.test_disks import no_file_longer_than
 
 

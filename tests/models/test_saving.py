@@ -8,10 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunezero.errors import OutputError
-from prunezero.models.loading import load_model
-from prunezero.models.saving import check_writable, save_model
-from prunezero.models.shards import SINGLE as FILE
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.load import load_model
+from prunezero.models.loading.shards import SINGLE as FILE
+from prunezero.models.saving.save import check_writable, save_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
 
 
@@ -20,13 +20,13 @@ def test_a_pruned_model_gives_equal_logits_in_plain_transformers(
     family: str, tmp_path: Path
 ) -> None:
     model, ids = tiny_model(family), tiny_batches()
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         layer.weight[:, ::2] = -0.0
     save_model(model, tmp_path / "pruned")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
     with torch.no_grad():
         assert torch.equal(plain(ids).logits, model.model(ids).logits)
-    for layer in find_layers(plain):
+    for layer in find_linears(plain):
         assert not layer.weight[:, ::2].any()
         assert not torch.signbit(layer.weight[:, ::2]).any()
     assert AutoTokenizer.from_pretrained(tmp_path / "pruned")("Ab c")["input_ids"] == [
@@ -56,7 +56,7 @@ def test_numbers_too_small_for_the_computation_stay_where_nothing_was_removed(
         tensor.view(-1)[:2] = torch.tensor([1e-300, -0.0], dtype=torch.float64)
     save_file(tiny, source / FILE, metadata={"format": "pt"})
     model = load_model(str(source), dtype=dtype, device="cpu")
-    pruned = find_layers(model.model)[0]
+    pruned = find_linears(model.model)[0]
     pruned.weight[:, ::2] = 0.0
     save_model(model, tmp_path / "pruned")
     saved = load_file(tmp_path / "pruned" / FILE)

@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models import semi_structured
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.loading import wrap_model
-from prunezero.models.semi_structured import first_dense_group, to_semi_structured
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing import semi_structured
+from prunezero.models.editing.semi_structured import first_dense_group, to_semi_structured
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import wrap_model
 from tests.tiny_models import tiny_batches, tiny_network, tiny_tokenizer
 
 
 def two_four(family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
     """A tiny model that keeps the 2nd and 3rd of every 4 weights of every layer."""
     network = tiny_network(family).to(dtype)
-    for layer in find_layers(network):
+    for layer in find_linears(network):
         layer.weight[:, ::4] = 0.0
         layer.weight[:, 3::4] = -0.0
     return wrap_model(network, tiny_tokenizer(), name=family)
 
 
-def layers_of(model: LanguageModel) -> list[Layer]:
-    return find_layers(model.model)
+def layers_of(model: LanguageModel) -> list[Linear]:
+    return find_linears(model.model)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_transposed_weights_are_refused() -> None:
 def test_a_shape_that_does_not_fit_the_tiles_is_refused() -> None:
     network = tiny_network("llama", intermediate_size=40).bfloat16()
     model = wrap_model(network, tiny_tokenizer(), name="odd")
-    chosen = find_layers(network, targets=["down_proj"])
+    chosen = find_linears(network, targets=["down_proj"])
     with pytest.raises(ModelError, match=r"down_proj' has shape \[32, 40\] but .* tiles of 16"):
         to_semi_structured(model, chosen)
 
@@ -155,7 +155,7 @@ def test_a_converted_model_computes_what_the_dense_one_does(
     sizes: dict[str, Any] = {"hidden_size": 128}
     sizes |= {"word_embed_proj_dim": 128, "ffn_dim": 256} if family == "opt" else {}
     network = tiny_network(family, **sizes).to(dtype)
-    for layer in find_layers(network):
+    for layer in find_linears(network):
         layer.weight[:, ::4] = 0.0
         layer.weight[:, 3::4] = 0.0
     model = wrap_model(network.cuda(), tiny_tokenizer(), name=family)

@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunezero.errors import ModelError, OutputError
-from prunezero.models import streaming
+from prunezero.models.anatomy.linears import find_blocks, find_linears
 from prunezero.models.evaluation import evaluate
-from prunezero.models.language_model import wrap_model
-from prunezero.models.loading import load_model, local_folder
-from prunezero.models.memory import SPARE_BYTES, memory_need
-from prunezero.models.shards import Shards, write_shard
-from prunezero.models.streamed_evaluation import evaluate_streamed, evaluation_bytes
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.unfinished import UnfinishedCheckpoint
-from prunezero.models.units import find_blocks, find_layers
-from prunezero.models.walk import BlockWalk
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.loading.load import load_model, local_folder
+from prunezero.models.loading.shards import Shards, write_shard
+from prunezero.models.observing.walk import BlockWalk
+from prunezero.models.saving.resumable import ResumableCheckpoint
+from prunezero.models.streaming import streamed_model as streaming
+from prunezero.models.streaming.evaluation import evaluate_streamed, evaluation_bytes
+from prunezero.models.streaming.memory import SPARE_BYTES, memory_need
+from prunezero.models.streaming.streamed_model import StreamedModel
 from tests.tiny_models import (
     BLOCKS,
     FAMILIES,
@@ -61,8 +61,8 @@ def test_a_walk_over_streamed_blocks_equals_the_walk_over_the_loaded_model(
     whole = load_model(str(folder), dtype=dtype, device="cpu")
     assert streamed.language_model.dtype == whole.dtype
     with streamed.outlined():
-        layers = find_layers(streamed.language_model.model)
-    known = find_layers(whole.model)
+        layers = find_linears(streamed.language_model.model)
+    known = find_linears(whole.model)
     assert [layer.name for layer in layers] == [layer.name for layer in known]
     with streamed.outside(), streamed.block(0):
         walk = BlockWalk(streamed.language_model, tiny_batches())
@@ -206,7 +206,7 @@ def test_an_index_that_promises_too_much_is_refused(tmp_path: Path) -> None:
 def test_weights_on_the_meta_device_are_still_refused_elsewhere(tmp_path: Path) -> None:
     streamed = StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
     with pytest.raises(ModelError, match="offloaded or not loaded"):
-        find_layers(streamed.language_model.model)
+        find_linears(streamed.language_model.model)
     with pytest.raises(ModelError, match="offloaded or not loaded"):
         wrap_model(streamed.language_model.model, tiny_tokenizer(), name="streamed")
 
@@ -224,7 +224,7 @@ def test_the_memory_need_adds_up_weights_sums_and_states(tmp_path: Path) -> None
         save_tiny_model("llama", tmp_path, tie_word_embeddings=False), device="cpu"
     )
     with streamed.outlined():
-        layers = find_layers(streamed.language_model.model)
+        layers = find_linears(streamed.language_model.model)
     need = memory_need(streamed, layers, ["gram", "input_square_sum"], tiny_batches(3, 16))
     assert need.outside == 4 * (2 * VOCABULARY * HIDDEN + HIDDEN)
     # q and o, k and v with half the heads, three of the perceptron, two norms
@@ -312,11 +312,11 @@ def test_an_unfinished_checkpoint_goes_on_behind_its_last_finished_part(tmp_path
     folder = save_sharded("llama", tmp_path / "model", dtype=torch.float32)
     source, request = Shards(folder), {"recipe": "a", "sparsity": 0.5}
     names = list(source.tensors)
-    first = UnfinishedCheckpoint(tmp_path / "out", request, source)
+    first = ResumableCheckpoint(tmp_path / "out", request, source)
     assert first.finished() == 0
     first.copy(names[:3])
     first.write(1, [(names[3], source.read(names[3]) + 1)])
-    again = UnfinishedCheckpoint(tmp_path / "out", request, source)
+    again = ResumableCheckpoint(tmp_path / "out", request, source)
     assert again.finished() == 2
     assert torch.equal(again.shards().read(names[3]), source.read(names[3]) + 1)
     assert not again.shards().read(names[4]).any()
@@ -336,18 +336,18 @@ def test_an_unfinished_checkpoint_goes_on_behind_its_last_finished_part(tmp_path
 
 def test_an_unfinished_checkpoint_whose_files_are_damaged_begins_anew(tmp_path: Path) -> None:
     source = Shards(save_tiny_model("llama", tmp_path / "model"))
-    first = UnfinishedCheckpoint(tmp_path / "out", {}, source)
+    first = ResumableCheckpoint(tmp_path / "out", {}, source)
     first.copy(source.tensors)
     file = first.model_folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    assert UnfinishedCheckpoint(tmp_path / "out", {}, source).finished() == 0
+    assert ResumableCheckpoint(tmp_path / "out", {}, source).finished() == 0
 
 
 def test_another_request_is_refused_with_the_difference(tmp_path: Path) -> None:
     source = Shards(save_tiny_model("llama", tmp_path / "model"))
-    UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, source)
+    ResumableCheckpoint(tmp_path / "out", {"sparsity": 0.5, "recipe": "a"}, source)
     with pytest.raises(OutputError, match=r"another request \(sparsity: 0.5, now 0.6\)"):
-        UnfinishedCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, source)
+        ResumableCheckpoint(tmp_path / "out", {"sparsity": 0.6, "recipe": "a"}, source)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("keep me")
     with pytest.raises(OutputError, match="is not empty and says nothing of what it holds"):
-        UnfinishedCheckpoint(tmp_path / "out", {}, source)
+        ResumableCheckpoint(tmp_path / "out", {}, source)
     assert (tmp_path / "out.partial" / "mine.txt").read_text() == "keep me"
 
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from prunezero.errors import TextError
-from prunezero.models import demo_text, text_rows
-from prunezero.models import text as text_module
-from prunezero.models.demo_text import clean
-from prunezero.models.running_text import cut_running_text
-from prunezero.models.text import SPLITS, Text, distinct, divide, load_text, windows
-from prunezero.models.text_sources import read_source
-from prunezero.models.windows import begin_with
-from prunezero.report import page_parts
+from prunezero.models.text import demo as demo_text
+from prunezero.models.text import rows as text_rows
+from prunezero.models.text import splits as text_module
+from prunezero.models.text.demo import clean
+from prunezero.models.text.running_text import cut_running_text
+from prunezero.models.text.sources import read_source
+from prunezero.models.text.splits import SPLITS, Text, distinct, divide, load_text, windows
+from prunezero.models.text.windows import begin_with
+from prunezero.report.export import page_parts
 from tests.tiny_models import LONGEST, tiny_model, tiny_tokenizer
 
 DOCUMENTS = [f"Document number {place} is about pruning." for place in range(40)]

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from prunezero.errors import TextError
-from prunezero.models import text_rows
-from prunezero.models.running_text import are_lines, cut_running_text
-from prunezero.models.text import SPLITS, Text, load_text
-from prunezero.models.text_sources import read_source
+from prunezero.models.text import rows as text_rows
+from prunezero.models.text.running_text import are_lines, cut_running_text
+from prunezero.models.text.sources import read_source
+from prunezero.models.text.splits import SPLITS, Text, load_text
 
 # Three paragraphs each, so that a document that is cut is seen to be.
 DOCUMENTS = [f"First {place}.\n\nSecond {place}.\n\nThird {place}." for place in range(240)]
@@ -308,7 +308,7 @@ def test_endless_lines_and_words_are_cut_and_nothing_is_lost(text: str) -> None:
 
 MEASURE = """
 import resource
-from prunezero.models.text import Text, windows
+from prunezero.models.text.splits import Text, windows
 from tests.tiny_models import tiny_model
 model = tiny_model()
 windows(Text("a", {"test": ("prune " * 20,)}, ""), "test", model, length=32, count=1)
@@ -329,7 +329,9 @@ def test_a_line_of_three_million_characters_takes_little_memory() -> None:
 
 def test_local_text_needs_no_cache_of_the_hub(tmp_path: Path) -> None:
     name = write_rows(tmp_path / "a.jsonl", ROWS)
-    program = "import sys; from prunezero.models.text import load_text; load_text(sys.argv[1])"
+    program = (
+        "import sys; from prunezero.models.text.splits import load_text; load_text(sys.argv[1])"
+    )
     subprocess.run(
         [sys.executable, "-c", program, name],
         check=True,

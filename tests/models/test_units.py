@@ -7,19 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.language_model import wrap_model
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.units import Layer, find_blocks, find_layers, note_calls, uncalled_layers
+from prunezero.models.anatomy.linears import (
+    Linear,
+    find_blocks,
+    find_linears,
+    note_calls,
+    uncalled_linears,
+)
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.streaming.streamed_model import StreamedModel
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_network, tiny_tokenizer
 
 LAYERS_PER_BLOCK = {"llama": 7, "mistral": 7, "qwen3": 7, "gemma3": 7, "gpt2": 4, "opt": 6}
 
 
-def names(layers: list[Layer]) -> list[str]:
+def names(layers: list[Linear]) -> list[str]:
     return [layer.name for layer in layers]
 
 
-def bias_of(layer: Layer) -> Tensor:
+def bias_of(layer: Linear) -> Tensor:
     bias = layer.module.bias
     return bias.detach() if isinstance(bias, Tensor) else torch.zeros(layer.weight.shape[0])
 
@@ -27,7 +33,7 @@ def bias_of(layer: Layer) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_maps_of_all_blocks_are_found_and_nothing_else(family: str) -> None:
     network = tiny_network(family)
-    layers = find_layers(network)
+    layers = find_linears(network)
     assert len(find_blocks(network)) == BLOCKS
     assert len(layers) == BLOCKS * LAYERS_PER_BLOCK[family]
     assert not any("head" in name or "embed" in name for name in names(layers))
@@ -36,7 +42,7 @@ def test_all_linear_maps_of_all_blocks_are_found_and_nothing_else(family: str) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_turns_inputs_into_outputs_by_its_weight(family: str) -> None:
-    for layer in find_layers(tiny_network(family)):
+    for layer in find_linears(tiny_network(family)):
         inputs = torch.randn(5, layer.weight.shape[1])
         expected = inputs @ layer.weight.T + bias_of(layer)
         torch.testing.assert_close(layer.module(inputs).detach(), expected)
@@ -44,7 +50,7 @@ def test_a_layer_turns_inputs_into_outputs_by_its_weight(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_writing_the_weight_of_a_layer_changes_the_model(family: str) -> None:
-    layer = find_layers(tiny_network(family))[0]
+    layer = find_linears(tiny_network(family))[0]
     layer.weight[1, 0] = 7.0
     inputs = torch.zeros(layer.weight.shape[1])
     inputs[0] = 1.0
@@ -54,53 +60,53 @@ def test_writing_the_weight_of_a_layer_changes_the_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kinds_are_the_same_in_every_block_and_unique_within(family: str) -> None:
-    layers = find_layers(tiny_network(family))
+    layers = find_linears(tiny_network(family))
     by_block = [[layer.kind for layer in layers if layer.block == block] for block in range(BLOCKS)]
     assert by_block[0] == by_block[1]
     assert len(set(by_block[0])) == LAYERS_PER_BLOCK[family]
 
 
 def test_the_two_projections_of_gpt2_with_one_name_have_two_kinds() -> None:
-    kinds = [layer.kind for layer in find_layers(tiny_network("gpt2"))[:4]]
+    kinds = [layer.kind for layer in find_linears(tiny_network("gpt2"))[:4]]
     assert kinds == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
 
 
 def test_targets_and_ignore_take_names_endings_and_expressions() -> None:
     network = tiny_network("llama")
-    assert names(find_layers(network, targets=["model.layers.1.mlp.up_proj"])) == [
+    assert names(find_linears(network, targets=["model.layers.1.mlp.up_proj"])) == [
         "model.layers.1.mlp.up_proj"
     ]
-    assert len(find_layers(network, targets=["q_proj", "mlp.down_proj"])) == 4
-    assert len(find_layers(network, targets=[r"re:layers\.0\."])) == 7
-    assert len(find_layers(network, targets=["re:mlp"], ignore=["up_proj", "lm_head"])) == 4
+    assert len(find_linears(network, targets=["q_proj", "mlp.down_proj"])) == 4
+    assert len(find_linears(network, targets=[r"re:layers\.0\."])) == 7
+    assert len(find_linears(network, targets=["re:mlp"], ignore=["up_proj", "lm_head"])) == 4
 
 
 @pytest.mark.parametrize("argument", ["targets", "ignore"])
 def test_a_pattern_that_matches_nothing_is_refused_with_real_names(argument: str) -> None:
     with pytest.raises(ModelError, match="did you mean 'q_proj'.*model.layers.0.self_attn.q_proj"):
-        find_layers(tiny_network("llama"), **{argument: ["qproj"]})
+        find_linears(tiny_network("llama"), **{argument: ["qproj"]})
 
 
 def test_a_pattern_that_is_no_expression_is_refused() -> None:
     with pytest.raises(ModelError, match=r"'re:\(' is not a regular expression"):
-        find_layers(tiny_network("llama"), targets=["re:("])
+        find_linears(tiny_network("llama"), targets=["re:("])
 
 
 def test_patterns_that_leave_nothing_are_refused() -> None:
     with pytest.raises(ModelError, match="no layer is left"):
-        find_layers(tiny_network("llama"), targets=["q_proj"], ignore=["re:self_attn"])
+        find_linears(tiny_network("llama"), targets=["q_proj"], ignore=["re:self_attn"])
 
 
 def test_the_head_cannot_be_a_target() -> None:
     with pytest.raises(ModelError, match="'lm_head' matches no layer"):
-        find_layers(tiny_network("llama"), targets=["lm_head"])
+        find_linears(tiny_network("llama"), targets=["lm_head"])
 
 
 def test_a_weight_shared_by_two_layers_appears_once() -> None:
     network = tiny_network("llama")
     first, second = find_blocks(network)
     second.mlp.up_proj.weight = first.mlp.up_proj.weight  # type: ignore[union-attr]
-    assert len(find_layers(network)) == 13
+    assert len(find_linears(network)) == 13
 
 
 def test_fused_experts_are_refused_by_name() -> None:
@@ -117,7 +123,7 @@ def test_fused_experts_are_refused_by_name() -> None:
     )
     network = AutoModelForCausalLM.from_config(configuration)
     with pytest.raises(ModelError, match="mixture-of-experts models are not supported yet"):
-        find_layers(network)
+        find_linears(network)
 
 
 class Expert(nn.Module):
@@ -140,7 +146,7 @@ class Routed(nn.Module):
 
 
 def test_routers_are_left_alone_and_a_list_of_experts_is_no_list_of_blocks() -> None:
-    layers = find_layers(Routed())
+    layers = find_linears(Routed())
     assert len(find_blocks(Routed())) == 2
     assert len(layers) == 18
     assert not any("gate" in name for name in names(layers))
@@ -164,7 +170,7 @@ def test_an_encoder_decoder_is_refused() -> None:
 def test_offloaded_weights_are_refused_by_name() -> None:
     network = tiny_network("llama").to("meta")
     with pytest.raises(ModelError, match="'model.layers.0.self_attn.q_proj' is offloaded"):
-        find_layers(network)
+        find_linears(network)
 
 
 def test_packed_weights_are_refused_by_dtype_and_shape() -> None:
@@ -172,7 +178,7 @@ def test_packed_weights_are_refused_by_dtype_and_shape() -> None:
     packed = nn.Parameter(torch.zeros(512, 1, dtype=torch.uint8), requires_grad=False)
     find_blocks(network)[1].mlp.up_proj.weight = packed  # type: ignore[union-attr]
     with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj' is torch.uint8 .*quantized"):
-        find_layers(network)
+        find_linears(network)
 
 
 def tiny_mamba() -> torch.nn.Module:
@@ -192,11 +198,11 @@ def test_layers_that_the_forward_pass_never_calls_are_named_and_left_alone(tmp_p
     never = tuple(f"backbone.layers.{block}.mixer.dt_proj" for block in (0, 1))
     streamed = StreamedModel(tmp_path, device="cpu")
     for model in (wrap_model(network, tiny_tokenizer(), name="mamba"), streamed.language_model):
-        assert uncalled_layers(model.model) == never
+        assert uncalled_linears(model.model) == never
         with streamed.outlined():
-            layers = find_layers(model.model, ignore=["dt_proj"])
+            layers = find_linears(model.model, ignore=["dt_proj"])
             with pytest.raises(ModelError, match="'dt_proj' matches only layers that the forward"):
-                find_layers(model.model, targets=["dt_proj"])
+                find_linears(model.model, targets=["dt_proj"])
         assert [layer.name.split(".")[-1] for layer in layers[:3]] == [
             "in_proj",
             "x_proj",
@@ -208,4 +214,4 @@ def test_layers_that_the_forward_pass_never_calls_are_named_and_left_alone(tmp_p
 def test_of_a_forward_pass_that_fails_nothing_is_concluded() -> None:
     network = tiny_mamba()
     note_calls(network, lambda: network(torch.full((1, 2), 10**6)))
-    assert uncalled_layers(network) == () and len(find_layers(network)) == 8
+    assert uncalled_linears(network) == () and len(find_linears(network)) == 8

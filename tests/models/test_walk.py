@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, StatisticsError, TextError
-from prunezero.models import observing
-from prunezero.models.calibration import BlockWalk
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.observing import StopForwardError, Visits
-from prunezero.models.units import find_blocks, find_layers
-from prunezero.models.walk import hidden_of
+from prunezero.models.anatomy.linears import find_blocks, find_linears
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing import hooks as observing
+from prunezero.models.observing.calibration import BlockWalk
+from prunezero.models.observing.hooks import StopForwardError, Visits
+from prunezero.models.observing.walk import hidden_of
 from prunezero.scoring import statistics
 from tests.tiny_models import BLOCKS, FAMILIES, LONGEST, VOCABULARY, tiny_batches, tiny_model
 
@@ -44,7 +44,7 @@ def test_walking_the_blocks_gives_what_the_models_own_forward_gives(family: str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_observing_sees_the_inputs_and_outputs_of_the_models_own_forward(family: str) -> None:
     model, ids = tiny_model(family), tiny_batches(3, 24)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def remember(name: str) -> Any:
@@ -74,8 +74,8 @@ def test_observe_leaves_the_walk_where_it_is() -> None:
     model = tiny_model()
     walk = BlockWalk(model, tiny_batches())
     before = walk.states
-    first = walk.observe(0, find_layers(model.model), ["gram"])
-    second = walk.observe(0, find_layers(model.model), ["gram"])
+    first = walk.observe(0, find_linears(model.model), ["gram"])
+    second = walk.observe(0, find_linears(model.model), ["gram"])
     assert all(left is right for left, right in zip(before, walk.states, strict=True))
     assert first.keys() == second.keys() and len(first) == 7
     for name, collected in first.items():
@@ -85,7 +85,7 @@ def test_observe_leaves_the_walk_where_it_is() -> None:
 def test_advancing_uses_the_weights_as_they_are_now() -> None:
     model, ids = tiny_model(), tiny_batches()
     walk = BlockWalk(model, ids)
-    for layer in find_layers(model.model, targets=["re:layers.0"]):
+    for layer in find_linears(model.model, targets=["re:layers.0"]):
         layer.weight.zero_()
     walk.advance(0)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_advancing_uses_the_weights_as_they_are_now() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_observing_inputs_alone_gives_the_same_sums_without_the_last_product(family: str) -> None:
     model = tiny_model(family)
-    layers = [layer for layer in find_layers(model.model) if layer.block == 0]
+    layers = [layer for layer in find_linears(model.model) if layer.block == 0]
     products: list[str] = []
     for layer in layers:
         layer.module.register_forward_hook(
@@ -113,7 +113,7 @@ def test_observing_inputs_alone_gives_the_same_sums_without_the_last_product(fam
 
 
 def test_a_sequence_is_stopped_only_behind_one_that_reached_each_layer_once() -> None:
-    layers = find_layers(tiny_model().model)[:2]
+    layers = find_linears(tiny_model().model)[:2]
     first, second = (layer.name for layer in layers)
     for before in ([], [first], [first, first], [first, first, second]):
         visits = Visits(layers, stop_early=True)
@@ -130,7 +130,7 @@ def test_a_sequence_is_stopped_only_behind_one_that_reached_each_layer_once() ->
 
 def test_outputs_are_never_cut_off() -> None:
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     walk = BlockWalk(model, tiny_batches(3))
     seen = walk.observe(0, layers, ["input_sum", "output_square_sum"])
     assert {(row.tokens, row.sequences) for row in seen.values()} == {(48, 3)}
@@ -148,7 +148,7 @@ def test_behind_the_last_block_the_model_answers_from_the_walks_states(family: s
     walk = BlockWalk(model, ids)
     for index in range(BLOCKS):
         walk.advance(index)
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         layer.weight.fill_(float("nan"))
     for length in (24, 5):
         with torch.no_grad(), walk.replaying(1):
@@ -198,13 +198,13 @@ def test_layers_that_share_an_input_compute_its_gram_once(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(observing, "contribution", counted)
     model = tiny_model()
-    BlockWalk(model, tiny_batches(1)).observe(0, find_layers(model.model), ["gram"])
+    BlockWalk(model, tiny_batches(1)).observe(0, find_linears(model.model), ["gram"])
     assert calls == ["q_proj", "o_proj", "gate_proj", "down_proj"]
 
 
 def test_hooks_are_gone_after_an_error_in_the_middle() -> None:
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     layers[3].weight[0, 0] = float("nan")
     with pytest.raises(StatisticsError, match="inputs of model.layers.0.mlp.gate_proj hold NaN"):
         BlockWalk(model, tiny_batches()).observe(0, layers, ["input_square_sum"])
@@ -222,7 +222,7 @@ def test_gradient_sums_are_refused_by_name() -> None:
     model = tiny_model()
     with pytest.raises(StatisticsError, match="gradient_square_sum needs gradients"):
         walk = BlockWalk(model, tiny_batches())
-        walk.observe(0, find_layers(model.model), ["gradient_square_sum"])
+        walk.observe(0, find_linears(model.model), ["gradient_square_sum"])
 
 
 @pytest.mark.parametrize(

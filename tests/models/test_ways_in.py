@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models import gguf
-from prunezero.models.file_digests import is_sealed
-from prunezero.models.loading import load_model
-from prunezero.models.streaming import StreamedModel
+from prunezero.files.file_digests import is_sealed
+from prunezero.models.loading import gguf
+from prunezero.models.loading.load import load_model
+from prunezero.models.streaming.streamed_model import StreamedModel
 from tests.tiny_gguf import write_gguf
 from tests.tiny_models import save_tiny_model, tiny_network, tiny_tokenizer
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
-from prunezero.pruning.admm import refit
-from prunezero.pruning.choice_options import Admm
+from prunezero.pruning.recipes.word_options import Admm
+from prunezero.pruning.updates.admm import refit
 
 Array = np.ndarray[Any, Any]
 OUT, IN = 6, 20

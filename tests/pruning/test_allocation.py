@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, RecipeError, StatisticsError, TextError
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.allocation import (
     ALLOCATION_SUMS,
     ALLOCATIONS,
@@ -20,8 +20,8 @@ from prunezero.pruning.allocation import (
     sensitivity,
     table,
 )
-from prunezero.pruning.choice_options import HeavyTail, Owl, Sensitivity, Table
-from prunezero.pruning.choices import WORDS
+from prunezero.pruning.recipes.word_options import HeavyTail, Owl, Sensitivity, Table
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.spectra import spectral_exponent, tail_exponent
 from prunezero.scoring.statistics import Statistics
 from tests.tiny_models import tiny_batches, tiny_model
@@ -30,14 +30,14 @@ NOTHING = Evidence({}, None, None)
 SPARSITIES = [0.0, 0.3, 0.5, 0.7, 0.95, 0.9995]
 
 
-def layer_of(block: int, kind: str, weight: Tensor) -> Layer:
+def layer_of(block: int, kind: str, weight: Tensor) -> Linear:
     """A layer with this weight [out, in], outside any model."""
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     module.weight = nn.Parameter(weight, requires_grad=False)
-    return Layer(f"blocks.{block}.{kind}", module, block, kind)
+    return Linear(f"blocks.{block}.{kind}", module, block, kind)
 
 
-def uneven_layers() -> list[Layer]:
+def uneven_layers() -> list[Linear]:
     """Three blocks, the last with one matrix, of different sizes: 12, 30, 12, 28 and 8 weights."""
     shapes = [(0, "a", 3, 4), (0, "b", 5, 6), (1, "a", 4, 3), (1, "b", 7, 4), (2, "a", 2, 4)]
     generator = torch.Generator().manual_seed(0)
@@ -47,15 +47,15 @@ def uneven_layers() -> list[Layer]:
     ]
 
 
-def removed_share(ratios: dict[str, float], layers: list[Layer]) -> float:
+def removed_share(ratios: dict[str, float], layers: list[Linear]) -> float:
     sizes = np.array([layer.weight.numel() for layer in layers], dtype=np.float64)
     parts = np.array([ratios[layer.name] for layer in layers])
     return float((sizes * parts).sum() / sizes.sum())
 
 
-def tiny_evidence(family: str = "llama") -> tuple[list[Layer], Evidence]:
+def tiny_evidence(family: str = "llama") -> tuple[list[Linear], Evidence]:
     model, windows = tiny_model(family), tiny_batches(4, 12)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     sums = frozenset[str]().union(*ALLOCATION_SUMS.values())
     return layers, Evidence(calibrate(model, windows, layers, sums), model, windows)
 
@@ -104,7 +104,7 @@ def test_equal_wishes_give_the_sparsity_itself() -> None:
             assert set(ratios.values()) == {sparsity}
 
 
-def outlier_statistics(layers: list[Layer]) -> dict[str, Statistics]:
+def outlier_statistics(layers: list[Linear]) -> dict[str, Statistics]:
     """Norms of inputs with an outlier channel in blocks 1 and 2, and a dead one everywhere."""
     found = {}
     for layer in layers:
@@ -159,7 +159,7 @@ def test_owl_refuses_missing_sums_and_scores_that_are_not_finite() -> None:
 
 
 def give_traces(monkeypatch: pytest.MonkeyPatch, traces: list[float]) -> Evidence:
-    def given(model: Any, windows: Any, layers: list[Layer], **numbers: int) -> dict[str, float]:
+    def given(model: Any, windows: Any, layers: list[Linear], **numbers: int) -> dict[str, float]:
         assert numbers == {"sequences": 4, "samples": 1}
         return dict(zip([layer.name for layer in layers], traces, strict=True))
 
@@ -285,7 +285,7 @@ def test_a_table_scales_its_ratios_and_the_last_match_counts() -> None:
 
 
 def test_a_table_refuses_patterns_without_layers_and_budgets_out_of_reach() -> None:
-    layers = find_layers(tiny_model().model)
+    layers = find_linears(tiny_model().model)
     with pytest.raises(ModelError, match="'qproj' matches no layer; did you mean 'q_proj'"):
         table(layers, 0.5, Table(ratios={"qproj": 0.5}), NOTHING)
     with pytest.raises(RecipeError, match="sparsity 0.5 is out of reach: .* at most"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.pruning.recipe import Recipe, folder, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, folder, published_recipes
 from prunezero.scoring.score import keep_mask
 from prunezero.scoring.statistics import Statistics
 from tests.scoring import reference

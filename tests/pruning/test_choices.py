@@ -8,12 +8,12 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.pruning.allocation import ALLOCATION_SUMS, ALLOCATIONS
-from prunezero.pruning.choices import WORDS, chosen
 from prunezero.pruning.permutation import PERMUTATIONS
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.words import WORDS, chosen
 from prunezero.pruning.recovery import RECOVERIES
 from prunezero.pruning.schedule import SCHEDULES
-from prunezero.pruning.update import UPDATE_SUMS, UPDATES
+from prunezero.pruning.updates.mend import UPDATE_SUMS, UPDATES
 from prunezero.scoring.statistics import SUMS
 
 FUNCTIONS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 
 
 def recipe(**choices: object) -> Recipe:
-    from prunezero.pruning.documents import validated
+    from prunezero.pruning.recipes.documents import validated
 
     return validated(Recipe, {"name": "mine", "criterion": "abs(W)", **choices}, "mine.yaml")
 

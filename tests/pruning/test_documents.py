@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from prunezero.errors import RecipeError
-from prunezero.pruning.documents import read_document, validated, write_document
-from prunezero.pruning.recipe import Recipe
-from prunezero.searching.space import SearchSpace
+from prunezero.pruning.recipes.documents import read_document, validated, write_document
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.searching.spaces.space import SearchSpace
 
 SIGNS = [*"ae1:-~ \n\t'\"#&*!%@`|>[]{},=?._0x", "\x85", "\u2028", "\ufeff", "\x7f", "\xa0", "é"]
 

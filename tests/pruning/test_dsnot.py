@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
-from prunezero.pruning.choice_options import Dsnot
-from prunezero.pruning.dsnot import dsnot
+from prunezero.pruning.recipes.word_options import Dsnot
+from prunezero.pruning.updates.dsnot import dsnot
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import select
 

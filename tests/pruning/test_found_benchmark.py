@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import tiny_files
 
 __all__ = ["tiny_files"]

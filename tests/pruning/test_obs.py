@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.pruning.obs import Choose, sweep
+from prunezero.pruning.updates.obs import Choose, sweep
 from prunezero.scoring.second_order import InverseFactor, inverse_factor
 from prunezero.scoring.selection import select
 

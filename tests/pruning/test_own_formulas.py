@@ -10,13 +10,13 @@ import torch
 
 from prunezero.errors import ModelError, RecipeError
 from prunezero.formula import Criterion
-from prunezero.models.calibration import calibrate
-from prunezero.models.units import find_layers
-from prunezero.pruning.compare import Stand
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.observing.calibration import calibrate
+from prunezero.pruning.compare import RecipeRunner
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, dense_sums, layer_sums
-from tests.searching.bench import tiny_bench
+from tests.searching.testbed import tiny_testbed
 from tests.tiny_models import tiny_batches, tiny_model
 
 BATCHES = tiny_batches(8, 24)
@@ -31,7 +31,7 @@ def recipe(criteria: dict[str, str] | None = None, **choices: Any) -> Recipe:
 def pruned(chosen: Recipe) -> dict[str, torch.Tensor]:
     """The weights of the tiny model after it, by layer name."""
     model = tiny_model()
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     known = calibrate(model, BATCHES, layers, dense_sums([chosen]))
     prune(model, chosen, 0.5, statistics=known, windows=BATCHES)
     return {layer.name: layer.weight.clone() for layer in layers}
@@ -85,15 +85,15 @@ def test_it_needs_what_all_its_formulas_look_at() -> None:
 
 
 def test_its_row_of_results_names_them() -> None:
-    bench = tiny_bench()
+    testbed = tiny_testbed()
     chosen = recipe({"down_proj": "abs(W)*X"})
-    layers = find_layers(bench.language_model.model)
-    stand = Stand(bench, bench.statistics(layers, dense_sums([chosen])))
-    row = stand.row(chosen, 0.5, ("validation",))
+    layers = find_linears(testbed.language_model.model)
+    runner = RecipeRunner(testbed, testbed.statistics(layers, dense_sums([chosen])))
+    row = runner.row(chosen, 0.5, ("validation",))
     assert row["formula"] == "abs(W)" and row["criteria"] == "down_proj: abs(W)*X"
     words = [criterion.complexity for criterion in chosen.formulas]
     assert row["complexity"] == sum(words) and row["signal"] == "activations"
-    assert stand.dense_row(("validation",)).keys() >= {"formula", "criteria"}
+    assert runner.dense_row(("validation",)).keys() >= {"formula", "criteria"}
 
 
 @pytest.mark.parametrize(

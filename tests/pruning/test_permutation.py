@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ScoreError, SelectionError
-from prunezero.models.folding import Folding, Heads, find_foldings
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import Layer, find_layers
-from prunezero.models.walk import FORWARD_SUMS, BlockWalk
-from prunezero.pruning.choices import WORDS, chosen
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.permuting import Heads, PermutableChannels, find_permutables
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.walk import FORWARD_SUMS, BlockWalk
 from prunezero.pruning.permutation import (
     PERMUTATIONS,
     Orders,
@@ -22,6 +21,7 @@ from prunezero.pruning.permutation import (
     retained_score,
     simulated_mask,
 )
+from prunezero.pruning.recipes.words import WORDS, chosen
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import select
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_batches, tiny_model
@@ -186,13 +186,13 @@ def test_a_simulated_mask_keeps_more_score_and_as_many_weights() -> None:
     assert kept > retained_by_numpy(scores, TWO_OF_FOUR)
 
 
-def magnitude(layer: Layer) -> Tensor:
+def magnitude(layer: Linear) -> Tensor:
     return layer.weight.float().abs()
 
 
-def foldings_of(model: LanguageModel, block: int) -> list[Folding]:
-    inside = [layer for layer in find_layers(model.model) if layer.block == block]
-    return find_foldings(model, inside)
+def permutables_of(model: LanguageModel, block: int) -> list[PermutableChannels]:
+    inside = [layer for layer in find_linears(model.model) if layer.block == block]
+    return find_permutables(model, inside)
 
 
 def logits_of(model: LanguageModel) -> Tensor:
@@ -207,10 +207,10 @@ def test_a_permuted_model_computes_the_same_and_retains_more(family: str, method
     model = tiny_model(family)
     dense = logits_of(model)
     for block in range(BLOCKS):
-        foldings = foldings_of(model, block)
-        consumers = [folding.consumer for folding in foldings]
+        permutables = permutables_of(model, block)
+        consumers = [permutable.consumer for permutable in permutables]
         before = [retained_by_numpy(magnitude(layer), TWO_OF_FOUR) for layer in consumers]
-        moved = permute_block(foldings, magnitude, TWO_OF_FOUR, chosen("permute", method))
+        moved = permute_block(permutables, magnitude, TWO_OF_FOUR, chosen("permute", method))
         after = [retained_by_numpy(magnitude(layer), TWO_OF_FOUR) for layer in consumers]
         assert all(now >= then for now, then in zip(after, before, strict=True))
         assert sum(after) > sum(before)
@@ -220,21 +220,21 @@ def test_a_permuted_model_computes_the_same_and_retains_more(family: str, method
 
 def test_the_mask_of_a_permuted_layer_is_two_of_four_in_memory() -> None:
     model = tiny_model("llama")
-    foldings = foldings_of(model, 0)
-    permute_block(foldings, magnitude, TWO_OF_FOUR, chosen("permute", "assignment"))
-    for folding in foldings:
-        weight = folding.consumer.weight
-        weight *= select(magnitude(folding.consumer), 0.5, pattern="2:4")
+    permutables = permutables_of(model, 0)
+    permute_block(permutables, magnitude, TWO_OF_FOUR, chosen("permute", "assignment"))
+    for permutable in permutables:
+        weight = permutable.consumer.weight
+        weight *= select(magnitude(permutable.consumer), 0.5, pattern="2:4")
         assert bool(((weight.reshape(-1, 4) != 0).sum(1) == 2).all())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_orders_bring_statistics_to_what_the_moved_layers_see(family: str) -> None:
     model = tiny_model(family)
-    layers = [layer for layer in find_layers(model.model) if layer.block == 0]
+    layers = [layer for layer in find_linears(model.model) if layer.block == 0]
     seen = BlockWalk(model, tiny_batches()).observe(0, layers, FORWARD_SUMS)
     choice = chosen("permute", "assignment")
-    moved = permute_block(foldings_of(model, 0), magnitude, TWO_OF_FOUR, choice)
+    moved = permute_block(permutables_of(model, 0), magnitude, TWO_OF_FOUR, choice)
     assert moved.keys() <= seen.keys()
     seen_moved = BlockWalk(model, tiny_batches()).observe(0, layers, FORWARD_SUMS)
     for layer in layers:
@@ -246,10 +246,10 @@ def test_the_orders_bring_statistics_to_what_the_moved_layers_see(family: str) -
 
 def test_one_order_serves_all_query_heads_of_a_key_value_head() -> None:
     model = tiny_model("llama")
-    foldings = foldings_of(model, 0)[:1]
-    scores = magnitude(foldings[0].consumer)
+    permutables = permutables_of(model, 0)[:1]
+    scores = magnitude(permutables[0].consumer)
     choice = chosen("permute", "heuristic")
-    moved = permute_block(foldings, lambda layer: scores, TWO_OF_FOUR, choice)
+    moved = permute_block(permutables, lambda layer: scores, TWO_OF_FOUR, choice)
     order = moved["model.layers.0.self_attn.o_proj"].inputs
     rows = moved["model.layers.0.self_attn.v_proj"].outputs
     assert order is not None and rows is not None
@@ -265,18 +265,18 @@ def test_one_order_serves_all_query_heads_of_a_key_value_head() -> None:
 def test_no_permutation_moves_nothing() -> None:
     model = tiny_model("gpt2")
     before = logits_of(model)
-    foldings = foldings_of(model, 0)
-    assert permute_block(foldings, magnitude, TWO_OF_FOUR, chosen("permute", "none")) == {}
+    permutables = permutables_of(model, 0)
+    assert permute_block(permutables, magnitude, TWO_OF_FOUR, chosen("permute", "none")) == {}
     assert torch.equal(logits_of(model), before)
 
 
 def test_a_pattern_that_does_not_divide_a_head_is_refused_before_anything_moves() -> None:
     model = tiny_model("llama")
     before = logits_of(model)
-    foldings = foldings_of(model, 0)[::-1]
-    assert foldings[1].heads == Heads(2, 2, 8)
+    permutables = permutables_of(model, 0)[::-1]
+    assert permutables[1].heads == Heads(2, 2, 8)
     with pytest.raises(SelectionError, match="o_proj' can be permuted within heads of 8 channels"):
-        permute_block(foldings, magnitude, Pattern(8, 16), chosen("permute", "heuristic"))
+        permute_block(permutables, magnitude, Pattern(8, 16), chosen("permute", "heuristic"))
     assert torch.equal(logits_of(model), before)
 
 
@@ -284,11 +284,16 @@ def test_a_layer_may_read_the_channels_of_one_folding_and_make_those_of_another(
     torch.manual_seed(0)
     modules = [nn.Linear(8, 16), nn.Linear(16, 24), nn.Linear(24, 8)]
     chain = nn.Sequential(modules[0], nn.ReLU(), modules[1], nn.ReLU(), modules[2])
-    first, second, third = (Layer(name, m, 0, name) for name, m in zip("abc", modules, strict=True))
-    foldings = [Folding(second, ((first, 0),), None), Folding(third, ((second, 0),), None)]
+    first, second, third = (
+        Linear(name, m, 0, name) for name, m in zip("abc", modules, strict=True)
+    )
+    permutables = [
+        PermutableChannels(second, ((first, 0),), None),
+        PermutableChannels(third, ((second, 0),), None),
+    ]
     inputs = torch.randn(5, 8)
     dense, before = chain(inputs).detach(), second.weight.clone()
-    moved = permute_block(foldings, magnitude, TWO_OF_FOUR, chosen("permute", "assignment"))
+    moved = permute_block(permutables, magnitude, TWO_OF_FOUR, chosen("permute", "assignment"))
     torch.testing.assert_close(chain(inputs).detach(), dense)
     columns, rows = moved["b"]
     assert columns is not None and rows is not None

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models.calibration import calibrate
-from prunezero.models.loading import load_model
-from prunezero.models.saving import save_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import calibrate
+from prunezero.models.saving.save import save_model
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.streamed import prune_streamed
 from tests.tiny_models import CONFIGURATIONS, tiny_batches, tiny_tokenizer
@@ -197,14 +197,14 @@ def test_mended_numbers_are_rounded_once_and_both_ways_alike(tmp_path: Path) -> 
     model = load_model(str(source), dtype="float32", device="cpu")
     prune(model, recipe, 0.5, windows=WINDOWS)
     saved = load_file(one / "model.safetensors")
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         assert torch.equal(layer.weight, saved[f"{layer.name}.weight"].float())
 
 
 def test_a_changed_number_that_the_stored_dtype_cannot_hold_is_told(tmp_path: Path) -> None:
     source = save_source("llama", tmp_path / "source", torch.float16)
     model = load_model(str(source), dtype="float32", device="cpu")
-    find_layers(model.model)[0].weight[0, 0] = 1e5
+    find_linears(model.model)[0].weight[0, 0] = 1e5
     with pytest.raises(ModelError, match="q_proj.weight' holds numbers that float16"):
         save_model(model, tmp_path / "made")
     assert not (tmp_path / "made").exists()
@@ -214,14 +214,14 @@ def test_moved_channels_keep_all_bits_or_are_refused(tmp_path: Path) -> None:
     recipe = Recipe.load("ria_permuted")
     source = save_source("llama", tmp_path / "source", torch.float16, "1GB")
     model = load_model(str(source), dtype="float32", device="cpu")
-    known = calibrate(model, WINDOWS, find_layers(model.model), dense_sums([recipe]))
+    known = calibrate(model, WINDOWS, find_linears(model.model), dense_sums([recipe]))
     prune(model, recipe, statistics=known, windows=WINDOWS)
     made = save_model(model, tmp_path / "made")
     before, after = (load_file(folder / "model.safetensors") for folder in (source, made))
     assert after[UP].dtype == torch.float16 and not torch.equal(after[UP] != 0, before[UP] != 0)
     assert set(after[UP].unique().tolist()) <= {0.0, *before[UP].unique().tolist()}
     narrow = load_model(str(source), dtype="bfloat16", device="cpu")
-    known = calibrate(narrow, WINDOWS, find_layers(narrow.model), dense_sums([recipe]))
+    known = calibrate(narrow, WINDOWS, find_linears(narrow.model), dense_sums([recipe]))
     prune(narrow, recipe, statistics=known, windows=WINDOWS)
     with pytest.raises(ModelError, match="bfloat16 does not hold all numbers of its files"):
         save_model(narrow, tmp_path / "narrow")

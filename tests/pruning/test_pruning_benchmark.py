@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.evaluation import evaluate
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import with_choices
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
 from tests.tiny_models import save_tiny_model, tiny_batches, tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -43,10 +43,10 @@ def test_the_plain_loop_and_prunezero_leave_the_same_model(
     windows = tiny_batches(8, 32)
     prune(ours, with_choices(Recipe.load(method), pattern=pattern), sparsity, windows=windows)
     kept = None if pattern == "free" else (2, 4)
-    rivals = script("rivals_in_torch")
-    rivals.prune_block_by_block(plain.model, windows, method, sparsity, kept)
+    baselines = script("rivals_in_torch")
+    baselines.prune_block_by_block(plain.model, windows, method, sparsity, kept)
     different = zeros = total = 0
-    for mine, other in zip(find_layers(ours.model), find_layers(plain.model), strict=True):
+    for mine, other in zip(find_linears(ours.model), find_linears(plain.model), strict=True):
         removed = mine.weight == 0, other.weight == 0
         assert int(removed[0].sum()) == int(removed[1].sum()), mine.name
         different += int((removed[0] != removed[1]).sum())
@@ -60,15 +60,15 @@ def test_the_plain_loop_and_prunezero_leave_the_same_model(
 
 
 def test_scores_of_the_plain_loop_are_those_of_the_papers() -> None:
-    rivals = script("rivals_in_torch")
+    baselines = script("rivals_in_torch")
     weight, inputs = np.array([[1.0, -2.0], [3.0, 0.5]]), np.array([[2.0, 1.0], [0.0, 4.0]])
     linear = torch.nn.Linear(2, 2)
-    collected = rivals.Squares(linear)
+    collected = baselines.Squares(linear)
     for sequence in np.split(inputs, 2):
         collected.add(torch.tensor(sequence.T))
     norms = np.sqrt((inputs**2).sum(0) / 2)
     arguments = torch.tensor(weight), collected.mean
-    wanda, ria = rivals.wanda_scores(*arguments), rivals.ria_scores(*arguments)
+    wanda, ria = baselines.wanda_scores(*arguments), baselines.ria_scores(*arguments)
     assert wanda.numpy() == pytest.approx(abs(weight) * norms)
     shares = abs(weight) / abs(weight).sum(0) + abs(weight) / abs(weight).sum(1, keepdims=True)
     assert ria.numpy() == pytest.approx(shares * norms**0.5)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prunezero.pruning.published import PUBLISHED, dense_warning
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.published import PUBLISHED, dense_warning
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 
 MODEL = "meta-llama/Llama-2-7b-hf"
 TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import OutputError, RecipeError
-from prunezero.pruning.documents import read_document
-from prunezero.pruning.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.documents import read_document
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 
 GOOD = "name: mine\ncriterion: abs(W) * X\n"
 

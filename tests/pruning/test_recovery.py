@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import OutputError, RecipeError, TextError
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import Layer, find_layers
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.pruning import recovery
-from prunezero.pruning.choice_options import Options, Tune
-from prunezero.pruning.choices import WORDS
+from prunezero.pruning.recipes.word_options import Options, Tune
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.recovery import OPTIMIZERS, RECOVERIES, TuneReport, tune
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
@@ -22,14 +22,14 @@ from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_network, 
 def pruned(family: str = "llama", dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A tiny model of which every second weight of every layer is zero, half of them -0.0."""
     network = tiny_network(family).to(dtype)
-    for layer in find_layers(network):
+    for layer in find_linears(network):
         layer.weight[:, ::4] = 0.0
         layer.weight[:, 2::4] = -0.0
     return wrap_model(network, tiny_tokenizer(), name=family)
 
 
-def layers_of(model: LanguageModel) -> list[Layer]:
-    return find_layers(model.model)
+def layers_of(model: LanguageModel) -> list[Linear]:
+    return find_linears(model.model)
 
 
 def digest(model: LanguageModel) -> str:
@@ -101,7 +101,7 @@ def test_only_the_given_layers_train_and_nothing_is_left_behind() -> None:
     first = next(model.model.parameters())
     first.requires_grad_(True)
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    chosen = find_layers(model.model, targets=["fc1"])
+    chosen = find_linears(model.model, targets=["fc1"])
     tune(model, chosen, tiny_batches(), options())
     changed = {
         name

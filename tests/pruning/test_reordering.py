@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, RecipeError, SelectionError
-from prunezero.models.calibration import calibrate
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import find_layers
-from prunezero.pruning.compare import Stand
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
+from prunezero.models.observing.calibration import calibrate
+from prunezero.pruning.compare import RecipeRunner
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums, layer_sums
-from prunezero.pruning.update import Work
+from prunezero.pruning.updates.mend import Work
 from prunezero.scoring.score import score
 from prunezero.scoring.statistics import Statistics
 from tests.scoring.reference import keep_pattern
-from tests.searching.bench import tiny_bench
+from tests.searching.testbed import tiny_testbed
 from tests.tiny_models import BLOCKS, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
 BATCHES = tiny_batches(4, 16)
@@ -47,7 +47,7 @@ def recipe(criterion: str = RIA, **choices: object) -> Recipe:
 def model_of(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A tiny model with strong and weak channels, and biases that are not zero."""
     network, generator = tiny_network(family), torch.Generator().manual_seed(7)
-    for layer in find_layers(network):
+    for layer in find_linears(network):
         rows, columns = layer.weight.shape
         layer.weight.mul_(torch.randn(1, columns, generator=generator).exp())
         layer.weight.mul_(torch.randn(rows, 1, generator=generator).exp())
@@ -58,7 +58,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32) -> LanguageModel:
 
 def statistics_of(model: LanguageModel, chosen: Recipe) -> dict[str, Statistics]:
     """All that the recipe looks at, gradients too, on the model as it is."""
-    return calibrate(model, BATCHES, find_layers(model.model), layer_sums(chosen))
+    return calibrate(model, BATCHES, find_linears(model.model), layer_sums(chosen))
 
 
 def logits_of(model: LanguageModel) -> Tensor:
@@ -70,7 +70,7 @@ def logits_of(model: LanguageModel) -> Tensor:
 def pruned(model: LanguageModel, chosen: Recipe) -> LanguageModel:
     known = None
     if dense_sums([chosen]):
-        known = calibrate(model, BATCHES, find_layers(model.model), dense_sums([chosen]))
+        known = calibrate(model, BATCHES, find_linears(model.model), dense_sums([chosen]))
     prune(model, chosen, statistics=known, windows=BATCHES)
     return model
 
@@ -118,7 +118,7 @@ def test_a_permuted_model_computes_the_same_and_would_keep_more(
 
     before = statistics_of(dense, chosen)
     gained = {}
-    for old, new in zip(find_layers(dense.model), find_layers(model.model), strict=True):
+    for old, new in zip(find_linears(dense.model), find_linears(model.model), strict=True):
         kept_before = retained(score(chosen.criterion, old.weight, before[old.name]))
         kept_now = retained(score(chosen.criterion, new.weight, judged[new.name]))
         gained[new.block, new.kind] = kept_now / kept_before - 1
@@ -143,7 +143,7 @@ def test_masks_are_two_of_four_in_memory(
     dtype: torch.dtype, family: str, criterion: str, choices: dict[str, Any]
 ) -> None:
     model = pruned(model_of(family, dtype), recipe(criterion, **choices))
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         assert bool(((layer.weight.reshape(-1, 4) != 0).sum(1) == 2).all())
         assert not torch.signbit(layer.weight[layer.weight == 0]).any()
 
@@ -166,7 +166,7 @@ def test_a_folded_order_prunes_to_the_same_function_as_a_simulated_one(
         models[simulate] = pruned(model_of(family), chosen)
     folded, simulated = models[False], models[True]
     torch.testing.assert_close(logits_of(folded), logits_of(simulated), rtol=1e-4, atol=1e-5)
-    trio = zip(*(find_layers(model.model) for model in (dense, folded, simulated)), strict=True)
+    trio = zip(*(find_linears(model.model) for model in (dense, folded, simulated)), strict=True)
     for before, moved, masked in trio:
         # Simulation moves no weight; what it keeps stands where it stood.
         kept = masked.weight != 0
@@ -180,7 +180,7 @@ def test_a_simulation_permutes_layers_that_read_the_residual_stream_too() -> Non
     known = statistics_of(dense, recipe())
     pruned(model, recipe(permute={"assignment": {"simulate": True}}))
     plain = pruned(model_of("llama"), recipe(permute="none"))
-    lists = (find_layers(each.model) for each in (dense, model, plain))
+    lists = (find_linears(each.model) for each in (dense, model, plain))
     for before, masked, aligned in zip(*lists, strict=True):
         kept = masked.weight != 0
         assert torch.equal(masked.weight[kept], before.weight[kept])
@@ -228,7 +228,7 @@ def test_a_pattern_wider_than_a_head_needs_the_other_layers_named() -> None:
     prune(
         model, recipe("abs(W)", pattern="8:16", permute={"assignment": {"layers": [LAST["llama"]]}})
     )
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         assert bool(((layer.weight.reshape(-1, 16) != 0).sum(1) == 8).all())
 
 
@@ -241,7 +241,7 @@ def test_rows_of_layers_that_are_not_pruned_follow(
     moved_only(model, chosen, monkeypatch)
     torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=1e-4, atol=1e-5)
     pruned(model, recipe(targets=list(CONSUMERS[family])))
-    for before, after in zip(find_layers(dense.model), find_layers(model.model), strict=True):
+    for before, after in zip(find_linears(dense.model), find_linears(model.model), strict=True):
         if after.kind in CONSUMERS[family]:
             assert is_two_of_four(after.weight)
         else:
@@ -255,9 +255,9 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_measurement_brings_back_order_and_weights(family: str) -> None:
-    bench = tiny_bench(family)
-    model = bench.language_model
-    for layer in find_layers(model.model):
+    testbed = tiny_testbed(family)
+    model = testbed.language_model
+    for layer in find_linears(model.model):
         if layer.bias is not None:
             layer.bias.copy_(torch.linspace(-1, 1, len(layer.bias)))
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
@@ -272,23 +272,25 @@ def test_a_measurement_brings_back_order_and_weights(family: str) -> None:
 
     for targets in ([], [LAST[family]]):
         chosen = recipe(targets=targets)
-        stand = Stand(bench, bench.statistics(find_layers(model.model), dense_sums([chosen])))
-        first = stand.row(chosen, None, ["validation"])
+        runner = RecipeRunner(
+            testbed, testbed.statistics(find_linears(model.model), dense_sums([chosen]))
+        )
+        first = runner.row(chosen, None, ["validation"])
         assert is_dense()
         with pytest.raises(StopError):
-            stand.row(chosen, None, ["validation"], progress=stop)
+            runner.row(chosen, None, ["validation"], progress=stop)
         assert is_dense()
-        assert stand.row(chosen, None, ["validation"])["kl"] == first["kl"] > 0
+        assert runner.row(chosen, None, ["validation"])["kl"] == first["kl"] > 0
 
 
 def test_the_order_is_that_of_the_weights_a_mask_is_chosen_on() -> None:
     # Strong and weak columns stand in different groups, so every order must mix them.
     model = tiny_model("llama")
-    for layer in find_layers(model.model, targets=["down_proj"]):
+    for layer in find_linears(model.model, targets=["down_proj"]):
         layer.weight[:, :32] = 1.0 + torch.arange(32.0) / 100
         layer.weight[:, 32:] = 0.01
     prune(model, recipe("abs(W)", permute={"heuristic": {"layers": ["down_proj"]}}))
-    for layer in find_layers(model.model, targets=["down_proj"]):
+    for layer in find_linears(model.model, targets=["down_proj"]):
         # All that is strong is kept: of every group of four exactly two.
         assert np.array_equal(
             np.sort(layer.weight[0][layer.weight[0] != 0].numpy()),

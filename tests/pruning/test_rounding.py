@@ -7,27 +7,27 @@ import torch
 
 from prunezero.cli.tables import results_table
 from prunezero.pruning.compare import compare, rounding
-from prunezero.pruning.recipe import Recipe
-from tests.searching.bench import tiny_bench
+from prunezero.pruning.recipes.recipe import Recipe
+from tests.searching.testbed import tiny_testbed
 
 
 def test_the_reversed_bench_has_the_same_calibration_windows_in_the_opposite_order() -> None:
-    bench = tiny_bench()
-    drawn, back = bench.windows("calibration"), bench.reversed().windows("calibration")
+    testbed = tiny_testbed()
+    drawn, back = testbed.windows("calibration"), testbed.reversed().windows("calibration")
     assert len(drawn) > 1 and not torch.equal(drawn, back)
     assert [ids.tolist() for ids in back] == [ids.tolist() for ids in drawn][::-1]
     for split in ("search", "validation", "test"):
-        assert torch.equal(bench.reversed().windows(split), bench.windows(split))
-    assert torch.equal(bench.reversed().reversed().windows("calibration"), drawn)
+        assert torch.equal(testbed.reversed().windows(split), testbed.windows(split))
+    assert torch.equal(testbed.reversed().reversed().windows("calibration"), drawn)
 
 
 @pytest.mark.parametrize("statistics", ["dense", "sequential"])
 def test_only_recipes_that_mend_weights_are_pruned_again_in_reverse(statistics: str) -> None:
-    bench = tiny_bench()
+    testbed = tiny_testbed()
     recipes = [Recipe.load("wanda"), Recipe.load("sparsegpt")]
-    dense, wanda, sparsegpt = compare(bench, recipes, 0.5, statistics=statistics)
+    dense, wanda, sparsegpt = compare(testbed, recipes, 0.5, statistics=statistics)
     assert "test_rounding" not in dense and "test_rounding" not in wanda
-    back = bench.reversed()
+    back = testbed.reversed()
     (_, again) = compare(back, recipes[1:], 0.5, statistics=statistics, with_rounding=False)
     for split in ("validation", "test"):
         change = abs(sparsegpt[f"{split}_perplexity"] - again[f"{split}_perplexity"])

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from prunezero.pruning.choice_options import Iterative, Options
-from prunezero.pruning.choices import WORDS
+from prunezero.pruning.recipes.word_options import Iterative, Options
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.schedule import SCHEDULES, iterative, one_shot
 
 

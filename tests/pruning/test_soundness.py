@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from prunezero.models.evaluation import frequency_perplexity
-from prunezero.pruning.bench import Bench
 from prunezero.pruning.soundness import dense_warnings
-from tests.searching.bench import tiny_bench
+from prunezero.pruning.testbed import Testbed
+from tests.searching.testbed import tiny_testbed
 
 
 def test_the_perplexity_of_frequencies_is_that_of_a_hand_made_table() -> None:
@@ -23,14 +23,14 @@ def test_the_perplexity_of_frequencies_is_that_of_a_hand_made_table() -> None:
     assert found == pytest.approx(1 / math.sqrt(2.2 / 5 * 0.2 / 5))
 
 
-def doubts(perplexity: float | None, benches: list[Bench], **changes: Any) -> list[str]:
+def doubts(perplexity: float | None, testbeds: list[Testbed], **changes: Any) -> list[str]:
     row = {"test_perplexity": perplexity, "sequence_length": 16, **changes}
-    return list(dense_warnings({**row, "window_losses": {"test": [1.0]}}, benches))
+    return list(dense_warnings({**row, "window_losses": {"test": [1.0]}}, testbeds))
 
 
 @pytest.mark.parametrize("perplexity", [None, math.nan, 15.0, 97.0])
 def test_a_model_worse_than_frequencies_is_doubted(perplexity: float | None) -> None:
-    (told,) = doubts(perplexity, [tiny_bench()])
+    (told,) = doubts(perplexity, [tiny_testbed()])
     number = "not finite" if perplexity is None else f"{perplexity:.2f}"
     assert told.startswith(
         f"dense perplexity of llama on test text is {number}, worse than the 14."
@@ -39,15 +39,15 @@ def test_a_model_worse_than_frequencies_is_doubted(perplexity: float | None) -> 
 
 
 def test_a_model_that_predicts_is_not_doubted() -> None:
-    assert doubts(14.0, [tiny_bench()]) == []
+    assert doubts(14.0, [tiny_testbed()]) == []
 
 
 def test_of_several_models_each_is_doubted_by_itself() -> None:
-    one = tiny_bench()
+    one = tiny_testbed()
     other = replace(one, language_model=replace(one.language_model, name="other"))
     parts = [
         {"model": "llama", "test_perplexity": 5.0},
         {"model": "other", "test_perplexity": 99.0},
     ]
-    (told,) = doubts(22.0, [one, other], regimes=parts)
+    (told,) = doubts(22.0, [one, other], budgets=parts)
     assert "of other on test text is 99.00" in told

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from prunezero.errors import OutputError
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.pruning import recovery, stages
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.stages import Stages
 from tests.tiny_models import tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
@@ -40,14 +40,14 @@ def digest(model: LanguageModel) -> str:
 
 
 def opened(model: LanguageModel, folder: Path | None, **changes: object) -> Stages:
-    return Stages(folder, REQUEST | changes, find_layers(model.model))
+    return Stages(folder, REQUEST | changes, find_linears(model.model))
 
 
 def kept_stages(folder: Path, model: LanguageModel, count: int) -> None:
     """The first stages of `ORDER`, each with other weights; those of the last are in the model."""
     known = opened(model, folder)
     for place, stage in enumerate(ORDER[:count]):
-        for layer in find_layers(model.model):
+        for layer in find_linears(model.model):
             layer.weight.fill_(place + 0.5)
             if layer.bias is not None:
                 layer.bias.fill_(-place - 0.25)
@@ -184,7 +184,7 @@ def test_a_stage_counts_once_its_note_is_written(
     model = tiny_model()
     known = opened(model, tmp_path)
     first = digest(model)
-    find_layers(model.model)[0].weight.zero_()
+    find_linears(model.model)[0].weight.zero_()
 
     def full_disk(text: str, path: Path) -> None:
         raise OSError("no space left")

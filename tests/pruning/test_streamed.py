@@ -17,17 +17,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunezero.errors import ModelError, OutputError, RecipeError, SelectionError, TextError
-from prunezero.models.calibration import calibrate
-from prunezero.models.loading import load_model
-from prunezero.models.mirror import Mirror
-from prunezero.models.saving import count_sparsity, save_model
-from prunezero.models.streaming import StreamedModel
-from prunezero.models.text import load_text, windows
-from prunezero.models.unfinished import UnfinishedCheckpoint
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import calibrate
+from prunezero.models.saving.mirror import Mirror
+from prunezero.models.saving.resumable import ResumableCheckpoint
+from prunezero.models.saving.save import count_sparsity, save_model
+from prunezero.models.streaming.streamed_model import StreamedModel
+from prunezero.models.text.splits import load_text, windows
 from prunezero.pruning import streamed
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.streamed import StreamedOutcome, prune_streamed
 from tests.tiny_models import save_tiny_model, tiny_batches, tiny_network, tiny_tokenizer
@@ -90,7 +90,7 @@ def digests(folder: Path) -> dict[str, str]:
 def assert_streamed_as_in_memory(folder: Path, dtype: str, chosen: Recipe, work: Path) -> None:
     result = run(folder, work / "streamed", chosen, dtype)
     whole = load_model(str(folder), dtype=dtype, device="cpu")
-    layers = find_layers(whole.model, targets=chosen.targets)
+    layers = find_linears(whole.model, targets=chosen.targets)
     known = calibrate(whole, WINDOWS, layers, dense_sums([chosen]))
     expected = prune(whole, chosen, 0.5, statistics=known, windows=WINDOWS)
     save_model(whole, work / "in memory", files={"recipe.yaml": chosen.to_yaml()})
@@ -152,16 +152,16 @@ def test_the_files_keep_the_dtype_of_the_source(tmp_path: Path) -> None:
     assert {value.dtype for value in after.values()} == {torch.float16}
     # Worked in float32: a mask chosen in memory in that dtype is the same.
     whole = load_model(str(tmp_path / "dense"), dtype="float32", device="cpu")
-    first = find_layers(whole.model, targets=["re:layers.0.*q_proj"])[0]
+    first = find_linears(whole.model, targets=["re:layers.0.*q_proj"])[0]
     prune(whole, RECIPES["mended"], 0.5, windows=WINDOWS)
     assert torch.equal(after[f"{first.name}.weight"], first.weight.half())
 
 
 def interrupted_after(place: int) -> Callable[..., None]:
     """What notes that a part is finished, stopped when the part at a place is in the files."""
-    usual = UnfinishedCheckpoint._finish
+    usual = ResumableCheckpoint._finish
 
-    def finish(self: UnfinishedCheckpoint, at: int) -> None:
+    def finish(self: ResumableCheckpoint, at: int) -> None:
         if at == place:
             raise KeyboardInterrupt
         usual(self, at)
@@ -205,7 +205,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_files(
     run(source, tmp_path / "whole", RECIPES[kind])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if not is_within:
-            patch.setattr(UnfinishedCheckpoint, "_finish", interrupted_after(place))
+            patch.setattr(ResumableCheckpoint, "_finish", interrupted_after(place))
         elif place == 0:
             patch.setattr(Mirror, "copy", interrupted_copy)
         else:
@@ -227,7 +227,7 @@ def test_a_run_stopped_before_it_is_published_has_nothing_left_to_prune(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(UnfinishedCheckpoint, "publish", stop)
+        patch.setattr(ResumableCheckpoint, "publish", stop)
         run(source, tmp_path / "stopped")
     monkeypatch.setattr(streamed, "prune_layers", stop)
     monkeypatch.setattr(streamed, "BlockWalk", stop)
@@ -269,7 +269,7 @@ KILLING = """
 import hashlib, os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import prune_streamed
 
 torch.set_num_threads(1)
@@ -350,7 +350,7 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_files(tmp_path: P
 def begun(source: Path, tmp_path: Path) -> Path:
     """The output of a run that was stopped behind its first block, and is not there yet."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(UnfinishedCheckpoint, "_finish", interrupted_after(2))
+        patch.setattr(ResumableCheckpoint, "_finish", interrupted_after(2))
         run(source, tmp_path / "out")
     return tmp_path / "out"
 
@@ -444,7 +444,7 @@ def test_an_open_streamed_model_cuts_its_own_calibration_windows(
 PROGRAM = """
 import sys
 import torch
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import prune_streamed
 
 torch.set_num_threads(1)

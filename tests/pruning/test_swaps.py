@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
-from prunezero.pruning import swaps
-from prunezero.pruning.choice_options import Swaps
-from prunezero.pruning.swaps import improve_by_swaps
+from prunezero.pruning.recipes.word_options import Swaps
+from prunezero.pruning.updates import swaps
+from prunezero.pruning.updates.swaps import improve_by_swaps
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import select
 from tests.pruning.test_admm import correlated_gram

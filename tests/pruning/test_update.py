@@ -11,21 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.models.calibration import calibrate
-from prunezero.models.language_model import LanguageModel, wrap_model
-from prunezero.models.units import Layer, find_layers
-from prunezero.pruning import obs, update
-from prunezero.pruning.choice_options import Dsnot
-from prunezero.pruning.compare import Stand
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
+from prunezero.models.observing.calibration import calibrate
+from prunezero.pruning.compare import RecipeRunner
 from prunezero.pruning.prune import prune, prune_layers
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.word_options import Dsnot
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.updates import mend as update
+from prunezero.pruning.updates import obs
 from prunezero.scoring.statistics import Statistics
 from tests.pruning.test_admm import exact_fit
 from tests.pruning.test_dsnot import slow_row
 from tests.pruning.test_swaps import exchanged_by_search
 from tests.scoring.reference import FORMULAS, keep_layer, keep_pattern, keep_rows
-from tests.searching.bench import tiny_bench
+from tests.searching.testbed import tiny_testbed
 from tests.tiny_models import tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -65,10 +66,10 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
 
 
 def statistics_for(model: LanguageModel, chosen: Recipe) -> dict[str, Statistics]:
-    return calibrate(model, BATCHES, find_layers(model.model), dense_sums([chosen]))
+    return calibrate(model, BATCHES, find_linears(model.model), dense_sums([chosen]))
 
 
-def inputs_of(network: torch.nn.Module, layers: list[Layer]) -> dict[str, Array]:
+def inputs_of(network: torch.nn.Module, layers: list[Linear]) -> dict[str, Array]:
     """What the layers read while all of the text runs through the network."""
     rows: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
 
@@ -87,9 +88,9 @@ def inputs_of(network: torch.nn.Module, layers: list[Layer]) -> dict[str, Array]
 def walk_by_hand(dense: LanguageModel, pruned: LanguageModel) -> dict[str, Seen]:
     """Block by block: what its dense layers read, the blocks before it being those of `pruned`."""
     network = copy.deepcopy(dense.model)
-    after = {layer.name: layer.weight for layer in find_layers(pruned.model)}
+    after = {layer.name: layer.weight for layer in find_linears(pruned.model)}
     found: dict[str, Seen] = {}
-    for _, members in groupby(find_layers(network), key=lambda layer: layer.block):
+    for _, members in groupby(find_linears(network), key=lambda layer: layer.block):
         inside = list(members)
         inputs = inputs_of(network, inside)
         for layer in inside:
@@ -147,7 +148,7 @@ def two_of_four(scores: Array) -> Array:
 def assert_mended(model: LanguageModel, expected: Mapping[str, Array]) -> None:
     """Masks are those expected to a weight, and values to the rounding of their dtype."""
     tolerance = 1e-3 if model.dtype == torch.float32 else 1e-2
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         if layer.name in expected:
             found, wanted = layer.weight.double().numpy(), expected[layer.name]
             assert np.array_equal(found != 0, wanted != 0), layer.name
@@ -240,7 +241,7 @@ def seen_by_one_layer(model: LanguageModel, chosen: Recipe) -> tuple[str, Seen]:
     """Prunes the model, and returns the name of its one pruned layer with what that saw."""
     dense = tiny_model("llama")
     prune(model, chosen, 0.5, windows=BATCHES)
-    (layer,) = find_layers(model.model, targets=chosen.targets)
+    (layer,) = find_linears(model.model, targets=chosen.targets)
     return layer.name, walk_by_hand(dense, model)[layer.name]
 
 
@@ -285,7 +286,7 @@ def test_layers_that_read_the_same_inputs_are_swept_together_with_the_same_resul
 ) -> None:
     together, apart = tiny_model("llama"), tiny_model("llama")
     chosen = recipe(criterion, update="obs", **choices)
-    ratios = {layer.name: 0.5 for layer in find_layers(together.model)}
+    ratios = {layer.name: 0.5 for layer in find_linears(together.model)}
     if not choices.get("pattern"):
         ratios |= {name: 0.25 for name in ratios if "k_proj" in name or "up_proj" in name}
     heights: list[int] = []
@@ -295,13 +296,13 @@ def test_layers_that_read_the_same_inputs_are_swept_together_with_the_same_resul
         return obs.sweep(weight, *arguments, **named)
 
     monkeypatch.setattr(update, "sweep", noting)
-    prune_layers(chosen, find_layers(together.model), statistics_for(together, chosen), ratios)
+    prune_layers(chosen, find_linears(together.model), statistics_for(together, chosen), ratios)
     # Queries, keys and values, then the output; gate and up, then down.
     assert heights == 2 * [32 + 16 + 16, 32, 64 + 64, 32]
     known = statistics_for(apart, chosen)
-    for layer in find_layers(apart.model):
+    for layer in find_linears(apart.model):
         prune_layers(chosen, [layer], known, ratios)
-    pairs = zip(find_layers(together.model), find_layers(apart.model), strict=True)
+    pairs = zip(find_linears(together.model), find_linears(apart.model), strict=True)
     for one, other in pairs:
         assert torch.equal(one.weight == 0, other.weight == 0)
         torch.testing.assert_close(one.weight, other.weight, rtol=1e-4, atol=1e-6)
@@ -328,7 +329,7 @@ def test_mended_weights_have_exactly_the_zeros_asked_for(
     chosen = recipe("W**2 / U**2", compare=compare, pattern=pattern, update="obs")
     asked = None if pattern != "free" else 0.37
     prune(model, chosen, asked, statistics=statistics_for(model, chosen))
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     for layer in layers:
         weight = layer.weight
         assert weight.dtype == dtype and bool(torch.isfinite(weight).all())
@@ -355,7 +356,7 @@ def assert_lost(removed: torch.Tensor, compare: str) -> None:
 def with_strong_layers(family: str) -> LanguageModel:
     """A tiny model with biases and weights so large that their outputs stand out from rounding."""
     model, generator = tiny_model(family), torch.Generator().manual_seed(7)
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         layer.weight.mul_(10)
         if layer.bias is not None:
             layer.bias.normal_(generator=generator)
@@ -364,7 +365,7 @@ def with_strong_layers(family: str) -> LanguageModel:
 
 def output_means(model: LanguageModel, means: Mapping[str, Array]) -> dict[str, Array]:
     found = {}
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         bias = 0.0 if layer.bias is None else layer.bias.double().numpy()
         found[layer.name] = layer.weight.double().numpy() @ means[layer.name] + bias
     return found
@@ -382,7 +383,7 @@ def output_means(model: LanguageModel, means: Mapping[str, Array]) -> dict[str, 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_biases_keep_the_mean_output_of_every_layer(family: str, choices: dict[str, Any]) -> None:
     model = with_strong_layers(family)
-    layers = find_layers(model.model)
+    layers = find_linears(model.model)
     means = {name: rows.mean(0) for name, rows in inputs_of(model.model, layers).items()}
     dense = output_means(model, means)
     before = {layer.name: layer.weight.clone() for layer in layers}
@@ -403,8 +404,8 @@ class StopError(Exception):
 @pytest.mark.parametrize("update_", ["bias", "obs", ["obs", "bias"]])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_dense_model_comes_back_after_every_measurement(family: str, update_: Any) -> None:
-    bench = tiny_bench(family)
-    network, ids = bench.language_model.model, bench.windows("validation")
+    testbed = tiny_testbed(family)
+    network, ids = testbed.language_model.model, testbed.windows("validation")
 
     def logits() -> torch.Tensor:
         with torch.no_grad():
@@ -415,11 +416,11 @@ def test_the_dense_model_comes_back_after_every_measurement(family: str, update_
         raise StopError
 
     dense, chosen = logits(), recipe(update=update_)
-    known = bench.statistics(find_layers(network), dense_sums([chosen]))
-    stand = Stand(bench, known)
-    rows = [stand.row(chosen, 0.5, ["validation"]) for _ in range(2)]
+    known = testbed.statistics(find_linears(network), dense_sums([chosen]))
+    runner = RecipeRunner(testbed, known)
+    rows = [runner.row(chosen, 0.5, ["validation"]) for _ in range(2)]
     assert torch.equal(logits(), dense)
     assert rows[0]["kl"] == rows[1]["kl"] > 0
     with pytest.raises(StopError):
-        stand.row(chosen, 0.5, ["validation"], progress=stop)
+        runner.row(chosen, 0.5, ["validation"], progress=stop)
     assert torch.equal(logits(), dense)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from prunezero.errors import FactorizationError, PruneZeroError, ScoreError, StatisticsError
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.pruning.test_update import BATCHES, recipe, statistics_for
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -20,7 +20,7 @@ from tests.tiny_models import tiny_batches, tiny_model
 def test_fewer_tokens_than_inputs_are_damped_and_mended() -> None:
     model = tiny_model("llama", hidden_size=256)
     prune(model, Recipe.load("sparsegpt"), 0.5, windows=tiny_batches(4, 16))
-    for layer in find_layers(model.model):
+    for layer in find_linears(model.model):
         assert bool(torch.isfinite(layer.weight).all())
         assert int((layer.weight == 0).sum()) * 2 == layer.weight.numel()
 
@@ -32,7 +32,7 @@ def test_inputs_that_are_not_finite_name_the_layer_that_reads_them(name: str) ->
         ("up_proj", 1e35, "down_proj"),
     ):
         model = tiny_model("llama")
-        find_layers(model.model, targets=[f"re:1.*{kind}"])[0].weight[3] = number
+        find_linears(model.model, targets=[f"re:1.*{kind}"])[0].weight[3] = number
         with pytest.raises(StatisticsError, match=rf"layers\.1.*{reader}.* hold NaN or infinite"):
             prune(model, Recipe.load(name), 0.5, windows=BATCHES)
 
@@ -40,7 +40,7 @@ def test_inputs_that_are_not_finite_name_the_layer_that_reads_them(name: str) ->
 def with_last_weight(number: float) -> LanguageModel:
     """A model whose very last layer, which no other reads, holds a bad weight."""
     model = tiny_model("llama")
-    find_layers(model.model)[-1].weight[2, 3] = number
+    find_linears(model.model)[-1].weight[2, 3] = number
     return model
 
 

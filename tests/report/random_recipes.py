@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
-from prunezero.pruning.choices import WORDS
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import GROUPS
 
 EXPONENTS = ("0.5", "2", "3", "0.25", "-1", "-0.5", "0.3", "1.7")

@@ -9,40 +9,40 @@ from typing import Any
 from tokenizers import normalizers
 
 from prunezero.formula import Criterion
-from prunezero.pruning.bench import Bench
-from prunezero.report.records import RunRecord
-from prunezero.report.tracked import (
+from prunezero.pruning.testbed import Testbed
+from prunezero.report.tracking.records import RunRecord
+from prunezero.report.tracking.search_records import (
     tracked_candidate,
-    tracked_champion,
     tracked_rows,
     tracked_search,
+    tracked_winner,
 )
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.session import make_task, measure_rivals, open_session
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.session import make_task, measure_baselines, open_session
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 
-def records(folder: Path, also: list[Bench]) -> list[RunRecord]:
+def records(folder: Path, also: list[Testbed]) -> list[RunRecord]:
     """The records of a search, of a candidate, of the winner, and of the rivals."""
     task = make_task(tiny_space(), 0.5)
-    session = open_session(tiny_bench(), task, folder, also_benches=also)
+    session = open_session(tiny_testbed(), task, folder, also_testbeds=also)
     try:
-        rows = list(measure_rivals(session, ("validation", "test")))
+        rows = list(measure_baselines(session, ("validation", "test")))
     finally:
-        session.ladder.close()
+        session.rungs.close()
     candidate = Candidate(0, 0, Criterion.parse("abs(W)*X"), "random", (), "new")
     recipe = task.recipe(candidate.rule, "mine")
     return [
         tracked_search(session, "mine", finished=True),
         tracked_candidate(candidate, session, "mine"),
-        tracked_champion(recipe, rows[-1], session, "mine", folder),
-        *tracked_rows(rows, session.bench, also_benches=session.also_benches),
+        tracked_winner(recipe, rows[-1], session, "mine", folder),
+        *tracked_rows(rows, session.testbed, also_testbeds=session.also_testbeds),
     ]
 
 
 def test_records_name_all_models_and_rivals_of_one_model_keep_theirs(tmp_path: Path) -> None:
     alone = records(tmp_path / "alone", [])
-    both = records(tmp_path / "both", [tiny_bench("gpt2"), tiny_bench("opt")])
+    both = records(tmp_path / "both", [tiny_testbed("gpt2"), tiny_testbed("opt")])
     assert not any("also_models" in record.params for record in alone)
     assert {record.params["also_models"] for record in both} == {"gpt2, opt"}
     assert {record.params["model"] for record in both} == {"llama"}
@@ -51,28 +51,28 @@ def test_records_name_all_models_and_rivals_of_one_model_keep_theirs(tmp_path: P
     assert not {one.key for one in alone[3:]} & {one.key for one in both[3:]}
 
 
-def changed(bench: Bench, **settings: Any) -> Bench:
-    return replace(bench, settings=replace(bench.settings, **settings))
+def changed(testbed: Testbed, **settings: Any) -> Testbed:
+    return replace(testbed, settings=replace(testbed.settings, **settings))
 
 
 def test_the_key_of_a_baseline_holds_all_that_its_numbers_depend_on() -> None:
-    bench = tiny_bench()
+    testbed = tiny_testbed()
     row: dict[str, Any] = {"recipe": "mine", "sparsity": 0.5, "pattern": "free"}
     row |= {"allocate": "uniform", "statistics": "dense", "seed": 0, "sequence_length": 16}
     row |= {"calibration_tokens": 64, "formula": "abs(W)*X"}
-    other = tiny_bench()
+    other = tiny_testbed()
     other.language_model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
     cases = [
-        (bench, row),
+        (testbed, row),
         (other, row),
-        (changed(bench, test_tokens=128), row),
-        (changed(bench, evaluation_tokens=128), row),
-        (bench, row | {"formula": "abs(W)"}),
-        (bench, row | {"update": "obs"}),
+        (changed(testbed, test_tokens=128), row),
+        (changed(testbed, evaluation_tokens=128), row),
+        (testbed, row | {"formula": "abs(W)"}),
+        (testbed, row | {"update": "obs"}),
     ]
     keys = [record.key for one, found in cases for record in tracked_rows([found], one)]
     assert len(set(keys)) == len(cases)
-    (again,) = tracked_rows([row | {"seconds": 3.0}], tiny_bench())
+    (again,) = tracked_rows([row | {"seconds": 3.0}], tiny_testbed())
     assert again.key == keys[0]
 
 
@@ -80,8 +80,8 @@ def test_searches_of_one_name_are_one_run_only_where_they_cannot_differ(tmp_path
     keys = []
     for place, seed in (("here", 0), ("there", 0), ("elsewhere", 1)):
         task = make_task(tiny_space(), 0.5, seed=seed)
-        session = open_session(tiny_bench(), task, tmp_path / place)
-        session.ladder.close()
+        session = open_session(tiny_testbed(), task, tmp_path / place)
+        session.rungs.close()
         keys.append(tracked_search(session, "mine", finished=True).key)
     assert keys[0] == keys[1] != keys[2]
     assert all(key.startswith("mine-") for key in keys)

@@ -11,9 +11,14 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.formula import Criterion
-from prunezero.report import candidates as tables
-from prunezero.report.candidates import COLUMNS, READABLE, RunningTables, write_candidates
-from prunezero.searching.candidate import Candidate
+from prunezero.report.runs import candidate_tables as tables
+from prunezero.report.runs.candidate_tables import (
+    COLUMNS,
+    READABLE,
+    RunningTables,
+    write_candidates,
+)
+from prunezero.searching.experiment.candidate import Candidate
 
 
 def row(slot: int, perplexity: float | None, **changes: Any) -> dict[str, Any]:

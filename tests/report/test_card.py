@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from prunezero.formula.criterion import Criterion
-from prunezero.report.card import is_hub_id, model_card, results_table
+from prunezero.report.export.card import is_hub_id, model_card, results_table
 
 RESULT: dict[str, Any] = {
     "model": "org/small",

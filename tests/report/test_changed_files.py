@@ -14,20 +14,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from prunezero.errors import PruneZeroError, RecipeError
-from prunezero.models.checked_lines import line_of
-from prunezero.pruning.documents import write_document
-from prunezero.pruning.recipe import Recipe
-from prunezero.report.records import RunRecord, record_to_line
-from prunezero.report.run_folder import list_runs, pruner_fields
-from prunezero.report.run_summary import read_run, results
-from prunezero.report.search_file import read_asked
-from prunezero.report.spool import read_record
-from prunezero.report.verification import claims
-from prunezero.searching.judging.judge import Question
-from prunezero.searching.rivals import rivals
+from prunezero.files.checked_lines import line_of
+from prunezero.pruning.recipes.documents import write_document
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.report.runs.folder import list_runs, pruner_fields
+from prunezero.report.runs.search_file import read_asked
+from prunezero.report.runs.summary import read_run, results
+from prunezero.report.runs.verification import claims
+from prunezero.report.tracking.records import RunRecord, record_to_line
+from prunezero.report.tracking.spool import read_record
+from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.session import _header, make_task
 from tests.report.test_search_file import OPTIONS
-from tests.searching.bench import tiny_bench, tiny_space
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 ROW = {
     "recipe": "mine",
@@ -40,9 +40,9 @@ ROW = {
     "regimes": [{"sparsity": 0.5, "pattern": "free", "test_perplexity": 8.25}],
 }
 TASK = make_task(tiny_space(), 0.5)
-HEADER = json.loads(json.dumps(_header(tiny_bench(), TASK)))
+HEADER = json.loads(json.dumps(_header(tiny_testbed(), TASK)))
 ASKED = {**OPTIONS, "space_content": HEADER["space"], "start": [{"formula": "W", "choices": {}}]}
-RIVAL = Question.of(rivals(TASK)[0], ("search", "validation"))
+RIVAL = Request.of(baselines(TASK)[0], ("search", "validation"))
 RECORDS = [
     {"header": HEADER},
     {"kind": RIVAL.kind, "key": RIVAL.key, "result": {**ROW, "search_perplexity": 9.0}},
@@ -134,7 +134,7 @@ def test_the_files_that_are_changed_here_are_sound_as_they_are(tmp_path: Path) -
     (tmp_path / "search.json").write_text(json.dumps(ASKED))
     write_document(RECIPE, tmp_path / "recipe.yaml")
     run = read_run(tmp_path)
-    assert run.rivals[0]["search_perplexity"] == 9.0
+    assert run.baselines[0]["search_perplexity"] == 9.0
     assert run.asked is not None and results(run)[-1]["test_perplexity"] == 8.25
     assert read_record(json.dumps(LINE)) is not None
 

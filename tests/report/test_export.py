@@ -17,19 +17,19 @@ import torch
 from prunezero.errors import OutputError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.models.calibration import calibrate
-from prunezero.models.loading import load_model
-from prunezero.models.patterns import fitting
-from prunezero.models.units import find_layers
-from prunezero.pruning.documents import validated
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.anatomy.patterns import fitting
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.report import page_parts, pruner_template
-from prunezero.report.export import PrunerFields, pruner_page, write_pruner
-from prunezero.report.kernel_export import write_kernel
-from prunezero.report.page_lines import FEATURE_LINES
-from prunezero.report.run_folder import pruner_fields
+from prunezero.report.export import page_parts, pruner_template
+from prunezero.report.export.kernel import write_kernel
+from prunezero.report.export.page import PrunerFields, pruner_page, write_pruner
+from prunezero.report.export.page_lines import FEATURE_LINES
+from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.selection import select_model
@@ -65,7 +65,7 @@ def page_module(fields: PrunerFields, folder: Path) -> Any:
 
 def engine_masks(family: str, fields: PrunerFields, sparsity: float) -> dict[str, torch.Tensor]:
     language_model = tiny_model(family)
-    layers = find_layers(
+    layers = find_linears(
         language_model.model, targets=list(fields.targets), ignore=list(fields.ignore)
     )
     sums = needed_sums(fields.formulas)
@@ -99,7 +99,7 @@ def assert_page_equals_engine(
     masks = engine_masks(family, fields, sparsity)
     assert list(report["layers"]) == list(masks)
     changed = dict(network.state_dict())
-    for layer in find_layers(network):
+    for layer in find_linears(network):
         if layer.name in masks:
             key = f"{layer.name}.weight"
             is_transposed = not isinstance(layer.module, torch.nn.Linear)
@@ -368,7 +368,7 @@ def test_page_as_a_program_saves_what_the_engine_would(
     words = [] if sparsity is None else ["--sparsity", str(sparsity)]
     names = run_page(recipe, tmp_path, monkeypatch, *words)
     dense = load_model(str(tmp_path / "dense"), dtype="float32")
-    layers, sums = find_layers(dense.model), dense_sums([recipe])
+    layers, sums = find_linears(dense.model), dense_sums([recipe])
     statistics = calibrate(dense, torch.cat(list(names["batches"])), layers, sums)
     outcome = prune(dense, recipe, sparsity, statistics=statistics)
     saved = load_file(tmp_path / "pruned" / "model.safetensors")

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.report.run_folder import STUDY, write_run, write_winner
+from prunezero.report.runs.folder import STUDY, write_run, write_winner
 from prunezero.searching import session as sessions
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, make_task, open_session
-from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_disks import no_file_longer_than
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 BUDGET = 8
 SPLITS = ("validation", "test")
@@ -32,7 +32,7 @@ FILES |= {"recipe.yaml", "pruner.py", "results.json"}
 @contextmanager
 def opened(folder: Path, *, resume: bool = False) -> Iterator[Session]:
     task = make_task(tiny_space(trials=4, tuned=0), 0.5)
-    session = open_session(tiny_bench(), task, folder, resume=resume)
+    session = open_session(tiny_testbed(), task, folder, resume=resume)
     try:
         yield session
     finally:
@@ -41,14 +41,16 @@ def opened(folder: Path, *, resume: bool = False) -> Iterator[Session]:
 
 def write(session: Session, folder: Path, room: Room) -> None:
     """What the command does when the search has ended, in its two parts."""
-    candidates = list({one.slot: one for one in search(session.ladder, budget=BUDGET)}.values())
-    known = list(sessions.measure_rivals(session, ("search", "validation")))
+    candidates = list(
+        {one.slot: one for one in search(session.rungs, max_candidates=BUDGET)}.values()
+    )
+    known = list(sessions.measure_baselines(session, ("search", "validation")))
     with room("run"):
         write_run(session, folder, candidates, known)
     best = sessions.finalists(candidates)[0]
-    rows = list(sessions.measure_rivals(session, SPLITS))
+    rows = list(sessions.measure_baselines(session, SPLITS))
     recipe = sessions.found_recipe(session, "mine", best)
-    rows.append(session.ladder.measure(recipe, SPLITS))
+    rows.append(session.rungs.measure(recipe, SPLITS))
     with room("winner"):
         write_winner(recipe, rows, folder)
 

@@ -16,10 +16,10 @@ import torch
 from prunezero.errors import CriterionError, OutputError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.pruning.recipe import Recipe, published_recipes
-from prunezero.report.export import PrunerFields
-from prunezero.report.kernel_export import kernel_page, write_kernel
-from prunezero.report.run_folder import pruner_fields
+from prunezero.pruning.recipes.recipe import Recipe, published_recipes
+from prunezero.report.export.kernel import kernel_page, write_kernel
+from prunezero.report.export.page import PrunerFields
+from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernels.source import plan

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunezero.errors import OutputError, PruneZeroError, RecipeError
-from prunezero.models.calibration import calibrate
-from prunezero.models.language_model import LanguageModel
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.choices import WORDS
-from prunezero.pruning.documents import validated
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.prune import prune
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.requirements import dense_sums
-from prunezero.report.export import no_page, pruner_page
-from prunezero.report.run_folder import pruner_fields
+from prunezero.pruning.testbed import with_choices
+from prunezero.report.export.page import no_page, pruner_page
+from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.statistics import SUMS, Statistics
 from tests.report.random_recipes import Request, random_recipe, random_request
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
@@ -106,7 +106,7 @@ def seen(layer: Any, generator: torch.Generator, *, tokens: int) -> Statistics:
 
 
 @dataclass
-class Stand:
+class RecipeRunner:
     """A model with its statistics, pruned again and again and put back as it was."""
 
     model: LanguageModel
@@ -126,7 +126,7 @@ class Stand:
         self.model.model.load_state_dict(self.before)
 
 
-def bare_stand(dtype: torch.dtype, seed: int) -> Stand:
+def bare_runner(dtype: torch.dtype, seed: int) -> RecipeRunner:
     """Matrices alone, some with a layer of zeros, the last with numbers that are no numbers.
 
     In every second one the Gram matrices ask for more damping than the least.
@@ -137,7 +137,7 @@ def bare_stand(dtype: torch.dtype, seed: int) -> Stand:
         parameter.requires_grad_(False)
         values = coarse(*parameter.shape, generator=generator)
         parameter.copy_(values if place % 3 else values + torch.randn(values.shape))
-    layers = find_layers(network)
+    layers = find_linears(network)
     statistics = {one.name: seen(one, generator, tokens=3 + 30 * (seed % 2)) for one in layers}
     if seed % 2:
         for known in statistics.values():
@@ -150,18 +150,18 @@ def bare_stand(dtype: torch.dtype, seed: int) -> Stand:
     network.to(dtype)
     device = torch.device("cpu")
     model = LanguageModel(network, None, f"bare {seed}", str(seed), dtype, device)
-    return Stand(model, statistics, torch.empty(0))
+    return RecipeRunner(model, statistics, torch.empty(0))
 
 
 @functools.cache
-def tiny_stand(family: str, dtype: torch.dtype) -> Stand:
+def tiny_runner(family: str, dtype: torch.dtype) -> RecipeRunner:
     language_model = tiny_model(family)
     language_model.model.to(dtype)
     model = LanguageModel(
         language_model.model, None, family, f"{family} {dtype}", dtype, torch.device("cpu")
     )
-    windows, layers = tiny_batches(3, 12), find_layers(language_model.model)
-    return Stand(model, calibrate(model, windows, layers, SUMS), windows)
+    windows, layers = tiny_batches(3, 12), find_linears(language_model.model)
+    return RecipeRunner(model, calibrate(model, windows, layers, SUMS), windows)
 
 
 @dataclass(frozen=True)
@@ -174,15 +174,15 @@ class Answer:
     total: int = 0
 
 
-def engine(stand: Stand, request: Request) -> Answer:
+def engine(runner: RecipeRunner, request: Request) -> Answer:
     try:
         recipe = validated(Recipe, request.recipe, "random")
         recipe = with_choices(recipe, pattern=request.pattern)
-        known = of_sums(stand.statistics, dense_sums([recipe]))
-        outcome = prune(stand.model, recipe, request.sparsity, statistics=known)
+        known = of_sums(runner.statistics, dense_sums([recipe]))
+        outcome = prune(runner.model, recipe, request.sparsity, statistics=known)
     except PruneZeroError as error:
         return Answer(refusal=str(error))
-    return Answer("", stand.weights(), outcome.zeros, outcome.total)
+    return Answer("", runner.weights(), outcome.zeros, outcome.total)
 
 
 def of_sums(statistics: Mapping[str, Statistics], names: frozenset[str]) -> dict[str, Statistics]:
@@ -210,16 +210,16 @@ def exported(recipe: dict[str, Any]) -> Any:
     return names
 
 
-def page_answer(names: Any, stand: Stand, request: Request) -> Answer:
+def page_answer(names: Any, runner: RecipeRunner, request: Request) -> Answer:
     choices = {} if request.pattern is None else {"pattern": request.pattern}
     try:
         report = names["prune_"](
-            stand.model.model, torch.split(stand.windows, 1), request.sparsity, **choices
+            runner.model.model, torch.split(runner.windows, 1), request.sparsity, **choices
         )
     except names["RefusalError"] as error:
         return Answer(refusal=str(error))
     assert report["sparsity"] == report["zeros"] / report["weights"]
-    return Answer("", stand.weights(), report["zeros"], report["weights"])
+    return Answer("", runner.weights(), report["zeros"], report["weights"])
 
 
 def stored_sums(statistics: Mapping[str, Statistics]) -> Callable[..., dict[str, Any]]:
@@ -236,14 +236,14 @@ def stored_sums(statistics: Mapping[str, Statistics]) -> Callable[..., dict[str,
     return measure
 
 
-def difference(stand: Stand, request: Request, names: Any) -> str:
+def difference(runner: RecipeRunner, request: Request, names: Any) -> str:
     """How page and engine differ; "same", "both refuse", or the kind of fault."""
-    with stand.restored():
-        wanted = engine(stand, request)
-    with stand.restored():
-        found = page_answer(names, stand, request)
+    with runner.restored():
+        wanted = engine(runner, request)
+    with runner.restored():
+        found = page_answer(names, runner, request)
         if found.refusal:
-            assert same(stand.weights(), stand.before), "a refusal changes nothing"
+            assert same(runner.weights(), runner.before), "a refusal changes nothing"
     if wanted.refusal or found.refusal:
         if wanted.refusal and found.refusal:
             return "both refuse"
@@ -272,7 +272,7 @@ def versions_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_masks_counts_and_refusals_on_bare_matrices_of_odd_shapes() -> None:
-    stands = [bare_stand(dtype, seed) for seed in range(LAST + 1) for dtype in DTYPES]
+    stands = [bare_runner(dtype, seed) for seed in range(LAST + 1) for dtype in DTYPES]
     names = list(stands[0].statistics)
     results: Counter[str] = Counter()
     faults = []
@@ -284,11 +284,11 @@ def test_masks_counts_and_refusals_on_bare_matrices_of_odd_shapes() -> None:
             results["no page"] += 1
             continue
         for _ in range(7):
-            stand, request = rng.choice(stands), random_request(rng, recipe)
-            page["measure"] = stored_sums(stand.statistics)
-            results[told := difference(stand, request, page)] += 1
+            runner, request = rng.choice(stands), random_request(rng, recipe)
+            page["measure"] = stored_sums(runner.statistics)
+            results[told := difference(runner, request, page)] += 1
             if told not in ("same", "both refuse"):
-                faults.append(f"{seed}: {request} on {stand.model.name} {told}")
+                faults.append(f"{seed}: {request} on {runner.model.name} {told}")
     tell(results, faults)
     assert results["same"] > BARE and results["both refuse"] > BARE
 
@@ -298,14 +298,14 @@ def test_masks_counts_and_refusals_from_text_to_weights() -> None:
     faults = []
     for seed in range(COUNT):
         rng = random.Random(f"whole {seed}")
-        stand = tiny_stand(rng.choice(FAMILIES), rng.choice(DTYPES))
-        recipe = random_recipe(rng, list(stand.statistics))
+        runner = tiny_runner(rng.choice(FAMILIES), rng.choice(DTYPES))
+        recipe = random_recipe(rng, list(runner.statistics))
         page, request = exported(recipe), random_request(rng, recipe)
         if page is None:
             results["no page"] += 1
             continue
-        results[told := difference(stand, request, page)] += 1
+        results[told := difference(runner, request, page)] += 1
         if told not in ("same", "both refuse"):
-            faults.append(f"{seed}: {request} on {stand.model.name} {told}")
+            faults.append(f"{seed}: {request} on {runner.model.name} {told}")
     tell(results, faults)
     assert results["same"] > COUNT // 4

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.report.axes import bulk
-from prunezero.report.labels import LONGEST_LABEL, short
-from prunezero.report.plots import (
+from prunezero.report.plots.axes import bulk
+from prunezero.report.plots.labels import LONGEST_LABEL, short
+from prunezero.report.plots.plots import (
     pareto,
     pareto_front,
     progress,

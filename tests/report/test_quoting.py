@@ -13,11 +13,11 @@ from markdown_it import MarkdownIt
 
 from prunezero.errors import ModelError
 from prunezero.formula.criterion import Criterion
-from prunezero.models.patterns import fits
-from prunezero.report.card import model_card
-from prunezero.report.export import PrunerFields, pruner_page
-from prunezero.report.kernel_export import kernel_page
-from prunezero.report.plots import pareto, progress
+from prunezero.models.anatomy.patterns import fits
+from prunezero.report.export.card import model_card
+from prunezero.report.export.kernel import kernel_page
+from prunezero.report.export.page import PrunerFields, pruner_page
+from prunezero.report.plots.plots import pareto, progress
 from prunezero.report.quoting import (
     latex_text,
     markdown_block,

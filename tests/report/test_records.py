@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prunezero.report.records import (
+from prunezero.report.tracking.records import (
     METRIC_NAMES,
     RunRecord,
     candidate_name,
@@ -20,7 +20,7 @@ from prunezero.report.records import (
     run_record,
     split_finite,
 )
-from prunezero.report.spool import Spool, read_record
+from prunezero.report.tracking.spool import Spool, read_record
 
 ROW = {
     "slot": 31,

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.models.units import find_layers
-from prunezero.pruning.bench import with_choices
-from prunezero.pruning.recipe import Recipe
-from prunezero.report.run_folder import check_runs_dir, list_runs, refuse_foreign, write_winner
-from prunezero.report.saved_model import save_pruned
-from prunezero.report.search_file import asked_for, forget_asked, write_asked
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import with_choices
+from prunezero.report.export.saved_model import save_pruned
+from prunezero.report.runs.folder import check_runs_dir, list_runs, refuse_foreign, write_winner
+from prunezero.report.runs.search_file import asked_for, forget_asked, write_asked
 from tests.report.test_search_file import OPTIONS
-from tests.searching.bench import tiny_bench
+from tests.searching.testbed import tiny_testbed
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -75,10 +75,10 @@ def test_a_winner_that_no_page_can_follow_is_kept_without_one(tmp_path: Path) ->
 def test_a_pruned_model_without_a_perplexity_is_saved_with_a_report_that_is_json(
     tmp_path: Path,
 ) -> None:
-    bench = tiny_bench()
-    layers = find_layers(bench.language_model.model)
+    testbed = tiny_testbed()
+    layers = find_linears(testbed.language_model.model)
     rows = [row(recipe="dense"), row(test_perplexity=math.nan, kl=math.inf)]
-    save_pruned(bench, Recipe.load("wanda"), rows, layers, tmp_path / "out")
+    save_pruned(testbed, Recipe.load("wanda"), rows, layers, tmp_path / "out")
     report = (tmp_path / "out" / "report.json").read_text()
     assert json.loads(report)["rows"][1]["test_perplexity"] is None
     assert "NaN" not in report and "Infinity" not in report

@@ -9,8 +9,8 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
-from prunezero.report.candidates import write_candidates
-from prunezero.report.run_summary import (
+from prunezero.report.runs.candidate_tables import write_candidates
+from prunezero.report.runs.summary import (
     counted,
     find_run,
     front,
@@ -19,8 +19,8 @@ from prunezero.report.run_summary import (
     read_run,
     rule_of,
 )
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.journal import Journal
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.experiment.candidate import Candidate
 
 CHOICES: list[dict[str, Any]] = [
     {},

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError, SearchError
-from prunezero.report.search_file import Asked, asked_for, goes_on, read_asked, write_asked
-from tests.searching.bench import tiny_bench
+from prunezero.report.runs.search_file import Asked, asked_for, goes_on, read_asked, write_asked
+from tests.searching.testbed import tiny_testbed
 
 OPTIONS: dict[str, Any] = {
     "model": "demo",
@@ -47,7 +47,7 @@ def test_what_is_written_reads_back_to_the_same(asked: Asked, tmp_path: Path) ->
 
 
 def test_what_was_left_to_the_machine_and_to_the_pattern_is_settled(asked: Asked) -> None:
-    settled = asked.settled(tiny_bench(), asked.task())
+    settled = asked.settled(tiny_testbed(), asked.task())
     assert (settled.dtype, settled.device, settled.sparsity) == ("float32", "cpu", 0.5)
     assert settled.task() == replace(asked, sparsity=0.5).task()
 

@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.report import track
-from prunezero.report.mlflow_store import MlflowStore
-from prunezero.report.records import RunRecord, run_record
-from prunezero.report.spool import Spool, read_record
-from prunezero.report.track import Tracker, tracking_uri, ui_command
-from prunezero.report.tracking_database import is_network_disk
-from prunezero.report.views import VIEW_TAG, VIEWS
+from prunezero.report.tracking import tracker as track
+from prunezero.report.tracking.database import is_network_disk
+from prunezero.report.tracking.records import RunRecord, run_record
+from prunezero.report.tracking.spool import Spool, read_record
+from prunezero.report.tracking.store import MlflowStore
+from prunezero.report.tracking.tracker import Tracker, tracking_uri, ui_command
+from prunezero.report.tracking.views import VIEW_TAG, VIEWS
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy is deprecated:sqlalchemy.exc.SADeprecationWarning"

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from prunezero.report import views
-from prunezero.report.records import METRIC_NAMES, PARAM_NAMES
+from prunezero.report.tracking import views
+from prunezero.report.tracking.records import METRIC_NAMES, PARAM_NAMES
 
 
 def state_of(key: str) -> dict[str, Any]:

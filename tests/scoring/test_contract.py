@@ -9,7 +9,7 @@ import pytest
 
 from prunezero.formula.operators import Operator, elementwise
 from prunezero.formula.vocabulary import OPERATORS
-from prunezero.scoring.contract import broken_promises
+from prunezero.testing.operators import broken_promises
 from tests.formula.test_plugged_operators import GOOD
 
 

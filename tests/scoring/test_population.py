@@ -7,13 +7,13 @@ import torch
 
 from prunezero.errors import ScoreError, SelectionError
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring import population
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select
-from prunezero.searching.judging.fitness import masks_on
-from prunezero.searching.judging.samples import stacked
+from prunezero.searching.proxies.matrix import masks_on
+from prunezero.searching.proxies.samples import stacked
 from tests.scoring.test_machine import EVERY, stack
 from tests.searching.test_samples import FORMULAS, samples_of
 

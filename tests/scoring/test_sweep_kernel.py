@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.pruning import obs
+from prunezero.pruning.updates import obs
 from prunezero.scoring.kernels import sweep
 from prunezero.scoring.second_order import InverseFactor, inverse_factor
 from tests.pruning.test_obs import (

@@ -14,16 +14,16 @@ import torch
 from tokenizers import normalizers
 
 from prunezero.errors import OutputError, SearchError
+from prunezero.files.checked_lines import line_of, record_of
 from prunezero.formula import OPERATORS, Criterion
-from prunezero.models.checked_lines import line_of, record_of
-from prunezero.models.text import SPLITS
-from prunezero.pruning.bench import Bench
-from prunezero.searching import conditions as conditions_file
-from prunezero.searching.conditions import LIBRARIES, conditions, machine
-from prunezero.searching.judging.archive import Archive
+from prunezero.models.text.splits import SPLITS
+from prunezero.pruning.testbed import Testbed
+from prunezero.searching.evaluation.archive import Archive
+from prunezero.searching.experiment import provenance as conditions_file
+from prunezero.searching.experiment.provenance import LIBRARIES, conditions, machine
 from prunezero.searching.session import make_task, open_session
-from prunezero.searching.space import SearchSpace
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.spaces.space import SearchSpace
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 CONDITIONS: dict[str, Any] = {"model": "a", "sparsity": 0.5}
 
@@ -36,24 +36,24 @@ def unweighted() -> SearchSpace:
 def test_an_answer_is_found_by_a_search_that_differs_in_seed_space_and_strategy_alone(
     tmp_path: Path,
 ) -> None:
-    bench, path = tiny_bench(), tmp_path / "archive.jsonl"
+    testbed, path = tiny_testbed(), tmp_path / "archive.jsonl"
     first = make_task(tiny_space(), 0.5)
     space = unweighted().model_copy(update={"weighted_by_gradient": True})
     other = make_task(space, 0.5, seed=1, strategy="random")
-    Archive(path, conditions(bench, first)).write("layer error", "W", {"layer_error": 0.1})
-    archive = Archive(path, conditions(bench, other))
+    Archive(path, conditions(testbed, first)).write("layer error", "W", {"layer_error": 0.1})
+    archive = Archive(path, conditions(testbed, other))
     assert archive.known("layer error", "W") == {"layer_error": 0.1}
     assert archive.known("measurement", "W") is None
 
 
 def test_an_error_with_other_weights_of_rows_is_another_answer(tmp_path: Path) -> None:
-    bench, path = tiny_bench(), tmp_path / "archive.jsonl"
+    testbed, path = tiny_testbed(), tmp_path / "archive.jsonl"
     first, other = (make_task(space, 0.5) for space in (tiny_space(), unweighted()))
-    Archive(path, conditions(bench, first)).write("layer error", "W", {"layer_error": 0.1})
-    assert Archive(path, conditions(bench, other)).known("layer error", "W") is None
+    Archive(path, conditions(testbed, first)).write("layer error", "W", {"layer_error": 0.1})
+    assert Archive(path, conditions(testbed, other)).known("layer error", "W") is None
     # The feature D brings the weights with it, whatever the space says.
     with_d = unweighted().model_copy(update={"terminals": (Criterion.parse("abs(W)*D"),)})
-    assert conditions(bench, make_task(with_d, 0.5))["weighted_rows"]
+    assert conditions(testbed, make_task(with_d, 0.5))["weighted_rows"]
 
 
 def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
@@ -61,30 +61,30 @@ def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
     rows = []
     for seed in (0, 1):
         task = make_task(tiny_space(), 0.5, seed=seed)
-        session = open_session(tiny_bench(), task, tmp_path / str(seed), archive=archive)
-        rows.append(session.ladder.measure_dense(("search",)))
-        session.ladder.close()
+        session = open_session(tiny_testbed(), task, tmp_path / str(seed), archive=archive)
+        rows.append(session.rungs.measure_dense(("search",)))
+        session.rungs.close()
     assert rows[0] == rows[1]
-    within = conditions(tiny_bench(), task) | machine(tiny_bench(), torch.get_num_threads())
+    within = conditions(tiny_testbed(), task) | machine(tiny_testbed(), torch.get_num_threads())
     assert len(Archive(archive, within)) == 1
     # Sums on another number of threads have other last bits.
-    assert len(Archive(archive, within | machine(tiny_bench(), 64))) == 0
+    assert len(Archive(archive, within | machine(tiny_testbed(), 64))) == 0
 
 
-def normalized_bench() -> Bench:
+def normalized_testbed() -> Testbed:
     """The tiny bench, whose tokenizer has the same vocabulary and reads another letter for one."""
-    bench = tiny_bench()
-    bench.language_model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
-    return bench
+    testbed = tiny_testbed()
+    testbed.language_model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
+    return testbed
 
 
 def test_another_normalizer_of_the_same_vocabulary_is_another_condition(tmp_path: Path) -> None:
-    bench, other, task = tiny_bench(), normalized_bench(), make_task(tiny_space(), 0.5)
-    assert other.language_model.fingerprint == bench.language_model.fingerprint
-    before, after = conditions(bench, task), conditions(other, task)
+    testbed, other, task = tiny_testbed(), normalized_testbed(), make_task(tiny_space(), 0.5)
+    assert other.language_model.fingerprint == testbed.language_model.fingerprint
+    before, after = conditions(testbed, task), conditions(other, task)
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {f"{split} token ids" for split in SPLITS}
-    open_session(bench, task, tmp_path / "run").ladder.close()
+    open_session(testbed, task, tmp_path / "run").rungs.close()
     with pytest.raises(SearchError, match="other settings .*calibration token ids: .*, now "):
         open_session(other, task, tmp_path / "run", resume=True)
 
@@ -93,12 +93,12 @@ def test_another_normalizer_of_the_same_vocabulary_is_another_condition(tmp_path
 def test_another_version_of_a_library_that_decides_answers_is_another_condition(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
-    before = conditions(bench, task)
+    testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
+    before = conditions(testbed, task)
     monkeypatch.setattr(
         conditions_file, "version", lambda name: "9" if name == library else version(name)
     )
-    assert conditions(bench, task) == before | {library: "9"}
+    assert conditions(testbed, task) == before | {library: "9"}
 
 
 def test_the_code_of_every_floor_that_answers_come_from_is_digested(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_an_operator_of_another_package_is_a_condition_only_where_the_space_has_
 ) -> None:
     monkeypatch.setattr(OPERATORS, "plugged", lambda: {"sigmoid": "torch.sigmoid({0})"})
     task = make_task(tiny_space(), 0.5)
-    before = conditions(tiny_bench(), task)
+    before = conditions(tiny_testbed(), task)
     assert not [key for key in before if key.startswith("operator")]
     words = (*task.space.operators, "sigmoid")
     with_it = replace(task, space=task.space.model_copy(update={"operators": words}))
-    after = conditions(tiny_bench(), with_it)
+    after = conditions(tiny_testbed(), with_it)
     assert after == before | {"operator sigmoid": "torch.sigmoid({0})"}

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.audit import (
-    Fidelity,
+from prunezero.searching.evaluation.rung_correlation import (
+    RungCorrelation,
     chance_of_no_gain,
-    fidelity,
     kendall_tau,
+    rung_correlation,
     width,
 )
+from prunezero.searching.experiment.candidate import Candidate
 
 
 def candidates(pairs: list[tuple[float | None, float | None]]) -> list[Candidate]:
@@ -39,11 +39,13 @@ def test_kendall_tau_counts_pairs_in_the_same_order() -> None:
 
 def test_fidelity_is_over_candidates_on_both_rungs_and_the_last_of_them() -> None:
     good = [(float(place), float(place)) for place in range(8)]
-    seen = fidelity(candidates([*good, (9.0, None)]), "layer_error", "kl")
+    seen = rung_correlation(candidates([*good, (9.0, None)]), "layer_error", "kl")
     assert seen.count == 8 and seen.tau == pytest.approx(1) and seen.recall == 1
-    assert fidelity(candidates([(1.0, None)]), "layer_error", "kl").count == 0
+    assert rung_correlation(candidates([(1.0, None)]), "layer_error", "kl").count == 0
     wrong = [(float(place), float(-place)) for place in range(40)]
-    assert fidelity(candidates([*good, *wrong]), "layer_error", "kl").tau == pytest.approx(-1)
+    assert rung_correlation(candidates([*good, *wrong]), "layer_error", "kl").tau == pytest.approx(
+        -1
+    )
 
 
 def test_the_layer_error_is_asked_only_about_what_it_sees() -> None:
@@ -54,23 +56,23 @@ def test_the_layer_error_is_asked_only_about_what_it_sees() -> None:
         for one in plain[:8]
     ]
     both = [*plain, *mended]
-    seen = fidelity(both, "layer_error", "kl")
+    seen = rung_correlation(both, "layer_error", "kl")
     assert seen.count == 9 and seen.tau == pytest.approx(1)
     # Who competes changes the mask, so it is seen.
     wide = [replace(one, choices={"compare": "model"}) for one in plain]
-    assert fidelity([*plain, *wide], "layer_error", "kl").count == 18
+    assert rung_correlation([*plain, *wide], "layer_error", "kl").count == 18
     # A measurement sees it all.
     measured = [replace(one, search_perplexity=one.kl) for one in both]
-    assert fidelity(measured, "kl", "search_perplexity").count == 17
+    assert rung_correlation(measured, "kl", "search_perplexity").count == 17
 
 
 def test_a_ladder_is_narrow_where_its_rung_is_right_and_wide_where_it_errs() -> None:
-    assert width(6, Fidelity(0.9, 1.0, 20)) == 3
-    assert width(6, Fidelity(0.5, 0.5, 20)) == 6
-    assert width(6, Fidelity(0.1, 0.0, 20)) == 12
-    assert width(6, Fidelity(0.1, 0.0, 5)) == 6
-    assert width(6, Fidelity(math.nan, 0.0, 20)) == 6
-    assert width(1, Fidelity(0.9, 1.0, 20)) == 1
+    assert width(6, RungCorrelation(0.9, 1.0, 20)) == 3
+    assert width(6, RungCorrelation(0.5, 0.5, 20)) == 6
+    assert width(6, RungCorrelation(0.1, 0.0, 20)) == 12
+    assert width(6, RungCorrelation(0.1, 0.0, 5)) == 6
+    assert width(6, RungCorrelation(math.nan, 0.0, 20)) == 6
+    assert width(1, RungCorrelation(0.9, 1.0, 20)) == 1
 
 
 def test_a_gain_on_every_window_is_no_luck_and_one_on_half_of_them_may_be() -> None:

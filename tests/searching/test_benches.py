@@ -16,38 +16,38 @@ import torch
 from prunezero.errors import ModelError, PruneZeroError, ScoreError, SearchError
 from prunezero.formula import Criterion
 from prunezero.models.evaluation import evaluate
-from prunezero.models.language_model import wrap_model
-from prunezero.models.text import SPLITS as EVERY_SPLIT
-from prunezero.models.windows import windows_fingerprint
-from prunezero.pruning.bench import Bench, Settings, set_up
-from prunezero.pruning.recipe import Recipe
-from prunezero.searching.benches import beside, fitted
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import conditions
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.hiring.workers import local_crew
-from prunezero.searching.judging.judge import Judge, Question
+from prunezero.models.loading.language_model import wrap_model
+from prunezero.models.text.splits import SPLITS as EVERY_SPLIT
+from prunezero.models.text.windows import windows_fingerprint
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Settings, Testbed, set_up
+from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.provenance import conditions
+from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.testbeds import beside, fitted
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
     find,
     found_recipe,
     make_task,
-    measure_rivals,
+    measure_baselines,
     open_session,
 )
-from prunezero.searching.task import Rule
-from tests.searching.bench import SETTINGS, tiny_bench, tiny_space, tiny_text
+from prunezero.searching.workers.processes import process_pool
+from prunezero.searching.workers.worker import Plan
 from tests.searching.test_search import outcome
+from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed, tiny_text
 from tests.tiny_models import save_tiny_model, tiny_network, tiny_tokenizer
 
 WANDA = Criterion.parse("abs(W)*X")
 SPLITS = ("search", "validation", "test")
 
 
-def other_bench() -> Bench:
+def other_testbed() -> Testbed:
     """Another family, with other names of layers and other sizes."""
-    return tiny_bench("opt", ffn_dim=48)
+    return tiny_testbed("opt", ffn_dim=48)
 
 
 @pytest.fixture
@@ -55,13 +55,13 @@ def sessions(tmp_path: Path) -> Iterator[list[Session]]:
     """One on each of two models, and one on both."""
     task = make_task(tiny_space(), 0.5)
     found = [
-        open_session(tiny_bench(), task, tmp_path / "first"),
-        open_session(other_bench(), task, tmp_path / "second"),
-        open_session(tiny_bench(), task, tmp_path / "both", also_benches=[other_bench()]),
+        open_session(tiny_testbed(), task, tmp_path / "first"),
+        open_session(other_testbed(), task, tmp_path / "second"),
+        open_session(tiny_testbed(), task, tmp_path / "both", also_testbeds=[other_testbed()]),
     ]
     yield found
     for session in found:
-        session.ladder.close()
+        session.rungs.close()
 
 
 def recipe_in(session: Session) -> Recipe:
@@ -70,7 +70,7 @@ def recipe_in(session: Session) -> Recipe:
 
 def test_the_layer_error_is_the_geometric_mean_over_models(sessions: list[Session]) -> None:
     first, second, both = (
-        next(session.ladder.errors([Rule(WANDA)]))["layer_error"] for session in sessions
+        next(session.rungs.errors([Rule(WANDA)]))["layer_error"] for session in sessions
     )
     assert first != second
     assert both == pytest.approx(math.sqrt(first * second))
@@ -82,16 +82,19 @@ def test_numbers_are_tuned_for_all_models(monkeypatch: pytest.MonkeyPatch) -> No
         return criterion
 
     errors: list[float] = []
-    monkeypatch.setattr("prunezero.searching.judging.judge.tune", told)
-    task, pair = make_task(tiny_space(), 0.5), [tiny_bench(), other_bench()]
-    question = Question.of(task.recipe(WANDA, "it"), trials=3)
-    for judge in [*(Judge(task, one) for one in pair), Judge(task, pair[0], also_benches=pair[1:])]:
-        judge.answer(question)
+    monkeypatch.setattr("prunezero.searching.evaluation.evaluator.tune", told)
+    task, pair = make_task(tiny_space(), 0.5), [tiny_testbed(), other_testbed()]
+    request = Request.of(task.recipe(WANDA, "it"), trials=3)
+    for evaluator in [
+        *(Evaluator(task, one) for one in pair),
+        Evaluator(task, pair[0], also_testbeds=pair[1:]),
+    ]:
+        evaluator.result(request)
     assert errors[2] == pytest.approx(math.sqrt(errors[0] * errors[1]))
 
 
 def test_a_mask_is_known_only_if_it_is_on_every_model(sessions: list[Session]) -> None:
-    first, second, both = (session.ladder.probe(WANDA) for session in sessions)
+    first, second, both = (session.rungs.probe(WANDA) for session in sessions)
     assert first and second and both
     assert [*both.bits] == [*first.bits, *second.bits]
     assert len({first.digest, second.digest, both.digest}) == 3
@@ -99,7 +102,7 @@ def test_a_mask_is_known_only_if_it_is_on_every_model(sessions: list[Session]) -
 
 def test_a_row_holds_geometric_means_and_each_model_by_itself(sessions: list[Session]) -> None:
     first, second, both = (
-        session.ladder.measure(recipe_in(session), SPLITS) for session in sessions
+        session.rungs.measure(recipe_in(session), SPLITS) for session in sessions
     )
     for key in ("search_perplexity", "validation_perplexity", "test_perplexity", "kl"):
         assert both[key] == pytest.approx(math.sqrt(first[key] * second[key]))
@@ -113,7 +116,7 @@ def test_a_row_holds_geometric_means_and_each_model_by_itself(sessions: list[Ses
 
 
 def test_the_dense_models_and_rivals_are_measured_on_all_models(sessions: list[Session]) -> None:
-    first, second, both = (list(measure_rivals(session, SPLITS)) for session in sessions)
+    first, second, both = (list(measure_baselines(session, SPLITS)) for session in sessions)
     assert [row["recipe"] for row in both] == [row["recipe"] for row in first]
     for alone, other, row in zip(first, second, both, strict=True):
         mean = math.sqrt(alone["test_perplexity"] * other["test_perplexity"])
@@ -124,50 +127,53 @@ def test_the_dense_models_and_rivals_are_measured_on_all_models(sessions: list[S
 
 def test_every_model_is_judged_in_every_regime(sessions: list[Session], tmp_path: Path) -> None:
     task = make_task(tiny_space(), 0.5, also="0.7,2:4")
-    session = open_session(tiny_bench(), task, tmp_path / "all", also_benches=[other_bench()])
+    session = open_session(tiny_testbed(), task, tmp_path / "all", also_testbeds=[other_testbed()])
     try:
-        row = session.ladder.measure(recipe_in(session), ("test",))
+        row = session.rungs.measure(recipe_in(session), ("test",))
     finally:
-        session.ladder.close()
+        session.rungs.close()
     parts = [(part["model"], part["sparsity"], part["pattern"]) for part in row["regimes"]]
-    regimes = [(0.5, "free"), (0.7, "free"), (0.5, "2:4")]
-    assert parts == [(model, *regime) for model in ("llama", "opt") for regime in regimes]
+    budgets = [(0.5, "free"), (0.7, "free"), (0.5, "2:4")]
+    assert parts == [(model, *budget) for model in ("llama", "opt") for budget in budgets]
     values = [part["test_perplexity"] for part in row["regimes"]]
-    alone = sessions[1].ladder.measure(recipe_in(sessions[1]), ("test",))["test_perplexity"]
+    alone = sessions[1].rungs.measure(recipe_in(sessions[1]), ("test",))["test_perplexity"]
     assert values[3] == alone
     assert row["test_perplexity"] == pytest.approx(math.prod(values) ** (1 / 6))
     assert row["pattern"] == "free, 0.7, 2:4"
 
 
 def test_one_model_is_judged_under_the_conditions_of_before(tmp_path: Path) -> None:
-    bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
-    alone = conditions(bench, task)
+    testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
+    alone = conditions(testbed, task)
     assert not [key for key in alone if key.startswith("also")]
-    told = conditions(bench, task, [other_bench()])
+    told = conditions(testbed, task, [other_testbed()])
     assert told == alone | {
-        "also_models": [other_bench().language_model.fingerprint],
+        "also_models": [other_testbed().language_model.fingerprint],
         "also_dtypes": ["torch.float32"],
         "also_token_ids": [
-            [windows_fingerprint(other_bench().windows(split)) for split in EVERY_SPLIT]
+            [windows_fingerprint(other_testbed().windows(split)) for split in EVERY_SPLIT]
         ],
     }
-    session = open_session(bench, task, tmp_path / "one")
-    rows = [session.ladder.measure(recipe_in(session), ("test",)), *measure_rivals(session, SPLITS)]
-    session.ladder.close()
+    session = open_session(testbed, task, tmp_path / "one")
+    rows = [
+        session.rungs.measure(recipe_in(session), ("test",)),
+        *measure_baselines(session, SPLITS),
+    ]
+    session.rungs.close()
     assert not any("regimes" in row for row in rows)
     assert "also" not in (tmp_path / "one" / "journal.jsonl").read_text()
 
 
-def candidates(folder: Path, also: Sequence[Bench], *, resume: bool = False) -> list[Candidate]:
+def candidates(folder: Path, also: Sequence[Testbed], *, resume: bool = False) -> list[Candidate]:
     options: dict[str, Any] = {"also_benches": also, "budget": 8, "resume": resume}
-    return list(find(tiny_bench(), tiny_space(), 0.5, folder=folder, **options))
+    return list(find(tiny_testbed(), tiny_space(), 0.5, folder=folder, **options))
 
 
 def test_a_search_over_models_is_resumed_and_refuses_others(tmp_path: Path) -> None:
-    found = candidates(tmp_path / "run", [other_bench()])
-    again = candidates(tmp_path / "run", [other_bench()], resume=True)
+    found = candidates(tmp_path / "run", [other_testbed()])
+    again = candidates(tmp_path / "run", [other_testbed()], resume=True)
     assert outcome(again) == outcome(found) and all(one.is_replayed for one in again if one.kl)
-    for others in ([], [tiny_bench("gpt2")], [other_bench(), tiny_bench("gpt2")]):
+    for others in ([], [tiny_testbed("gpt2")], [other_testbed(), tiny_testbed("gpt2")]):
         with pytest.raises(SearchError, match="also_models: "):
             candidates(tmp_path / "run", others, resume=True)
 
@@ -175,7 +181,7 @@ def test_a_search_over_models_is_resumed_and_refuses_others(tmp_path: Path) -> N
 def test_what_the_winner_is_good_on_stands_in_its_recipe(sessions: list[Session]) -> None:
     winner = Candidate(0, 0, WANDA, "random", (), "new")
     alone, _, told = (found_recipe(session, "mine", winner).provenance for session in sessions)
-    model = other_bench().language_model
+    model = other_testbed().language_model
     assert told["also_models"] == [{"name": "opt", "fingerprint": model.fingerprint}]
     assert told["model"] == "llama" and "also_models" not in alone
     assert sessions[2].models == "llama and opt"
@@ -185,13 +191,13 @@ def test_a_known_answer_is_told_under_the_names_that_this_search_has(tmp_path: P
     task, archive = make_task(tiny_space(), 0.5), tmp_path / "archive.jsonl"
     told = []
     for name in ("here", "there"):
-        other = other_bench()
+        other = other_testbed()
         other = replace(other, language_model=replace(other.language_model, name=name))
         session = open_session(
-            tiny_bench(), task, tmp_path / name, also_benches=[other], archive=archive
+            tiny_testbed(), task, tmp_path / name, also_testbeds=[other], archive=archive
         )
-        told.append(session.ladder.measure(recipe_in(session), ("test",)))
-        session.ladder.close()
+        told.append(session.rungs.measure(recipe_in(session), ("test",)))
+        session.rungs.close()
     # The seconds are those of the first: it was not measured again.
     assert told[0]["elapsed"] == told[1]["elapsed"]
     names = [[part["model"] for part in row["regimes"]] for row in told]
@@ -210,19 +216,19 @@ class Stingy:
         return {"input_ids": [5] * (len(text) // 100)}
 
 
-def stingy() -> Bench:
+def stingy() -> Testbed:
     model = wrap_model(tiny_network("opt"), Stingy(), name="opt")
-    return Bench(model, tiny_text(), SETTINGS)
+    return Testbed(model, tiny_text(), SETTINGS)
 
 
 UPDATES: dict[str, Any] = {"update": [["none"], ["bias"]]}
 PERMUTED: dict[str, Any] = {"permute": ["none", {"heuristic": {"layers": ["down_proj"]}}]}
-REFUSED: dict[str, tuple[Callable[[], Bench], dict[str, Any], str]] = {
-    "a pattern": (lambda: tiny_bench("opt", ffn_dim=66), {}, "layer .*fc2: pattern 2:4 .* 66"),
-    "short positions": (lambda: tiny_bench("opt", max_position_embeddings=8), {}, "8 positions"),
+REFUSED: dict[str, tuple[Callable[[], Testbed], dict[str, Any], str]] = {
+    "a pattern": (lambda: tiny_testbed("opt", ffn_dim=66), {}, "layer .*fc2: pattern 2:4 .* 66"),
+    "short positions": (lambda: tiny_testbed("opt", max_position_embeddings=8), {}, "8 positions"),
     "little text": (stingy, {}, "calibration split of text 'letters' has 20 tokens"),
-    "no bias": (lambda: tiny_bench("mistral"), UPDATES, "bias"),
-    "no such layers": (lambda: tiny_bench("opt"), PERMUTED, "'down_proj' matches no layer"),
+    "no bias": (lambda: tiny_testbed("mistral"), UPDATES, "bias"),
+    "no such layers": (lambda: tiny_testbed("opt"), PERMUTED, "'down_proj' matches no layer"),
 }
 
 
@@ -230,38 +236,38 @@ REFUSED: dict[str, tuple[Callable[[], Bench], dict[str, Any], str]] = {
 def test_a_model_that_lacks_something_is_refused_by_name_before_the_long_work(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prunezero.searching.session.Judge", None)
+    monkeypatch.setattr("prunezero.searching.session.Evaluator", None)
     make, choices, told = REFUSED[what]
     other = make()
     task = make_task(tiny_space(choices=choices), None, pattern="2:4")
     name = other.language_model.name
     with pytest.raises(PruneZeroError, match=f"^model {name}: .*{told}"):
-        open_session(tiny_bench(), task, tmp_path / "run", also_benches=[other])
+        open_session(tiny_testbed(), task, tmp_path / "run", also_testbeds=[other])
     # The order does not matter, and nothing was begun.
     with pytest.raises(PruneZeroError, match=f"^model {name}: .*{told}"):
-        open_session(other, task, tmp_path / "run", also_benches=[tiny_bench()])
+        open_session(other, task, tmp_path / "run", also_testbeds=[tiny_testbed()])
     assert not (tmp_path / "run").exists()
 
 
 def test_one_model_is_refused_without_its_name(tmp_path: Path) -> None:
     task = make_task(tiny_space(choices=UPDATES), 0.5)
     with pytest.raises(ModelError, match="^(?!model )"):
-        open_session(tiny_bench("mistral"), task, tmp_path / "run")
+        open_session(tiny_testbed("mistral"), task, tmp_path / "run")
 
 
-def renamed(bench: Bench) -> Bench:
-    return replace(bench, language_model=replace(bench.language_model, name="again"))
+def renamed(testbed: Testbed) -> Testbed:
+    return replace(testbed, language_model=replace(testbed.language_model, name="again"))
 
 
-UNLIKE: dict[str, tuple[Callable[[], Bench], str]] = {
-    "named twice": (lambda: tiny_bench(seed=1), "model llama is named twice"),
-    "the same": (lambda: renamed(tiny_bench()), "llama and again are the same model"),
+UNLIKE: dict[str, tuple[Callable[[], Testbed], str]] = {
+    "named twice": (lambda: tiny_testbed(seed=1), "model llama is named twice"),
+    "the same": (lambda: renamed(tiny_testbed()), "llama and again are the same model"),
     "other sizes": (
-        lambda: replace(other_bench(), settings=Settings(16, 64, 128, 64)),
+        lambda: replace(other_testbed(), settings=Settings(16, 64, 128, 64)),
         "model opt has other text, settings",
     ),
     "other text": (
-        lambda: replace(other_bench(), text=replace(tiny_text(), fingerprint="other")),
+        lambda: replace(other_testbed(), text=replace(tiny_text(), fingerprint="other")),
         "model opt has other text, settings",
     ),
 }
@@ -274,22 +280,22 @@ def test_models_that_cannot_be_compared_window_by_window_are_refused(
     make, told = UNLIKE[what]
     with pytest.raises(SearchError, match=told):
         task = make_task(tiny_space(), 0.5)
-        open_session(tiny_bench(), task, tmp_path / "run", also_benches=[make()])
+        open_session(tiny_testbed(), task, tmp_path / "run", also_testbeds=[make()])
     assert not (tmp_path / "run").exists()
 
 
 def test_layers_that_one_model_lacks_have_no_shares() -> None:
     task = make_task(tiny_space(ratios=["q_proj", "fc1", "gate_proj", "v_proj"]), 0.5)
-    benches = (tiny_bench(), other_bench())
-    assert fitted(task, benches, []).ratios == ("q_proj", "v_proj")
-    assert fitted(task, benches[1:], []).ratios == ("q_proj", "fc1", "v_proj")
+    testbeds = (tiny_testbed(), other_testbed())
+    assert fitted(task, testbeds, []).ratios == ("q_proj", "v_proj")
+    assert fitted(task, testbeds[1:], []).ratios == ("q_proj", "fc1", "v_proj")
 
 
 def test_a_measurement_that_fails_on_the_second_model_leaves_both_dense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pair = [tiny_bench(), other_bench()]
-    judge = Judge(make_task(tiny_space(), 0.5), pair[0], also_benches=pair[1:])
+    pair = [tiny_testbed(), other_testbed()]
+    evaluator = Evaluator(make_task(tiny_space(), 0.5), pair[0], also_testbeds=pair[1:])
     weights = [one.language_model.model.state_dict() for one in pair]
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in weights]
     asked: list[str] = []
@@ -300,17 +306,17 @@ def test_a_measurement_that_fails_on_the_second_model_leaves_both_dense(
             raise failure
         return evaluate(model, *args, **kwargs)
 
-    question = Question.of(Recipe.load("wanda"), ("search",))
+    request = Request.of(Recipe.load("wanda"), ("search",))
     with monkeypatch.context() as patch:
         patch.setattr("prunezero.pruning.compare.evaluate", failing)
         failure: Exception = MemoryError("Unable to allocate 8.00 PiB")
-        assert judge.answer(question) == {"fault": "it needs too much memory"}
+        assert evaluator.result(request) == {"fault": "it needs too much memory"}
         failure = ScoreError("layer fc1 ranks nothing")
-        assert judge.answer(question) == {"fault": "model opt: layer fc1 ranks nothing"}
+        assert evaluator.result(request) == {"fault": "model opt: layer fc1 ranks nothing"}
     assert asked == ["llama", "opt"] * 2
     for state, known in zip(weights, before, strict=True):
         assert all(torch.equal(state[name], tensor) for name, tensor in known.items())
-    assert "fault" not in judge.answer(question)
+    assert "fault" not in evaluator.result(request)
 
 
 @pytest.fixture(scope="module")
@@ -324,43 +330,43 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return first, second, folder / "letters.txt"
 
 
-def loaded(files: tuple[Path, Path, Path]) -> tuple[Bench, Bench]:
-    bench = set_up(str(files[0]), files[2], SETTINGS, dtype="float32", device="cpu")
-    (other,) = beside(bench, [str(files[1])], device="cpu")
-    return bench, other
+def loaded(files: tuple[Path, Path, Path]) -> tuple[Testbed, Testbed]:
+    testbed = set_up(str(files[0]), files[2], SETTINGS, dtype="float32", device="cpu")
+    (other,) = beside(testbed, [str(files[1])], device="cpu")
+    return testbed, other
 
 
-def timeless(answer: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in answer.items() if key not in ("seconds", "elapsed")}
+def timeless(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key not in ("seconds", "elapsed")}
 
 
 def test_a_plan_builds_the_judge_of_all_models_again(
     files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files[0].parent)
-    bench, other = loaded((Path("llama"), Path("opt"), Path("letters.txt")))
+    testbed, other = loaded((Path("llama"), Path("opt"), Path("letters.txt")))
     task = make_task(tiny_space(), 0.5)
-    plan = Plan.of(bench, task, also_benches=[other])
+    plan = Plan.of(testbed, task, also_testbeds=[other])
     assert plan.also_models == ((str(files[1]), "float32"),)
     monkeypatch.chdir("/")
-    judge, again = Judge(task, bench, also_benches=[other]), plan.judge(1)
+    evaluator, again = Evaluator(task, testbed, also_testbeds=[other]), plan.evaluator(1)
     recipe = Recipe.load("magnitude")
-    for question in (
-        Question.of(recipe),
-        Question.of(recipe, ("search", "test")),
-        Question.of(recipe, trials=2),
-        Question.of(None, ("test",)),
+    for request in (
+        Request.of(recipe),
+        Request.of(recipe, ("search", "test")),
+        Request.of(recipe, trials=2),
+        Request.of(None, ("test",)),
     ):
         # The worker has the models under other names, and says nothing of them.
-        assert timeless(again.answer(question)) == timeless(judge.answer(question))
+        assert timeless(again.result(request)) == timeless(evaluator.result(request))
 
 
 @pytest.mark.parametrize("what", ["another", "none", "gone"])
 def test_a_worker_that_finds_another_second_model_refuses_to_judge(
     what: str, files: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    bench, other = loaded(files)
-    plan = Plan.of(bench, make_task(tiny_space(), 0.5), also_benches=[other])
+    testbed, other = loaded(files)
+    plan = Plan.of(testbed, make_task(tiny_space(), 0.5), also_testbeds=[other])
     if what == "another":
         path = save_tiny_model("opt", tmp_path / "model", seed=1)
         plan = replace(plan, also_models=((str(path), "float32"),))
@@ -370,25 +376,25 @@ def test_a_worker_that_finds_another_second_model_refuses_to_judge(
         plan = replace(plan, also_models=((str(tmp_path / "gone"), "float32"),))
     told = "gone" if what == "gone" else r"answer otherwise than the search \(also_.*models: "
     with pytest.raises(PruneZeroError, match=told):
-        plan.judge(1)
+        plan.evaluator(1)
 
 
 def test_workers_search_over_models_as_this_process_does(
     files: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    bench, other = loaded(files)
+    testbed, other = loaded(files)
     task = make_task(tiny_space(), 0.5)
 
     def searched(folder: Path, **options: Any) -> tuple[Any, ...]:
-        session = open_session(bench, task, folder, also_benches=[other], **options)
-        found = outcome(list(search(session.ladder, budget=6)))
-        session.ladder.close()
+        session = open_session(testbed, task, folder, also_testbeds=[other], **options)
+        found = outcome(list(search(session.rungs, max_candidates=6)))
+        session.rungs.close()
         lines = (folder / "journal.jsonl").read_bytes().splitlines()
         records = [json.loads(line.split(b" ", 2)[2]) for line in lines[1:]]
         return found, lines[0], [(one["key"], timeless(one["result"])) for one in records]
 
     def staff(plan: Plan) -> Any:
-        return local_crew(plan, 1, threads=1)
+        return process_pool(plan, 1, threads=1)
 
     assert searched(tmp_path / "crew", staff=staff) == searched(tmp_path / "alone")
 
@@ -396,9 +402,9 @@ def test_workers_search_over_models_as_this_process_does(
 def test_further_models_are_loaded_on_the_same_text_in_the_dtype_of_the_first(
     files: tuple[Path, Path, Path],
 ) -> None:
-    bench = set_up(str(files[0]), files[2], SETTINGS, dtype="bfloat16", device="cpu")
-    (other,) = beside(bench, [str(files[1])], device="cpu")
+    testbed = set_up(str(files[0]), files[2], SETTINGS, dtype="bfloat16", device="cpu")
+    (other,) = beside(testbed, [str(files[1])], device="cpu")
     assert other.language_model.dtype == torch.bfloat16
-    assert other.text is bench.text and other.settings is bench.settings
+    assert other.text is testbed.text and other.settings is testbed.settings
     with pytest.raises(SearchError, match="is named twice"):
-        beside(bench, [str(files[0])], device="cpu")
+        beside(testbed, [str(files[0])], device="cpu")

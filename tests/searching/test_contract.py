@@ -10,14 +10,19 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing import catalogue
-from prunezero.searching.proposing.catalogue import GROUP, STRATEGIES, find_strategy, strategy_words
-from prunezero.searching.proposing.contract import broken_promises
-from prunezero.searching.proposing.strategies import Proposal, Strategy, without_state
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import History
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies import catalogue
+from prunezero.searching.strategies.catalogue import (
+    GROUP,
+    STRATEGIES,
+    find_strategy,
+    strategy_words,
+)
+from prunezero.searching.strategies.evolution import Proposal, Strategy, without_state
+from prunezero.testing.strategies import broken_promises
 
 
 @pytest.mark.parametrize("word", STRATEGIES)
@@ -30,7 +35,7 @@ def test_a_strategy_that_breaks_its_promises_is_told_each_of_them() -> None:
     task = make_task(SearchSpace.load("tiny"), 0.5, seed=3)
     clock = itertools.count()
 
-    def moody(task: Task, memory: Memory, generation: int) -> Iterator[Proposal]:
+    def moody(task: Task, history: History, generation: int) -> Iterator[Proposal]:
         while True:
             constant = next(clock) + 2
             yield Proposal(Rule(Criterion.parse(f"{constant}*X + abs(W)")), "moody")
@@ -39,14 +44,14 @@ def test_a_strategy_that_breaks_its_promises_is_told_each_of_them() -> None:
 
     told = "\n".join(broken_promises(Strategy(without_state(moody), ""), task))
     assert "something else" in told and "'rows'" in told and "X is too large" in told
-    silent = Strategy(without_state(lambda task, memory, generation: iter([None] * 9)), "")
+    silent = Strategy(without_state(lambda task, history, generation: iter([None] * 9)), "")
     assert broken_promises(silent, task) == ["it proposes nothing in 50 draws"]
 
 
 def test_a_strategy_of_another_package_is_found_by_its_word(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    where = "prunezero.searching.proposing.catalogue:STRATEGIES"
+    where = "prunezero.searching.strategies.catalogue:STRATEGIES"
     points = [
         EntryPoint("theirs", "tests.searching.theirs:STRATEGY", GROUP),
         EntryPoint("wrong", where, GROUP),

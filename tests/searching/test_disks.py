@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import OutputError
-from prunezero.searching.judging.archive import Archive
-from prunezero.searching.judging.journal import Journal
+from prunezero.searching.evaluation.archive import Archive
+from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, make_task, open_session
-from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_search import outcome
 from tests.searching.test_workers import is_running
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 BUDGET = 12
 
@@ -41,7 +41,7 @@ def no_file_longer_than(size: int) -> Iterator[None]:
 @contextmanager
 def opened(folder: Path, *, archive: Path | None = None, resume: bool = False) -> Iterator[Session]:
     task = make_task(tiny_space(trials=4), 0.5)
-    session = open_session(tiny_bench(), task, folder, archive=archive, resume=resume)
+    session = open_session(tiny_testbed(), task, folder, archive=archive, resume=resume)
     try:
         yield session
     finally:
@@ -53,7 +53,7 @@ def test_a_disk_that_fills_ends_the_search_in_a_sentence_and_resume_ends_like_a_
     full: str, tmp_path: Path
 ) -> None:
     with opened(tmp_path / "whole") as session:
-        whole = outcome(list(search(session.ladder, budget=BUDGET)))
+        whole = outcome(list(search(session.rungs, max_candidates=BUDGET)))
     archive = tmp_path / "archive.jsonl"
     with opened(tmp_path / "parts", archive=archive) as session:
         room = session.journal.path.stat().st_size + 8000
@@ -61,9 +61,9 @@ def test_a_disk_that_fills_ends_the_search_in_a_sentence_and_resume_ends_like_a_
         archive.write_bytes(b"\n" * (room - 4000 if full == archive.name else 0))
         complaint = f"{full} cannot be written: File too large"
         with no_file_longer_than(room), pytest.raises(OutputError, match=complaint):
-            list(search(session.ladder, budget=BUDGET))
+            list(search(session.rungs, max_candidates=BUDGET))
     with opened(tmp_path / "parts", archive=archive, resume=True) as session:
-        parts = list(search(session.ladder, budget=BUDGET))
+        parts = list(search(session.rungs, max_candidates=BUDGET))
     assert outcome(parts) == whole
     assert any(one.is_replayed for one in parts) and not all(one.is_replayed for one in parts)
 
@@ -100,7 +100,7 @@ def test_a_folder_that_vanishes_ends_the_search_instead_of_losing_its_results(
     tmp_path: Path,
 ) -> None:
     with opened(tmp_path / "run") as session:
-        going = search(session.ladder, budget=BUDGET)
+        going = search(session.rungs, max_candidates=BUDGET)
         next(going)
         shutil.rmtree(tmp_path / "run")
         with pytest.raises(OutputError, match="was removed while the search ran"):
@@ -115,7 +115,7 @@ def test_the_lock_of_a_killed_search_is_free_at_once_although_a_child_of_it_live
         """
         import multiprocessing, sys, time
         from pathlib import Path
-        from prunezero.searching.judging.journal import Journal
+        from prunezero.searching.evaluation.journal import Journal
         journal = Journal(Path(sys.argv[1]), {"model": "a"}, resume=False)
         child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
         child.start()

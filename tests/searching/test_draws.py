@@ -13,27 +13,27 @@ import pytest
 
 from prunezero.errors import ScoreError, SearchError
 from prunezero.formula import Criterion
-from prunezero.models.windows import windows_fingerprint
-from prunezero.pruning.bench import Bench, set_up
-from prunezero.pruning.recipe import Recipe
-from prunezero.report.tracked import tracked_rows, tracked_search
-from prunezero.searching.benches import about, drawn
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.conditions import conditions
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.judging.judge import Judge, Question
+from prunezero.models.text.windows import windows_fingerprint
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Testbed, set_up
+from prunezero.report.tracking.search_records import tracked_rows, tracked_search
+from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.provenance import conditions
+from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.testbeds import about, drawn
 from prunezero.searching.session import (
     Session,
     find,
     found_recipe,
     make_task,
-    measure_rivals,
+    measure_baselines,
     open_session,
 )
-from prunezero.searching.task import Rule
-from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
+from prunezero.searching.workers.worker import Plan
 from tests.searching.test_benches import files, timeless
 from tests.searching.test_search import outcome
+from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed
 
 __all__ = ["files"]
 
@@ -42,9 +42,9 @@ SPLITS = ("search", "validation", "test")
 KEYS = ("search_perplexity", "validation_perplexity", "test_perplexity", "kl")
 
 
-def bench_with(seed: int, family: str = "llama") -> Bench:
+def testbed_with(seed: int, family: str = "llama") -> Testbed:
     """A tiny model under one draw."""
-    return replace(tiny_bench(family), settings=replace(SETTINGS, seed=seed))
+    return replace(tiny_testbed(family), settings=replace(SETTINGS, seed=seed))
 
 
 @pytest.fixture
@@ -52,32 +52,32 @@ def sessions(tmp_path: Path) -> Iterator[list[Session]]:
     """One under each of two draws, and one under both."""
     one, two = (make_task(tiny_space(), 0.5, draws=draws) for draws in (1, 2))
     found = [
-        open_session(bench_with(3), one, tmp_path / "first"),
-        open_session(bench_with(4), one, tmp_path / "second"),
-        open_session(bench_with(3), two, tmp_path / "both"),
+        open_session(testbed_with(3), one, tmp_path / "first"),
+        open_session(testbed_with(4), one, tmp_path / "second"),
+        open_session(testbed_with(3), two, tmp_path / "both"),
     ]
     yield found
     for session in found:
-        session.ladder.close()
+        session.rungs.close()
 
 
 def test_the_layer_error_is_the_geometric_mean_over_draws(sessions: list[Session]) -> None:
     first, second, both = (
-        next(session.ladder.errors([Rule(WANDA)]))["layer_error"] for session in sessions
+        next(session.rungs.errors([Rule(WANDA)]))["layer_error"] for session in sessions
     )
     assert first != second
     assert both == pytest.approx(math.sqrt(first * second))
 
 
 def test_a_mask_is_known_only_if_it_is_under_every_draw(sessions: list[Session]) -> None:
-    first, second, both = (session.ladder.probe(WANDA) for session in sessions)
+    first, second, both = (session.rungs.probe(WANDA) for session in sessions)
     assert first and second and both
     assert [*both.bits] == [*first.bits, *second.bits]
 
 
 def test_a_row_holds_geometric_means_and_each_draw_by_itself(sessions: list[Session]) -> None:
     rows = [
-        session.ladder.measure(session.task.recipe(WANDA, "wanda"), SPLITS) for session in sessions
+        session.rungs.measure(session.task.recipe(WANDA, "wanda"), SPLITS) for session in sessions
     ]
     first, second, both = rows
     assert first["test_perplexity"] != second["test_perplexity"]
@@ -92,7 +92,7 @@ def test_a_row_holds_geometric_means_and_each_draw_by_itself(sessions: list[Sess
 
 
 def test_the_dense_model_and_rivals_are_measured_under_all_draws(sessions: list[Session]) -> None:
-    first, second, both = (list(measure_rivals(session, SPLITS)) for session in sessions)
+    first, second, both = (list(measure_baselines(session, SPLITS)) for session in sessions)
     for alone, other, row in zip(first, second, both, strict=True):
         mean = math.sqrt(alone["test_perplexity"] * other["test_perplexity"])
         assert row["test_perplexity"] == pytest.approx(mean)
@@ -101,24 +101,24 @@ def test_the_dense_model_and_rivals_are_measured_under_all_draws(sessions: list[
 
 def test_every_model_is_judged_under_every_draw_in_every_regime(tmp_path: Path) -> None:
     task = make_task(tiny_space(), 0.5, also="2:4", draws=2)
-    other = bench_with(3, "opt")
-    session = open_session(bench_with(3), task, tmp_path / "all", also_benches=[other])
+    other = testbed_with(3, "opt")
+    session = open_session(testbed_with(3), task, tmp_path / "all", also_testbeds=[other])
     alone = open_session(
-        bench_with(4, "opt"), make_task(tiny_space(), None, pattern="2:4"), tmp_path / "alone"
+        testbed_with(4, "opt"), make_task(tiny_space(), None, pattern="2:4"), tmp_path / "alone"
     )
     try:
-        row = session.ladder.measure(task.recipe(WANDA, "wanda"), ("test",))
-        last = alone.ladder.measure(alone.task.recipe(WANDA, "wanda"), ("test",))
+        row = session.rungs.measure(task.recipe(WANDA, "wanda"), ("test",))
+        last = alone.rungs.measure(alone.task.recipe(WANDA, "wanda"), ("test",))
     finally:
-        session.ladder.close()
-        alone.ladder.close()
+        session.rungs.close()
+        alone.rungs.close()
     places = [(part["model"], part["seed"], part["pattern"]) for part in row["regimes"]]
-    regimes = ("free", "2:4")
+    budgets = ("free", "2:4")
     assert places == [
         (model, seed, pattern)
         for model in ("llama", "opt")
         for seed in (3, 4)
-        for pattern in regimes
+        for pattern in budgets
     ]
     values = [part["test_perplexity"] for part in row["regimes"]]
     assert values[-1] == last["test_perplexity"]
@@ -126,34 +126,36 @@ def test_every_model_is_judged_under_every_draw_in_every_regime(tmp_path: Path) 
 
 
 def test_draws_of_one_model_share_its_dense_weights_and_leave_it_dense() -> None:
-    bench, other = bench_with(3), bench_with(3, "opt")
-    models = [one.language_model.model for one in (bench, other)]
+    testbed, other = testbed_with(3), testbed_with(3, "opt")
+    models = [one.language_model.model for one in (testbed, other)]
     before = [{name: one.clone() for name, one in model.state_dict().items()} for model in models]
-    judge = Judge(make_task(tiny_space(), 0.5, draws=2), bench, also_benches=[other])
-    kept = [post.stand._dense for post in judge._posts]
+    evaluator = Evaluator(make_task(tiny_space(), 0.5, draws=2), testbed, also_testbeds=[other])
+    kept = [post.runner._dense for post in evaluator._posts]
     assert [kept[0] is one for one in kept] == [True, True, False, False]
     assert kept[2] is kept[3]
-    assert "fault" not in judge.answer(Question.of(Recipe.load("sparsegpt"), ("search",)))
+    assert "fault" not in evaluator.result(Request.of(Recipe.load("sparsegpt"), ("search",)))
     for model, known in zip(models, before, strict=True):
         assert all(one.equal(known[name]) for name, one in model.state_dict().items())
 
 
 def test_one_draw_is_judged_under_the_conditions_of_before(tmp_path: Path) -> None:
-    bench = bench_with(3)
-    alone, both = (conditions(bench, make_task(tiny_space(), 0.5, draws=draws)) for draws in (1, 2))
-    ids = windows_fingerprint(bench.drawn(1).windows("calibration"))
+    testbed = testbed_with(3)
+    alone, both = (
+        conditions(testbed, make_task(tiny_space(), 0.5, draws=draws)) for draws in (1, 2)
+    )
+    ids = windows_fingerprint(testbed.drawn(1).windows("calibration"))
     assert both == alone | {"draws": 2, "drawn_token_ids": [ids]}
     assert ids != alone["calibration token ids"]
-    session = open_session(bench, make_task(tiny_space(), 0.5), tmp_path / "one")
-    rows = list(measure_rivals(session, SPLITS))
-    session.ladder.close()
+    session = open_session(testbed, make_task(tiny_space(), 0.5), tmp_path / "one")
+    rows = list(measure_baselines(session, SPLITS))
+    session.rungs.close()
     assert not any({"regimes", "draws"} & set(row) for row in rows)
     assert "draws" not in (tmp_path / "one" / "journal.jsonl").read_text()
 
 
 def candidates(folder: Path, draws: int, *, resume: bool = False) -> list[Candidate]:
     options: dict[str, Any] = {"draws": draws, "budget": 8, "resume": resume}
-    return list(find(bench_with(3), tiny_space(), 0.5, folder=folder, **options))
+    return list(find(testbed_with(3), tiny_space(), 0.5, folder=folder, **options))
 
 
 def test_a_search_over_draws_is_resumed_and_refuses_another_number(tmp_path: Path) -> None:
@@ -174,7 +176,8 @@ def test_records_and_recipes_say_how_many_draws(sessions: list[Session]) -> None
     assert "draws" not in found_recipe(alone, "mine", winner).provenance
     assert tracked_search(both, "mine", finished=True).params["draws"] == 2
     first, means = (
-        list(tracked_rows(list(measure_rivals(one, ("test",))), one.bench)) for one in (alone, both)
+        list(tracked_rows(list(measure_baselines(one, ("test",))), one.testbed))
+        for one in (alone, both)
     )
     # A mean must not take the place of what one draw gave.
     assert not {one.key for one in first} & {one.key for one in means}
@@ -189,17 +192,17 @@ def test_records_and_recipes_say_how_many_draws(sessions: list[Session]) -> None
     ],
 )
 def test_an_error_says_under_which_draw(families: list[str], told: str) -> None:
-    benches = drawn([bench_with(3, family) for family in families], 2)
-    with pytest.raises(ScoreError, match=f"^{told}$"), about(benches[1], benches):
+    testbeds = drawn([testbed_with(3, family) for family in families], 2)
+    with pytest.raises(ScoreError, match=f"^{told}$"), about(testbeds[1], testbeds):
         raise ScoreError("it fails")
 
 
 def test_a_plan_builds_the_judge_of_all_draws_again(files: tuple[Path, Path, Path]) -> None:
-    bench = set_up(str(files[0]), files[2], SETTINGS, dtype="float32", device="cpu")
+    testbed = set_up(str(files[0]), files[2], SETTINGS, dtype="float32", device="cpu")
     task = make_task(tiny_space(), 0.5, draws=2)
-    judge, again = Judge(task, bench), Plan.of(bench, task).judge(1)
+    evaluator, again = Evaluator(task, testbed), Plan.of(testbed, task).evaluator(1)
     recipe = Recipe.load("wanda")
-    for question in (Question.of(recipe), Question.of(recipe, ("search",))):
-        answer = timeless(judge.answer(question))
-        assert timeless(again.answer(question)) == answer
-        assert json.loads(json.dumps(answer)) == answer
+    for request in (Request.of(recipe), Request.of(recipe, ("search",))):
+        result = timeless(evaluator.result(request))
+        assert timeless(again.result(request)) == result
+        assert json.loads(json.dumps(result)) == result

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.ladder import Ladder
+from prunezero.searching.evaluation.rungs import Rungs
+from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.search import search
 from tests.searching.test_search import session_in
 
@@ -17,39 +17,39 @@ from tests.searching.test_search import session_in
 def first_of(folder: Path) -> Candidate:
     """The first candidate that a search hands over."""
     session = session_in(folder)
-    found = next(iter(search(session.ladder, budget=3)))
+    found = next(iter(search(session.rungs, max_candidates=3)))
     session.journal.close()
     return found
 
 
-def answering(answer: dict[str, Any]) -> Any:
+def answering(result: dict[str, Any]) -> Any:
     """A rung that says the same of everything."""
 
-    def answers(self: Ladder, rules: Any, *rest: Any) -> Iterator[dict[str, Any]]:
+    def results(self: Rungs, rules: Any, *rest: Any) -> Iterator[dict[str, Any]]:
         for _ in rules:
-            yield answer
+            yield result
 
-    return answers
+    return results
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("result", "words"),
     [
         ({"fault": "layer 3 is constant"}, "layer 3 is constant"),
         ({"layer_error": None}, "its layer error is not finite"),
     ],
 )
 def test_the_words_of_a_judge_are_kept(
-    answer: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Ladder, "errors", answering(answer))
+    monkeypatch.setattr(Rungs, "errors", answering(result))
     found = first_of(tmp_path)
     assert (found.status, found.fault) == ("invalid", words)
     assert found.row()["fault"] == words
 
 
 def test_a_rule_without_a_mask_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ladder, "probe", lambda self, rule: None)
+    monkeypatch.setattr(Rungs, "probe", lambda self, rule: None)
     found = first_of(tmp_path)
     assert found.status == "invalid" and "all alike" in found.fault
 

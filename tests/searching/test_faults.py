@@ -14,20 +14,21 @@ import torch
 from prunezero.cli.live import SearchView
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
-from prunezero.pruning.recipe import Recipe
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.hiring import plan, workers
-from prunezero.searching.hiring.crew import Crew
-from prunezero.searching.hiring.plan import Desk, Plan
-from prunezero.searching.hiring.workers import local_crew
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.ladder import Ladder, OneJudge
-from prunezero.searching.memory import RUNGS, Memory
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.rungs import LocalEvaluator, Rungs
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.history import RUNGS, History
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, finalists, make_task, open_session
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.workers import processes as workers
+from prunezero.searching.workers import worker as plan
+from prunezero.searching.workers.pool import WorkerPool
+from prunezero.searching.workers.processes import process_pool
+from prunezero.searching.workers.worker import Plan, WorkerLoop
 from tests.searching.test_search import outcome
 from tests.searching.test_workers import Stage, Stub, asked
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 BUDGET = 12
 
@@ -39,7 +40,7 @@ def opened() -> Iterator[Callable[..., Session]]:
 
     def open_in(folder: Path, *, resume: bool = False) -> Session:
         task = make_task(tiny_space(trials=4), 0.5)
-        session = open_session(tiny_bench(), task, folder, resume=resume)
+        session = open_session(tiny_testbed(), task, folder, resume=resume)
         sessions.append(session)
         return session
 
@@ -73,7 +74,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 
 def weights_of(session: Session) -> dict[str, torch.Tensor]:
-    state = session.bench.language_model.model.state_dict()
+    state = session.testbed.language_model.model.state_dict()
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
@@ -86,19 +87,19 @@ def test_a_candidate_that_needs_too_much_memory_is_a_fault_and_the_model_is_dens
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     session = opened(tmp_path / "run")
-    judge = Judge(session.task, session.bench)
+    evaluator = Evaluator(session.task, session.testbed)
     dense = weights_of(session)
     recipe = Recipe.load("wanda")
-    for place, question in {
-        "searching.judging.judge.layer_error": Question.of(recipe),
-        "searching.judging.judge.masks_on": Question.of(recipe, trials=3),
+    for place, request in {
+        "searching.judging.judge.layer_error": Request.of(recipe),
+        "searching.judging.judge.masks_on": Request.of(recipe, trials=3),
         # By then the model is pruned.
-        "pruning.compare.evaluate": Question.of(recipe, ("search",)),
+        "pruning.compare.evaluate": Request.of(recipe, ("search",)),
     }.items():
         with monkeypatch.context() as patch:
             patch.setattr(f"prunezero.{place}", raising(SHORT_OF_MEMORY[whose]))
-            assert judge.answer(question) == {"fault": "it needs too much memory"}
-        assert "fault" not in judge.answer(question)
+            assert evaluator.result(request) == {"fault": "it needs too much memory"}
+        assert "fault" not in evaluator.result(request)
     # Optuna would print a traceback for each.
     assert not caplog.records
     now = weights_of(session)
@@ -109,31 +110,31 @@ def test_an_error_that_is_not_for_lack_of_memory_is_no_fault_of_the_candidate(
     opened: Callable[..., Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = opened(tmp_path / "run")
-    judge = Judge(session.task, session.bench)
+    evaluator = Evaluator(session.task, session.testbed)
     monkeypatch.setattr(
-        "prunezero.searching.judging.judge.layer_error", raising(RuntimeError("a mistake"))
+        "prunezero.searching.evaluation.evaluator.layer_error", raising(RuntimeError("a mistake"))
     )
     with pytest.raises(RuntimeError, match="a mistake"):
-        judge.answer(Question.of(Recipe.load("wanda")))
+        evaluator.result(Request.of(Recipe.load("wanda")))
 
 
 @dataclass
 class Faulty:
     """Judges that answer all but the questions of one kind that they are told to fail on."""
 
-    judge: Judge
+    evaluator: Evaluator
     kind: str
     fails: Callable[[int], bool]
     asked: list[str] = field(default_factory=list)
     faults: int = 0
     threads: int = 1
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        for question in questions:
-            self.asked.append(question.kind)
-            fails = question.kind == self.kind and self.fails(self.asked.count(self.kind))
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        for request in requests:
+            self.asked.append(request.kind)
+            fails = request.kind == self.kind and self.fails(self.asked.count(self.kind))
             self.faults += fails
-            yield {"fault": "it hangs"} if fails else self.judge.answer(question)
+            yield {"fault": "it hangs"} if fails else self.evaluator.result(request)
 
     def close(self) -> None:
         pass
@@ -144,20 +145,22 @@ def test_a_fault_on_any_rung_costs_that_candidate_alone_and_is_not_met_again_on_
     kind: str, opened: Callable[..., Session], tmp_path: Path
 ) -> None:
     session = opened(tmp_path / "run")
-    judges = Faulty(Judge(session.task, session.bench), kind, lambda count: count % 2 == 1)
-    ladder = Ladder(judges.judge, session.journal, judges)
-    found = list(search(ladder, budget=BUDGET))
-    assert 0 < judges.faults < judges.asked.count(kind)
+    evaluators = Faulty(
+        Evaluator(session.task, session.testbed), kind, lambda count: count % 2 == 1
+    )
+    rungs = Rungs(evaluators.evaluator, session.journal, evaluators)
+    found = list(search(rungs, max_candidates=BUDGET))
+    assert 0 < evaluators.faults < evaluators.asked.count(kind)
     last = {one.slot: one for one in found}.values()
     assert sum(one.layer_error is not None and one.status != "known" for one in last) >= BUDGET
     # A formula that could not be tuned is what it was; all others are out of the race.
     failed = [one for one in last if one.status == "invalid" and one.mask]
-    assert len(failed) == (0 if kind == "tuning" else judges.faults)
+    assert len(failed) == (0 if kind == "tuning" else evaluators.faults)
     session.journal.close()
     session = opened(tmp_path / "run", resume=True)
-    again = Faulty(judges.judge, kind, lambda count: True)
-    ladder = Ladder(again.judge, session.journal, again)
-    assert outcome(list(search(ladder, budget=BUDGET))) == outcome(found)
+    again = Faulty(evaluators.evaluator, kind, lambda count: True)
+    rungs = Rungs(again.evaluator, session.journal, again)
+    assert outcome(list(search(rungs, max_candidates=BUDGET))) == outcome(found)
     assert not again.asked
 
 
@@ -165,20 +168,20 @@ def test_the_dense_model_and_rivals_are_tried_again_on_resume_where_memory_was_s
     opened: Callable[..., Session], tmp_path: Path
 ) -> None:
     session = opened(tmp_path / "run")
-    judge, recipe = Judge(session.task, session.bench), Recipe.load("wanda")
-    short = Ladder(judge, session.journal, Faulty(judge, "measurement", lambda count: True))
+    evaluator, recipe = Evaluator(session.task, session.testbed), Recipe.load("wanda")
+    short = Rungs(evaluator, session.journal, Faulty(evaluator, "measurement", lambda count: True))
     with pytest.raises(ScoreError, match="the dense model cannot be measured: it hangs"):
         short.measure_dense(("search",))
     with pytest.raises(ScoreError, match="recipe wanda cannot be measured: it hangs"):
         short.measure(recipe, ("search",))
-    ladder = Ladder(judge, session.journal, OneJudge(judge))
-    dense, pruned = ladder.measure_dense(("search",)), ladder.measure(recipe, ("search",))
+    rungs = Rungs(evaluator, session.journal, LocalEvaluator(evaluator))
+    dense, pruned = rungs.measure_dense(("search",)), rungs.measure(recipe, ("search",))
     session.journal.close()
     session = opened(tmp_path / "run", resume=True)
-    refusing = Faulty(judge, "measurement", lambda count: True)
-    ladder = Ladder(judge, session.journal, refusing)
-    assert ladder.measure_dense(("search",)) == dense | {"is_replayed": True}
-    assert ladder.measure(recipe, ("search",)) == pruned | {"is_replayed": True}
+    refusing = Faulty(evaluator, "measurement", lambda count: True)
+    rungs = Rungs(evaluator, session.journal, refusing)
+    assert rungs.measure_dense(("search",)) == dense | {"is_replayed": True}
+    assert rungs.measure(recipe, ("search",)) == pruned | {"is_replayed": True}
     assert not refusing.asked
 
 
@@ -190,8 +193,8 @@ class Pensive:
     loading: int = 1
     silences: int = 3
 
-    def hire(self, place: int) -> Any:
-        return self.stage.hire(place)
+    def start(self, place: int) -> Any:
+        return self.stage.start(place)
 
     def wait(self, handles: Sequence[int], seconds: float) -> Collection[int]:
         self.silences -= 1
@@ -204,9 +207,9 @@ class Pensive:
 def test_a_clock_that_jumps_by_days_ends_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
     jumps = iter(range(0, 10**12, 86400))
     monkeypatch.setattr(time, "time", lambda: float(next(jumps)))
-    office = Pensive(Stage([("ready", 7), ("answer", {"it": 1})]))
-    assert list(Crew(office, 1, deadline=60.0).answers([asked("say")])) == [{"it": 1}]
-    assert office.silences < 0
+    launcher = Pensive(Stage([("ready", 7), ("answer", {"it": 1})]))
+    assert list(WorkerPool(launcher, 1, deadline=60.0).results([asked("say")])) == [{"it": 1}]
+    assert launcher.silences < 0
 
 
 @pytest.mark.parametrize(
@@ -224,24 +227,24 @@ def test_workers_divide_the_cores_among_them(
 
     def started(stub: Any, threads: int, gpu: str | None) -> Any:
         given.append(threads)
-        return Stage([("ready", len(given)), ("answer", {})]).hire(0)
+        return Stage([("ready", len(given)), ("answer", {})]).start(0)
 
     monkeypatch.setattr(workers, "usable_cores", lambda: cores)
     monkeypatch.setattr(workers, "_Process", started)
     monkeypatch.setattr("multiprocessing.connection.wait", lambda handles, seconds: handles)
-    processes = local_crew(Stub(), count, threads=threads)
-    list(processes.answers([asked("say")]))
+    processes = process_pool(Stub(), count, threads=threads)
+    list(processes.results([asked("say")]))
     processes.close()
     assert given == [each]
 
 
 def test_a_worker_computes_on_the_threads_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
-    bench = tiny_bench()
+    testbed = tiny_testbed()
     task = make_task(tiny_space(), 0.5)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
-    monkeypatch.setattr(plan, "set_up", lambda *args, **kwargs: bench)
-    assert Desk(Plan.of(bench, task), 3).start()[0] == "ready"
+    monkeypatch.setattr(plan, "set_up", lambda *args, **kwargs: testbed)
+    assert WorkerLoop(Plan.of(testbed, task), 3).start()[0] == "ready"
     assert given == [3]
 
 
@@ -258,10 +261,10 @@ def test_numbers_of_different_rungs_are_never_ranked_together() -> None:
         candidate(3, "abs(W)/X", layer_error=0.9, kl=0.9, search_perplexity=90.0),
     ]
     found[3] = replace(found[3], validation_perplexity=95.0)
-    memory = Memory()
+    history = History()
     for one in found:
-        memory.keep(one)
-    slots = {rung: [one.slot for one in memory.ranked(rung)] for rung in RUNGS}
+        history.keep(one)
+    slots = {rung: [one.slot for one in history.ranked(rung)] for rung in RUNGS}
     assert slots == {
         "layer_error": [0, 1, 2, 3],
         "kl": [1, 2, 3],
@@ -277,8 +280,8 @@ def test_numbers_of_different_rungs_are_never_ranked_together() -> None:
 
 
 def test_a_candidate_that_fails_on_a_higher_rung_is_no_finalist() -> None:
-    memory = Memory()
-    good = memory.keep(candidate(0, "abs(W)", layer_error=0.5, search_perplexity=70.0))
-    bad = memory.keep(candidate(1, "abs(W)*X", layer_error=0.1, search_perplexity=50.0))
-    memory.keep(replace(bad, status="invalid"))
-    assert finalists(memory.candidates) == [good]
+    history = History()
+    good = history.keep(candidate(0, "abs(W)", layer_error=0.5, search_perplexity=70.0))
+    bad = history.keep(candidate(1, "abs(W)*X", layer_error=0.1, search_perplexity=50.0))
+    history.keep(replace(bad, status="invalid"))
+    assert finalists(history.candidates) == [good]

@@ -21,15 +21,15 @@ from prunezero.formula import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.formula.reading import MAX_DEPTH
 from prunezero.scoring import score
-from prunezero.searching import memory as memories
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.memory import RUNGS, Memory
+from prunezero.searching import history as history_module
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule
+from prunezero.searching.history import RUNGS, History
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task, open_session
-from prunezero.searching.task import Rule
-from tests.searching.bench import tiny_bench, tiny_space
 from tests.searching.test_faults import candidate
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 MANY = 5000
 # Python calls, about half a second: five times what the largest formula below takes.
@@ -47,16 +47,16 @@ def many() -> Iterator[Criterion]:
 def test_five_thousand_formulas_leave_caches_of_bounded_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge = Judge(make_task(tiny_space(), 0.5), tiny_bench())
+    evaluator = Evaluator(make_task(tiny_space(), 0.5), tiny_testbed())
     mask = torch.ones(2, 8, dtype=torch.bool)
     monkeypatch.setattr(
-        "prunezero.searching.judging.judge.masks_on", lambda *args, **scores: [mask]
+        "prunezero.searching.evaluation.evaluator.masks_on", lambda *args, **scores: [mask]
     )
     for criterion in many():
-        judge.probe(criterion, "row")
+        evaluator.probe(criterion, "row")
         score._compiled(criterion)
-        memories.skeleton(criterion)
-    for cache in (judge.probe, score._compiled, memories._skeleton):
+        history_module.skeleton(criterion)
+    for cache in (evaluator.probe, score._compiled, history_module._skeleton):
         known = cache.cache_info()
         assert known.maxsize is not None and known.currsize <= known.maxsize <= 4096
 
@@ -77,19 +77,19 @@ def held_by(root: object) -> tuple[int, set[type]]:
 
 
 def test_a_memory_of_five_thousand_candidates_holds_no_tensor_and_few_megabytes() -> None:
-    memory = Memory()
+    history = History()
     for slot, criterion in enumerate(many()):
         values = {rung: 1.0 + slot for rung in RUNGS}
-        memory.keep(replace(candidate(slot, "abs(W)", **values), criterion=criterion))
-    size, kinds = held_by(memory)
+        history.keep(replace(candidate(slot, "abs(W)", **values), criterion=criterion))
+    size, kinds = held_by(history)
     assert {Candidate, Criterion} <= kinds
     assert not any(issubclass(kind, torch.Tensor | np.ndarray) for kind in kinds)
     assert size < 20e6
 
 
 def test_candidates_of_a_search_hold_no_tensor(tmp_path: Path) -> None:
-    session = open_session(tiny_bench(), make_task(tiny_space(tuned=0), 0.5), tmp_path / "run")
-    _, kinds = held_by(list(search(session.ladder, budget=12)))
+    session = open_session(tiny_testbed(), make_task(tiny_space(tuned=0), 0.5), tmp_path / "run")
+    _, kinds = held_by(list(search(session.rungs, max_candidates=12)))
     session.journal.close()
     assert Candidate in kinds
     assert not any(issubclass(kind, torch.Tensor | np.ndarray) for kind in kinds)
@@ -150,7 +150,7 @@ def calls_to_rank(text: str) -> tuple[int, int]:
         criterion = Criterion.parse(text)
         for compare in ("row", "layer", "model"):
             ranking_form(criterion.sympy, compare)
-        memories.skeleton(criterion)
+        history_module.skeleton(criterion)
         words = criterion.complexity
     return count[0], words
 
@@ -171,10 +171,10 @@ def test_drawn_formulas_of_the_largest_size_are_ranked_or_refused_at_once() -> N
 
 
 def test_a_rule_is_found_again_among_thousands_without_looking_at_them() -> None:
-    memory = Memory()
+    history = History()
     for slot, criterion in enumerate(many()):
-        memory.keep(replace(candidate(slot, "abs(W)"), criterion=criterion))
-    wanted = Rule(memory.candidates[-1].criterion)
+        history.keep(replace(candidate(slot, "abs(W)"), criterion=criterion))
+    wanted = Rule(history.candidates[-1].criterion)
     with python_calls() as count:
-        assert memory.twin(wanted) is not None
+        assert history.duplicate(wanted) is not None
     assert count[0] < 100

@@ -10,16 +10,22 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.catalogue import STRATEGIES
-from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion, tunable
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import Proposal, _chosen, _moved
-from prunezero.searching.regimes import Regime
-from prunezero.searching.space import SearchSpace, search_spaces
-from prunezero.searching.task import Task
-from tests.searching.bench import tiny_space
+from prunezero.searching.experiment.budgets import Budget
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Task
+from prunezero.searching.history import History
+from prunezero.searching.spaces.space import SearchSpace, search_spaces
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.evolution import Proposal, _chosen, _moved
+from prunezero.searching.strategies.genetics import (
+    as_seen,
+    cross,
+    mutate,
+    random_criterion,
+    tunable,
+)
+from prunezero.searching.strategies.parents import ParentPool
+from tests.searching.testbed import tiny_space
 
 
 def test_the_folder_holds_the_three_spaces() -> None:
@@ -47,13 +53,13 @@ def test_children_are_formulas_of_the_space(name: str) -> None:
 
 
 # Nobody else to take a formula from.
-ALONE = Breeders((), [], [], 1)
+ALONE = ParentPool((), [], [], 1)
 # With factors and summands that are the same in each row, and others of a whole layer.
 DRESSED = ("abs(W)*X/R1", "abs(W)*X + R1", "abs(W)*X*layer_norm(W)", "abs(W)*X**0.5*exp(R2)")
 
 
 def task_of(
-    pattern: str = "free", also: tuple[Regime, ...] = (), seed: int = 0, **space: Any
+    pattern: str = "free", also: tuple[Budget, ...] = (), seed: int = 0, **space: Any
 ) -> Task:
     return Task(tiny_space(**space), 0.5, pattern, seed, (), also=also)
 
@@ -65,13 +71,13 @@ def parent_of(text: str, slot: int = 0, **choices: str) -> Candidate:
 
 def bred(task: Task, strategy: str = "evolution", **choices: str) -> list[Proposal]:
     """Children of formulas in row dress, all under the same choices."""
-    memory = Memory()
+    history = History()
     for slot, text in enumerate(DRESSED):
-        memory.keep(parent_of(text, slot, **choices))
-    memory.slot = len(DRESSED)
+        history.keep(parent_of(text, slot, **choices))
+    history.slot = len(DRESSED)
     found = []
-    for proposal in islice(STRATEGIES[strategy].start(task)(memory, 1), 80):
-        memory.slot += 1
+    for proposal in islice(STRATEGIES[strategy].start(task)(history, 1), 80):
+        history.slot += 1
         if proposal is not None and proposal.origin != "choose":
             found.append(proposal)
     assert len(found) > 30
@@ -86,7 +92,7 @@ def shows_all_to(group: str, proposals: list[Proposal], space: SearchSpace) -> b
 
 def test_who_competes_is_what_the_rule_says_unless_every_regime_is_a_pattern() -> None:
     free, pattern = task_of(), task_of("2:4")
-    mixed = task_of("2:4", also=(Regime(0.7),))
+    mixed = task_of("2:4", also=(Budget(0.7),))
     assert free.space.widest_group == "model" and free.space.compare == "row"
     assert free.competing({}) == "row" and free.competing({"compare": "layer"}) == "layer"
     assert pattern.competing({"compare": "model"}) == "row"
@@ -103,7 +109,7 @@ PATTERN = task_of("2:4", compare="model", fresh=0.5)
         ("random", PATTERN, "row"),
         ("enumeration", PATTERN, "row"),
         ("optuna", PATTERN, "row"),
-        ("evolution", task_of("2:4", also=(Regime(0.25, "3:4"),), compare="layer"), "row"),
+        ("evolution", task_of("2:4", also=(Budget(0.25, "3:4"),), compare="layer"), "row"),
         ("evolution", task_of(fresh=0.5), "row"),
         ("evolution", task_of(compare="layer", fresh=0.5), "layer"),
     ],
@@ -173,7 +179,7 @@ def test_tuning_keeps_a_formula_at_its_own_numbers_and_moves_it_at_others() -> N
     ],
 )
 def test_a_faulty_space_is_refused_by_key(change: dict[str, object], complaint: str) -> None:
-    from prunezero.pruning.documents import validated
+    from prunezero.pruning.recipes.documents import validated
 
     fields = SearchSpace.load("tiny").model_dump(mode="json") | change
     with pytest.raises(RecipeError, match=complaint):

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunezero.errors import PruneZeroError, SearchError, TextError
-from prunezero.models.checked_lines import line_of
-from prunezero.pruning.bench import Bench, Settings
-from prunezero.report.run_summary import read_run
-from prunezero.searching.judging.journal import Journal, read_journal
+from prunezero.files.checked_lines import line_of
+from prunezero.pruning.testbed import Settings, Testbed
+from prunezero.report.runs.summary import read_run
+from prunezero.searching.evaluation.journal import Journal, read_journal
+from prunezero.searching.experiment.task import Rule
 from prunezero.searching.session import _header, make_task, open_session
-from prunezero.searching.task import Rule
-from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
+from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed
 
 
 def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
@@ -33,7 +33,7 @@ def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
         import resource, sys
         from pathlib import Path
         from prunezero.errors import OutputError
-        from prunezero.searching.judging.journal import Journal, read_journal
+        from prunezero.searching.evaluation.journal import Journal, read_journal
         path = Path(sys.argv[1])
         journal = Journal(path, {"model": "a"}, resume=False)
         journal.write("layer error", "W", {"layer_error": 0.1})
@@ -58,7 +58,7 @@ def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
     Journal(path, {"model": "a"}, resume=True).close()
 
 
-HEADER = _header(tiny_bench(), make_task(tiny_space(), 0.5))
+HEADER = _header(tiny_testbed(), make_task(tiny_space(), 0.5))
 
 
 def test_the_header_holds_whatever_results_depend_on() -> None:
@@ -78,25 +78,25 @@ def test_resuming_is_refused_whichever_setting_changed(key: str, tmp_path: Path)
 
 
 def test_a_search_that_could_not_begin_does_not_stand_in_its_own_way(tmp_path: Path) -> None:
-    bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
+    testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
     greedy = Settings(**{**vars(SETTINGS), "test_tokens": 10**6})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TextError, match="test split"):
-        patch.setattr("prunezero.searching.session.Judge", _interrupted)  # no long work before
-        open_session(Bench(bench.language_model, bench.text, greedy), task, tmp_path / "run")
+        patch.setattr("prunezero.searching.session.Evaluator", _interrupted)  # no long work before
+        open_session(Testbed(testbed.language_model, testbed.text, greedy), task, tmp_path / "run")
     assert not list(tmp_path.iterdir())
-    open_session(bench, task, tmp_path / "run").journal.close()
+    open_session(testbed, task, tmp_path / "run").journal.close()
 
 
 def test_a_failed_start_keeps_results_that_were_there(tmp_path: Path) -> None:
-    bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
-    session = open_session(bench, task, tmp_path / "run")
-    list(session.ladder.errors([Rule(task.space.terminals[0])]))
+    testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
+    session = open_session(testbed, task, tmp_path / "run")
+    list(session.rungs.errors([Rule(task.space.terminals[0])]))
     session.journal.close()
     before = session.journal.path.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prunezero.searching.session.Judge", _interrupted)
+        patch.setattr("prunezero.searching.session.Evaluator", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            open_session(bench, task, tmp_path / "run", resume=True)
+            open_session(testbed, task, tmp_path / "run", resume=True)
     assert session.journal.path.read_bytes() == before
 
 

@@ -17,17 +17,17 @@ from typing import Any
 
 import pytest
 
-from prunezero.searching.hiring.crew import Crew
-from prunezero.searching.hiring.workers import local_crew
-from prunezero.searching.judging.journal import Journal, read_journal
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.ladder import Judges, Ladder
+from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.journal import Journal, read_journal
+from prunezero.searching.evaluation.rungs import Evaluators, Rungs
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.session import _header, make_task
-from prunezero.searching.task import Task
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.workers.pool import WorkerPool
+from prunezero.searching.workers.processes import process_pool
 from tests.searching.test_search import outcome, session_in
 from tests.searching.test_workers import Drawing, Stub, asked, fill, is_running, until
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 BUDGET = 40
 KILLS = 20
@@ -41,8 +41,8 @@ NURSERY = textwrap.dedent(
     from pathlib import Path
     import optuna
     from prunezero.searching.search import search
-    from tests.searching.test_search import session_in, tiny_bench
-    tiny_bench()
+    from tests.searching.test_search import session_in, tiny_testbed
+    tiny_testbed()
     for _ in sys.stdin:
         child = os.fork()
         if not child:
@@ -67,7 +67,7 @@ def test_twenty_kills_of_the_search_itself_change_neither_journal_nor_candidates
     tmp_path: Path,
 ) -> None:
     session = session_in(tmp_path / "whole")
-    whole = outcome(list(search(session.ladder, budget=BUDGET)))
+    whole = outcome(list(search(session.rungs, max_candidates=BUDGET)))
     size = session.journal.path.stat().st_size
     nursery = subprocess.Popen(
         [sys.executable, "-c", NURSERY, str(tmp_path / "parts"), str(BUDGET)],
@@ -97,7 +97,7 @@ def test_twenty_kills_of_the_search_itself_change_neither_journal_nor_candidates
     # They died while they worked, not all at the same place.
     assert len(set(sizes)) > KILLS // 2 and sizes[-1] < size
     again = session_in(tmp_path / "parts", resume=True)
-    assert outcome(list(search(again.ladder, budget=BUDGET))) == whole
+    assert outcome(list(search(again.rungs, max_candidates=BUDGET))) == whole
     assert answers_in(path) == answers_in(session.journal.path)
 
 
@@ -139,26 +139,26 @@ class Told:
     def __init__(self, faults: dict[tuple[str, str], dict[str, Any]]) -> None:
         self.faults = faults
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        for one in questions:
-            yield self.faults.get((one.kind, one.key)) or Drawing().answer(one)
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        for one in requests:
+            yield self.faults.get((one.kind, one.key)) or Drawing().result(one)
 
     def close(self) -> None:
         pass
 
 
 def searched(
-    folder: Path, task: Task, judges: Judges, disturb: Any = lambda: None
+    folder: Path, task: Task, evaluators: Evaluators, disturb: Any = lambda: None
 ) -> tuple[list[tuple[object, ...]], list[tuple[str, str, dict[str, Any]]]]:
     """The candidates of a search, and the answers in its journal."""
-    bench = tiny_bench()
-    journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=False)
-    ladder = Ladder(Judge(task, bench), journal, judges)
+    testbed = tiny_testbed()
+    journal = Journal(folder / "journal.jsonl", _header(testbed, task), resume=False)
+    rungs = Rungs(Evaluator(task, testbed), journal, evaluators)
     found = []
-    for one in search(ladder, budget=24):
+    for one in search(rungs, max_candidates=24):
         found.append(one)
         disturb()
-    ladder.close()
+    rungs.close()
     return outcome(found), answers_in(journal.path)
 
 
@@ -166,8 +166,8 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
     tmp_path: Path,
 ) -> None:
     task, rng = make_task(tiny_space(), 0.5), random.Random(5)
-    processes = local_crew(Stub("drawing"), 2, threads=1, deadline=DEADLINE)
-    fill(processes, 2, Question(("search",), None))
+    processes = process_pool(Stub("drawing"), 2, threads=1, deadline=DEADLINE)
+    fill(processes, 2, Request(("search",), None))
     timers: list[threading.Timer] = []
 
     def stop_one() -> None:
@@ -180,57 +180,57 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
             # in time, and the crew may or may not have looked.
             timers.append(later(DEADLINE + rng.uniform(-0.1, 0.1), signal.SIGCONT, pid))
 
-    candidates, answers = searched(tmp_path / "stopped", task, processes, stop_one)
+    candidates, results = searched(tmp_path / "stopped", task, processes, stop_one)
     for timer in timers:
         timer.join()
-    faults = {(kind, key): told for kind, key, told in answers if "fault" in told}
+    faults = {(kind, key): told for kind, key, told in results if "fault" in told}
     assert len(timers) == STOPS and faults
     assert {told["fault"] for told in faults.values()} == {f"no answer after {DEADLINE} seconds"}
     # Every other answer is that of its own question, and the search went on as with these faults.
-    assert searched(tmp_path / "told", task, Told(faults)) == (candidates, answers)
+    assert searched(tmp_path / "told", task, Told(faults)) == (candidates, results)
 
 
 @pytest.fixture(scope="module")
-def sleepy() -> Iterator[Crew]:
-    processes = local_crew(Stub(), 2, threads=1, deadline=2.0)
+def sleepy() -> Iterator[WorkerPool]:
+    processes = process_pool(Stub(), 2, threads=1, deadline=2.0)
     yield processes
     processes.close()
 
 
 def test_a_stopped_worker_is_ended_at_its_deadline_and_cannot_answer_any_more(
-    sleepy: Crew,
+    sleepy: WorkerPool,
 ) -> None:
     fill(sleepy, 2, asked("say"))
     before = set(sleepy.at_work)
-    answers = sleepy.answers([asked("say", "a"), asked("wait", "0.4"), asked("say", "b")])
-    assert next(answers)["said"] == ["a"]
+    results = sleepy.results([asked("say", "a"), asked("wait", "0.4"), asked("say", "b")])
+    assert next(results)["said"] == ["a"]
     (pid,) = [pid for pid, one in sleepy.at_work.items() if one and one.splits[0] == "wait"]
     os.kill(pid, signal.SIGSTOP)
     timer = later(2.5, signal.SIGCONT, pid)
-    assert next(answers) == {"fault": "no answer after 2 seconds"}
-    assert next(answers)["said"] == ["b"]
+    assert next(results) == {"fault": "no answer after 2 seconds"}
+    assert next(results)["said"] == ["b"]
     timer.join()
     assert not is_running(pid)
     expected = [[str(number)] for number in range(6)]
-    found = list(sleepy.answers([asked("say", *words) for words in expected]))
+    found = list(sleepy.results([asked("say", *words) for words in expected]))
     assert [one["said"] for one in found] == expected
     assert pid not in {one["pid"] for one in found} and pid in before
 
 
-def test_a_worker_that_wakes_in_another_batch_answers_into_the_void(sleepy: Crew) -> None:
+def test_a_worker_that_wakes_in_another_batch_answers_into_the_void(sleepy: WorkerPool) -> None:
     fill(sleepy, 2, asked("say"))
-    answers = sleepy.answers([asked("say", "a"), asked("wait", "0.4")])
-    assert next(answers)["said"] == ["a"]
+    results = sleepy.results([asked("say", "a"), asked("wait", "0.4")])
+    assert next(results)["said"] == ["a"]
     (pid,) = [pid for pid, one in sleepy.at_work.items() if one and one.splits[0] == "wait"]
     os.kill(pid, signal.SIGSTOP)
-    del answers
+    del results
     for number in range(4):
-        (one,) = sleepy.answers([asked("say", str(number))])
+        (one,) = sleepy.results([asked("say", str(number))])
         assert one["said"] == [str(number)] and one["pid"] != pid
     # Its deadline passes, and nobody has looked when it wakes and speaks.
     time.sleep(2.1)
     os.kill(pid, signal.SIGCONT)
     time.sleep(0.6)
     expected = [["wait"]] + [[str(number)] for number in range(6)]
-    found = list(sleepy.answers([asked("say", *words) for words in expected]))
+    found = list(sleepy.results([asked("say", *words) for words in expected]))
     assert [one["said"] for one in found] == expected

@@ -6,25 +6,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.strategies import Proposal, Strategy, without_state
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import History
 from prunezero.searching.search import _Run
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
-from tests.searching.test_strategies import SPACE, PlantedLadder
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.evolution import Proposal, Strategy, without_state
+from tests.searching.test_strategies import SPACE, PlantedRungs
 
 
-def memory_of(*rows: tuple[str, int, float]) -> Memory:
+def history_of(*rows: tuple[str, int, float]) -> History:
     """Candidates by formula, generation and layer error, with slots in this order."""
-    memory = Memory()
+    history = History()
     for text, generation, error in rows:
-        slot = memory.slot
+        slot = history.slot
         formula = Criterion.parse(text)
         fields: Any = {"mask": str(slot), "layer_error": error}
-        memory.keep(Candidate(slot, generation, formula, "random", (), "new", **fields))
-        memory.slot += 1
-    return memory
+        history.keep(Candidate(slot, generation, formula, "random", (), "new", **fields))
+        history.slot += 1
+    return history
 
 
 def slots(candidates: Sequence[Candidate]) -> list[int]:
@@ -32,36 +32,36 @@ def slots(candidates: Sequence[Candidate]) -> list[int]:
 
 
 def test_a_population_holds_the_best_of_each_skeleton_on_its_island() -> None:
-    memory = memory_of(
+    history = history_of(
         ("abs(W)*X**0.5", 0, 0.3),
         ("abs(W)*X**0.7", 0, 0.1),
         ("abs(W)*G**0.5", 0, 0.2),
         ("abs(W)*X**0.6", 0, 0.2),
         ("abs(W)*Y", 0, 0.4),
     )
-    assert slots(memory.population(9)) == [1, 2, 4]
-    assert slots(memory.population(2)) == [1, 2]
-    assert slots(memory.population(9, island=(0, 2))) == [2, 0, 4]
-    assert slots(memory.population(9, island=(1, 2))) == [1]
+    assert slots(history.population(9)) == [1, 2, 4]
+    assert slots(history.population(2)) == [1, 2]
+    assert slots(history.population(9, island=(0, 2))) == [2, 0, 4]
+    assert slots(history.population(9, island=(1, 2))) == [1]
 
 
 def test_places_of_those_that_are_too_old_go_to_younger_ones() -> None:
-    memory = memory_of(
+    history = history_of(
         ("abs(W)*X", 0, 0.1), ("abs(W)*G", 0, 0.2), ("abs(W)*Y", 9, 0.3), ("abs(W)*D", 5, 0.4)
     )
-    assert slots(memory.population(2)) == [0, 1]
-    assert slots(memory.population(2, oldest=5)) == [2, 3]
-    assert slots(memory.population(2, oldest=6)) == [2]
+    assert slots(history.population(2)) == [0, 1]
+    assert slots(history.population(2, oldest=5)) == [2, 3]
+    assert slots(history.population(2, oldest=6)) == [2]
 
 
 def test_a_skeleton_is_as_old_as_its_best_numbers() -> None:
-    memory = memory_of(("abs(W)*X**0.5", 0, 0.2), ("abs(W)*X**0.6", 9, 0.3), ("abs(W)*G", 9, 0.4))
-    assert slots(memory.population(2, oldest=5)) == [2]
-    better = memory_of(("abs(W)*X**0.5", 0, 0.2), ("abs(W)*X**0.6", 9, 0.1))
+    history = history_of(("abs(W)*X**0.5", 0, 0.2), ("abs(W)*X**0.6", 9, 0.3), ("abs(W)*G", 9, 0.4))
+    assert slots(history.population(2, oldest=5)) == [2]
+    better = history_of(("abs(W)*X**0.5", 0, 0.2), ("abs(W)*X**0.6", 9, 0.1))
     assert slots(better.population(2, oldest=5)) == [1]
 
 
-class Tuning(PlantedLadder):
+class Tuning(PlantedRungs):
     """Remembers for which rules numbers were asked."""
 
     def __init__(self, space: SearchSpace, pattern: str = "free") -> None:
@@ -77,19 +77,19 @@ class Tuning(PlantedLadder):
 def tuned(*choices: dict[str, str], pattern: str = "free") -> list[str]:
     """Who competed when numbers were asked for one formula, which was found with these choices."""
     fields = {"tuned": 2, "generation": 1, "compare": "row"}
-    ladder: Any = Tuning(SearchSpace.model_validate({**SPACE.model_dump(), **fields}), pattern)
+    rungs: Any = Tuning(SearchSpace.model_validate({**SPACE.model_dump(), **fields}), pattern)
     rules = [
         Rule(Criterion.parse(f"abs(W)*X**0.{5 + place}"), one) for place, one in enumerate(choices)
     ]
 
-    def propose(task: Task, memory: Memory, generation: int) -> Iterator[Proposal]:
+    def propose(task: Task, history: History, generation: int) -> Iterator[Proposal]:
         if generation < len(rules):
             yield Proposal(rules[generation], "seed")
 
-    run = _Run(ladder, Memory(forgets_masks=True), Strategy(without_state(propose), ""), bool)
+    run = _Run(rungs, History(forgets_masks=True), Strategy(without_state(propose), ""), bool)
     for generation in range(len(rules)):
         assert list(run.generation(generation, None))
-    return [str(rule.choices.get("compare", "row")) for rule in ladder.tuned]
+    return [str(rule.choices.get("compare", "row")) for rule in rungs.tuned]
 
 
 def test_a_skeleton_is_tuned_once_for_each_group_that_may_compete() -> None:

@@ -12,12 +12,12 @@ import optuna
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.report import run_folder
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.mirror import study_journal
+from prunezero.report.runs import folder as run_folder
+from prunezero.report.runs.optuna_study import study_journal
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.session import Session, make_task
-from prunezero.searching.task import Task
-from tests.searching.bench import tiny_space
+from tests.searching.testbed import tiny_space
 
 UPDATES = [["none"], ["obs"], ["swaps", "admm"]]
 
@@ -152,7 +152,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(candidates: Sequence[Candidate], folder: Path) -> None:
     nothing = cast(Any, None)
-    session = Session(bench=nothing, task=task(), ladder=nothing, journal=nothing)
+    session = Session(testbed=nothing, task=task(), rungs=nothing, journal=nothing)
     run_folder.write_run(session, folder, candidates, [])
 
 

@@ -11,16 +11,16 @@ import sympy
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
-from prunezero.pruning.documents import validated
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
-from prunezero.searching.proposing.genetics import as_seen, cross, mutate, random_criterion
+from prunezero.pruning.recipes.documents import validated
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import History
 from prunezero.searching.search import search
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
-from tests.searching.bench import tiny_space
-from tests.searching.test_strategies import SPACE, PlantedLadder
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.strategies.genetics import as_seen, cross, mutate, random_criterion
+from tests.searching.test_strategies import SPACE, PlantedRungs
+from tests.searching.testbed import tiny_space
 
 CURVES = ("exp", "log", "tanh")
 NO_CURVE_IN_A_CURVE = {word: list(CURVES) for word in CURVES}
@@ -110,7 +110,7 @@ def test_a_formula_stays_as_it_is_where_its_simplest_form_is_forbidden() -> None
     assert as_seen(criterion, space) == criterion and space.holds(criterion)
 
 
-class Tuning(PlantedLadder):
+class Tuning(PlantedRungs):
     """Finds that every formula is better with something around a part that the space forbids."""
 
     def tunings(self, rules: Sequence[Rule], trials: int) -> Iterator[dict[str, Any]]:
@@ -123,9 +123,9 @@ def test_numbers_that_make_a_forbidden_nesting_are_not_taken() -> None:
     for forbid, is_taken in (({}, True), ({"exp": ["tanh"]}, False)):
         words = {"operators": [*SPACE.operators, "exp", "tanh"], "forbid": forbid, "tuned": 2}
         space = SearchSpace.model_validate({**SPACE.model_dump(mode="json"), **words})
-        ladder: Any = Tuning(space=space)
-        found = list(search(ladder, budget=12))
-        assert ladder.asked["tuning"] and found
+        rungs: Any = Tuning(space=space)
+        found = list(search(rungs, max_candidates=12))
+        assert rungs.asked["tuning"] and found
         assert ("tune" in {one.origin for one in found}) == is_taken
 
 
@@ -135,7 +135,7 @@ def test_enumeration_leaves_out_what_is_forbidden_and_nothing_else() -> None:
 
     def texts(forbid: dict[str, list[str]]) -> set[str]:
         task = Task(tiny_space(**small, forbid=forbid), 0.5, "free", 0, ())
-        drawn = enumerate_formulas(task)(Memory(), 0)
+        drawn = enumerate_formulas(task)(History(), 0)
         return {one.rule.criterion.text for one in drawn if one is not None}
 
     free = texts({})

@@ -11,26 +11,26 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
-from prunezero.models.units import find_layers
-from prunezero.pruning.recipe import Recipe
-from prunezero.report.beginnings import rules_of
-from prunezero.report.run_summary import latex_of_front
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.audit import fidelity
-from prunezero.searching.judging.fitness import masks_on
-from prunezero.searching.judging.judge import Judge
-from prunezero.searching.judging.samples import Sample, probe_of
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.apart import around, settled, specialised
-from prunezero.searching.proposing.catalogue import STRATEGIES
-from prunezero.searching.proposing.contract import broken_promises
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import _with_choices
-from prunezero.searching.rivals import published_twin
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.report.runs.summary import latex_of_front
+from prunezero.report.runs.warm_start import rules_of
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.evaluation.rung_correlation import rung_correlation
+from prunezero.searching.experiment.baselines import published_equivalent
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task, factor_of, scaled
+from prunezero.searching.history import History
+from prunezero.searching.proxies.matrix import masks_on
+from prunezero.searching.proxies.samples import Sample, probe_of
 from prunezero.searching.session import find, make_task, open_session
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task, factor_of, scaled
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.evolution import _with_choices
+from prunezero.searching.strategies.parents import ParentPool
+from prunezero.searching.strategies.per_layer import settled, with_formula, with_own_formula
+from prunezero.testing.strategies import broken_promises
+from tests.searching.testbed import tiny_space, tiny_testbed
 from tests.tiny_models import tiny_model
 
 WANDA = Criterion.parse("abs(W)*X")
@@ -38,7 +38,7 @@ OWN = {"down_proj": "abs(W)", "q_proj": "abs(W)*sqrt(G)"}
 
 
 def task_of(sparsity: float | None = 0.5, pattern: str = "free", **space: Any) -> Task:
-    layers = find_layers(tiny_model().model)
+    layers = find_linears(tiny_model().model)
     fields = {"criteria": ["q_proj", "down_proj", "c_attn"], **space}
     return make_task(tiny_space(**fields), sparsity, pattern=pattern).on(layers)
 
@@ -54,7 +54,7 @@ def test_kinds_that_the_model_lacks_and_those_taken_already_are_left_out() -> No
     twice = task_of(criteria=["mlp.down_proj", "down_proj", "re:self_attn"])
     assert twice.criteria == ("mlp.down_proj", "re:self_attn")
     both = make_task(tiny_space(criteria=["q_proj", "c_attn"]), 0.5).on(
-        find_layers(tiny_model().model), find_layers(tiny_model("gpt2").model)
+        find_linears(tiny_model().model), find_linears(tiny_model("gpt2").model)
     )
     assert both.criteria == ()
 
@@ -63,7 +63,7 @@ def test_kinds_that_the_model_lacks_and_those_taken_already_are_left_out() -> No
 def test_the_space_of_projections_names_each_kind_of_every_family(name: str) -> None:
     space = SearchSpace.load(name)
     for family in ("llama", "gpt2", "opt"):
-        layers = find_layers(tiny_model(family).model)
+        layers = find_linears(tiny_model(family).model)
         task = make_task(space, None, pattern="2:4").on(layers)
         named = {layer.name for layer in layers for kind in task.criteria if kind in layer.name}
         assert named == {layer.name for layer in layers}
@@ -72,15 +72,15 @@ def test_the_space_of_projections_names_each_kind_of_every_family(name: str) -> 
 @pytest.mark.parametrize("compare", ["row", "model"])
 def test_a_child_has_another_formula_for_one_kind(compare: str) -> None:
     task = task_of()
-    memory = Memory()
+    history = History()
     for slot, text in enumerate(("abs(W)*X", "abs(W)*G", "W**2*minmax(G)")):
-        memory.keep(candidate(text, slot, compare=compare))
-    breeders = Breeders.among(memory, task.space, 0)
+        history.keep(candidate(text, slot, compare=compare))
+    parent_pool = ParentPool.among(history, task.space, 0)
     own = {"q_proj": "0.8*abs(W)*X" if compare == "model" else "abs(W)*G1"}
     parent = candidate("abs(W)*X", 0, compare=compare, criteria=own)
     seen = set()
     for seed in range(60):
-        rule = specialised(task, parent, breeders, random.Random(seed))
+        rule = with_own_formula(task, parent, parent_pool, random.Random(seed))
         assert rule.criterion == parent.criterion
         recipe = task.recipe(rule, "it")
         assert recipe.compare == compare and set(recipe.criteria) <= {"q_proj", "down_proj"}
@@ -94,13 +94,14 @@ def test_a_child_has_another_formula_for_one_kind(compare: str) -> None:
 
 
 def test_what_another_candidate_has_for_a_kind_is_taken_over_for_that_kind() -> None:
-    task, memory = task_of(criteria=["q_proj"]), Memory()
-    memory.keep(candidate("abs(W)", 1, criteria={"q_proj": "abs(W)*F"}))
-    memory.keep(candidate("abs(W)", 2, criteria={"q_proj": "abs(W)*F"}))
-    breeders = Breeders.among(memory, task.space, 0)
+    task, history = task_of(criteria=["q_proj"]), History()
+    history.keep(candidate("abs(W)", 1, criteria={"q_proj": "abs(W)*F"}))
+    history.keep(candidate("abs(W)", 2, criteria={"q_proj": "abs(W)*F"}))
+    parent_pool = ParentPool.among(history, task.space, 0)
     parent = candidate("abs(W)*X", 0)
     seen = {
-        str(specialised(task, parent, breeders, random.Random(seed)).choices) for seed in range(20)
+        str(with_own_formula(task, parent, parent_pool, random.Random(seed)).choices)
+        for seed in range(20)
     }
     assert "{'criteria': {'q_proj': 'abs(W)*F'}}" in seen
 
@@ -112,13 +113,13 @@ def test_where_all_layers_compete_a_kind_keeps_its_factor_when_the_formula_chang
     after = Criterion.parse("abs(W)*sqrt(F)")
     task = task_of()
     # Of another formula nobody knows what it would be now.
-    assert around(task, rule, after).choices == {
+    assert with_formula(task, rule, after).choices == {
         "compare": "model",
         "criteria": {"q_proj": "0.8*abs(W)*sqrt(F)"},
     }
     by_rows = Rule(before, {"compare": "row", "criteria": own})
-    assert around(task, by_rows, after).own.keys() == own.keys()
-    one = rule.with_own({"q_proj": Criterion.parse(own["q_proj"])})
+    assert with_formula(task, by_rows, after).per_layer.keys() == own.keys()
+    one = rule.with_per_layer({"q_proj": Criterion.parse(own["q_proj"])})
     recipe = task.recipe(one, "it")
     assert task.with_formula(recipe, after).text == "abs(W)*sqrt(F); q_proj: 0.8*abs(W)*sqrt(F)"
     # A pattern says itself who competes, whatever the rule says.
@@ -160,10 +161,10 @@ def test_what_no_mask_sees_of_own_formulas_is_taken_away(
 
 
 def test_the_mask_on_the_probe_is_that_of_all_formulas(tmp_path: Path) -> None:
-    session = open_session(tiny_bench(), task_of(), tmp_path / "run")
+    session = open_session(tiny_testbed(), task_of(), tmp_path / "run")
 
     def digest(text: str, **choices: Any) -> str:
-        mask = session.ladder.probe(Rule(Criterion.parse(text), choices))
+        mask = session.rungs.probe(Rule(Criterion.parse(text), choices))
         assert mask is not None
         return mask.digest
 
@@ -180,7 +181,7 @@ def test_the_mask_on_the_probe_is_that_of_all_formulas(tmp_path: Path) -> None:
 
 
 def test_a_layer_of_each_kind_is_on_the_probe() -> None:
-    layers = find_layers(tiny_model(num_hidden_layers=8).model)
+    layers = find_linears(tiny_model(num_hidden_layers=8).model)
     weight = torch.ones(2, 4)
     samples = [Sample(one.name, {"W": weight}, None, torch.ones(2)) for one in layers]
     usual = {sample.name for sample in probe_of(samples)}
@@ -193,7 +194,7 @@ def test_a_layer_of_each_kind_is_on_the_probe() -> None:
 def test_the_audit_looks_at_all_rules_whose_error_sees_what_they_are() -> None:
     some = [candidate("abs(W)*X", slot, criteria={"q_proj": "abs(W)"}) for slot in range(4)]
     others = [candidate("abs(W)*G", slot, criteria={}) for slot in range(4, 9)]
-    assert fidelity([*some, *others], "layer_error", "kl").count == 9
+    assert rung_correlation([*some, *others], "layer_error", "kl").count == 9
 
 
 @pytest.mark.parametrize("compare", ["row", "model"])
@@ -213,9 +214,9 @@ def test_formulas_of_some_layers_are_dropped_where_other_weights_now_compete() -
 
 
 def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
-    bench, task = tiny_bench(), task_of()
-    judge = Judge(task, bench)
-    stacks = judge._posts[0].samples
+    testbed, task = tiny_testbed(), task_of()
+    evaluator = Evaluator(task, testbed)
+    stacks = evaluator._posts[0].samples
     formulas = {kind: Criterion.parse(text) for kind, text in OWN.items()}
     mixed = masks_on(stacks, Recipe(name="it", criterion=WANDA, criteria=formulas), 0.5, "free")
     names = [name for stack in stacks for name in stack.names]
@@ -230,7 +231,7 @@ def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
 
 
 def test_a_formula_that_ranks_nothing_where_it_counts_is_told_by_layer_and_formula() -> None:
-    stacks = Judge(task_of(), tiny_bench())._posts[0].samples
+    stacks = Evaluator(task_of(), tiny_testbed())._posts[0].samples
     # Beyond what exp can tell apart.
     own = {"down_proj": Criterion.parse("exp(abs(W) + 100)")}
     with pytest.raises(ScoreError, match=r"exp\(.*\) gives every weight of .*down_proj the same"):
@@ -247,8 +248,8 @@ def test_its_size_and_signal_are_those_of_all_formulas() -> None:
 
 def test_it_is_no_twin_of_a_published_recipe() -> None:
     task = task_of()
-    assert published_twin(task, Rule(WANDA)) == "wanda"
-    assert published_twin(task, Rule(WANDA, {"criteria": OWN})) is None
+    assert published_equivalent(task, Rule(WANDA)) == "wanda"
+    assert published_equivalent(task, Rule(WANDA, {"criteria": OWN})) is None
 
 
 def test_the_front_in_latex_names_the_layers_of_each_formula() -> None:
@@ -260,9 +261,11 @@ def test_the_front_in_latex_names_the_layers_of_each_formula() -> None:
 def test_a_search_finds_them_goes_on_and_hands_them_on(tmp_path: Path) -> None:
     space = tiny_space(criteria=["q_proj", "down_proj", "up_proj"], chosen=0.8, tuned=0)
 
-    def searched(name: str, budget: int, **options: Any) -> list[Candidate]:
+    def searched(name: str, max_candidates: int, **options: Any) -> list[Candidate]:
         folder = tmp_path / name
-        return list(find(tiny_bench(), space, 0.5, folder=folder, budget=budget, **options))
+        return list(
+            find(tiny_testbed(), space, 0.5, folder=folder, budget=max_candidates, **options)
+        )
 
     whole = searched("whole", 30)
     own = [one for one in whole if "criteria" in one.choices and one.kl is not None]
@@ -273,14 +276,14 @@ def test_a_search_finds_them_goes_on_and_hands_them_on(tmp_path: Path) -> None:
     assert [one.rule.text for one in again] == [one.rule.text for one in whole]
     assert [one.layer_error for one in again] == [one.layer_error for one in whole]
 
-    task = make_task(space, 0.5).on(find_layers(tiny_model().model))
+    task = make_task(space, 0.5).on(find_linears(tiny_model().model))
     recipe = task.recipe(own[0].rule, "mine")
     recipe.save(tmp_path / "mine.yaml")
     start = rules_of(str(tmp_path / "mine.yaml"), tmp_path)
-    begun = make_task(space, 0.5, start=start).on(find_layers(tiny_model().model))
+    begun = make_task(space, 0.5, start=start).on(find_linears(tiny_model().model))
     assert begun.seeds[0] == own[0].rule
     # Another space, or a model without those layers, begins with its formula alone.
-    bare = own[0].rule.with_own({})
+    bare = own[0].rule.with_per_layer({})
     assert make_task(tiny_space(), 0.5, start=start).seeds[0] == bare
-    other = make_task(space, 0.5, start=start).on(find_layers(tiny_model("gpt2").model))
+    other = make_task(space, 0.5, start=start).on(find_linears(tiny_model("gpt2").model))
     assert other.seeds[0] == bare

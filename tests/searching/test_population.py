@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import Proposal, evolve
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Task
-from tests.searching.bench import tiny_space
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Task
+from prunezero.searching.history import History
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.evolution import Proposal, evolve
+from prunezero.searching.strategies.parents import ParentPool
+from tests.searching.testbed import tiny_space
 
 TOURNAMENT = 5
 DRAWS = 4000
@@ -24,15 +24,15 @@ LONG = "abs(W)*X + {number}*R1*C1 + abs(W)*R1"
 SHORT = "abs(W)*sqrt(X)"
 
 
-def breeders(texts: list[str]) -> Breeders:
+def parent_pool(texts: list[str]) -> ParentPool:
     pool = [
         Candidate(slot, 0, Criterion.parse(text), "random", (), "new", mask=str(slot))
         for slot, text in enumerate(texts)
     ]
-    return Breeders((pool,), pool, [], TOURNAMENT)
+    return ParentPool((pool,), pool, [], TOURNAMENT)
 
 
-def ranks_drawn(pool: Breeders) -> list[int]:
+def ranks_drawn(pool: ParentPool) -> list[int]:
     rng = random.Random(1)
     return [pool.parent(0, rng).slot for _ in range(DRAWS)]
 
@@ -46,14 +46,14 @@ def plain_ranks(count: int) -> list[int]:
 def test_a_lone_short_formula_of_middling_rank_has_clearly_more_children() -> None:
     texts = [LONG.format(number=number) for number in range(2, 42)]
     texts[20] = SHORT
-    drawn, plain = Counter(ranks_drawn(breeders(texts))), Counter(plain_ranks(40))
+    drawn, plain = Counter(ranks_drawn(parent_pool(texts))), Counter(plain_ranks(40))
     assert drawn[20] > 4 * plain[20] > 0
     # and the best are still the most wanted
     assert drawn[0] > drawn[20] and drawn[0] > 0.75 * plain[0]
 
 
 def test_where_all_are_of_one_size_nothing_changes_at_all() -> None:
-    pool = breeders([LONG.format(number=number) for number in range(2, 42)])
+    pool = parent_pool([LONG.format(number=number) for number in range(2, 42)])
     sizes = {one.criterion.complexity for one in pool.everyone}
     assert len(sizes) == 1
     assert ranks_drawn(pool) == plain_ranks(40)
@@ -62,60 +62,60 @@ def test_where_all_are_of_one_size_nothing_changes_at_all() -> None:
 def test_sizes_are_counted_in_the_pool_of_the_tournament() -> None:
     """On text, long ones are rare; by layer error they are the crowd."""
     texts = [LONG.format(number=number) for number in range(2, 32)] + [SHORT] * 2
-    crowd = breeders(texts).everyone
-    glanced = [*crowd[30:], *crowd[:1]]
-    both = Breeders((crowd,), crowd, glanced, TOURNAMENT)
+    crowd = parent_pool(texts).everyone
+    quick_kl = [*crowd[30:], *crowd[:1]]
+    both = ParentPool((crowd,), crowd, quick_kl, TOURNAMENT)
     rng = random.Random(0)
-    drawn = Counter(both.parent(0, rng, glanced=1.0).slot for _ in range(DRAWS))
-    alone = Counter(ranks_drawn(Breeders((glanced,), glanced, [], TOURNAMENT)))
+    drawn = Counter(both.parent(0, rng, quick_kl=1.0).slot for _ in range(DRAWS))
+    alone = Counter(ranks_drawn(ParentPool((quick_kl,), quick_kl, [], TOURNAMENT)))
     assert set(drawn) == {30, 31, 0}
     assert abs(drawn[0] - alone[0]) < 0.05 * DRAWS
 
 
 def test_breeders_of_an_empty_memory_are_nobody() -> None:
-    pool = Breeders.among(Memory(), SearchSpace.load("tiny"), 0)
-    assert pool.everyone == [] and pool.glanced == []
+    pool = ParentPool.among(History(), SearchSpace.load("tiny"), 0)
+    assert pool.everyone == [] and pool.quick_kl == []
 
 
 # Of one size, one signal and one behaviour, and no two of one skeleton.
 ALIKE = [f"abs(W)*X*{word}({name})" for word in ("exp", "tanh") for name in ("R1", "C1", "R2")]
 
 
-def remembered(memory: Memory, text: str, generation: int, error: float, **fields: Any) -> int:
+def remembered(history: History, text: str, generation: int, error: float, **fields: Any) -> int:
     """Take in one more candidate with a mask of its own; its slot."""
-    slot = memory.slot
+    slot = history.slot
     fields |= {"mask": str(slot), "layer_error": error}
-    memory.keep(Candidate(slot, generation, Criterion.parse(text), "random", (), "new", **fields))
-    memory.slot += 1
+    history.keep(Candidate(slot, generation, Criterion.parse(text), "random", (), "new", **fields))
+    history.slot += 1
     return slot
 
 
-def breeding_slots(memory: Memory, generation: int, **space: Any) -> set[int]:
-    pool = Breeders.among(memory, tiny_space(**{"islands": 1, **space}), generation)
+def breeding_slots(history: History, generation: int, **space: Any) -> set[int]:
+    pool = ParentPool.among(history, tiny_space(**{"islands": 1, **space}), generation)
     return {one.slot for one in pool.everyone}
 
 
-def old_best_and_young(born: int) -> Memory:
+def old_best_and_young(born: int) -> History:
     """The best three from the beginning, three that are worse from a later generation."""
-    memory = Memory()
+    history = History()
     for place, text in enumerate(ALIKE):
-        remembered(memory, text, 0 if place < 3 else born, 0.1 + 0.1 * place)
-    return memory
+        remembered(history, text, 0 if place < 3 else born, 0.1 + 0.1 * place)
+    return history
 
 
 def test_the_old_retire_and_younger_ones_take_their_places() -> None:
-    memory = old_best_and_young(100)
+    history = old_best_and_young(100)
     # the best of all stays, as the best of its kind
-    assert breeding_slots(memory, 101, population=3) == {0, 3, 4, 5}
-    assert breeding_slots(memory, 101, population=2) == {0, 3, 4}
+    assert breeding_slots(history, 101, population=3) == {0, 3, 4, 5}
+    assert breeding_slots(history, 101, population=2) == {0, 3, 4}
 
 
 def test_age_is_counted_to_the_generation_that_is_bred() -> None:
     """Though nobody younger was found since."""
-    memory = old_best_and_young(1)
-    assert breeding_slots(memory, 20, population=3) == {0, 1, 2}
-    assert breeding_slots(memory, 21, population=3) == {0, 3, 4, 5}
-    assert breeding_slots(memory, 22, population=3) == {0}
+    history = old_best_and_young(1)
+    assert breeding_slots(history, 20, population=3) == {0, 1, 2}
+    assert breeding_slots(history, 21, population=3) == {0, 3, 4, 5}
+    assert breeding_slots(history, 22, population=3) == {0}
 
 
 @pytest.mark.parametrize(
@@ -130,28 +130,28 @@ def test_age_is_counted_to_the_generation_that_is_bred() -> None:
 def test_the_best_of_every_kind_breeds_however_bad_and_old_it_is(
     text: str, fields: dict[str, int]
 ) -> None:
-    memory = Memory()
-    worst = remembered(memory, text, 0, 0.9, **fields)
+    history = History()
+    worst = remembered(history, text, 0, 0.9, **fields)
     for place, alike in enumerate(ALIKE[:3]):
-        remembered(memory, alike, 99, 0.1 + 0.1 * place)
-    assert breeding_slots(memory, 100, population=2) == {worst, 1, 2}
+        remembered(history, alike, 99, 0.1 + 0.1 * place)
+    assert breeding_slots(history, 100, population=2) == {worst, 1, 2}
     # and another one like it does not, nor does one more of the crowd
-    remembered(memory, text.replace("R1", "C1"), 0, 0.95, **fields)
-    assert breeding_slots(memory, 100, population=2) == {worst, 1, 2}
+    remembered(history, text.replace("R1", "C1"), 0, 0.95, **fields)
+    assert breeding_slots(history, 100, population=2) == {worst, 1, 2}
 
 
 def children(count: int = 400, **space: Any) -> list[tuple[int, Proposal]]:
     """Slots and children of one generation, whose parents are of one kind and on two islands."""
-    memory = Memory()
+    history = History()
     for place, text in enumerate(ALIKE):
-        remembered(memory, text, 0, 0.1 + 0.1 * place)
+        remembered(history, text, 0, 0.1 + 0.1 * place)
     fields = {"fresh": 0, "chosen": 0, "crossover": 0.5, "tournament": 1, **space}
     task = Task(tiny_space(**fields), 0.5, "free", 0, ())
     found = []
-    for proposal in islice(evolve(task, memory, 1), count):
+    for proposal in islice(evolve(task, history, 1), count):
         if proposal is not None:
-            found.append((memory.slot, proposal))
-        memory.slot += 1
+            found.append((history.slot, proposal))
+        history.slot += 1
     return found
 
 
@@ -180,5 +180,5 @@ def test_some_fathers_come_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> No
     away, crossed = foreign()
     # a tenth are drawn from everywhere, of whom about half are from elsewhere
     assert crossed > 150 and 0 < away < 0.12 * crossed
-    monkeypatch.setattr("prunezero.searching.proposing.strategies._MIGRATION", 0.0)
+    monkeypatch.setattr("prunezero.searching.strategies.evolution._MIGRATION", 0.0)
     assert foreign()[0] == 0

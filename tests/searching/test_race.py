@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.judge import ProbeMask
-from prunezero.searching.memory import Memory
-from prunezero.searching.race import to_glance, to_measure
-from prunezero.searching.task import Rule, Task
-from tests.searching.bench import tiny_space
+from prunezero.searching.evaluation.evaluator import ProbeMask
+from prunezero.searching.evaluation.promotion import to_measure, to_quick_kl
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import History
+from tests.searching.testbed import tiny_space
 
 # Probed weights; masks that differ on fewer than 20 of them do nearly the same.
 PROBED = 1000
 # Of whom a third climbs by luck.
-GLANCED = 6
+QUICK = 6
 
 
 class Probed:
     """A ladder that knows masks alone, those of formulas by their texts."""
 
     def __init__(self, masks: Mapping[str, set[int]], *, seed: int = 0) -> None:
-        self.task = Task(tiny_space(glanced=GLANCED, measured=GLANCED), 0.5, "free", seed, ())
+        self.task = Task(tiny_space(quick_kl=QUICK, measured=QUICK), 0.5, "free", seed, ())
         self._masks = masks
 
     def probe(self, rule: Rule) -> ProbeMask:
@@ -49,22 +49,22 @@ def near(mask: set[int], *, by: int) -> set[int]:
 
 def race(
     masks: Sequence[set[int]], errors: Sequence[float], *, seed: int = 0, **changes: Any
-) -> tuple[Any, Memory]:
+) -> tuple[Any, History]:
     """A ladder and a memory of candidates with these masks and layer errors, in order of slots.
 
     Args:
         changes: further fields, each a dict from slot to value.
     """
-    memory, mask_of = Memory(), {}
+    history, mask_of = History(), {}
     for slot, error in enumerate(errors):
         formula = Criterion.parse(f"abs(W)*X + {slot + 1}*R1")
         mask_of[formula.text] = masks[slot]
         fields: Any = {"mask": str(slot), "layer_error": error}
         one = Candidate(slot, 0, formula, "random", (), "new", **fields)
         own = {key: of[slot] for key, of in changes.items() if slot in of}
-        memory.keep(replace(one, **own))
-    memory.slot = len(errors)
-    return Probed(mask_of, seed=seed), memory
+        history.keep(replace(one, **own))
+    history.slot = len(errors)
+    return Probed(mask_of, seed=seed), history
 
 
 def slots(candidates: Sequence[Candidate]) -> list[int]:
@@ -79,10 +79,10 @@ def test_what_a_search_starts_from_is_glanced_at_whatever_the_layer_error_says_o
     masks = apart(30)
     masks[29] = near(masks[27], by=10)
     seeds = dict.fromkeys(range(20, 30), "seed")
-    ladder, memory = race(masks, rising(30, step=0.1), origin=seeds)
+    rungs, history = race(masks, rising(30, step=0.1), origin=seeds)
     # The best four; nobody comes near them. Of seeds that do nearly the same only one climbs.
-    assert slots(to_glance(ladder, memory, 0)) == [*range(4), *range(20, 29)]
-    assert slots(to_glance(ladder, memory, 1)) == [*range(4)]
+    assert slots(to_quick_kl(rungs, history, 0)) == [*range(4), *range(20, 29)]
+    assert slots(to_quick_kl(rungs, history, 1)) == [*range(4)]
 
 
 def test_the_best_climb_and_a_third_by_luck_from_those_that_come_near() -> None:
@@ -91,28 +91,28 @@ def test_the_best_climb_and_a_third_by_luck_from_those_that_come_near() -> None:
     errors[20:] = [error + 0.1 for error in errors[20:]]
     drawn = []
     for seed in range(20):
-        ladder, memory = race(apart(30), errors, seed=seed)
-        found = slots(to_glance(ladder, memory, 0))
-        assert found[:4] == [0, 1, 2, 3] and len(set(found)) == GLANCED
+        rungs, history = race(apart(30), errors, seed=seed)
+        found = slots(to_quick_kl(rungs, history, 0))
+        assert found[:4] == [0, 1, 2, 3] and len(set(found)) == QUICK
         drawn.append(found[4:])
-    lucky = {slot for pair in drawn for slot in pair}
-    assert lucky <= set(range(4, 20)) and len(lucky) > 8
+    at_random = {slot for pair in drawn for slot in pair}
+    assert at_random <= set(range(4, 20)) and len(at_random) > 8
     # not simply the next ones
-    assert max(lucky) > 15
+    assert max(at_random) > 15
 
 
 def test_luck_is_a_function_of_the_seed_and_of_the_generation() -> None:
     def found(seed: int, generation: int) -> list[int]:
-        ladder, memory = race(apart(30), rising(30), seed=seed)
-        return slots(to_glance(ladder, memory, generation))
+        rungs, history = race(apart(30), rising(30), seed=seed)
+        return slots(to_quick_kl(rungs, history, generation))
 
     assert found(3, 0) == found(3, 0)
     assert found(3, 0) != found(4, 0) and found(3, 0) != found(3, 1)
 
 
 def test_luck_falls_on_this_generation_first() -> None:
-    ladder, memory = race(apart(30), rising(30), generation={25: 7, 28: 7})
-    found = slots(to_glance(ladder, memory, 7))
+    rungs, history = race(apart(30), rising(30), generation={25: 7, 28: 7})
+    found = slots(to_quick_kl(rungs, history, 7))
     assert found[:4] == [0, 1, 2, 3] and set(found[4:]) == {25, 28}
 
 
@@ -120,8 +120,8 @@ def test_luck_falls_on_this_generation_first() -> None:
 def test_the_best_that_do_nearly_the_same_do_not_both_climb(by: int, is_seen: bool) -> None:
     masks = apart(30)
     masks[1] = near(masks[0], by=by)
-    ladder, memory = race(masks, rising(30))
-    found = slots(to_glance(ladder, memory, 0))
+    rungs, history = race(masks, rising(30))
+    found = slots(to_quick_kl(rungs, history, 0))
     assert (found[:4] == [0, 1, 2, 3]) == is_seen
     assert is_seen or found[:4] == [0, 2, 3, 4]
 
@@ -129,8 +129,8 @@ def test_the_best_that_do_nearly_the_same_do_not_both_climb(by: int, is_seen: bo
 def test_one_that_does_what_was_glanced_at_before_does_not_climb() -> None:
     masks = apart(30)
     masks[0] = near(masks[20], by=5)
-    ladder, memory = race(masks, rising(30), kl={20: 0.5})
-    assert slots(to_glance(ladder, memory, 0))[:4] == [1, 2, 3, 4]
+    rungs, history = race(masks, rising(30), kl={20: 0.5})
+    assert slots(to_quick_kl(rungs, history, 0))[:4] == [1, 2, 3, 4]
 
 
 def test_luck_passes_over_those_that_do_what_the_best_do() -> None:
@@ -139,8 +139,8 @@ def test_luck_passes_over_those_that_do_what_the_best_do() -> None:
     masks += [near(masks[place % 4], by=5) for place in range(20)]
     masks += [set(range(500, 530)), set(range(540, 570))]
     for seed in range(5):
-        ladder, memory = race(masks, rising(26), seed=seed)
-        found = slots(to_glance(ladder, memory, 0))
+        rungs, history = race(masks, rising(26), seed=seed)
+        found = slots(to_quick_kl(rungs, history, 0))
         assert found[:4] == [0, 1, 2, 3] and set(found[4:]) == {24, 25}
 
 
@@ -148,8 +148,8 @@ def test_luck_falls_once_on_those_that_do_nearly_the_same() -> None:
     masks = apart(4)
     masks += [set(range(500, 530)) | {600 + place} for place in range(20)]
     for seed in range(5):
-        ladder, memory = race(masks, rising(24), seed=seed)
-        found = slots(to_glance(ladder, memory, 0))
+        rungs, history = race(masks, rising(24), seed=seed)
+        found = slots(to_quick_kl(rungs, history, 0))
         assert found[:4] == [0, 1, 2, 3] and len(found) == 5
 
 
@@ -159,15 +159,15 @@ def test_other_choices_that_mask_alike_climb_once_unless_they_mend_otherwise() -
     masks[29] = near(masks[0], by=6)
     origins = dict.fromkeys((28, 29), "choose")
     errors = [*rising(28), 0.9, 0.9]
-    ladder, memory = race(masks, errors, origin=origins, choices={28: {"compare": "layer"}})
-    assert not {28, 29} & set(slots(to_glance(ladder, memory, 0)))
-    ladder, memory = race(masks, errors, origin=origins, choices={28: {"update": ["admm"]}})
-    assert {28, 29} & set(slots(to_glance(ladder, memory, 0))) == {28}
+    rungs, history = race(masks, errors, origin=origins, choices={28: {"compare": "layer"}})
+    assert not {28, 29} & set(slots(to_quick_kl(rungs, history, 0)))
+    rungs, history = race(masks, errors, origin=origins, choices={28: {"update": ["admm"]}})
+    assert {28, 29} & set(slots(to_quick_kl(rungs, history, 0))) == {28}
 
 
 def test_the_rung_above_is_climbed_by_the_same_rules() -> None:
     masks = apart(30)
     masks[1] = near(masks[0], by=5)
-    ladder, memory = race(masks, rising(30), kl=dict(enumerate(rising(30))))
-    found = slots(to_measure(ladder, memory, 0))
-    assert found[:4] == [0, 2, 3, 4] and len(set(found) - {1}) == GLANCED
+    rungs, history = race(masks, rising(30), kl=dict(enumerate(rising(30))))
+    found = slots(to_measure(rungs, history, 0))
+    assert found[:4] == [0, 2, 3, 4] and len(set(found) - {1}) == QUICK

@@ -11,27 +11,27 @@ import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
-from prunezero.pruning.recipe import Recipe
-from prunezero.searching.hiring.plan import Plan
-from prunezero.searching.regimes import Regime, geometric_mean, read_regimes
-from prunezero.searching.rivals import published_twin
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.searching.experiment.baselines import published_equivalent
+from prunezero.searching.experiment.budgets import Budget, geometric_mean, read_budgets
+from prunezero.searching.experiment.task import Rule
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
     find,
     make_task,
-    measure_rivals,
+    measure_baselines,
     open_session,
 )
-from prunezero.searching.task import Rule
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.workers.worker import Plan
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 WANDA = Criterion.parse("abs(W)*X")
 
 
 def opened(folder: Path, sparsity: float, pattern: str = "free", also: str = "") -> Session:
     task = make_task(tiny_space(), sparsity, pattern=pattern, also=also)
-    return open_session(tiny_bench(), task, folder)
+    return open_session(tiny_testbed(), task, folder)
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def sessions(tmp_path: Path) -> Iterator[list[Session]]:
     ]
     yield found
     for session in found:
-        session.ladder.close()
+        session.rungs.close()
 
 
 def recipe_in(session: Session) -> Recipe:
@@ -52,12 +52,12 @@ def recipe_in(session: Session) -> Recipe:
 
 
 def test_regimes_are_read_from_words_and_told_by_them() -> None:
-    assert read_regimes("") == ()
-    assert read_regimes("0.7, 2:4") == (Regime(0.7), Regime(0.5, "2:4"))
-    assert [regime.word for regime in read_regimes("0.7,1:4")] == ["0.7", "1:4"]
+    assert read_budgets("") == ()
+    assert read_budgets("0.7, 2:4") == (Budget(0.7), Budget(0.5, "2:4"))
+    assert [budget.word for budget in read_budgets("0.7,1:4")] == ["0.7", "1:4"]
     # What is told reads back to the same regime, to the last digit.
-    assert read_regimes("0.4374996")[0].word == "0.4374996"
-    assert read_regimes("02:04") == read_regimes("2:4")
+    assert read_budgets("0.4374996")[0].word == "0.4374996"
+    assert read_budgets("02:04") == read_budgets("2:4")
 
 
 @pytest.mark.parametrize(
@@ -84,14 +84,14 @@ def test_the_mean_of_one_number_is_that_number_to_the_last_bit() -> None:
 
 def test_the_layer_error_is_the_geometric_mean_over_regimes(sessions: list[Session]) -> None:
     half, pattern, both = (
-        next(session.ladder.errors([Rule(WANDA)]))["layer_error"] for session in sessions
+        next(session.rungs.errors([Rule(WANDA)]))["layer_error"] for session in sessions
     )
     assert half != pattern
     assert both == pytest.approx(math.sqrt(half * pattern))
 
 
 def test_a_mask_is_known_only_if_it_is_in_every_regime(sessions: list[Session]) -> None:
-    half, pattern, both = (session.ladder.probe(WANDA) for session in sessions)
+    half, pattern, both = (session.rungs.probe(WANDA) for session in sessions)
     assert half and pattern and both
     assert len(both.bits) == len(half.bits) + len(pattern.bits)
     assert len({half.digest, pattern.digest, both.digest}) == 3
@@ -100,7 +100,7 @@ def test_a_mask_is_known_only_if_it_is_in_every_regime(sessions: list[Session]) 
 def test_a_row_holds_geometric_means_and_each_regime_by_itself(sessions: list[Session]) -> None:
     splits = ("search", "validation", "test")
     half, pattern, both = (
-        session.ladder.measure(recipe_in(session), splits) for session in sessions
+        session.rungs.measure(recipe_in(session), splits) for session in sessions
     )
     for key in ("search_perplexity", "validation_perplexity", "test_perplexity", "kl"):
         assert both[key] == pytest.approx(math.sqrt(half[key] * pattern[key]))
@@ -115,7 +115,7 @@ def test_a_row_holds_geometric_means_and_each_regime_by_itself(sessions: list[Se
 
 
 def test_rivals_are_measured_in_the_same_regimes(sessions: list[Session]) -> None:
-    rows = list(measure_rivals(sessions[2], ("validation",)))
+    rows = list(measure_baselines(sessions[2], ("validation",)))
     assert rows[0]["recipe"] == "dense"
     assert all(len(row["regimes"]) == 2 for row in rows[1:])
 
@@ -137,8 +137,8 @@ def test_what_is_left_open_is_usable_in_every_regime() -> None:
 def test_a_twin_competes_alike_where_that_matters() -> None:
     magnitude = Criterion.parse("abs(W)")
     space = tiny_space(compare="row")
-    assert published_twin(make_task(space, None, pattern="2:4"), magnitude) == "magnitude"
-    assert published_twin(make_task(space, None, pattern="2:4", also="0.5"), magnitude) != (
+    assert published_equivalent(make_task(space, None, pattern="2:4"), magnitude) == "magnitude"
+    assert published_equivalent(make_task(space, None, pattern="2:4", also="0.5"), magnitude) != (
         "magnitude"
     )
 
@@ -146,7 +146,7 @@ def test_a_twin_competes_alike_where_that_matters() -> None:
 def test_a_search_over_regimes_is_resumed_and_refuses_others(tmp_path: Path) -> None:
     def words(also: str, *, resume: bool = False) -> list[Any]:
         found = find(
-            tiny_bench(),
+            tiny_testbed(),
             tiny_space(),
             0.5,
             also=also,
@@ -163,16 +163,16 @@ def test_a_search_over_regimes_is_resumed_and_refuses_others(tmp_path: Path) -> 
 
 def test_a_worker_judges_in_the_same_regimes() -> None:
     task = make_task(tiny_space(), 0.5, also="0.7,2:4")
-    assert Plan.of(tiny_bench(), task)._task().regimes == task.regimes
+    assert Plan.of(tiny_testbed(), task)._task().budgets == task.budgets
 
 
 def test_a_search_over_one_regime_asks_and_answers_as_it_did_before(tmp_path: Path) -> None:
     session = opened(tmp_path / "one", 0.5)
     try:
-        row = session.ladder.measure(recipe_in(session), ("validation",))
+        row = session.rungs.measure(recipe_in(session), ("validation",))
         assert "regimes" not in row and row["pattern"] == "free"
-        assert list(search(session.ladder, budget=3))
+        assert list(search(session.rungs, max_candidates=3))
     finally:
-        session.ladder.close()
+        session.rungs.close()
     header = (tmp_path / "one" / "journal.jsonl").read_text().splitlines()[0]
     assert "also" not in header

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunezero.searching.rivals import FORMULAS, rivals
-from prunezero.searching.session import make_task, measure_rivals, open_session
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.experiment.baselines import FORMULAS, baselines
+from prunezero.searching.session import make_task, measure_baselines, open_session
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 MENDING = {"update": [["none"], ["admm"]]}
 
 
 def test_formulas_are_compared_by_the_same_dense_statistics() -> None:
-    found = rivals(make_task(tiny_space(), None, pattern="2:4"))
+    found = baselines(make_task(tiny_space(), None, pattern="2:4"))
     assert [recipe.name for recipe in found] == list(FORMULAS)
     assert {(recipe.statistics, recipe.pattern) for recipe in found} == {("dense", "2:4")}
 
 
 def test_a_search_that_mends_weights_is_compared_with_methods_that_do(tmp_path: Path) -> None:
     task = make_task(tiny_space(choices=MENDING), 0.5)
-    found = {recipe.name: recipe for recipe in rivals(task)}
+    found = {recipe.name: recipe for recipe in baselines(task)}
     assert list(found) == [*FORMULAS, "sparsegpt", "admm"]
     # As their papers have it: later layers see what pruned ones make of the text.
     assert found["admm"].statistics == found["sparsegpt"].statistics == "sequential"
-    session = open_session(tiny_bench(), task, tmp_path / "run")
-    rows = list(measure_rivals(session, ("validation",)))
-    session.ladder.close()
+    session = open_session(tiny_testbed(), task, tmp_path / "run")
+    rows = list(measure_baselines(session, ("validation",)))
+    session.rungs.close()
     assert [row["recipe"] for row in rows] == ["dense", *found]
     assert rows[-1]["statistics"] == "sequential" and rows[-1]["validation_perplexity"]
 
 
 def test_without_gradients_nobody_needs_them() -> None:
     space = tiny_space(terminals=["abs(W)", "X"], choices=MENDING)
-    names = [recipe.name for recipe in rivals(make_task(space, 0.5))]
+    names = [recipe.name for recipe in baselines(make_task(space, 0.5))]
     assert names == ["magnitude", "wanda", "ria", "sparsegpt", "admm"]

@@ -6,26 +6,26 @@ import pytest
 import torch
 
 from prunezero.formula.criterion import Criterion
-from prunezero.models.units import find_layers
-from prunezero.pruning.recipe import Recipe
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
-from prunezero.searching.judging.fitness import layer_error, masks_on, scores_on
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.samples import Sample, grams_of, ladder_sums, sample_rows, stacked
+from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.proxies.matrix import layer_error, masks_on, scores_on
+from prunezero.searching.proxies.samples import Sample, grams_of, rung_sums, sample_rows, stacked
 from prunezero.searching.session import make_task
-from tests.searching.bench import tiny_bench, tiny_space
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 FEATURES = ("W", "X", "G", "R1")
 FORMULAS = [Criterion.parse(text) for text in ("abs(W)*X", "W**2*minmax(G)", "abs(W)/R1 + G")]
 
 
 def samples_of(dtype: torch.dtype = torch.float32) -> list[Sample]:
-    bench = tiny_bench()
-    bench.language_model.model.to(dtype)
-    layers = find_layers(bench.language_model.model)
-    sums = ladder_sums(FEATURES, with_gradients=True)
-    return sample_rows(layers, bench.statistics(layers, sums), FEATURES)
+    testbed = tiny_testbed()
+    testbed.language_model.model.to(dtype)
+    layers = find_linears(testbed.language_model.model)
+    sums = rung_sums(FEATURES, with_gradients=True)
+    return sample_rows(layers, testbed.statistics(layers, sums), FEATURES)
 
 
 def one_by_one(samples: list[Sample], masks: list[torch.Tensor]) -> float:
@@ -85,37 +85,37 @@ def test_layers_that_read_the_same_inputs_share_one_short_gram_matrix() -> None:
     assert 7 * len(grams) == 4 * len(samples)
 
 
-def questions() -> list[Question]:
+def requests() -> list[Request]:
     task = make_task(tiny_space(), 0.5)
     texts = ["abs(W)*X", "layer_mean(X)", "W**2*minmax(G)", "abs(W)*G"]  # one ranks nothing
-    asked = [Question.of(task.recipe(Criterion.parse(text), "it")) for text in texts]
-    return [*asked[:3], Question.of(Recipe.load("wanda"), ("search",)), asked[3]]
+    asked = [Request.of(task.recipe(Criterion.parse(text), "it")) for text in texts]
+    return [*asked[:3], Request.of(Recipe.load("wanda"), ("search",)), asked[3]]
 
 
-def plain(answer: dict[str, object]) -> dict[str, object]:
-    return {key: value for key, value in answer.items() if key not in ("seconds", "elapsed")}
+def plain(result: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in result.items() if key not in ("seconds", "elapsed")}
 
 
 def test_many_answers_are_those_to_each_question_alone() -> None:
-    judge = Judge(make_task(tiny_space(), 0.5, also="2:4"), tiny_bench())
-    together = [plain(answer) for answer in judge.answers(questions())]
-    assert together == [plain(judge.answer(question)) for question in questions()]
+    evaluator = Evaluator(make_task(tiny_space(), 0.5, also="2:4"), tiny_testbed())
+    together = [plain(result) for result in evaluator.results(requests())]
+    assert together == [plain(evaluator.result(request)) for request in requests()]
     assert "fault" in together[1] and "layer_error" in together[4]
 
 
 def test_memory_too_short_for_all_formulas_together_is_no_fault_of_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge = Judge(make_task(tiny_space(), 0.5), tiny_bench())
-    expected = [plain(answer) for answer in judge.answers(questions())]
+    evaluator = Evaluator(make_task(tiny_space(), 0.5), tiny_testbed())
+    expected = [plain(result) for result in evaluator.results(requests())]
 
     def greedy(stacks: object, criteria: list[Criterion]) -> object:
         if len(criteria) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         yield from scores_on(stacks, criteria)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("prunezero.searching.judging.judge.scores_on", greedy)
-    assert [plain(answer) for answer in judge.answers(questions())] == expected
+    monkeypatch.setattr("prunezero.searching.evaluation.evaluator.scores_on", greedy)
+    assert [plain(result) for result in evaluator.results(requests())] == expected
 
 
 @pytest.mark.parametrize("side_by_side", [False, True])

@@ -18,20 +18,20 @@ import pytest
 
 from prunezero.errors import OutputError, PruneZeroWarning, SearchError
 from prunezero.formula import Criterion
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.rivals import published_twin
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.experiment.baselines import published_equivalent
+from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
+    evaluator,
     finalists,
     found_recipe,
-    judge,
     make_task,
-    measure_rivals,
+    measure_baselines,
     open_session,
 )
-from tests.searching.bench import tiny_bench, tiny_space
+from tests.searching.testbed import tiny_space, tiny_testbed
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ OPENED: list[Session] = []
 
 def session_in(folder: Path, *, resume: bool = False, seed: int = 0, **space: object) -> Session:
     task = make_task(tiny_space(**space), 0.5, seed=seed)
-    session = open_session(tiny_bench(), task, folder, resume=resume)
+    session = open_session(tiny_testbed(), task, folder, resume=resume)
     OPENED.append(session)
     return session
 
@@ -61,9 +61,9 @@ def outcome(candidates: list[Candidate]) -> list[tuple[object, ...]]:
 
 
 def test_the_same_seed_gives_the_same_candidates_and_another_seed_others(tmp_path: Path) -> None:
-    first = outcome(list(search(session_in(tmp_path / "a").ladder, budget=20)))
-    again = outcome(list(search(session_in(tmp_path / "b").ladder, budget=20)))
-    other = outcome(list(search(session_in(tmp_path / "c", seed=1).ladder, budget=20)))
+    first = outcome(list(search(session_in(tmp_path / "a").rungs, max_candidates=20)))
+    again = outcome(list(search(session_in(tmp_path / "b").rungs, max_candidates=20)))
+    other = outcome(list(search(session_in(tmp_path / "c", seed=1).rungs, max_candidates=20)))
     assert first == again
     assert first != other
     assert {row[4] for row in first} >= {"new", "known"}
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_candidates_and_another_seed_others(tmp_pat
 
 def test_a_candidate_whose_mask_is_known_is_never_scored_again(tmp_path: Path) -> None:
     session = session_in(tmp_path / "a")
-    found = list({one.slot: one for one in search(session.ladder, budget=30)}.values())
+    found = list({one.slot: one for one in search(session.rungs, max_candidates=30)}.values())
     screened = [one for one in found if one.status == "new"]
     assert len({one.mask for one in screened}) == len(screened) == 30
     known = [one for one in found if one.status == "known"]
@@ -80,7 +80,7 @@ def test_a_candidate_whose_mask_is_known_is_never_scored_again(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("formula", "twin"),
+    ("formula", "duplicate"),
     [
         ("abs(W)*X", "3*abs(W)*X + 0.5"),
         ("abs(W)*X", "exp(abs(W)*X)"),
@@ -91,33 +91,33 @@ def test_a_candidate_whose_mask_is_known_is_never_scored_again(tmp_path: Path) -
     ],
 )
 def test_monotone_wrappers_scalings_and_row_factors_have_the_same_mask(
-    formula: str, twin: str, tmp_path: Path
+    formula: str, duplicate: str, tmp_path: Path
 ) -> None:
-    ladder = session_in(tmp_path / "a").ladder
-    one, other = (ladder.probe(Criterion.parse(text)) for text in (formula, twin))
+    rungs = session_in(tmp_path / "a").rungs
+    one, other = (rungs.probe(Criterion.parse(text)) for text in (formula, duplicate))
     assert one is not None and other is not None
     assert one.digest == other.digest
-    different = ladder.probe(Criterion.parse("abs(W)"))
+    different = rungs.probe(Criterion.parse("abs(W)"))
     assert different is not None and different.digest != one.digest
 
 
 def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    whole = outcome(list(search(session_in(tmp_path / "whole").ladder, budget=20)))
+    whole = outcome(list(search(session_in(tmp_path / "whole").rungs, max_candidates=20)))
     rng = random.Random(0)
     for _ in range(3):
         session = session_in(tmp_path / "parts", resume=True)
         steps = rng.randrange(3, 12)
-        for _, _ in zip(range(steps), search(session.ladder, budget=20), strict=False):
+        for _, _ in zip(range(steps), search(session.rungs, max_candidates=20), strict=False):
             pass
         session.journal.close()
     session = session_in(tmp_path / "parts", resume=True)
-    parts = list(search(session.ladder, budget=20))
+    parts = list(search(session.rungs, max_candidates=20))
     assert outcome(parts) == whole
     assert any(one.is_replayed for one in parts) and not all(one.is_replayed for one in parts)
 
 
 def test_kill_minus_nine_at_random_moments_changes_nothing(tmp_path: Path) -> None:
-    whole = outcome(list(search(session_in(tmp_path / "whole").ladder, budget=40)))
+    whole = outcome(list(search(session_in(tmp_path / "whole").rungs, max_candidates=40)))
     program = textwrap.dedent(
         """
         import sys
@@ -143,7 +143,7 @@ def test_kill_minus_nine_at_random_moments_changes_nothing(tmp_path: Path) -> No
         process.wait()
         process.stdout.close()
     session = session_in(tmp_path / "parts", resume=True)
-    assert outcome(list(search(session.ladder, budget=40))) == whole
+    assert outcome(list(search(session.rungs, max_candidates=40))) == whole
 
 
 def test_a_torn_last_record_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_resuming_under_other_settings_is_refused_with_the_difference(tmp_path: 
         session_in(tmp_path / "a", resume=True, generation=7)
     with pytest.raises(SearchError, match="model: "):
         task = make_task(tiny_space(), 0.5)
-        open_session(tiny_bench(intermediate_size=32), task, tmp_path / "a", resume=True)
+        open_session(tiny_testbed(intermediate_size=32), task, tmp_path / "a", resume=True)
 
 
 def test_a_search_is_never_overwritten_and_never_run_twice_at_once(tmp_path: Path) -> None:
@@ -210,18 +210,18 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path: Pat
 
 def test_the_winner_is_judged_on_text_that_the_search_never_saw(tmp_path: Path) -> None:
     session = session_in(tmp_path / "a")
-    candidates = list({one.slot: one for one in search(session.ladder, budget=12)}.values())
+    candidates = list({one.slot: one for one in search(session.rungs, max_candidates=12)}.values())
     final = finalists(candidates)
     assert len({one.slot for one in final}) == len(final) >= 3
     assert all(one.validation_perplexity is not None for one in final)
-    row = judge(session, final[0])
+    row = evaluator(session, final[0])
     assert row["validation_perplexity"] != final[0].search_perplexity
     assert "test_perplexity" not in row and "search_perplexity" not in row
     recipe = found_recipe(session, "mine", final[0])
     assert recipe.criterion == final[0].criterion
-    assert recipe.provenance["model_fingerprint"] == session.bench.language_model.fingerprint
-    rivals = list(measure_rivals(session, ("validation", "test")))
-    assert [row["recipe"] for row in rivals] == [
+    assert recipe.provenance["model_fingerprint"] == session.testbed.language_model.fingerprint
+    baselines = list(measure_baselines(session, ("validation", "test")))
+    assert [row["recipe"] for row in baselines] == [
         "dense",
         "magnitude",
         "wanda",
@@ -239,7 +239,7 @@ def test_a_search_without_a_measured_candidate_says_what_to_do() -> None:
 def test_stop_ends_the_search_between_two_pieces_of_work(tmp_path: Path) -> None:
     asked = itertools.count()
     session = session_in(tmp_path / "a")
-    found = list(search(session.ladder, budget=50, stop=lambda: next(asked) >= 20))
+    found = list(search(session.rungs, max_candidates=50, stop=lambda: next(asked) >= 20))
     assert 0 < len(found) < 20
     written = len(session.journal)
     assert next(asked) < 25 and written < 20
@@ -252,9 +252,9 @@ def test_a_space_that_is_exhausted_ends_the_search(tmp_path: Path) -> None:
         ),
         0.5,
     )
-    session = open_session(tiny_bench(), task, tmp_path / "a")
+    session = open_session(tiny_testbed(), task, tmp_path / "a")
     OPENED.append(session)
-    found = list(search(session.ladder))
+    found = list(search(session.rungs))
     assert len({one.mask for one in found if one.status == "new"}) == 2
 
 
@@ -266,7 +266,7 @@ def test_scratch_starts_without_published_formulas_and_the_default_with_them() -
 
 
 @pytest.mark.parametrize(
-    ("formula", "pattern", "compare", "twin"),
+    ("formula", "pattern", "compare", "duplicate"),
     [
         ("log(W**2 * X**2 / R1)", "free", "row", "wanda"),
         ("W**2 * X**2", "free", "layer", "obd"),
@@ -276,7 +276,7 @@ def test_scratch_starts_without_published_formulas_and_the_default_with_them() -
     ],
 )
 def test_a_published_formula_is_known_in_another_dress(
-    formula: str, pattern: str, compare: str, twin: str | None
+    formula: str, pattern: str, compare: str, duplicate: str | None
 ) -> None:
     task = replace(make_task(tiny_space(compare=compare), 0.5, seed=0), pattern=pattern)
-    assert published_twin(task, Criterion.parse(formula)) == twin
+    assert published_equivalent(task, Criterion.parse(formula)) == duplicate

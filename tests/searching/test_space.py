@@ -9,13 +9,13 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula.features import FEATURES, SIGNALS
-from prunezero.pruning.documents import validated, write_document
+from prunezero.pruning.recipes.documents import validated, write_document
 from prunezero.pruning.requirements import dense_sums
-from prunezero.searching.judging.samples import ladder_sums
-from prunezero.searching.offers import signal_of
-from prunezero.searching.rivals import rivals
+from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.proxies.samples import rung_sums
 from prunezero.searching.session import make_task
-from prunezero.searching.space import SearchSpace, search_spaces
+from prunezero.searching.spaces.space import SearchSpace, search_spaces
+from prunezero.searching.spaces.space_choices import signal_of
 
 # Sums that only a backward pass gives.
 GRADIENTS = {name for row in FEATURES.values() if row.signal == "gradients" for name in row.sums}
@@ -42,7 +42,7 @@ def test_nothing_in_a_space_looks_at_dearer_signals_than_were_asked_for(
         for key, values in space.choices.items()
         for value in values
     )
-    assert space.dearest_signal in allowed
+    assert space.costliest_signal in allowed
     # What is kept of it is read back to the same, and nothing comes back.
     assert SearchSpace.model_validate(space.model_dump(mode="json")) == space
 
@@ -50,12 +50,12 @@ def test_nothing_in_a_space_looks_at_dearer_signals_than_were_asked_for(
 def test_without_gradients_none_are_collected_for_anybody() -> None:
     space = SearchSpace.load("pipeline", signals="activations")
     task = make_task(space, 0.5)
-    sums = ladder_sums(space.features, with_gradients=space.weighted_by_gradient)
-    sums |= dense_sums([*space.examples("free"), *rivals(task)])
+    sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
+    sums |= dense_sums([*space.examples("free"), *baselines(task)])
     assert not sums & GRADIENTS
     assert all(seed.criterion.signal in ("none", "activations") for seed in task.seeds)
     whole = SearchSpace.load("pipeline")
-    assert ladder_sums(whole.features, with_gradients=whole.weighted_by_gradient) & GRADIENTS
+    assert rung_sums(whole.features, with_gradients=whole.weighted_by_gradient) & GRADIENTS
 
 
 def test_choices_that_need_gram_matrices_go_with_them(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_choices_that_need_gram_matrices_go_with_them(tmp_path: Path) -> None:
 def test_a_file_may_say_it_and_the_option_stands_in_for_it(tmp_path: Path) -> None:
     path = written(tmp_path / "mine.yaml", signals="activations")
     space = SearchSpace.load(path)
-    assert (space.signals, space.dearest_signal) == ("activations", "activations")
+    assert (space.signals, space.costliest_signal) == ("activations", "activations")
     assert not space.weighted_by_gradient
     assert SearchSpace.load(path, signals="none").features == ("W", "R1", "C1", "R2", "C2")
     # The file holds its terminals still.

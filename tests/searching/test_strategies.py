@@ -16,31 +16,31 @@ import torch
 
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
-from prunezero.models.units import find_layers
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
-from prunezero.pruning.recipe import Recipe
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
-from prunezero.searching.candidate import Candidate
-from prunezero.searching.judging.fitness import mask_digest, masks_on
-from prunezero.searching.judging.judge import ProbeMask
-from prunezero.searching.judging.samples import Sample, stacked
-from prunezero.searching.memory import Memory
-from prunezero.searching.proposing.catalogue import STRATEGIES
-from prunezero.searching.proposing.controls import POPULATION, suggest
-from prunezero.searching.proposing.enumeration import Blocks, enumerate_formulas
-from prunezero.searching.proposing.genetics import random_criterion
-from prunezero.searching.proposing.population import Breeders
-from prunezero.searching.proposing.strategies import _chosen, generator
+from prunezero.searching.evaluation.evaluator import ProbeMask
+from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.history import History
+from prunezero.searching.proxies.matrix import mask_digest, masks_on
+from prunezero.searching.proxies.samples import Sample, stacked
 from prunezero.searching.search import search
 from prunezero.searching.session import find, make_task
-from prunezero.searching.space import SearchSpace
-from prunezero.searching.task import Rule, Task
-from tests.searching.bench import tiny_bench, tiny_space
+from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.controls import POPULATION, suggest
+from prunezero.searching.strategies.enumeration import Blocks, enumerate_formulas
+from prunezero.searching.strategies.evolution import _chosen, generator
+from prunezero.searching.strategies.genetics import random_criterion
+from prunezero.searching.strategies.parents import ParentPool
+from tests.searching.testbed import tiny_space, tiny_testbed
 from tests.tiny_models import tiny_model
 
 # Nobody else to take a formula from.
-ALONE = Breeders((), [], [], 1)
+ALONE = ParentPool((), [], [], 1)
 PLANTED = Criterion.parse("abs(W)*sqrt(X)")
 SPACE = tiny_space(
     terminals=["abs(W)", "X", "R1", "C1"],
@@ -62,7 +62,7 @@ SMALL = {
 }
 
 
-class PlantedLadder:
+class PlantedRungs:
     """Rungs without a model: all say how far a ranking is from that of the planted formula."""
 
     def __init__(self, seed: int = 0, space: SearchSpace = SPACE) -> None:
@@ -112,11 +112,11 @@ class PlantedLadder:
 
 
 def run(
-    strategy: str, budget: int | None, *, seed: int = 0, space: SearchSpace = SPACE
-) -> tuple[list[Candidate], PlantedLadder]:
-    ladder: Any = PlantedLadder(seed, space)
-    found = search(ladder, strategy=strategy, budget=budget)
-    return list({one.slot: one for one in found}.values()), ladder
+    strategy: str, max_candidates: int | None, *, seed: int = 0, space: SearchSpace = SPACE
+) -> tuple[list[Candidate], PlantedRungs]:
+    rungs: Any = PlantedRungs(seed, space)
+    found = search(rungs, strategy=strategy, max_candidates=max_candidates)
+    return list({one.slot: one for one in found}.values()), rungs
 
 
 def outcome(candidates: list[Candidate]) -> list[tuple[object, ...]]:
@@ -138,8 +138,8 @@ def test_the_catalogue_holds_evolution_and_five_controls() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_planted_formula_is_found_and_measured(strategy: str) -> None:
-    found, ladder = run(strategy, BUDGETS.get(strategy, 60))
-    planted = ladder.probe(PLANTED)
+    found, rungs = run(strategy, BUDGETS.get(strategy, 60))
+    planted = rungs.probe(PLANTED)
     measured = [one for one in found if one.search_perplexity is not None]
     best = min(measured, key=lambda one: one.search_perplexity or 0.0)
     assert planted is not None and best.mask == planted.digest
@@ -157,12 +157,12 @@ def test_a_strategy_is_a_function_of_its_seed(strategy: str) -> None:
 
 def test_enumeration_ends_by_itself_and_sees_every_mask_that_chance_finds_once() -> None:
     space = small_space()
-    found, ladder = run("enumeration", None, space=space)
+    found, rungs = run("enumeration", None, space=space)
     new = [one.mask for one in found if one.status == "new"]
     assert len(set(new)) == len(new) > 20
     assert {one.origin for one in found} == {"enumerate"}
     drawn = [random_criterion(space, generator(0, slot, "draw")) for slot in range(400)]
-    probes = [ladder.probe(criterion) for criterion in drawn if criterion is not None]
+    probes = [rungs.probe(criterion) for criterion in drawn if criterion is not None]
     masks = {probe.digest for probe in probes if probe is not None}
     assert len(masks) > 10 and masks <= set(new)
 
@@ -178,8 +178,8 @@ def test_enumeration_is_not_over_when_many_known_masks_come_in_a_row(
 
 
 def test_enumeration_goes_from_short_to_long_and_proposes_no_ranking_twice() -> None:
-    propose = enumerate_formulas(PlantedLadder(space=small_space()).task)
-    criteria = [one.rule.criterion for one in propose(Memory(), 0) if one is not None]
+    propose = enumerate_formulas(PlantedRungs(space=small_space()).task)
+    criteria = [one.rule.criterion for one in propose(History(), 0) if one is not None]
     texts = [criterion.text for criterion in criteria]
     assert texts[0] == "abs(W)" and "abs(W)*X" in texts[:3]
     assert texts.index("abs(W)*X") < texts.index("abs(W)*sqrt(X)") < texts.index("abs(W)*X**0.75")
@@ -189,13 +189,13 @@ def test_enumeration_goes_from_short_to_long_and_proposes_no_ranking_twice() -> 
 
 
 def test_enumeration_goes_on_in_the_next_generation_where_it_stopped() -> None:
-    task = PlantedLadder(space=small_space()).task
-    whole = list(enumerate_formulas(task)(Memory(), 0))
-    propose, memory = enumerate_formulas(task), Memory()
+    task = PlantedRungs(space=small_space()).task
+    whole = list(enumerate_formulas(task)(History(), 0))
+    propose, history = enumerate_formulas(task), History()
     parts = [
         proposal
         for generation in range(len(whole))
-        for proposal in itertools.islice(propose(memory, generation), 3)
+        for proposal in itertools.islice(propose(history, generation), 3)
     ]
     assert len(whole) > 20 and parts == whole
 
@@ -221,11 +221,11 @@ def test_enumeration_ends_before_it_builds_on_more_than_it_may() -> None:
 
 
 def test_plain_genetic_programming_pays_for_repeats_but_measures_none() -> None:
-    found, ladder = run("plain-gp", 3 * POPULATION)
+    found, rungs = run("plain-gp", 3 * POPULATION)
     status = Counter(one.status for one in found)
     assert len(found) == 3 * POPULATION == sum(status.values())
     assert status["known"] > POPULATION
-    assert ladder.asked == {"search": status["new"]}
+    assert rungs.asked == {"search": status["new"]}
     value_of = {one.mask: one.search_perplexity for one in found if one.status == "new"}
     known = [one for one in found if one.status == "known" and one.mask]
     assert all(one.search_perplexity == value_of[one.mask] for one in known)
@@ -250,16 +250,16 @@ def test_plain_genetic_programming_breeds_the_last_generation_and_the_best_so_fa
 
 
 def test_optuna_proposes_more_of_the_words_that_had_small_errors() -> None:
-    propose, memory = suggest(PlantedLadder().task), Memory()
+    propose, history = suggest(PlantedRungs().task), History()
     shares = []
     for generation in range(3):
-        endless = (one for one in propose(memory, generation) if one is not None)
+        endless = (one for one in propose(history, generation) if one is not None)
         rules = [one.rule for one in itertools.islice(endless, 60)]
         shares.append(np.mean(["X" in rule.criterion.features for rule in rules]))
         for slot, rule in enumerate(rules, start=60 * generation):
             error = 0.1 if "X" in rule.criterion.features else 1.0
             fields: Any = {"mask": str(slot), "status": "new", "layer_error": error}
-            memory.keep(Candidate(slot, generation, rule.criterion, "optuna", (), **fields))
+            history.keep(Candidate(slot, generation, rule.criterion, "optuna", (), **fields))
     assert shares[-1] > shares[0] + 0.2
 
 
@@ -277,7 +277,7 @@ def test_another_choice_is_another_recipe_and_never_the_parents_own_in_other_wor
 
 def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
     space = tiny_space(ratios=["q_proj", "c_attn", "down_proj"], choices={})
-    layers = find_layers(tiny_model().model)
+    layers = find_linears(tiny_model().model)
     task = make_task(space, 0.5).on(layers)
     assert task.ratios == ("q_proj", "down_proj")
     parent = Candidate(0, 0, PLANTED, "seed", (), "new", {"compare": "model"})
@@ -304,7 +304,7 @@ def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
 
 def test_no_shares_are_moved_where_a_pattern_fixes_them() -> None:
     space = tiny_space(ratios=["q_proj"])
-    layers = find_layers(tiny_model().model)
+    layers = find_linears(tiny_model().model)
     assert make_task(space, None, pattern="2:4").on(layers).ratios == ()
     assert make_task(space, 0.7, also="2:4").on(layers).ratios == ()
     assert make_task(space, 0.7, also="0.5").on(layers).ratios == ("q_proj",)
@@ -312,7 +312,7 @@ def test_no_shares_are_moved_where_a_pattern_fixes_them() -> None:
 
 def test_a_search_races_candidates_with_tables(tmp_path: Path) -> None:
     space = tiny_space(ratios=["q_proj", "mlp"], choices={}, chosen=0.6, crossover=0.1)
-    found = list(find(tiny_bench(), space, 0.5, folder=tmp_path / "run", budget=12))
+    found = list(find(tiny_testbed(), space, 0.5, folder=tmp_path / "run", budget=12))
     tables = [one for one in found if "allocate" in one.choices and one.kl is not None]
     assert any(one.origin == "choose" for one in tables)
 

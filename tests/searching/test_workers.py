@@ -20,28 +20,29 @@ from typing import Any
 import pytest
 
 from prunezero.errors import ModelError, ScoreError, SearchError
-from prunezero.pruning.bench import Bench, set_up
-from prunezero.searching.hiring import cluster, crew
-from prunezero.searching.hiring.cluster import ray_crew
-from prunezero.searching.hiring.crew import Crew
-from prunezero.searching.hiring.plan import Message
-from prunezero.searching.hiring.workers import Plan, local_crew
-from prunezero.searching.judging.journal import Journal
-from prunezero.searching.judging.judge import Judge, Question
-from prunezero.searching.judging.ladder import Judges, Ladder
-from prunezero.searching.rivals import rivals
+from prunezero.pruning.testbed import Testbed, set_up
+from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.rungs import Evaluators, Rungs
+from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.session import _header, make_task
-from prunezero.searching.task import Task
-from tests.searching.bench import SETTINGS, tiny_bench, tiny_space
+from prunezero.searching.workers import cluster
+from prunezero.searching.workers import pool as pool
+from prunezero.searching.workers.cluster import ray_pool
+from prunezero.searching.workers.pool import WorkerPool
+from prunezero.searching.workers.processes import Plan, process_pool
+from prunezero.searching.workers.worker import Message
+from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed
 from tests.tiny_models import save_tiny_model
 
 
 class Obedient:
     """A judge that does as the first split of a question says."""
 
-    def answer(self, question: Question) -> dict[str, Any]:
-        word, *others = question.splits
+    def result(self, request: Request) -> dict[str, Any]:
+        word, *others = request.splits
         return ORDERS[word](*others) or {"said": others, "pid": os.getpid()}
 
 
@@ -76,19 +77,19 @@ class Stub:
     kind: str = "obedient"
     device: str = "cpu"
 
-    def judge(self, threads: int) -> Any:
+    def evaluator(self, threads: int) -> Any:
         return {"obedient": Obedient, "drawing": Drawing, "missing": _missing}[self.kind]()
 
 
 class Drawing:
     """A judge whose numbers are drawn from the question, in the time that a small one takes."""
 
-    def answer(self, question: Question) -> dict[str, Any]:
+    def result(self, request: Request) -> dict[str, Any]:
         time.sleep(0.02)
-        if question.kind == "tuning":
-            assert question.recipe is not None
-            return {"formula": question.recipe["criterion"]}
-        digest = hashlib.blake2b(question.key.encode(), digest_size=4).digest()
+        if request.kind == "tuning":
+            assert request.recipe is not None
+            return {"formula": request.recipe["criterion"]}
+        digest = hashlib.blake2b(request.key.encode(), digest_size=4).digest()
         number = int.from_bytes(digest, "big") / 2**32
         names = ("layer_error", "kl", "search_perplexity", "validation_perplexity")
         return {name: number + place for place, name in enumerate(names)}
@@ -103,15 +104,15 @@ class Drawn:
 
     threads = 1
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[dict[str, Any]]:
-        return map(Drawing().answer, questions)
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        return map(Drawing().result, requests)
 
     def close(self) -> None:
         pass
 
 
-def asked(*words: str) -> Question:
-    return Question(words, None)
+def asked(*words: str) -> Request:
+    return Request(words, None)
 
 
 def is_running(pid: int) -> bool:
@@ -129,11 +130,11 @@ def until(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
     return holds()
 
 
-def fill(judges: Crew, count: int, question: Question) -> None:
+def fill(evaluators: WorkerPool, count: int, request: Request) -> None:
     """Ask until so many workers are ready."""
-    while len(judges.at_work) < count:
+    while len(evaluators.at_work) < count:
         # One more than can be at work, so that somebody is hired for it.
-        list(judges.answers([question] * (count + 1)))
+        list(evaluators.results([request] * (count + 1)))
         time.sleep(0.5)
 
 
@@ -157,38 +158,38 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Crew]:
+def pair() -> Iterator[WorkerPool]:
     """Two obedient processes."""
-    processes = local_crew(Stub(), 2, threads=1)
+    processes = process_pool(Stub(), 2, threads=1)
     yield processes
     processes.close()
 
 
-def bench_of(files: tuple[Path, Path]) -> Bench:
+def testbed_of(files: tuple[Path, Path]) -> Testbed:
     return set_up(str(files[0]), files[1], SETTINGS, dtype="float32", device="cpu")
 
 
 def searched(
     folder: Path,
     task: Task,
-    bench: Bench,
-    judges: Judges | None,
+    testbed: Testbed,
+    evaluators: Evaluators | None,
     *,
-    budget: int = 12,
+    max_candidates: int = 12,
     disturb: Callable[[], None] = lambda: None,
 ) -> tuple[list[tuple[object, ...]], bytes, list[tuple[str, str]]]:
     """What must not depend on who judges: candidates, the journal's header, and its order."""
-    judge = Judge(task, bench, rivals(task))
-    journal = Journal(folder / "journal.jsonl", _header(bench, task), resume=False)
-    ladder = Ladder(judge, journal, judges)
+    evaluator = Evaluator(task, testbed, baselines(task))
+    journal = Journal(folder / "journal.jsonl", _header(testbed, task), resume=False)
+    rungs = Rungs(evaluator, journal, evaluators)
     found: list[tuple[object, ...]] = []
-    for one in search(ladder, budget=budget):
+    for one in search(rungs, max_candidates=max_candidates):
         found.append(
             (one.slot, one.criterion.text, one.origin, one.parents, one.status, one.mask)
             + (one.layer_error, one.kl, one.search_perplexity, one.validation_perplexity)
         )
         disturb()
-    ladder.close()
+    rungs.close()
     first, *lines = journal.path.read_bytes().splitlines()
     records = [json.loads(line.split(b" ", 2)[2]) for line in lines]
     return found, first, [(record["kind"], record["key"]) for record in records]
@@ -197,29 +198,29 @@ def searched(
 def test_one_two_and_four_workers_search_as_this_process_does(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
-    plan = Plan.of(bench, task, rivals(task))
-    alone = searched(tmp_path / "alone", task, bench, None)
+    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
+    plan = Plan.of(testbed, task, baselines(task))
+    alone = searched(tmp_path / "alone", task, testbed, None)
     assert {"layer error", "tuning", "measurement"} == {kind for kind, _ in alone[2]}
     for count in (1, 2, 4):
-        processes = local_crew(plan, count, threads=1)
-        fill(processes, count, Question(("search",), None))
-        assert searched(tmp_path / str(count), task, bench, processes) == alone
+        processes = process_pool(plan, count, threads=1)
+        fill(processes, count, Request(("search",), None))
+        assert searched(tmp_path / str(count), task, testbed, processes) == alone
         assert not processes.at_work
 
 
 def test_a_plan_builds_the_judge_again_without_calibrating(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
-    judge = Judge(task, bench, rivals(task))
+    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
+    evaluator = Evaluator(task, testbed, baselines(task))
     for collect in ("_forward_statistics", "_gradient_statistics"):
-        monkeypatch.setattr(f"prunezero.models.calibration.{collect}", None)
-    again = Plan.of(bench, task, rivals(task)).judge(1)
+        monkeypatch.setattr(f"prunezero.models.observing.calibration.{collect}", None)
+    again = Plan.of(testbed, task, baselines(task)).evaluator(1)
     assert again.task == task
-    for recipe in rivals(task):
-        for question in (Question.of(recipe), Question.of(recipe, ("search", "test"))):
-            mine, other = judge.answer(question), again.answer(question)
+    for recipe in baselines(task):
+        for request in (Request.of(recipe), Request.of(recipe, ("search", "test"))):
+            mine, other = evaluator.result(request), again.result(request)
             for spent in ("seconds", "elapsed"):
                 mine.pop(spent, None), other.pop(spent, None)
             assert mine == other and "fault" not in mine
@@ -228,26 +229,26 @@ def test_a_plan_builds_the_judge_again_without_calibrating(
 def test_a_worker_that_finds_another_model_refuses_to_judge(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
+    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
     other = save_tiny_model("llama", tmp_path / "model", seed=1)
     with pytest.raises(SearchError, match="answer otherwise than the search"):
-        replace(Plan.of(bench, task), model=str(other)).judge(1)
+        replace(Plan.of(testbed, task), model=str(other)).evaluator(1)
 
 
 def test_a_plan_names_files_so_that_they_are_found_from_every_folder(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files[0].parent)
-    bench = set_up("model", "letters.txt", SETTINGS, dtype="float32", device="cpu")
-    plan = Plan.of(bench, make_task(tiny_space(), 0.5))
+    testbed = set_up("model", "letters.txt", SETTINGS, dtype="float32", device="cpu")
+    plan = Plan.of(testbed, make_task(tiny_space(), 0.5))
     assert (plan.model, plan.text) == tuple(map(str, files))
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
-    bench, task = tiny_bench(), make_task(tiny_space(), 0.5)
+    testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
     rng = random.Random(3)
-    died_over: list[Question] = []
-    processes = local_crew(Stub("drawing"), 2, threads=1)
+    died_over: list[Request] = []
+    processes = process_pool(Stub("drawing"), 2, threads=1)
 
     def kill_one() -> None:
         busy = {pid: one for pid, one in processes.at_work.items() if one is not None}
@@ -259,79 +260,83 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
             died_over.append(busy[pid])
             kill(pid)
 
-    alone = searched(tmp_path / "alone", task, bench, Drawn(), budget=36)
-    killed = searched(tmp_path / "killed", task, bench, processes, budget=36, disturb=kill_one)
+    alone = searched(tmp_path / "alone", task, testbed, Drawn(), max_candidates=36)
+    killed = searched(
+        tmp_path / "killed", task, testbed, processes, max_candidates=36, disturb=kill_one
+    )
     assert killed == alone
     assert len(died_over) == 20
 
 
-def test_answers_come_in_order_from_workers_that_are_all_busy(pair: Crew) -> None:
-    questions = [asked("wait", f"{0.05 * (place % 3)}") for place in range(9)]
-    answers = list(pair.answers(questions))
-    assert [one["said"] for one in answers] == [list(one.splits[1:]) for one in questions]
+def test_answers_come_in_order_from_workers_that_are_all_busy(pair: WorkerPool) -> None:
+    requests = [asked("wait", f"{0.05 * (place % 3)}") for place in range(9)]
+    results = list(pair.results(requests))
+    assert [one["said"] for one in results] == [list(one.splits[1:]) for one in requests]
     fill(pair, 2, asked("say"))
-    answers = list(pair.answers([asked("wait", "0.1")] * 6))
-    assert {one["pid"] for one in answers} == set(pair.at_work)
-    assert list(pair.answers([])) == []
+    results = list(pair.results([asked("wait", "0.1")] * 6))
+    assert {one["pid"] for one in results} == set(pair.at_work)
+    assert list(pair.results([])) == []
 
 
-def test_a_batch_that_nobody_reads_to_its_end_leaves_nothing_behind(pair: Crew) -> None:
+def test_a_batch_that_nobody_reads_to_its_end_leaves_nothing_behind(pair: WorkerPool) -> None:
     for stopped in range(3):
-        answers = pair.answers([asked("wait", "0.1"), *[asked("say", "stale")] * 6])
+        results = pair.results([asked("wait", "0.1"), *[asked("say", "stale")] * 6])
         for _ in range(stopped):
-            next(answers)
-        del answers
+            next(results)
+        del results
         expected = [[f"{stopped} {place}"] for place in range(5)]
-        found = pair.answers([asked("say", *words) for words in expected])
+        found = pair.results([asked("say", *words) for words in expected])
         assert [one["said"] for one in found] == expected
 
 
 def test_an_error_of_the_judge_is_raised_in_its_turn_and_the_worker_goes_on(
-    pair: Crew,
+    pair: WorkerPool,
 ) -> None:
-    answers = pair.answers([asked("wait", "0.1"), asked("fail", "ours")])
-    assert next(answers)["said"] == ["0.1"]
+    results = pair.results([asked("wait", "0.1"), asked("fail", "ours")])
+    assert next(results)["said"] == ["0.1"]
     with pytest.raises(ScoreError, match="it ranks nothing"):
-        next(answers)
+        next(results)
     pids = set(pair.at_work)
     with pytest.raises(SearchError, match="ZeroDivisionError: it ranks nothing") as caught:
-        list(pair.answers([asked("fail", "other")]))
+        list(pair.results([asked("fail", "other")]))
     assert "in _fail" in caught.value.__notes__[0]
-    assert next(pair.answers([asked("say")]))["pid"] in pids
+    assert next(pair.results([asked("say")]))["pid"] in pids
 
 
-def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(pair: Crew, tmp_path: Path) -> None:
-    questions = [asked("die once", str(tmp_path / "a")), *[asked("say", str(n)) for n in range(4)]]
-    answers = list(pair.answers(questions))
-    assert [one["said"] for one in answers] == [list(one.splits[1:]) for one in questions]
+def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(
+    pair: WorkerPool, tmp_path: Path
+) -> None:
+    requests = [asked("die once", str(tmp_path / "a")), *[asked("say", str(n)) for n in range(4)]]
+    results = list(pair.results(requests))
+    assert [one["said"] for one in results] == [list(one.splits[1:]) for one in requests]
     assert (tmp_path / "a").exists()
 
 
 def test_a_worker_that_died_while_idle_costs_no_question_its_chance(
-    pair: Crew, tmp_path: Path
+    pair: WorkerPool, tmp_path: Path
 ) -> None:
-    list(pair.answers([asked("say")]))
+    list(pair.results([asked("say")]))
     for pid in pair.at_work:
         kill(pid)
-    answer = next(pair.answers([asked("die once", str(tmp_path / "a"))]))
-    assert answer["said"] == [str(tmp_path / "a")]
+    result = next(pair.results([asked("die once", str(tmp_path / "a"))]))
+    assert result["said"] == [str(tmp_path / "a")]
 
 
 def test_a_question_that_two_workers_die_over_is_a_fault_and_others_go_on(
-    pair: Crew,
+    pair: WorkerPool,
 ) -> None:
-    answers = list(pair.answers([asked("die", "SIGSEGV"), asked("say", "a"), asked("say", "b")]))
-    assert answers[0] == {"fault": "2 workers died over it (the last: SIGSEGV)"}
-    assert [one["said"] for one in answers[1:]] == [["a"], ["b"]]
+    results = list(pair.results([asked("die", "SIGSEGV"), asked("say", "a"), asked("say", "b")]))
+    assert results[0] == {"fault": "2 workers died over it (the last: SIGSEGV)"}
+    assert [one["said"] for one in results[1:]] == [["a"], ["b"]]
 
 
 def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> None:
-    processes = local_crew(Stub(), 1, threads=1, deadline=0.5)
-    answers = list(processes.answers([asked("wait", "3600"), asked("say", "a")]))
-    assert answers[0] == {"fault": "no answer after 0.5 seconds"}
-    assert answers[1]["said"] == ["a"]
+    processes = process_pool(Stub(), 1, threads=1, deadline=0.5)
+    results = list(processes.results([asked("wait", "3600"), asked("say", "a")]))
+    assert results[0] == {"fault": "no answer after 0.5 seconds"}
+    assert results[1]["said"] == ["a"]
     # Late for the question, but before anybody looked.
-    late = processes.answers([asked("say"), asked("wait", "0.1")])
+    late = processes.results([asked("say"), asked("wait", "0.1")])
     next(late)
     time.sleep(0.7)
     assert next(late)["said"] == ["0.1"]
@@ -339,9 +344,9 @@ def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> 
 
 
 def test_a_worker_that_cannot_build_its_judge_ends_the_search_in_one_sentence() -> None:
-    processes = local_crew(Stub("missing"), 2, threads=1)
+    processes = process_pool(Stub("missing"), 2, threads=1)
     with pytest.raises(SearchError, match="cannot start: model 'gone' cannot be loaded"):
-        list(processes.answers([asked("say")] * 4))
+        list(processes.results([asked("say")] * 4))
     processes.close()
 
 
@@ -353,7 +358,7 @@ class Actor:
     handle: int
     was_killed: bool = False
 
-    def ask(self, question: Question) -> bool:
+    def ask(self, request: Request) -> bool:
         return True
 
     def hear(self) -> Message:
@@ -372,7 +377,7 @@ class Stage:
         self.scripts = list(scripts)
         self.actors: list[Actor] = []
 
-    def hire(self, place: int) -> Actor:
+    def start(self, place: int) -> Actor:
         self.actors.append(Actor(self.scripts.pop(0), len(self.actors)))
         return self.actors[-1]
 
@@ -387,24 +392,24 @@ def test_workers_that_die_while_they_load_end_the_search_and_not_the_question() 
     died: Message = ("died", "SIGKILL")
     ready: Message = ("ready", 7)
     recovers = Stage([died], [died], [ready, died], [died], [ready, ("answer", {"it": 1})])
-    assert list(Crew(recovers, 1).answers([asked("say")])) == [{"it": 1}]
+    assert list(WorkerPool(recovers, 1).results([asked("say")])) == [{"it": 1}]
     with pytest.raises(SearchError, match="3 workers in a row .* SIGKILL.* fewer --workers"):
-        list(Crew(Stage([died], [died], [died]), 1).answers([asked("say")]))
+        list(WorkerPool(Stage([died], [died], [died]), 1).results([asked("say")]))
 
 
 def test_a_worker_that_is_never_ready_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crew, "_PATIENCE", 0.05)
+    monkeypatch.setattr(pool, "_PATIENCE", 0.05)
     stage = Stage([])
     with pytest.raises(SearchError, match=r"not ready after 0\.05 seconds"):
-        list(Crew(stage, 1).answers([asked("say")]))
+        list(WorkerPool(stage, 1).results([asked("say")]))
     assert stage.actors[0].was_killed
 
 
 def test_workers_end_with_a_coordinator_that_is_killed_and_by_no_signal_of_a_terminal() -> None:
     program = textwrap.dedent(
         """
-        from tests.searching.test_workers import local_crew, Stub, asked, fill
-        processes = local_crew(Stub(), 2, threads=1)
+        from tests.searching.test_workers import process_pool, Stub, asked, fill
+        processes = process_pool(Stub(), 2, threads=1)
         fill(processes, 2, asked("say"))
         answers = processes.answers([asked("say"), asked("wait", "3600")])
         next(answers)
@@ -434,9 +439,9 @@ def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    bench, task = bench_of(files), make_task(tiny_space(), 0.5)
-    alone = searched(tmp_path / "alone", task, bench, None)
-    actors = ray_crew(Plan.of(bench, task, rivals(task)), "local", 2, threads=1)
+    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
+    alone = searched(tmp_path / "alone", task, testbed, None)
+    actors = ray_pool(Plan.of(testbed, task, baselines(task)), "local", 2, threads=1)
     died: list[int] = []
 
     def kill_one() -> None:
@@ -445,22 +450,22 @@ def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
             died.append(busy[0])
             kill(busy[0])
 
-    fill(actors, 2, Question(("search",), None))
-    assert searched(tmp_path / "ray", task, bench, actors, disturb=kill_one) == alone
+    fill(actors, 2, Request(("search",), None))
+    assert searched(tmp_path / "ray", task, testbed, actors, disturb=kill_one) == alone
     assert died and not actors.at_work
 
 
 def test_a_cluster_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SearchError, match=r'pip install "prunezero\[cluster\]"'):
-        ray_crew(Stub(), "local", 2)
+        ray_pool(Stub(), "local", 2)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
 def test_a_cluster_that_does_not_answer_is_one_sentence(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(SearchError, match=f"'{address}' cannot be joined .*ray start --head"):
-        ray_crew(Stub(), address, 2)
+        ray_pool(Stub(), address, 2)
 
 
 @pytest.mark.parametrize(

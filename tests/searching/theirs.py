@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from prunezero.searching.proposing.strategies import Strategy, fresh, without_state
+from prunezero.searching.strategies.evolution import Strategy, fresh, without_state
 
 STRATEGY = Strategy(without_state(fresh), "from elsewhere")

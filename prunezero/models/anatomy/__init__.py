@@ -1,0 +1,1 @@
+"""What can go: the linear maps of a model, found by structure."""

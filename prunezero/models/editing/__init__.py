@@ -1,0 +1,1 @@
+"""How it goes: restoring dense weights, biases, permuted channels, sparse kernels."""

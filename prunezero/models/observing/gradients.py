@@ -1,0 +1,167 @@
+"""How does the loss of a sample sequence change with every weight and every layer's output?
+
+One backward pass per sequence through the whole dense model. A weight's gradient is added to the
+sums the moment it is complete and freed at once, so at most a few of them exist together.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from prunezero.errors import PruneZeroWarning, StatisticsError
+from prunezero.models.anatomy.linears import Linear, find_blocks
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.hooks import empty_statistics, removing
+from prunezero.scoring.statistics import SUMS, Statistics
+
+# Above it the sums say little about the weights that got zero.
+HIGHEST_ZERO_SHARE = 0.5
+
+
+def gradient_statistics(
+    language_model: LanguageModel,
+    batches: Tensor,
+    layers: Sequence[Linear],
+    sums: frozenset[str],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Statistics]:
+    """Gradient sums of the layers, by layer name.
+
+    The loss of a sequence is the mean cross-entropy, in nats, of its tokens after the first.
+
+    Args:
+        language_model: dense; its weights and their `requires_grad` are the same afterwards.
+        batches: token ids [count, length], already checked.
+        layers: gradients are taken for these alone.
+        sums: names of gradient sums, see `SUMS`.
+        progress: told the sequences done and their total.
+
+    Raises:
+        StatisticsError: the loss or a gradient is not finite, or all gradients of a layer are zero.
+    """
+    collected = {layer.name: empty_statistics(layer, sums) for layer in layers}
+    with torch.enable_grad(), _collecting(language_model, layers, collected):
+        for done, ids in enumerate(batches, start=1):
+            loss = sequence_loss(language_model.model, ids[None].to(language_model.device))
+            if not bool(torch.isfinite(loss)):
+                raise StatisticsError(
+                    f"the loss of '{language_model.name}' on calibration sequence {done - 1} is "
+                    f"{float(loss.detach())}; try --dtype float32, or check that the model is sound"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            progress(done, len(batches))
+    for statistics in collected.values():
+        # Gradients arrive without a token count, outputs' gradients with one.
+        statistics.tokens, statistics.sequences = batches.numel(), len(batches)
+    _check_zeros(collected)
+    return collected
+
+
+def sequence_loss(model: Any, ids: Tensor) -> Tensor:
+    """Mean cross-entropy, in nats, of the tokens after the first; ids [1, length]."""
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
+    return cross_entropy(logits, ids[0, 1:])
+
+
+@contextmanager
+def _collecting(
+    language_model: LanguageModel, layers: Sequence[Linear], collected: dict[str, Statistics]
+) -> Iterator[None]:
+    """Within it, a backward pass fills the statistics and leaves no gradient behind."""
+    model = language_model.model
+    handles: list[Any] = []
+    with asking_anew(model), removing(handles):
+        # The embedding needs no gradient, yet the graph has to start in front of the first block.
+        handles.append(find_blocks(model)[0].register_forward_pre_hook(_require_gradient))
+        for layer in layers:
+            handles += _layer_hooks(layer, collected[layer.name])
+        yield
+
+
+@contextmanager
+def asking_anew(model: nn.Module) -> Iterator[None]:
+    """Within it, no parameter asks for a gradient until told to; afterwards those ask that did.
+
+    No gradient is left behind.
+    """
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+            parameter.grad = None
+
+
+def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> None:
+    if not args[0].requires_grad:
+        args[0].requires_grad_(True)
+
+
+def _layer_hooks(layer: Linear, statistics: Statistics) -> list[Any]:
+    sources = {SUMS[name].source for name in statistics.sums}
+    handles: list[Any] = []
+    if "gradient" in sources:
+        weight = layer.module.weight
+        assert isinstance(weight, Tensor)  # for the type checker
+        weight.requires_grad_(True)
+        is_transposed = not isinstance(layer.module, nn.Linear)
+
+        def add_and_free(parameter: Tensor) -> None:
+            assert parameter.grad is not None  # the hook runs after it was set
+            gradient = parameter.grad.T if is_transposed else parameter.grad
+            statistics.add_gradient(gradient, layer=layer.name)
+            parameter.grad = None
+
+        handles.append(
+            weight.register_post_accumulate_grad_hook(add_and_free)  # type: ignore[no-untyped-call]
+        )
+    if "output gradients" in sources:
+        handles.append(layer.module.register_forward_hook(_output_hook(layer, statistics)))
+    return handles
+
+
+def _output_hook(
+    layer: Linear, statistics: Statistics
+) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    needs_inputs = any(SUMS[name].with_inputs for name in statistics.sums)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs = args[0].detach() if needs_inputs else None
+
+        def add(gradient: Tensor) -> None:
+            statistics.add_output_gradients(gradient, inputs=inputs, layer=layer.name)
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _check_zeros(collected: dict[str, Statistics]) -> None:
+    """Refuse a layer whose gradients are all zero; warn when most of all gradients are."""
+    zeros, numbers = 0, 0
+    for name, statistics in collected.items():
+        for total in statistics.sums.values():
+            layer_zeros = int((total == 0).sum())
+            if layer_zeros == total.numel():
+                raise StatisticsError(
+                    f"all gradients of layer '{name}' are zero, so they rank nothing; "
+                    "try --dtype float32, or leave the layer out with ignore"
+                )
+            zeros, numbers = zeros + layer_zeros, numbers + total.numel()
+    if numbers and zeros / numbers > HIGHEST_ZERO_SHARE:
+        warnings.warn(
+            f"{zeros / numbers:.0%} of the gradient sums are exactly zero; "
+            "try --dtype float32, or more calibration sequences",
+            PruneZeroWarning,
+            stacklevel=4,
+        )

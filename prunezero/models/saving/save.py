@@ -1,0 +1,249 @@
+"""How does a pruned model reach the disk, and how sparse is what was written?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunezero.errors import ModelError, OutputError, PruneZeroWarning, reason
+from prunezero.files.atomic import follow_umask
+from prunezero.files.places import try_folder
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.biases import note_opened_biases
+from prunezero.models.loading.language_model import LanguageModel, quiet
+from prunezero.models.loading.shards import STORED_DTYPES, Shards, StoredTensor
+from prunezero.models.loading.source import Source, holds, names_in_files
+from prunezero.models.saving.companions import copy_companions
+from prunezero.models.saving.mirror import Mirror
+
+
+@dataclass(frozen=True)
+class SavedSparsity:
+    """Weights counted in the files of a saved model."""
+
+    zeros: int
+    """weights that are exactly zero, with either sign"""
+    negative_zeros: int
+    """those of them that are -0.0"""
+    total: int
+    """weights of the counted layers"""
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that are zero."""
+        return self.zeros / self.total
+
+
+def check_writable(folder: str | Path) -> Path:
+    """The folder, once it is sure that a model can be saved there, with its parent made.
+
+    Raises:
+        OutputError: it exists and is not empty, or cannot be written.
+    """
+    path = try_folder(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def saved_bytes(language_model: LanguageModel) -> int:
+    """Bytes that the weights of a model will take on the disk, about."""
+    if language_model.source is not None:
+        return language_model.source.shards.bytes
+    return sum(parameter.nbytes for parameter in language_model.model.parameters())
+
+
+def save_model(
+    language_model: LanguageModel, folder: str | Path, *, files: Mapping[str, str] | None = None
+) -> Path:
+    """Write a folder that opens wherever the model's own files opened.
+
+    It mirrors those files: the same names, order, dtypes and metadata of tensors, and the same
+    companions. A number that is still that of the file is written to its last bit, another one
+    rounded once to the dtype of its file; of what was changed no zero is -0.0.
+
+    A model that was handed over in memory has no such files: it is written by its own
+    save_pretrained, after every -0.0 in it became +0.0. The folder appears complete or not at all.
+
+    Args:
+        language_model: pruned or dense.
+        folder: new or empty.
+        files: more text files to put beside, text by file name. A file of the source with such a
+            name is kept beside as `NAME.source.ENDING`.
+
+    Raises:
+        OutputError: the folder is not empty or cannot be written.
+        ModelError: the model no longer fits its files, or these are damaged.
+    """
+    path = check_writable(folder)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        if language_model.source is None:
+            _save_by_library(language_model, unfinished)
+        else:
+            _save_as_source(language_model, language_model.source, unfinished, files or {})
+        for name, text in (files or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        follow_umask(unfinished)
+        if path.exists():
+            path.rmdir()
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise OutputError(f"folder '{folder}' cannot be written ({reason(error, path)})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return path
+
+
+def _save_by_library(language_model: LanguageModel, folder: Path) -> None:
+    for parameter in language_model.model.parameters():
+        # Adding +0.0 turns -0.0 into +0.0 and leaves every other number alone.
+        parameter.detach().add_(0.0)
+    with quiet():
+        _save_network(language_model.model, folder)
+        language_model.tokenizer.save_pretrained(folder)
+
+
+def _save_as_source(
+    language_model: LanguageModel, source: Source, folder: Path, ours: Collection[str]
+) -> None:
+    model = language_model.model
+    tensors = model.state_dict()
+    check_names(language_model)
+    added = _new_biases(model, source)
+    mirror = Mirror(source.shards, folder, added={one.name: one.stored for one in added})
+    mirror.begin()
+    model_names = {stored: name for name, stored in source.names.items()}
+    for stored, tensor in source.shards.tensors.items():
+        if stored in model_names and tensor.dtype in STORED_DTYPES:
+            name = model_names[stored]
+            mirror.write(stored, source.saved(name, tensors[name]))
+        else:
+            mirror.copy(stored)
+    for bias in added:
+        mirror.write(bias.name, bias.bias.to(STORED_DTYPES[bias.stored.dtype]) + 0.0)
+    mirror.sync()
+    copy_companions(source.folder, folder, ours=ours)
+    note_opened_biases(model.config, folder)
+
+
+@dataclass(frozen=True)
+class _NewBias:
+    """A bias that the files of the model lack, see `open_biases`."""
+
+    name: str
+    """in the files"""
+    stored: StoredTensor
+    """beside its weight, in the dtype of that"""
+    bias: Tensor
+    """its numbers"""
+
+
+def _new_biases(model: Any, source: Source) -> list[_NewBias]:
+    found = []
+    for name, bias in model.named_parameters():
+        weight = source.names.get(f"{name.removesuffix('.bias')}.weight", "")
+        if name.endswith(".bias") and name not in source.names and weight.endswith(".weight"):
+            near = source.shards.tensors[weight]
+            stored = StoredTensor(near.file, near.dtype, tuple(bias.shape))
+            found.append(_NewBias(f"{weight.removesuffix('weight')}bias", stored, bias.detach()))
+    return found
+
+
+def check_names(language_model: LanguageModel, *, moves: bool = False) -> None:
+    """Refuse a model whose pruned layers could not be put back into its files.
+
+    Args:
+        moves: channels will change places, so that numbers cannot be compared with the files.
+
+    Raises:
+        ModelError: a layer is not one tensor of the files as it is, or the dtype of the computation
+            is too narrow for what moves.
+    """
+    source, name = language_model.source, language_model.name
+    if source is None:
+        return
+    for layer in find_linears(language_model.model):
+        stored = source.dtype_of(f"{layer.name}.weight")
+        if stored is None:
+            raise ModelError(
+                f"the files of model '{name}' hold '{layer.name}' in another layout than the "
+                "model has it, so it cannot be put back; save it once by its own save_pretrained, "
+                "and prune that folder"
+            )
+        if (moves or source.moved) and not holds(language_model.dtype, stored):
+            is_enough = holds(torch.float32, stored)
+            way = "load the model with dtype" if is_enough else "convert the source to"
+            raise ModelError(
+                f"the recipe moves channels of '{layer.name}', and {language_model.dtype_word} "
+                f"does not hold all numbers of its files, which are {str(stored)[6:]}; {way} "
+                "float32"
+            )
+
+
+def _save_network(model: Any, folder: Path) -> None:
+    """Weights and configuration; faults of the generation settings stop nothing."""
+    try:
+        model.save_pretrained(folder)
+    except ValueError as error:
+        settings = getattr(model, "generation_config", None)
+        if settings is None:
+            raise
+        # Sampling settings that transformers refuses to write say nothing about the weights.
+        warnings.warn(
+            f"generation settings are left out: {reason(error)}", PruneZeroWarning, stacklevel=3
+        )
+        model.generation_config = type(settings)()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = settings
+
+
+def stored_layers(
+    language_model: LanguageModel, layers: Iterable[Linear], folder: str | Path
+) -> list[str]:
+    """The names that layers have in the files of a folder that the model was saved to.
+
+    Raises:
+        ModelError: the folder has no safetensors files, or a file is damaged.
+    """
+    source = language_model.source
+    names = (
+        names_in_files(language_model.model, Shards(Path(folder)).tensors)
+        if source is None
+        else source.names
+    )
+    weights = [f"{layer.name}.weight" for layer in layers]
+    return [names.get(weight, weight).removesuffix(".weight") for weight in weights]
+
+
+def count_sparsity(folder: str | Path, layer_names: Iterable[str]) -> SavedSparsity:
+    """Count the zeros of the named layers in the safetensors files of a folder, one by one.
+
+    Args:
+        layer_names: as in the files, see `stored_layers`.
+
+    Raises:
+        ModelError: the folder has no safetensors files, a file is damaged, or a layer is missing.
+    """
+    zeros = negative_zeros = total = 0
+    shards = Shards(Path(folder))
+    for layer in layer_names:
+        name = f"{layer}.weight"
+        if name not in shards.tensors:
+            raise ModelError(f"the saved model in '{folder}' has no weight '{name}'")
+        weight = shards.read(name)
+        is_zero = weight == 0
+        zeros += int(is_zero.sum())
+        negative_zeros += int((is_zero & torch.signbit(weight)).sum())
+        total += weight.numel()
+    return SavedSparsity(zeros, negative_zeros, total)

@@ -1,0 +1,256 @@
+"""How does a model work that is larger than the memory: one block at a time, from its files?
+
+The model is built from its configuration with weights on the meta device; its buffers are real.
+What stands outside the blocks is read once, a block while it is needed. Nothing is hooked into the
+model: a parameter changes places with a real one, and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from prunezero.errors import ModelError
+from prunezero.models.anatomy.linears import find_blocks, note_calls
+from prunezero.models.loading.checkpoints import Checkpoint, checked_checkpoint
+from prunezero.models.loading.checks import check_finite
+from prunezero.models.loading.language_model import LanguageModel, quiet
+from prunezero.models.loading.load import (
+    check_dtype,
+    computing_dtype,
+    device_of,
+    explained,
+    load_tokenizer,
+)
+from prunezero.models.loading.own_changes import refuse_own_changes
+from prunezero.models.loading.shards import STORED_DTYPES, Shard, Shards
+from prunezero.models.observing.hooks import removing
+from prunezero.models.observing.walk import record_calls
+
+
+class StreamedModel:
+    """A model whose blocks have their weights only inside `with block(index)`."""
+
+    def __init__(
+        self, source: str | Path, *, dtype: str = "auto", device: str = "auto", name: str = ""
+    ) -> None:
+        """Build the model, after all checks of its files; no weight is kept yet.
+
+        Args:
+            source: folder with configuration, tokenizer and safetensors, one file or several.
+            dtype: of every forward pass: "float32", "bfloat16", or "auto", see `computing_dtype`.
+            device: where blocks work; a torch device, or "auto": the GPU where there is one.
+            name: what the user calls the model; that of the folder if empty.
+
+        Raises:
+            ModelError: the folder holds no model that can be pruned block by block.
+        """
+        self.folder = Path(source).expanduser()
+        if not (self.folder / "config.json").is_file():
+            raise ModelError(
+                f"'{source}' is not a model folder: config.json is missing; a streamed model is "
+                "read from a folder of safetensors files"
+            )
+        called = name or str(source)
+        with quiet(), explained(called):
+            checkpoint = checked_checkpoint(str(self.folder), called)
+        self.shards = checkpoint.source.shards
+        self.language_model = _on_meta_device(called, checkpoint, dtype, device)
+        model = self.language_model.model
+        self.blocks = find_blocks(model)
+        names_of = _names_of_parameters(model)
+        self._inside = [list(block.parameters()) for block in self.blocks]
+        inside = {parameter for block in self._inside for parameter in block}
+        self._outside = [parameter for parameter in names_of if parameter not in inside]
+        if any(len(names_of[parameter]) > 1 for parameter in inside):
+            raise ModelError(
+                f"model '{self.language_model.name}' shares weights between its blocks, so they "
+                "cannot be pruned one by one; load it whole"
+            )
+        self._names = {parameter: self._stored_name(names) for parameter, names in names_of.items()}
+        self._model_names = {parameter: names[0] for parameter, names in names_of.items()}
+        parameters = {name for names in names_of.values() for name in names}
+        self._stored_buffers = {
+            name: self._stored_name([name])
+            for name in sorted(model.state_dict().keys() - parameters)
+        }
+        stored = sorted(checkpoint.source.names.values())
+        check_finite(((name, self.shards.read(name)) for name in stored), called)
+        ids = torch.zeros((1, 2), dtype=torch.long, device=self.language_model.device)
+        run = partial(record_calls, model.base_model, self.blocks, ids)
+        with self.outside(), self.block(0):
+            refuse_own_changes(model, called, run)
+        # Which layers are called is seen without their weights.
+        with self.outside(), self.outlined(), torch.no_grad():
+            note_calls(model, partial(model.base_model, ids, use_cache=False))
+
+    def _stored_name(self, names: list[str]) -> str:
+        """The name that a parameter or buffer has in the files."""
+        source = self.language_model.source
+        assert source is not None  # for the type checker: it was made of files
+        found = [source.names[name] for name in names if name in source.names]
+        where = self.language_model.name
+        if not found:
+            raise ModelError(
+                f"the files of model '{where}' hold '{names[0]}' in another layout than the model "
+                "has it, so it cannot be pruned block by block; leave out the memory limit"
+            )
+        for other in found[1:]:
+            if not torch.equal(self.shards.read(found[0]), self.shards.read(other)):
+                raise ModelError(
+                    f"model '{where}' ties '{found[0]}' and '{other}' but its files hold different "
+                    "numbers for them; set tie_word_embeddings to false in config.json"
+                )
+        return found[0]
+
+    @contextmanager
+    def outside(self, *, with_head: bool = False) -> Iterator[None]:
+        """Within it, embeddings and norms have their weights, so the inputs of blocks can be made.
+
+        Args:
+            with_head: the output head too, which makes logits of the last hidden states.
+
+        Raises:
+            ModelError: a file is damaged.
+        """
+        model = self.language_model.model
+        body = set(model.base_model.parameters())
+        for name, stored in self._stored_buffers.items():
+            model.get_buffer(name).copy_(self.shards.read(stored))
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(self.language_model.device)
+        wanted = [parameter for parameter in self._outside if with_head or parameter in body]
+        with self._filled(wanted, self.shards):
+            yield
+
+    @contextmanager
+    def block(self, index: int, source: Shards | Shard | None = None) -> Iterator[nn.Module]:
+        """Within it, the block has its weights, those of another source if given.
+
+        What is changed in them is lost afterwards; `stored_block` gives it to be kept.
+
+        Raises:
+            ModelError: a file is damaged.
+        """
+        with self._filled(self._inside[index], source or self.shards):
+            yield self.blocks[index]
+
+    @contextmanager
+    def _filled(self, parameters: list[nn.Parameter], source: Shards | Shard) -> Iterator[None]:
+        placeholders: list[nn.Parameter] = []
+        try:
+            for parameter in parameters:
+                placeholders.append(self._fill(parameter, source))
+            yield
+        finally:
+            for parameter, placeholder in zip(parameters, placeholders, strict=False):
+                _exchange(parameter, placeholder)
+
+    def _fill(self, parameter: nn.Parameter, source: Shards | Shard) -> nn.Parameter:
+        """Give a parameter its numbers; what comes back is its place on the meta device."""
+        numbers = source.read(self._names[parameter])
+        real = numbers.to(self.language_model.device, parameter.dtype)
+        twin = nn.Parameter(real, requires_grad=False)
+        # The object stays the same one, so weights that are tied stay tied.
+        _exchange(parameter, twin)
+        return twin
+
+    def stored_block(self, index: int) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a block that is in memory as its files will hold them, one by one.
+
+        Each with its name in the files, on the CPU; see `Source.saved`.
+
+        Raises:
+            ModelError: a number is too large for the stored dtype.
+        """
+        source = self.language_model.source
+        assert source is not None  # for the type checker: it was made of files
+        for parameter in self._inside[index]:
+            name = self._model_names[parameter]
+            yield source.names[name], source.saved(name, parameter)
+
+    def names_outside(self) -> list[str]:
+        """Names of all tensors in the files that no block has, also of those that nobody uses."""
+        inside = {self._names[parameter] for block in self._inside for parameter in block}
+        return [name for name in self.shards.tensors if name not in inside]
+
+    @contextmanager
+    def outlined(self) -> Iterator[None]:
+        """Within it, weights of the blocks have shapes and places, but all their numbers are one.
+
+        For what looks at shapes alone and refuses weights that are not loaded.
+        """
+        weights = [parameter for block in self._inside for parameter in block]
+        outlines = []
+        for weight in weights:
+            one = (1,) * weight.dim()
+            number = torch.zeros(one, dtype=weight.dtype, device=self.language_model.device)
+            outlines.append(nn.Parameter(number.expand(weight.shape), requires_grad=False))
+        for weight, outline in zip(weights, outlines, strict=True):
+            _exchange(weight, outline)
+        try:
+            yield
+        finally:
+            for weight, outline in zip(weights, outlines, strict=True):
+                _exchange(weight, outline)
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """Memory for what is outside the blocks, and for the largest block.
+
+        Weights stored in another dtype count twice: they are in memory as they work and as stored.
+        """
+        outside = sum(map(self._bytes, self._outside))
+        return outside, max(sum(map(self._bytes, block)) for block in self._inside)
+
+    def _bytes(self, parameter: nn.Parameter) -> int:
+        stored = STORED_DTYPES[self.shards.tensors[self._names[parameter]].dtype]
+        copied = 0 if stored == parameter.dtype else stored.itemsize
+        return parameter.numel() * (parameter.dtype.itemsize + copied)
+
+
+def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
+    """Let two parameters swap numbers, device and shape; who refers to one finds the other's."""
+    torch.utils.swap_tensors(left, right)  # type: ignore[no-untyped-call]
+
+
+def _on_meta_device(name: str, checkpoint: Checkpoint, dtype: str, device: str) -> LanguageModel:
+    check_dtype(dtype)
+    place = device_of(device)
+    source = checkpoint.source
+    with quiet(), explained(name):
+        chosen = computing_dtype(dtype, place, source.shards)
+        model = _without_weights(checkpoint.configuration, chosen)
+        tokenizer = load_tokenizer(str(source.folder))
+    return LanguageModel(model, tokenizer, name, source.shards.fingerprint(), chosen, place, source)
+
+
+def _without_weights(configuration: Any, dtype: torch.dtype) -> Any:
+    """The network with every parameter on the meta device and every buffer real."""
+    from transformers import AutoModelForCausalLM
+
+    handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
+    with removing([handle]):
+        model = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    if parameter is None or parameter.is_meta:
+        return None
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+def _names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every name of every parameter; tied ones have several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names

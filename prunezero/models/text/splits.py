@@ -1,0 +1,208 @@
+"""Which text is a model calibrated, searched and judged on?
+
+A text is a set of documents, each in exactly one split: no sentence that a criterion was tuned on
+can turn up in what judges it. The same name gives the same documents in the same splits on every
+machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, tensor
+
+from prunezero.errors import TextError, did_you_mean
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.text.demo import demo_documents
+from prunezero.models.text.running_text import content_digest
+from prunezero.models.text.sources import OWN_SPLITS, TextSource, read_source
+from prunezero.models.text.windows import check_length, check_windows, first_tokens
+
+__all__ = ["SPLITS", "Text", "load_text", "windows"]
+
+SPLITS = ("calibration", "search", "validation", "test")
+# Who gets which of every 20 documents: 10, 3, 3 and 4. Mixed, so that a few documents serve all.
+TURNS = "cvtcscctcvcstcccvtcs"
+SHUFFLE_SEED = 20240601
+# What a tokenizer is given at once; it takes some hundred bytes for each of these.
+PIECE_CHARACTERS = 250_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, divided once and for all."""
+
+    name: str
+    """as the user wrote it"""
+    documents: dict[str, tuple[str, ...]]
+    """by split, see `SPLITS`"""
+    fingerprint: str
+    """changes when a document or its split changes"""
+    notes: tuple[str, ...] = ()
+    """what was guessed about the source and what of it was left out, each in a few words"""
+
+
+def load_text(name: str) -> Text:
+    """The text of that name, divided into splits without a common document.
+
+    Args:
+        name: "demo", a .txt, .jsonl, .json or .parquet file, packed or not, or a folder of them, or
+            a hub dataset id, which may be followed by ":" and the name of a configuration.
+
+    A source's own validation and test splits are kept; calibration and search share its training
+    split. Without such splits, of every 20 documents 10 are calibration, 3 search, 3 validation
+    and 4 test text. A document that comes several times stays where it stands in the latest split.
+
+    Raises:
+        TextError: the source cannot be found or read, or holds no text.
+    """
+    source = TextSource({"train": demo_documents()}) if name == "demo" else read_source(name)
+    own = distinct(source.documents)
+    if not any(own.values()):
+        raise TextError(f"text '{name}' is empty; give a source with text in it")
+    documents = divide(own)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in json.JSONEncoder(sort_keys=True).iterencode(documents):
+        digest.update(part.encode())
+    return Text(name, documents, digest.hexdigest(), tuple(_notes(source, own)))
+
+
+def distinct(own: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Every document once: in the latest of the splits that hold it, where it first stands there.
+
+    Documents that differ in white space alone are the same.
+    """
+    seen: set[bytes] = set()
+    kept: dict[str, list[str]] = {}
+    for split in sorted(own, key=OWN_SPLITS.index, reverse=True):
+        kept[split] = []
+        for text in own[split]:
+            key = content_digest(text)
+            if key not in seen:
+                seen.add(key)
+                kept[split].append(text)
+    return {split: kept[split] for split in own}
+
+
+def _notes(source: TextSource, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """What was guessed and left out, in words."""
+    yield from source.guesses
+    if source.left_out:
+        yield f"rows without text (null, empty or missing) are left out: {source.left_out:,}"
+    if source.repeated:
+        yield f"paragraphs that a later split has too are left out: {source.repeated:,}"
+    several = sum(map(len, source.documents.values())) - sum(map(len, own.values()))
+    if several:
+        places = "once" if len(own) == 1 else "once, in the latest split that holds them"
+        yield f"documents that come again are kept {places}: {several:,} left out"
+    if len(own) > 1 and not own.get("train"):
+        yield "no training documents are left, so all are divided anew"
+
+
+def divide(own: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Documents by our splits, from distinct documents by the source's own.
+
+    A split that the source lacks is taken from its training documents, or from all it has when it
+    has none of those. The same documents in the same order are always divided alike.
+    """
+    kept = {split: own.get(split, []) for split in OWN_SPLITS if split != "train"}
+    pool = list(own.get("train", []))
+    if not pool:
+        pool = [text for texts in kept.values() for text in texts]
+        kept = {}
+    random.Random(SHUFFLE_SEED).shuffle(pool)
+    full = {split for split, texts in kept.items() if texts}
+    turns = [split for turn in TURNS for split in SPLITS if split[0] == turn and split not in full]
+    return {
+        split: tuple(kept[split])
+        if split in full
+        else tuple(text for place, text in enumerate(pool) if turns[place % len(turns)] == split)
+        for split in SPLITS
+    }
+
+
+def windows(
+    text: Text,
+    split: str,
+    language_model: LanguageModel,
+    *,
+    length: int,
+    count: int,
+    seed: int = 0,
+) -> Tensor:
+    """Token ids [count, length], int64, of windows that do not overlap.
+
+    The documents of the split are joined in order, with the tokenizer's end token between them.
+    Calibration windows are drawn from the whole split by `seed`, all others are its first.
+
+    Where the tokenizer begins a text with tokens of its own, every window begins with them, as the
+    model was trained to be fed; text follows up to the same length.
+
+    Raises:
+        TextError: unknown split, too little text, or a length or token that the model cannot take.
+    """
+    if split not in SPLITS:
+        raise TextError(
+            f"'{split}' is not a split{did_you_mean(split, SPLITS)}; splits: {', '.join(SPLITS)}"
+        )
+    if count < 1 or length < 2:
+        raise TextError(
+            f"{count} windows of {length} tokens were asked for; ask for at least 1 of at least 2"
+        )
+    check_length(length, language_model)
+    first = first_tokens(language_model.tokenizer)
+    each = length - len(first)
+    if each < 1:
+        raise TextError(
+            f"windows of {length} tokens hold no text behind the {len(first)} that the tokenizer "
+            f"begins with; use a length of at least {len(first) + 1}"
+        )
+    is_drawn = split == "calibration"
+    needed = count * each
+    ids = _token_ids(text.documents[split], language_model.tokenizer, None if is_drawn else needed)
+    available = len(ids) // each
+    if available < count:
+        raise TextError(
+            f"the {split} split of text '{text.name}' has {len(ids)} tokens but {count} windows of "
+            f"{length} tokens need {needed}; ask for fewer or shorter windows, or give more text"
+        )
+    drawn = sorted(random.Random(seed).sample(range(available), count)) if is_drawn else []
+    places = drawn or list(range(count))
+    chosen = tensor([[*first, *ids[place * each : (place + 1) * each]] for place in places])
+    check_windows(chosen, language_model)
+    return chosen
+
+
+def _token_ids(documents: Sequence[str], tokenizer: Any, enough: int | None) -> array[int]:
+    """Token ids of the joined documents; those after `enough` tokens are not read."""
+    ids = array("q")
+    end = tokenizer.eos_token_id
+    for document in documents:
+        if ids and end is not None:
+            ids.append(end)
+        for piece in _pieces(document):
+            if enough is not None and len(ids) >= enough:
+                return ids
+            # verbose: a piece longer than the model's positions is no mistake, it is cut later.
+            ids.extend(tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+    return ids
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """A document in parts, so that tokenizing it takes little memory, however long it is.
+
+    Cut before blanks, where the tokens of most tokenizers begin: the ids are those of the whole.
+    """
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        blank = document.rfind(" ", start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS)
+        end = blank if blank > 0 else start + PIECE_CHARACTERS
+        yield document[start:end]
+        start = end
+    yield document[start:]

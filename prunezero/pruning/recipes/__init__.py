@@ -1,0 +1,1 @@
+"""Recipes: their words and numbers, YAML documents, and published results to compare with."""

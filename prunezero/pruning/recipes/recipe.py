@@ -1,0 +1,298 @@
+"""What a recipe is: one choice at each arrow from formula to smaller model, as a YAML file.
+
+    formula -> scores -> mask -> mended weights -> measured model
+
+`baselines/*.yaml` are recipes that people published; a search writes recipes; `prunezero prune`
+takes either. The sparsity is an argument, never part of a recipe.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import costliest
+from prunezero.models.anatomy.patterns import fitting
+from prunezero.pruning.recipes.documents import (
+    MAX_BYTES,
+    MOST_WORDS,
+    LayerPattern,
+    LayerPatterns,
+    checked,
+    find_document,
+    read_document,
+    to_yaml,
+    validated,
+    write_document,
+)
+from prunezero.pruning.recipes.measured_rows import check_provenance
+from prunezero.pruning.recipes.words import (
+    MENDING,
+    WORDS,
+    Allocate,
+    Choice,
+    Permute,
+    Recover,
+    Schedule,
+    Update,
+    chosen,
+)
+from prunezero.scoring.request import group_columns, parse_pattern
+
+STATISTICS = ("dense", "sequential")
+
+
+def _criterion(value: object) -> Criterion:
+    if isinstance(value, Criterion):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"a formula such as abs(W) * X is expected, but got {value!r}")
+    try:
+        return Criterion.parse(value)
+    except PruneZeroError as error:
+        raise ValueError(str(error)) from error
+
+
+Formula = Annotated[
+    Criterion,
+    BeforeValidator(_criterion),
+    PlainSerializer(lambda criterion: criterion.text),
+    WithJsonSchema({"type": "string"}),
+]
+
+
+class Recipe(BaseModel):
+    """How to prune a model: a criterion and the choices around it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        arbitrary_types_allowed=True,
+        populate_by_name=True,
+    )
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    name: str = Field(min_length=1, max_length=100)
+    # paper, arXiv number; or the search that found it
+    source: str = ""
+    # the formula: the lowest values go first
+    criterion: Formula
+    # formulas of some layers instead: full name, last parts of it, or re:PATTERN; none fits two
+    criteria: Annotated[dict[LayerPattern, Formula], MOST_WORDS] = Field(default_factory=dict)
+    # what may be removed
+    unit: Literal["weight"] = "weight"
+    # which weights compete: row, layer, model or N columns
+    compare: str = "row"
+    # how much each layer loses
+    allocate: Allocate = chosen("allocate", "uniform")
+    # free, or N:M to keep N of every M consecutive weights
+    pattern: str = "free"
+    # whether input channels are put into another order before an N:M mask is chosen
+    permute: Permute = chosen("permute", "none")
+    # inputs of the dense model in one pass, or of the model as pruned so far, block by block
+    statistics: Literal["dense", "sequential"] = "dense"
+    # share of the mean Gram diagonal that is added before an inversion, at least
+    damping: float = Field(default=0.01, gt=0, le=1)
+    # how the weights that stay are mended: one update, or several in their order
+    update: Update = (chosen("update", "none"),)
+    # in how many steps the sparsity is reached, and what follows each of them
+    schedule: Schedule = chosen("schedule", "one-shot")
+    recover: Recover = chosen("recover", "none")
+    # layers to prune and to leave alone: full name, last parts of it, or re:PATTERN
+    targets: LayerPatterns = ()
+    ignore: LayerPatterns = ()
+    # results in the source, with model, sparsity and sequence length
+    published: tuple[dict[str, Any], ...] = ()
+    # what a reader should know
+    note: str = ""
+    # the command that runs it
+    command: str = ""
+    # where a found recipe comes from, and what was measured
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("targets", "ignore", "published", mode="before")
+    @classmethod
+    def _list_as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("provenance")
+    @classmethod
+    def _with_rows(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_provenance(value)
+        return value
+
+    @field_validator("compare")
+    @classmethod
+    def _known_group(cls, value: str) -> str:
+        return checked(group_columns, value)
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        return checked(parse_pattern, value)
+
+    @model_validator(mode="after")
+    def _can_rank(self) -> Recipe:
+        # Ties would go from the left: a mask that looks like one and says nothing.
+        for criterion in self.formulas:
+            if criterion.shape == "row" and (self.compare == "row" or self.pattern != "free"):
+                raise ValueError(
+                    f"criterion {criterion.text} is the same for all weights of a row, so it "
+                    "ranks nothing there; use a feature that varies along the row, or compare: "
+                    "layer"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.pattern != "free" and self.allocate.word != "uniform":
+            raise ValueError(
+                f"pattern {self.pattern} takes the same share of every layer, so it cannot be "
+                f"allocated by {self.allocate.word}; use allocate: uniform, or pattern: free"
+            )
+        if self.pattern == "free" and self.permute.word != "none":
+            raise ValueError(
+                f"permute: {self.permute.word} needs an N:M pattern; with pattern: free the order "
+                "of channels changes nothing"
+            )
+        if self.pattern != "free" and self.schedule.word != "one-shot":
+            raise ValueError(
+                f"schedule: {self.schedule.word} passes through other sparsities than the one that "
+                f"pattern {self.pattern} fixes; use schedule: one-shot, or pattern: free"
+            )
+        refining = {"swaps", "dsnot"} & set(self.updates)
+        if self.schedule.word != "one-shot" and refining:
+            raise ValueError(
+                f"update: {' and '.join(sorted(refining))} brings removed weights back, which "
+                f"later steps of schedule: {self.schedule.word} no longer have; use schedule: "
+                "one-shot"
+            )
+        if self.compare == "model" and self.allocate.word != "uniform":
+            raise ValueError(
+                "compare: model lets all layers compete, so it says itself how much each loses; "
+                "use allocate: uniform"
+            )
+        return self
+
+    @property
+    def formulas(self) -> tuple[Criterion, ...]:
+        """The criterion, and then those that some layers have instead."""
+        return tuple(dict.fromkeys((self.criterion, *self.criteria.values())))
+
+    @property
+    def text(self) -> str:
+        """All its formulas on one line."""
+        return "; ".join([self.criterion.text, *with_patterns(self.criteria)])
+
+    def criterion_of(self, layer: str) -> Criterion:
+        """The formula that ranks the weights of the layer of this name."""
+        return fitting(self.criteria, layer, self.criterion)
+
+    @property
+    def updates(self) -> tuple[str, ...]:
+        """The words of the updates, in their order; none is no word."""
+        return tuple(choice.word for choice in self.update if choice.word != "none")
+
+    @property
+    def mends(self) -> bool:
+        """Whether weights that stay are solved for, so that rounding is seen in the result."""
+        return not MENDING.isdisjoint(self.updates)
+
+    @property
+    def extras(self) -> tuple[Choice, ...]:
+        """The choices around the formula and its group that are not the usual ones."""
+        choices = (self.allocate, *self.update, self.permute, self.schedule, self.recover)
+        usual = ("uniform", "none", "one-shot")
+        return tuple(choice for choice in choices if choice.word not in usual)
+
+    @property
+    def signal(self) -> str:
+        """The dearest signal that the criterion and the choices around it look at."""
+        words = {"allocate": (self.allocate,), "update": self.update, "recover": (self.recover,)}
+        signals = [
+            WORDS[arrow][choice.word].signal for arrow, found in words.items() for choice in found
+        ]
+        signals += [criterion.signal for criterion in self.formulas]
+        return costliest(signals)
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """A published recipe by name, or any recipe by the path of its file.
+
+        A .json file is read as a tree of Pruner-Zero, see `from_pruner_zero`.
+
+        Raises:
+            RecipeError: no such recipe (the message names the nearest), or faults in the file.
+        """
+        if Path(name).suffix == ".json":
+            return cls.from_pruner_zero(Path(name))
+        path = find_document(name, published_recipes(), "recipe")
+        return validated(cls, read_document(path), str(path))
+
+    @classmethod
+    def from_pruner_zero(cls, path: Path) -> Recipe:
+        """The recipe of a tree in Pruner-Zero's JSON form, compared by rows as its paper does.
+
+        Raises:
+            RecipeError: the file cannot be read, or holds no such tree.
+        """
+        try:
+            with path.open("rb") as file:
+                tree = json.loads(file.read(MAX_BYTES))
+            criterion = Criterion.from_pruner_zero(tree)
+        except (OSError, ValueError, RecursionError) as error:
+            raise RecipeError(f"{path} cannot be read as JSON: {reason(error, path)}") from error
+        except CriterionError as error:
+            raise RecipeError(f"{path}: {error}") from error
+        source = "a tree in the form of Pruner-Zero, arXiv:2406.02924"
+        fields = {"name": path.stem, "source": source, "criterion": criterion}
+        return validated(cls, fields, str(path))
+
+    def to_yaml(self) -> str:
+        """The recipe as its file holds it; choices left at nothing are left out."""
+        return to_yaml(self._fields())
+
+    def save(self, path: Path) -> None:
+        """Write the recipe to a file that `Recipe.load` reads back to an equal one.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_document(self._fields(), path)
+
+    def _fields(self) -> dict[str, Any]:
+        fields = self.model_dump(mode="json", by_alias=True)
+        return {key: value for key, value in fields.items() if value not in ("", [], {})}
+
+
+def with_patterns(criteria: Mapping[str, Criterion]) -> list[str]:
+    """Each formula of some layers behind their pattern."""
+    return [f"{pattern}: {criterion.text}" for pattern, criterion in criteria.items()]
+
+
+def folder(name: Literal["baselines", "search_spaces"]) -> Path:
+    """Where the YAML files of that kind are: inside an installed package, or in the checkout."""
+    package = Path(__file__).resolve().parents[2]
+    installed = package / name
+    return installed if installed.is_dir() else package.parent / name
+
+
+def published_recipes() -> dict[str, Path]:
+    """The files of `baselines/`, by recipe name."""
+    return {path.stem: path for path in sorted(folder("baselines").glob("*.yaml"))}

@@ -1,0 +1,164 @@
+"""A model on the bench: loaded once, calibrated once, pruned and restored many times.
+
+Everything that compares recipes works here, so that every number of a table is measured on the
+same text, at the same sequence length, from the same dense model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from prunezero.files.cache import cache_dir
+from prunezero.models.anatomy.linears import Linear
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.load import load_model
+from prunezero.models.observing.calibration import Progress, calibrate
+from prunezero.models.text.splits import Text, load_text, windows
+from prunezero.models.text.windows import begin_with
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.scoring.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much text is used, cut how long, and which part of it."""
+
+    sequence_length: int = 256
+    """tokens in a window, for calibration and evaluation alike"""
+    calibration_tokens: int = 8192
+    """tokens that statistics are made from"""
+    evaluation_tokens: int = 4096
+    """tokens of each of the splits search and validation"""
+    test_tokens: int = 8192
+    """tokens of the test split"""
+    seed: int = 0
+    """which windows of the calibration split are drawn"""
+
+    def tokens(self, split: str) -> int:
+        """How many tokens of a split are used."""
+        named = {"calibration": self.calibration_tokens, "test": self.test_tokens}
+        return named.get(split, self.evaluation_tokens)
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """A model, and the text that it is calibrated with and measured on."""
+
+    language_model: LanguageModel
+    """dense, except while a recipe is being measured"""
+    text: Text
+    """documents by split"""
+    settings: Settings
+    """how much of the text is used"""
+    is_reversed: bool = False
+    """whether calibration windows come last to first: the same sums, up to rounding"""
+
+    @property
+    def begin_with(self) -> str:
+        """What the tokenizer begins every window with, such as "<bos>"; empty for most models."""
+        return begin_with(self.language_model.tokenizer)
+
+    @cached_property
+    def _cut(self) -> dict[str, Tensor]:
+        """The windows of each split that was asked for: a long split takes seconds to tokenize."""
+        return {}
+
+    @cached_property
+    def _draws(self) -> dict[int, Testbed]:
+        """The benches of further draws that were asked for."""
+        return {}
+
+    def windows(self, split: str) -> Tensor:
+        """Token ids `[count, length]` of one split; not to be changed.
+
+        Raises:
+            TextError: the split is too short for the settings.
+        """
+        if split not in self._cut:
+            self._cut[split] = self._windows(split)
+        return self._cut[split]
+
+    def drawn(self, draw: int) -> Testbed:
+        """The same on another draw of calibration text, counted from 0, which is this one."""
+        if draw and draw not in self._draws:
+            settings = replace(self.settings, seed=self.settings.seed + draw)
+            self._draws[draw] = replace(self, settings=settings)
+        return self._draws[draw] if draw else self
+
+    def reversed(self) -> Testbed:
+        """The same with its calibration windows in the opposite order."""
+        return replace(self, is_reversed=not self.is_reversed)
+
+    def _windows(self, split: str) -> Tensor:
+        length = self.settings.sequence_length
+        cut = windows(
+            self.text,
+            split,
+            self.language_model,
+            length=length,
+            count=max(1, self.settings.tokens(split) // length),
+            seed=self.settings.seed,
+        )
+        return cut.flip(0) if split == "calibration" and self.is_reversed else cut
+
+    def statistics(
+        self, layers: Sequence[Linear], sums: Iterable[str], progress: Progress | None = None
+    ) -> dict[str, Statistics]:
+        """Sums of the dense model by layer name, from the cache where they are known already.
+
+        Raises:
+            TextError, StatisticsError: as `calibrate`.
+        """
+        return calibrate(
+            self.language_model,
+            self.windows("calibration"),
+            layers,
+            sums,
+            cache=cache_dir(),
+            text_fingerprint=self.text.fingerprint,
+            progress=progress,
+        )
+
+
+def beginning(words: Iterable[str]) -> dict[str, str]:
+    """What windows begin with, as a column of results; no column where that is text alone.
+
+    Args:
+        words: `Testbed.begin_with` of each model.
+    """
+    named = dict.fromkeys(word or "text" for word in words)
+    return {} if list(named) in ([], ["text"]) else {"windows_begin_with": " or ".join(named)}
+
+
+def set_up(
+    model: str | LanguageModel,
+    text: str | Path,
+    settings: Settings | None = None,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> Testbed:
+    """Load a model and text.
+
+    Raises:
+        ModelError, TextError: either cannot be loaded.
+    """
+    loaded = load_model(model, dtype=dtype, device=device) if isinstance(model, str) else model
+    return Testbed(loaded, load_text(str(text)), settings or Settings())
+
+
+def with_choices(recipe: Recipe, **choices: object) -> Recipe:
+    """The recipe with other choices, checked like any recipe; a choice of None stays as it is.
+
+    Raises:
+        RecipeError: a choice is not a known word.
+    """
+    fields = recipe.model_dump(by_alias=True)
+    fields |= {key: value for key, value in choices.items() if value is not None}
+    return validated(Recipe, fields, f"recipe {recipe.name}")

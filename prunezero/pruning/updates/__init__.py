@@ -1,0 +1,1 @@
+"""Updates: what becomes of the weights that stay, and masks that are improved before."""

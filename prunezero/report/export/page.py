@@ -1,0 +1,233 @@
+"""A criterion as one page of plain Python: the template with its formula and sums exchanged.
+
+`pruner_template.py` is a real program that is tested as it stands. Export replaces its docstring,
+its constants and three of its functions, by their places in the syntax tree, and puts the functions
+of `page_parts.py` in, so the rest of the page is read and tested code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import fill
+
+from prunezero.errors import OutputError
+from prunezero.files.atomic import write_text
+from prunezero.formula.code import torch_lines
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.vocabulary import FEATURES
+from prunezero.pruning.recipes.recipe import with_patterns
+from prunezero.report.export.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
+from prunezero.report.export.page_text import check_page, exchange, parts
+from prunezero.report.quoting import python_docstring, python_string, python_strings
+
+TEMPLATE = Path(__file__).with_name("pruner_template.py")
+
+
+@dataclass(frozen=True)
+class PrunerFields:
+    """What an exported page takes from a recipe."""
+
+    name: str
+    criterion: Criterion
+    criteria: Mapping[str, Criterion] = field(default_factory=dict)
+    """formulas of some layers instead, by pattern"""
+    compare: str = "row"
+    pattern: str = "free"
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    allocate: str = "uniform"
+    statistics: str = "dense"
+    update: str = "none"
+    permute: str = "none"
+    schedule: str = "one-shot"
+    recover: str = "none"
+    damping: float = 0.01
+    source: str = ""
+    """the paper, or the search that found it"""
+    results: tuple[str, ...] = ()
+    """measured results, one sentence each, for the page's docstring"""
+
+    @property
+    def formulas(self) -> tuple[Criterion, ...]:
+        """The criterion, and then those that some layers have instead."""
+        return (self.criterion, *self.criteria.values())
+
+    @property
+    def text(self) -> str:
+        """All formulas on one line."""
+        return "; ".join([self.criterion.text, *with_patterns(self.criteria)])
+
+
+def write_pruner(fields: PrunerFields, path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        OutputError: the recipe makes a choice that one page cannot follow, or the file cannot be
+            written.
+    """
+    write_text(pruner_page(fields), path)
+
+
+def pruner_page(fields: PrunerFields) -> str:
+    """The page's text: it compiles, and it imports nothing of prunezero.
+
+    Raises:
+        OutputError: the recipe makes a choice that one page cannot follow.
+    """
+    refuse_unfit(fields)
+    source = TEMPLATE.read_text(encoding="utf-8")
+    features = _features(fields)
+    sums = frozenset(name for feature in features for name in FEATURES[feature].sums)
+    new = {
+        "score": _score_body(fields),
+        "listen": _listen_body(sums),
+        "read": _read_body(sums),
+        "COMPARE": python_string(fields.compare),
+        "PATTERN": python_string(fields.pattern),
+        "TARGETS": python_strings(fields.targets),
+        "IGNORE": python_strings(fields.ignore),
+        "OWN": python_strings(tuple(fields.criteria)),
+        "SUMS": python_strings(tuple(sorted(sums))),
+        "DAMPING": repr(fields.damping),
+        "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in fields.formulas)),
+    }
+    page = exchange(source, new, _docstring(fields), parts(features))
+    check_page(page)
+    return page
+
+
+def refuse_unfit(fields: PrunerFields) -> None:
+    """Raise OutputError where a page of one dense pass could not do what the recipe says."""
+    reason = no_page(fields)
+    if reason:
+        raise OutputError(reason)
+
+
+def no_page(fields: PrunerFields) -> str:
+    """Why no page of one dense pass could do what the recipe says; nothing where one can."""
+    wanted: dict[str, object] = {"allocate": "uniform", "update": "none", "permute": "none"}
+    wanted |= {"schedule": "one-shot", "recover": "none"}
+    found = [
+        f"{choice}: {getattr(fields, choice)}"
+        for choice, needed in wanted.items()
+        if getattr(fields, choice) != needed
+    ]
+    if found:
+        return (
+            f"{fields.name} has {', '.join(found)}, which a one-page pruner cannot follow; use "
+            "`prunezero prune` with the recipe"
+        )
+    if fields.statistics != "dense":
+        return (
+            f"{fields.name} has statistics: {fields.statistics}, but a one-page pruner looks at "
+            "the dense model alone; add --statistics dense to export it so"
+        )
+    unknown = [name for name in _features(fields) if name not in FEATURE_LINES]
+    return (
+        f"{fields.name} uses the feature {unknown[0]}, which has no export yet" if unknown else ""
+    )
+
+
+def _features(fields: PrunerFields) -> list[str]:
+    """All that some formula looks at, each once."""
+    return list(dict.fromkeys(name for one in fields.formulas for name in one.features))
+
+
+def _score_body(fields: PrunerFields) -> list[str]:
+    """The body of `score`: formulas of some layers first, then that of all others."""
+    lines = []
+    for place, own in enumerate(fields.criteria.values()):
+        lines.append(f"if fits(OWN[{place}], layer):")
+        lines += [f"    {line}" for line in _score_lines(own)]
+    return [*lines, *_score_lines(fields.criterion)]
+
+
+def _score_lines(criterion: Criterion) -> list[str]:
+    lines = []
+    for name in criterion.features:
+        lines += [*PREPARATION.get(name, ()), f"{name} = {FEATURE_LINES[name]}"]
+    return [*dict.fromkeys(lines), *torch_lines(criterion), "return score"]
+
+
+def _listen_body(sums: frozenset[str]) -> list[str]:
+    """The body of `listen`: hooks for the wanted sums alone."""
+    added = {source: _added(source, sums) for source in SUM_LINES}
+    has_gradients = bool(added["gradient"] or added["output gradients"])
+    lines = ["hooks: list[Any] = []"]
+    if added["inputs"] or added["outputs"]:
+        # The pass that computes gradients runs the same text a second time.
+        body = ["if torch.is_grad_enabled():", "    return"] if has_gradients else []
+        for source, letter, values in (("inputs", "x", "args[0]"), ("outputs", "y", "output")):
+            if added[source]:
+                body.append(f"{letter} = {values}.detach().reshape(-1, {values}.shape[-1])")
+                body += [*added[source], f'count_tokens(stats, "{source}", {values})']
+        lines += _hook("add_forward", "module: Any, args: Any, output: Any", body)
+        lines.append("hooks.append(module.register_forward_hook(add_forward))")
+    if has_gradients:
+        body = []
+        if added["gradient"]:
+            body.append("is_linear = isinstance(module, nn.Linear)")
+            body.append("g = (parameter.grad if is_linear else parameter.grad.T).contiguous()")
+        body += [*added["gradient"], "parameter.grad = None"]
+        lines += _hook("add_gradient", "parameter: Any", body)
+        lines.append("module.weight.requires_grad_(True)")
+        lines.append("hooks.append(module.weight.register_post_accumulate_grad_hook(add_gradient))")
+    if added["output gradients"]:
+        body = []
+        if "token_gradient_square_sum" in sums:
+            body.append("x = inputs.detach().reshape(-1, inputs.shape[-1])")
+        body += ["d = gradient.reshape(-1, gradient.shape[-1])", *added["output gradients"]]
+        lines += _hook("add_output_gradient", "gradient: Tensor, inputs: Tensor", body)
+        body = ["if output.requires_grad:"]
+        body += ["    output.register_hook(lambda d: add_output_gradient(d, args[0]))"]
+        lines += _hook("follow_output", "module: Any, args: Any, output: Any", body)
+        lines.append("hooks.append(module.register_forward_hook(follow_output))")
+    return [*lines, "return hooks"]
+
+
+def _added(source: str, sums: frozenset[str]) -> list[str]:
+    """The lines that add to the wanted sums what some values of a source give."""
+    wanted = {name: text for name, text in SUM_LINES[source].items() if name in sums}
+    return [f'add(stats, "{source}", "{name}", {text})' for name, text in wanted.items()]
+
+
+def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
+    return ["", f"def {name}({arguments}) -> None:", *(f"    {line}" for line in body), ""]
+
+
+def _read_body(sums: frozenset[str]) -> list[str]:
+    """The body of `read`: a forward pass, one with a backward pass, or both."""
+    lines = []
+    if not sums or sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
+        lines += ["with torch.no_grad():", "    model(ids, use_cache=False)"]
+    if sums & {*SUM_LINES["gradient"], *SUM_LINES["output gradients"]}:
+        lines += [
+            "with torch.enable_grad():",
+            "    logits = model(ids, use_cache=False).logits[0, :-1].float()",
+            "    loss = nn.functional.cross_entropy(logits, ids[0, 1:])",
+            "    if not torch.isfinite(loss):",
+            '        raise RefusalError(f"the loss of a sequence is {float(loss.detach())}")',
+            "    loss.backward()",
+        ]
+    return lines
+
+
+def _docstring(fields: PrunerFields) -> str:
+    """The page's docstring, safe to stand between triple quotes."""
+    head = f"{fields.name}: prune a language model with the criterion `{fields.text}`."
+    body = f"Source: {fields.source}" if fields.source else ""
+    zeros = "Zeroes the lowest scores of each group. Zeros alone make no model smaller or faster."
+    command = "    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER"
+    return paragraphs(head, body, *fields.results, f"{zeros} Usage:", command)
+
+
+def paragraphs(head: str, *others: str) -> str:
+    """The text of a page's docstring, safe between triple quotes; indented parts stay as they are.
+
+    Empty parts are left out.
+    """
+    parts = [part if part.startswith("    ") else fill(part, 99) for part in others if part]
+    text = "\n\n".join([fill(head, 96), *parts])
+    return python_docstring(text)

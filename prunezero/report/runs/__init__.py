@@ -1,0 +1,1 @@
+"""The folder of a search: what was asked, what was found, tables, and measuring anew."""

@@ -1,0 +1,170 @@
+"""Every candidate of a search as a table: one file for programs, one for people.
+
+`candidates.parquet` holds the rows as they are, `candidates.csv` the same rows rounded and best
+first. Both are replaced whole, so a reader never sees half a file.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import OutputError, reason
+from prunezero.files.atomic import replace_whole
+from prunezero.searching.experiment.candidate import Candidate
+
+COLUMNS = (
+    "slot",
+    "generation",
+    "origin",
+    "parents",
+    "status",
+    "formula",
+    "choices",
+    "complexity",
+    "depth",
+    "signal",
+    "fingerprint",
+    "mask",
+    "layer_error",
+    "kl",
+    "search_perplexity",
+    "validation_perplexity",
+    "seconds",
+    "fault",
+)
+# What a reader looks for first; the digits of each rounded number.
+READABLE = {
+    "search_perplexity": 3,
+    "validation_perplexity": 3,
+    "kl": 4,
+    "layer_error": 5,
+    "complexity": None,
+    "formula": None,
+    "choices": None,
+    "signal": None,
+    "origin": None,
+    "generation": None,
+    "slot": None,
+    "parents": None,
+    "status": None,
+    "depth": None,
+    "seconds": 2,
+    "fingerprint": None,
+    "mask": None,
+    "fault": None,
+}
+# Seconds between two tables of a running search: few at first, then more and more, at most so many.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+# A pause is at least this many times as long as the writing was.
+_WRITING = 50
+
+
+class RunningTables:
+    """The tables of a search that still runs, so that a crash leaves them behind too."""
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin to wait for a candidate.
+
+        Args:
+            clock: seconds, from any beginning.
+        """
+        self._folder = folder
+        self._clock = clock
+        self._pause = _FIRST_PAUSE
+        self._due = -math.inf
+        self._has_news = False
+
+    def show(self, candidate: Candidate, found: Mapping[int, Candidate]) -> None:
+        """Take notice of a candidate, and write the tables of all now and then.
+
+        While a search that goes on reads its journal, the tables of before are the longer ones, and
+        stay.
+
+        Args:
+            found: all candidates as they stand now, by slot.
+
+        Raises:
+            OutputError: the folder cannot be written; it is tried again after the next pause.
+        """
+        self._has_news |= candidate.status == "new" and not candidate.is_replayed
+        begin = self._clock()
+        if not self._has_news or begin < self._due:
+            return
+        try:
+            write_candidates([found[slot].row() for slot in sorted(found)], self._folder)
+        finally:
+            now = self._clock()
+            self._due = now + max(self._pause, _WRITING * (now - begin))
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+
+
+def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Write `candidates.parquet` and `candidates.csv`; keys outside `COLUMNS` are left out.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_whole(folder / "candidates.parquet", lambda path: _write_parquet(rows, path))
+        replace_whole(folder / "candidates.csv", lambda path: _write_csv(best_first(rows), path))
+    except OSError as error:
+        raise OutputError(
+            f"the candidate tables in {folder} cannot be written: {reason(error)}"
+        ) from error
+
+
+def best_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows by perplexity on the search text, then by layer error; unmeasured ones last."""
+    return sorted(
+        rows,
+        key=lambda row: (
+            _or_last(row.get("search_perplexity")),
+            _or_last(row.get("layer_error")),
+            row.get("slot") or 0,
+        ),
+    )
+
+
+def _or_last(value: Any) -> float:
+    return math.inf if value is None or math.isnan(value) else float(value)
+
+
+def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    whole, text, number = pa.int64(), pa.string(), pa.float64()
+    types = {"parents": pa.list_(whole)}
+    types |= dict.fromkeys(("slot", "generation", "complexity", "depth"), whole)
+    types |= dict.fromkeys(
+        ("layer_error", "kl", "search_perplexity", "validation_perplexity", "seconds"), number
+    )
+    schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
+    plain = [{name: _plain(row.get(name)) for name in COLUMNS} for row in rows]
+    parquet.write_table(pa.Table.from_pylist(plain, schema=schema), path)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(READABLE)
+        for row in rows:
+            writer.writerow([_readable(row.get(name), digits) for name, digits in READABLE.items()])
+
+
+def _readable(value: Any, digits: int | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (tuple, list)):
+        return " ".join(str(part) for part in value)
+    return f"{value:.{digits}f}" if digits is not None else str(value)

@@ -1,0 +1,1 @@
+"""Evaluation: the rungs, what is known of them already, promotion, and how far rungs agree."""

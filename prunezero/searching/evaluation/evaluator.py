@@ -1,0 +1,310 @@
+"""What does a rung of the ladder say of a recipe? Computed here, ordered and kept elsewhere.
+
+A judge holds a model with its statistics, or several, and answers questions made of plain data, so
+that it may as well stand in another process or on another machine. It remembers no answer, and no
+answer depends on the seed of the search or on what was asked before.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunezero.errors import FactorizationError, ScoreError
+from prunezero.formula.criterion import Criterion
+from prunezero.models.observing.calibration import Progress
+from prunezero.pruning.compare import finite_row, rounding
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import Testbed, with_choices
+from prunezero.searching.evaluation.post import Post
+from prunezero.searching.evaluation.tuning import tune
+from prunezero.searching.experiment.budgets import Budget, geometric_mean, over_budgets
+from prunezero.searching.experiment.task import Task
+from prunezero.searching.experiment.testbeds import about, drawn, progress_of
+from prunezero.searching.proxies.matrix import (
+    layer_error,
+    mask_digest,
+    masks_on,
+    merged_scores,
+    scores_on,
+)
+from prunezero.searching.proxies.samples import Stack, rung_sums
+
+# Keys of a recipe that change no result.
+_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}
+# Masks that are compared again and again are those of the best few hundred.
+_PROBES = 1024
+# How torch says on the CPU, and cuBLAS on a GPU, that memory is short: not by an error of its own.
+_SHORT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# The one regime of a dense model.
+_DENSE = (Budget(0.0),)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a judge."""
+
+    splits: tuple[str, ...]
+    """texts to measure the pruned model on; none asks for the layer error"""
+    recipe: Mapping[str, Any] | None
+    """what of the recipe changes results, in its YAML's spelling; None is the dense model"""
+    trials: int = 0
+    """numbers to try in its formula; more than none asks for the best ones"""
+
+    @classmethod
+    def of(cls, recipe: Recipe | None, splits: Sequence[str] = (), *, trials: int = 0) -> Request:
+        """The question what a recipe does, on some texts or to the layers' outputs."""
+        if recipe is None:
+            return cls(tuple(splits), None)
+        fields = recipe.model_dump(
+            mode="json", by_alias=True, exclude=_WORDS_ONLY, exclude_defaults=True
+        )
+        return cls(tuple(splits), fields, trials)
+
+    @property
+    def kind(self) -> str:
+        """The rung that answers it."""
+        if self.trials:
+            return "tuning"
+        return "measurement" if self.splits else "layer error"
+
+    @property
+    def key(self) -> str:
+        """Equal for equal questions."""
+        return json.dumps([self.recipe, self.trials, *self.splits], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class ProbeMask:
+    """The mask of a formula on the probe."""
+
+    digest: str
+    """equal for equal masks"""
+    bits: Any
+    """numpy bool, all probed weights in a row"""
+
+    def differs(self, other: ProbeMask) -> float:
+        """The fraction of probed weights on which two masks disagree."""
+        return float(np.mean(self.bits != other.bits))
+
+
+class Evaluator:
+    """The rungs of a search, over one model and one draw of calibration text, or over several."""
+
+    def __init__(
+        self,
+        task: Task,
+        testbed: Testbed,
+        baselines: Sequence[Recipe] = (),
+        progress: Progress | None = None,
+        *,
+        also_testbeds: Sequence[Testbed] = (),
+    ) -> None:
+        """Calibrate the models, or find their statistics where an earlier process left them.
+
+        Args:
+            rivals: recipes that will be measured beside those of the task.
+            also_testbeds: of further models, on the same text and under the same settings.
+
+        Raises:
+            TextError, StatisticsError: the text is too short, or nothing follows from it.
+        """
+        self.task = task
+        space = task.space
+        sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
+        for budget in task.budgets:
+            sums |= dense_sums(space.examples(budget.pattern))
+        sums |= dense_sums(baselines)
+        self._testbeds = drawn((testbed, *also_testbeds), task.draws)
+        self._posts: list[Post] = []
+        for place, one in enumerate(self._testbeds):
+            # Draws of one model stand side by side, and share all that calibration does not change.
+            runner = self._posts[-1].runner if place % task.draws else None
+            told = progress_of(one, self._testbeds, progress)
+            self._posts.append(Post.of(one, sums, task, told, runner=runner))
+        self.probe = lru_cache(maxsize=_PROBES)(self._probed)
+        self._rungs = {
+            "layer error": self._layer_error,
+            "tuning": self._tuned,
+            "measurement": self._row,
+        }
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What the models are called, by their fingerprints, under which rows know them."""
+        models = [testbed.language_model for testbed in self._testbeds]
+        return {model.fingerprint: model.name for model in models}
+
+    def _probed(
+        self, criterion: Criterion, compare: str, own: tuple[tuple[str, Criterion], ...] = ()
+    ) -> ProbeMask | None:
+        """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
+        try:
+            recipe = Recipe(name="it", criterion=criterion, criteria=dict(own), compare=compare)
+            masks = [
+                mask
+                for post in self._posts
+                for of_budget in self._masks(post.probe, recipe)
+                for mask in of_budget
+            ]
+        except ScoreError:
+            return None
+        bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks])
+        return ProbeMask(mask_digest(masks), bits)
+
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        """What `result` says to each, in their order, each computed when it is asked for.
+
+        On a GPU, formulas that are asked for their layer errors are scored together.
+        """
+        for kind, some in groupby(requests, key=lambda request: request.kind):
+            alike = list(some)
+            yield from (
+                self._layer_errors(alike) if kind == "layer error" else map(self.result, alike)
+            )
+
+    def _layer_errors(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        waiting = list(requests)
+        while waiting:
+            scores = self._scores([_recipe(request).criterion for request in waiting])
+            begin = time.perf_counter()
+            while waiting:
+                request = waiting.pop(0)
+                try:
+                    values = next(scores)
+                except (RuntimeError, MemoryError):
+                    # Perhaps together they were too many; what failed has no more to give.
+                    yield self.result(request)
+                    break
+                yield self._or_fault(partial(self._layer_error, request, values, begin))
+                begin = time.perf_counter()
+
+    def result(self, request: Request) -> dict[str, Any]:
+        """The answer, with a `fault` in words where the recipe fails on some layer."""
+        return self._or_fault(partial(self._rungs[request.kind], request))
+
+    def _or_fault(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return compute()
+        except (ScoreError, FactorizationError) as error:
+            return {"fault": str(error)}
+        except (RuntimeError, MemoryError) as error:
+            if not _is_short_of_memory(error):
+                raise
+            return {"fault": "it needs too much memory"}
+
+    def _layer_error(
+        self,
+        request: Request,
+        scores: Sequence[Sequence[Tensor]] | None = None,
+        begin: float | None = None,
+    ) -> dict[str, Any]:
+        begin = time.perf_counter() if begin is None else begin
+        samples = [post.samples for post in self._posts]
+        error = self._lost(samples, _recipe(request), scores)
+        if not math.isfinite(error):
+            return {"fault": "its layer error is not finite"}
+        return {"layer_error": error, "seconds": time.perf_counter() - begin}
+
+    def _scores(self, criteria: Sequence[Criterion]) -> Iterator[tuple[list[Tensor], ...]]:
+        """Of each formula the scores on the samples of each post."""
+        of_posts = [scores_on(post.samples, criteria) for post in self._posts]
+        return zip(*of_posts, strict=True)
+
+    def _lost(
+        self,
+        of_posts: Sequence[Sequence[Stack]],
+        recipe: Recipe,
+        scores: Sequence[Sequence[Tensor]] | None = None,
+    ) -> float:
+        """The layer error, of several posts and regimes the geometric mean."""
+        known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_posts)
+        lost: list[float] = []
+        for testbed, samples, own in zip(self._testbeds, of_posts, known, strict=True):
+            with about(testbed, self._testbeds):
+                for of_budget in self._masks(samples, recipe, own):
+                    lost.append(layer_error(samples, of_budget))
+        return geometric_mean(lost)
+
+    def _masks(
+        self,
+        samples: Sequence[Stack],
+        recipe: Recipe,
+        scores: Sequence[Tensor] | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """The masks of all samples in each regime, one regime after the other."""
+        merged = merged_scores(samples, recipe, scores)
+        for budget in self.task.budgets:
+            yield masks_on(samples, recipe, budget.sparsity, budget.pattern, scores=merged)
+
+    def _tuned(self, request: Request) -> dict[str, Any]:
+        recipe = _recipe(request)
+        begin = time.perf_counter()
+        samples = [post.tuning_samples for post in self._posts]
+
+        def error(criterion: Criterion) -> float | None:
+            try:
+                found = self._lost(samples, self.task.with_formula(recipe, criterion))
+            except ScoreError:
+                return None
+            return found if math.isfinite(found) else None
+
+        best = tune(recipe.criterion, error, trials=request.trials, seed=0)
+        return {"formula": best.text, "seconds": time.perf_counter() - begin}
+
+    def _row(self, request: Request) -> dict[str, Any]:
+        if request.recipe is None:
+            dense = [post.runner.dense_row(request.splits) for post in self._posts]
+            return finite_row(over_budgets(_DENSE, dense, self._places()))
+        begin = time.perf_counter()
+        recipe = _recipe(request)
+        row = self._measured(recipe, request.splits)
+        # Test text is asked for at the end alone, when others are compared with what was found.
+        if recipe.mends and "test" in request.splits:
+            again = self._measured(recipe, request.splits, is_reversed=True)
+            row |= rounding(row, again, request.splits)
+        return finite_row(row) | {"elapsed": time.perf_counter() - begin}
+
+    def _measured(
+        self, recipe: Recipe, splits: Sequence[str], *, is_reversed: bool = False
+    ) -> dict[str, Any]:
+        """The row of a recipe in all regimes; also with its calibration windows in reverse."""
+        rows = []
+        for post in self._posts:
+            with about(post.runner.testbed, self._testbeds):
+                runner = post.runner.reversed(recipe) if is_reversed else post.runner
+                for budget in self.task.budgets:
+                    one = with_choices(recipe, pattern=budget.pattern)
+                    rows.append(runner.row(one, budget.sparsity, splits))
+        return over_budgets(self.task.budgets, rows, self._places())
+
+    def _places(self) -> list[dict[str, Any]]:
+        """Of each post what tells it from the others."""
+        # Not by name: the same model may be called otherwise in another process or search.
+        of = [
+            {"model": one.language_model.fingerprint, "seed": one.settings.seed}
+            for one in self._testbeds
+        ]
+        told = [key for key in ("model", "seed") if len({place[key] for place in of}) > 1]
+        return [{key: place[key] for key in told} for place in of]
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or any(text in str(error) for text in _SHORT_OF_MEMORY)
+
+
+def _recipe(request: Request) -> Recipe:
+    return validated(Recipe, {"name": "candidate", **(request.recipe or {})}, "a question")

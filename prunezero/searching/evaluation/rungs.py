@@ -1,0 +1,182 @@
+"""Climb the ladder of `fitness.py`, computing nothing that is known already.
+
+Answers come from the journal of the search, else from the archive of all searches, else from
+judges: one in this process, or many in others (`hiring/`). Wherever they come from, they are kept
+and handed over in the order in which they were asked for, so a search cannot tell the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from prunezero.errors import ScoreError
+from prunezero.formula.criterion import Criterion
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.searching.evaluation.archive import Archive
+from prunezero.searching.evaluation.evaluator import Evaluator, ProbeMask, Request
+from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.experiment.budgets import with_names
+from prunezero.searching.experiment.task import Rule, Task
+
+
+class Evaluators(Protocol):
+    """Whoever answers questions."""
+
+    @property
+    def threads(self) -> int:
+        """On how many threads each computes; the last bits of sums depend on it."""
+        ...
+
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        """One answer to each question, in their order, each as soon as it can be had."""
+        ...
+
+    def close(self) -> None:
+        """Let go of processes and machines."""
+        ...
+
+
+class LocalEvaluator:
+    """The judge of this process; computes an answer when it is asked for the next one."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    @property
+    def threads(self) -> int:
+        """Those of this process."""
+        return torch.get_num_threads()
+
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        """One answer to each question, in their order."""
+        return self._evaluator.results(requests)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Rungs:
+    """The rungs of one search."""
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        journal: Journal,
+        evaluators: Evaluators | None = None,
+        archive: Archive | None = None,
+    ) -> None:
+        """Set it up.
+
+        Args:
+            judge: of this process; it takes the probes.
+            journal: of the search; keeps every answer that the search was given.
+            judges: who answers all else; None leaves it to `evaluator`.
+            archive: of all searches; asked before the judges.
+        """
+        self._evaluator = evaluator
+        self._evaluators = evaluators or LocalEvaluator(evaluator)
+        self._journal = journal
+        self._archive = archive
+
+    @property
+    def task(self) -> Task:
+        """What the search looks for."""
+        return self._evaluator.task
+
+    def probe(self, rule: Rule | Criterion) -> ProbeMask | None:
+        """Rung 0: the mask on the probe; None for a rule whose scores rank nothing there."""
+        rule = Rule(rule) if isinstance(rule, Criterion) else rule
+        compare = rule.choices.get("compare", self.task.space.compare)
+        return self._evaluator.probe(rule.criterion, compare, tuple(sorted(rule.per_layer.items())))
+
+    def errors(self, rules: Sequence[Rule]) -> Iterator[dict[str, Any]]:
+        """Rung 1: `layer_error` and `seconds`, or a `fault`."""
+        return self._results([Request.of(recipe) for recipe in self._masking(rules)])
+
+    def tunings(self, rules: Sequence[Rule], trials: int) -> Iterator[dict[str, Any]]:
+        """The `formula` of each rule with the numbers that make its layer error least."""
+        recipes = self._masking(rules)
+        return self._results([Request.of(recipe, trials=trials) for recipe in recipes])
+
+    def _masking(self, rules: Sequence[Rule]) -> list[Recipe]:
+        """Of each rule what makes the mask; how the weights that stay are mended is not seen."""
+        return [self.task.recipe(Rule(rule.criterion, _of_mask(rule)), "it") for rule in rules]
+
+    def rows(self, recipes: Sequence[Recipe], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Higher rungs: one row of results on the pruned model for each recipe, or a `fault`.
+
+        Perplexity that is not finite becomes None.
+        """
+        results = self._results([Request.of(recipe, splits) for recipe in recipes])
+        for recipe, result in zip(recipes, results, strict=True):
+            yield result if "fault" in result else self._named(result) | {"recipe": recipe.name}
+
+    def measure(self, recipe: Recipe, splits: Sequence[str]) -> dict[str, Any]:
+        """The row of one recipe.
+
+        Raises:
+            ScoreError: the criterion fails on some layer, or memory or time are short.
+        """
+        row = self._without_fault(Request.of(recipe, splits), f"recipe {recipe.name}")
+        return self._named(row) | {"recipe": recipe.name}
+
+    def measure_dense(self, splits: Sequence[str]) -> dict[str, Any]:
+        """The row of the dense model.
+
+        Raises:
+            ScoreError: memory or time are short.
+        """
+        return self._named(self._without_fault(Request.of(None, splits), "the dense model"))
+
+    def close(self) -> None:
+        """Let go of the judges and of the journal."""
+        self._evaluators.close()
+        self._journal.close()
+
+    def _named(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with models by the names that this search has for them."""
+        return with_names(row, self._evaluator.names)
+
+    def _without_fault(self, request: Request, whose: str) -> dict[str, Any]:
+        # No search goes by it, and without it no search ends: a known fault is tried once more.
+        result = next(self._results([request], trust_faults=False))
+        if "fault" in result:
+            raise ScoreError(f"{whose} cannot be measured: {result['fault']}")
+        return result
+
+    def _results(
+        self, requests: Sequence[Request], *, trust_faults: bool = True
+    ) -> Iterator[dict[str, Any]]:
+        known = [self._journal.known(request.kind, request.key) for request in requests]
+        if not trust_faults:
+            known = [None if one is None or "fault" in one else one for one in known]
+        found = [self._found(request) for request in requests]
+        waiting = [
+            request
+            for request, *results in zip(requests, known, found, strict=True)
+            if results == [None, None]
+        ]
+        computed = self._evaluators.results(waiting)
+        for request, replayed, result in zip(requests, known, found, strict=True):
+            if replayed is not None:
+                yield replayed | {"is_replayed": True}
+                continue
+            if result is None:
+                result = next(computed)
+                self._keep(request, result)
+            yield self._journal.write(request.kind, request.key, result)
+
+    def _found(self, request: Request) -> dict[str, Any] | None:
+        return None if self._archive is None else self._archive.known(request.kind, request.key)
+
+    def _keep(self, request: Request, result: dict[str, Any]) -> None:
+        # What failed here, perhaps for lack of memory, may go well elsewhere.
+        if self._archive is not None and "fault" not in result:
+            self._archive.write(request.kind, request.key, result)
+
+
+def _of_mask(rule: Rule) -> dict[str, Any]:
+    return {key: rule.choices[key] for key in ("compare", "criteria") if key in rule.choices}

@@ -1,0 +1,146 @@
+"""Where must a rule be good? At one sparsity and pattern, or at several at once.
+
+A rule that serves several regimes is worth the geometric mean of what it is worth in each: twice
+the perplexity in one weighs as much as twice the perplexity in another, however large either is.
+The same holds of several models and draws of calibration text, each pruned in every regime.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prunezero.errors import SearchError
+from prunezero.pruning.requirements import settled_sparsity
+from prunezero.pruning.testbed import beginning
+from prunezero.scoring.request import parse_pattern
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a rule has to remove, and in which pattern."""
+
+    sparsity: float
+    """fraction of the weights to remove"""
+    pattern: str = "free"
+    """free or N:M"""
+
+    @classmethod
+    def read(cls, word: str) -> Budget:
+        """The regime of a word such as `0.7` or `2:4`.
+
+        Raises:
+            SearchError: the word is neither.
+            SelectionError: nothing can be removed so.
+        """
+        if ":" in word:
+            pattern = str(parse_pattern(word))
+            return cls(settled_sparsity(pattern, None), pattern)
+        try:
+            fraction = float(word)
+        except ValueError:
+            raise SearchError(
+                f"'{word}' is no regime; write a sparsity such as 0.7, or a pattern such as 2:4"
+            ) from None
+        return cls(settled_sparsity("free", fraction))
+
+    @property
+    def word(self) -> str:
+        """What `read` makes it from."""
+        return repr(self.sparsity) if self.pattern == "free" else self.pattern
+
+
+def read_budgets(words: str) -> tuple[Budget, ...]:
+    """Regimes of words with commas between them, such as `0.7,2:4`; none of no words.
+
+    Raises:
+        PruneZeroError: one of them is no regime.
+    """
+    return tuple(Budget.read(word.strip()) for word in words.split(",") if word.strip())
+
+
+def in_words(budgets: Sequence[Budget]) -> str:
+    """The pattern of the first and the words of the others, for a column of patterns."""
+    first, *others = budgets
+    return ", ".join([first.pattern, *(budget.word for budget in others)])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive numbers; of a single one itself, to the last bit."""
+    if len(values) == 1:
+        return values[0]
+    if any(math.isnan(value) or value < 0 for value in values):
+        return math.nan
+    if 0.0 in values:
+        return 0.0
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def over_budgets(
+    budgets: Sequence[Budget],
+    rows: Sequence[Mapping[str, Any]],
+    places: Sequence[Mapping[str, Any]] = ({},),
+) -> dict[str, Any]:
+    """The row of a recipe over all regimes, from one row for each as `RecipeRunner.row` gives it.
+
+    Perplexities and KL are geometric means, and so are the losses of the windows, in nats, means:
+    tests over windows hold for the whole as for a part. `budgets` keeps the perplexities of each.
+
+    Args:
+        rows: of the first model and draw in every regime, then of the next.
+        places: of each model and draw, what `budgets` says to tell it from the others.
+    """
+    first = dict(rows[0])
+    if len(rows) == 1:
+        return first
+    means = [key for key in first if key.endswith("_perplexity") or key == "kl"]
+    for key in means:
+        first[key] = geometric_mean([row[key] for row in rows])
+    first["window_losses"] = {
+        split: _means([row["window_losses"][split] for row in rows])
+        for split in first["window_losses"]
+    }
+    first["pattern"] = in_words(budgets)
+    first |= beginning(row.get("windows_begin_with", "") for row in rows)
+    # There is no one number; each regime has its own.
+    first["sparsity_reached"] = None
+    first["seconds"] = sum(row["seconds"] for row in rows)
+    first["regimes"] = [
+        {
+            **place,
+            **asdict(budget),
+            **{key: row[key] for key in means},
+        }
+        for (place, budget), row in zip(itertools.product(places, budgets), rows, strict=True)
+    ]
+    draws = {place["seed"] for place in places if "seed" in place}
+    if draws:
+        first["draws"] = len(draws)
+    return first
+
+
+def seeds_of(row: Mapping[str, Any]) -> str:
+    """The seeds of the calibration text that a row was measured with, in words."""
+    first, draws = row["seed"], row.get("draws", 1)
+    return f"seed {first}" if draws == 1 else f"seeds {first} to {first + draws - 1}"
+
+
+def windows_of(row: Mapping[str, Any]) -> str:
+    """The windows that a row was measured on, in words."""
+    begin = row.get("windows_begin_with", "")
+    return f"windows of {row['sequence_length']} tokens{begin and f' that begin with {begin}'}"
+
+
+def with_names(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A row in whose `budgets` models have other names; one that says no models stays as it is."""
+    if not any("model" in part for part in row.get("regimes", ())):
+        return dict(row)
+    parts = [{**part, "model": names.get(part["model"], part["model"])} for part in row["regimes"]]
+    return {**row, "regimes": parts}
+
+
+def _means(lists: Sequence[Sequence[float]]) -> list[float]:
+    return [math.fsum(values) / len(values) for values in zip(*lists, strict=True)]

@@ -1,0 +1,92 @@
+"""What a search remembers of one rule that it tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import costliest
+from prunezero.searching.experiment.task import Rule
+
+# A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
+STATUSES = ("new", "known", "invalid")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rule that a search tried, and how far up the ladder it came."""
+
+    slot: int
+    """its place in the order of proposals"""
+    generation: int
+    """0 holds the seeds and fresh formulas"""
+    criterion: Criterion
+    """the formula"""
+    origin: str
+    """seed, random, mutate, cross, tune, choose, enumerate or the name of a proposer"""
+    parents: tuple[int, ...]
+    """slots of the candidates it was made from"""
+    status: str
+    """one of STATUSES"""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """values of recipe keys that are not those of the task"""
+    mask: str = ""
+    """digest of its mask on the probe"""
+    behaviour: int = 0
+    """how far its mask is from that of |W| * X, in few steps"""
+    layer_error: float | None = None
+    """gradient-weighted error of the layers' outputs on sampled rows"""
+    kl: float | None = None
+    """nats per token from the dense model to the pruned one, at a glance of the search text"""
+    search_perplexity: float | None = None
+    """of the pruned model on search text; None unless it earned that"""
+    validation_perplexity: float | None = None
+    """on text that no other rung looks at; None unless it earned that"""
+    seconds: float = 0.0
+    """spent on it"""
+    is_replayed: bool = False
+    """whether its last result was read from the journal of an earlier session"""
+    fault: str = ""
+    """why it is invalid; nothing of any other"""
+
+    @cached_property
+    def rule(self) -> Rule:
+        """The formula and the choices around it."""
+        return Rule(self.criterion, self.choices)
+
+    @cached_property
+    def complexity(self) -> int:
+        """Words of all its formulas together."""
+        return sum(criterion.complexity for criterion in self.rule.formulas)
+
+    @cached_property
+    def signal(self) -> str:
+        """The dearest signal that one of its formulas looks at."""
+        return costliest(one.signal for one in self.rule.formulas)
+
+    def row(self) -> dict[str, Any]:
+        """The candidate as one flat row of a table."""
+        return {
+            "slot": self.slot,
+            "generation": self.generation,
+            "origin": self.origin,
+            "parents": list(self.parents),
+            "status": self.status,
+            "formula": self.criterion.text,
+            "choices": json.dumps(self.choices, sort_keys=True) if self.choices else "",
+            "complexity": self.complexity,
+            "depth": self.criterion.depth,
+            "signal": self.signal,
+            "fingerprint": self.criterion.fingerprint,
+            "mask": self.mask,
+            "layer_error": self.layer_error,
+            "kl": self.kl,
+            "search_perplexity": self.search_perplexity,
+            "validation_perplexity": self.validation_perplexity,
+            "seconds": self.seconds,
+            "fault": self.fault,
+        }

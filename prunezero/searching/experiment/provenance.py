@@ -1,0 +1,177 @@
+"""What does an answer of a judge depend on, beside the question?
+
+Journals are refused, archived answers left aside and workers sent home where it differs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunezero.errors import TextError
+from prunezero.files.digests import file_digest, joined_digest
+from prunezero.formula.code import steps
+from prunezero.formula.vocabulary import OPERATORS
+from prunezero.models.text.splits import SPLITS
+from prunezero.models.text.windows import windows_fingerprint
+from prunezero.pruning.testbed import Testbed
+from prunezero.searching.experiment.task import Task
+from prunezero.searching.proxies.samples import ROW_WEIGHTS, rung_sums
+
+# Counts changes to what a search draws, asks or writes; what is older is then refused.
+FORMAT = 8
+# Whoever has a hand in the numbers of an answer, or in what a search draws.
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "sympy", "optuna")
+# The floors of this package that answers come from.
+_FLOORS = ("files", "formula", "scoring", "models", "pruning", "searching")
+
+
+def conditions(
+    testbed: Testbed, task: Task, also_testbeds: Sequence[Testbed] = ()
+) -> dict[str, Any]:
+    """Everything beside a question that its answer depends on, as JSON.
+
+    Args:
+        also_testbeds: of further models, on the same text and under the same settings.
+    """
+    space = task.space
+    sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
+    return {
+        **surroundings(testbed),
+        "format": FORMAT,
+        "sparsity": task.sparsity,
+        "weighted_rows": ROW_WEIGHTS in sums,
+        **further(task),
+        **further_models(also_testbeds),
+        **further_draws((testbed, *also_testbeds), task.draws),
+        **_plugged(task),
+    }
+
+
+def surroundings(testbed: Testbed) -> dict[str, Any]:
+    """What any number that is measured on a bench depends on, whatever is asked, as JSON."""
+    return {
+        "prunezero": version("prunezero"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: version(name) for name in LIBRARIES},
+        **_kernels(testbed),
+        **subject(testbed),
+        "settings": vars(testbed.settings).copy(),
+    }
+
+
+def subject(testbed: Testbed) -> dict[str, str]:
+    """The model and text of a bench, as they are and not as they are called."""
+    model = testbed.language_model
+    return {
+        "model": model.fingerprint,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "text": testbed.text.fingerprint,
+        # The vocabulary does not tell how a text becomes tokens, nor the text how it is cut.
+        **{f"{split} token ids": _ids(testbed, split) for split in SPLITS},
+    }
+
+
+def machine(testbed: Testbed, threads: int) -> dict[str, Any]:
+    """What the last bits of an answer depend on, and the code that it comes from.
+
+    An answer of another search that differs in a last bit would let this one end otherwise than
+    without it, so the archive keeps them apart. A search itself may go on elsewhere.
+
+    Args:
+        threads: of each judge.
+    """
+    device = testbed.language_model.device
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return {
+        "threads": threads,
+        "processor": _processor(),
+        **gpu,
+        "matmul": torch.get_float32_matmul_precision(),
+        "code": _own_code(),
+    }
+
+
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    return digest_of_code(Path(__file__).parents[2])
+
+
+def digest_of_code(package: Path) -> str:
+    """Hexadecimal digest of the source of all floors that answers come from."""
+    files = sorted(path for floor in _FLOORS for path in (package / floor).rglob("*.py"))
+    return joined_digest(f"{path.relative_to(package)} {file_digest(path)}" for path in files)
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """What a processor can do, by which libraries choose among their kernels."""
+    found = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        for key in ("model name", "flags", "Features"):
+            found += [line for line in lines if line.startswith(key)][:1]
+    return joined_digest(found)
+
+
+def _ids(testbed: Testbed, split: str) -> str:
+    try:
+        return windows_fingerprint(testbed.windows(split))
+    except TextError:
+        # Whoever needs the split says so; a comparison does without that of searches.
+        return "too short"
+
+
+def further(task: Task) -> dict[str, Any]:
+    """Words of further regimes, number of draws, patterns of layers; where there are any."""
+    told = {
+        "also": [budget.word for budget in task.also],
+        "draws": task.draws if task.draws > 1 else None,
+        "targets": list(task.targets),
+        "ignore": list(task.ignore),
+    }
+    return {key: value for key, value in told.items() if value}
+
+
+def further_models(also_testbeds: Sequence[Testbed]) -> dict[str, list[Any]]:
+    """Fingerprints, dtypes and token ids of further models, where there are any."""
+    if not also_testbeds:
+        return {}
+    models = [testbed.language_model for testbed in also_testbeds]
+    return {
+        "also_models": [model.fingerprint for model in models],
+        "also_dtypes": [str(model.dtype) for model in models],
+        "also_token_ids": [[_ids(testbed, split) for split in SPLITS] for testbed in also_testbeds],
+    }
+
+
+def further_draws(testbeds: Sequence[Testbed], draws: int) -> dict[str, list[str]]:
+    """Token ids of further draws of calibration text, where there are any."""
+    drawn = [testbed.drawn(draw) for testbed in testbeds for draw in range(1, draws)]
+    return {"drawn_token_ids": [_ids(testbed, "calibration") for testbed in drawn]} if drawn else {}
+
+
+def _kernels(testbed: Testbed) -> dict[str, str]:
+    """Which Triton computes scores on a GPU; kernels and torch differ in last bits."""
+    if testbed.language_model.device.type == "cpu":
+        return {}
+    has_triton = importlib.util.find_spec("triton") is not None
+    return {"triton": version("triton") if has_triton else "none"}
+
+
+def _plugged(task: Task) -> dict[str, str]:
+    """What operators of other packages mean that this search may use."""
+    written = [*task.space.terminals, *(rule.criterion for rule in task.seeds)]
+    inside = {step.operator.name for criterion in written for step in steps(criterion)}
+    words = inside.union(task.space.operators) - set(OPERATORS.own)
+    meanings = OPERATORS.plugged() if words else {}
+    return {f"operator {word}": meanings[word] for word in sorted(words & set(meanings))}

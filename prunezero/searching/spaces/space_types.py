@@ -1,0 +1,146 @@
+"""What may the keys of a search space hold? A type for each that is more than a word or a number.
+
+Keys after `signals` in the class see what it says: what looks at dearer signals is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from prunezero.errors import PruneZeroError, did_you_mean
+from prunezero.formula.constants import MAX_EXPONENT, number
+from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import SIGNALS
+from prunezero.formula.vocabulary import OPERATORS
+from prunezero.models.anatomy.patterns import check_pattern
+from prunezero.pruning.recipes.documents import MOST_WORDS, Words
+from prunezero.pruning.recipes.recipe import Formula
+from prunezero.scoring.request import group_columns
+from prunezero.searching.spaces.space_choices import check_choices, is_within, within
+
+
+def _limit(info: ValidationInfo) -> str:
+    """The dearest signal that is allowed; the usual one where that key is at fault itself."""
+    return str(info.data.get("signals", SIGNALS[-1]))
+
+
+def _known_signal(value: str) -> str:
+    if value not in SIGNALS:
+        near = did_you_mean(value, SIGNALS) or "."
+        raise ValueError(f"'{value}' is no signal{near} Known: {', '.join(SIGNALS)}")
+    return value
+
+
+def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tuple[Criterion, ...]:
+    if not any(terminal.shape == "element" for terminal in value):
+        raise ValueError("none varies by weight, so no formula could rank weights")
+    limit = _limit(info)
+    kept = tuple(terminal for terminal in value if is_within(terminal.signal, limit))
+    if not any(terminal.shape == "element" for terminal in kept):
+        raise ValueError(
+            f"none that varies by weight looks at '{limit}' or less, so no formula could rank "
+            "weights; allow dearer signals, or add abs(W)"
+        )
+    return kept
+
+
+def _cheap_choices(
+    value: dict[str, tuple[Any, ...]], info: ValidationInfo
+) -> dict[str, tuple[Any, ...]]:
+    check_choices(value)
+    return within(value, _limit(info))
+
+
+def _cheap_weights(value: bool, info: ValidationInfo) -> bool:
+    return value and is_within("gradients", _limit(info))
+
+
+def _known_operators(value: tuple[str, ...]) -> tuple[str, ...]:
+    for word in value:
+        _check_operator(word)
+    return value
+
+
+def _known_nestings(value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    for word in itertools.chain(value, *value.values()):
+        _check_operator(word)
+        if OPERATORS[word].torch is None:
+            raise ValueError(
+                f"'{word}' becomes other words before a formula is computed, so it is never "
+                "found in one; name those (divide_by_norm becomes div and layer_norm)"
+            )
+    return value
+
+
+def _check_operator(word: str) -> None:
+    try:
+        is_known = word in OPERATORS
+    except PruneZeroError as error:
+        raise ValueError(str(error)) from error
+    if not is_known:
+        near = did_you_mean(word, OPERATORS) or "."
+        raise ValueError(f"'{word}' is not a known operator{near} Known: {', '.join(OPERATORS)}")
+
+
+def _refused_by(check: Callable[[Any], Any], value: Any) -> None:
+    """Let a check of ours speak through pydantic, which gathers faults of all keys."""
+    try:
+        check(value)
+    except PruneZeroError as error:
+        raise ValueError(str(error)) from error
+
+
+def _usable_numbers(value: tuple[float, ...]) -> tuple[float, ...]:
+    for number_of_space in value:
+        _refused_by(number, number_of_space)
+    return value
+
+
+def _usable_exponents(value: tuple[float, ...]) -> tuple[float, ...]:
+    for exponent in value:
+        if exponent == 0 or abs(exponent) > MAX_EXPONENT:
+            raise ValueError(
+                f"an exponent is {exponent:g}; it must be within -{MAX_EXPONENT} and "
+                f"{MAX_EXPONENT}, and not 0"
+            )
+    return value
+
+
+def _readable_patterns(value: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in value:
+        _refused_by(check_pattern, pattern)
+    return value
+
+
+def _known_group(value: str) -> str:
+    _refused_by(group_columns, value)
+    return value
+
+
+# What a search does in each generation is at most so much.
+Count = Annotated[int, Field(ge=1, le=100_000)]
+CountOrNone = Annotated[int, Field(ge=0, le=100_000)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Signal = Annotated[str, AfterValidator(_known_signal)]
+Terminals = Annotated[
+    tuple[Formula, ...], Field(min_length=1), MOST_WORDS, AfterValidator(_cheap_terminals)
+]
+Operators = Annotated[Words, Field(min_length=1), AfterValidator(_known_operators)]
+Numbers = Annotated[
+    tuple[Annotated[float, Field(allow_inf_nan=False)], ...],
+    MOST_WORDS,
+    AfterValidator(_usable_numbers),
+]
+Exponents = Annotated[Numbers, AfterValidator(_usable_exponents)]
+Nestings = Annotated[dict[str, Words], MOST_WORDS, AfterValidator(_known_nestings)]
+Group = Annotated[str, AfterValidator(_known_group)]
+OpenChoices = Annotated[
+    dict[str, Annotated[tuple[Any, ...], MOST_WORDS]], AfterValidator(_cheap_choices)
+]
+LayerPatterns = Annotated[Words, AfterValidator(_readable_patterns)]
+# Costs a backward pass, so it is off where those are not allowed, whoever asked for it.
+GradientWeights = Annotated[bool, Field(validate_default=True), AfterValidator(_cheap_weights)]

@@ -1,0 +1,1 @@
+"""Strategies: who proposes candidates, and out of what; evolution and controls to compare with."""

@@ -1,0 +1,1 @@
+"""Workers: evaluators in other processes and on other machines."""

@@ -1,0 +1,227 @@
+"""How do many judges answer at once, in order, although some of them die or hang?
+
+A crew has a number of places, each with one worker or none. Whoever is free gets the next question.
+A question that a worker died over is given to one other worker, then it counts as faulty; one that
+is not answered in time counts as faulty at once. Workers are processes (`workers.py`) or actors of
+a cluster (`cluster.py`); the crew cannot tell the difference.
+
+An answer belongs to the batch that its worker was given the question from. So questions of a batch
+that nobody reads any more are answered into the void, and a killed worker cannot answer at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from prunezero.errors import PruneZeroError, SearchError
+from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.workers.worker import Message
+
+# Seconds for one question, where nothing else is asked for.
+DEADLINE = 1800.0
+# Seconds for a worker to get ready.
+_PATIENCE = 1800.0
+# Workers that may die over one question.
+_ATTEMPTS = 2
+# Workers in a row that may die before one is ready.
+_FALSE_STARTS = 3
+
+
+class Worker(Protocol):
+    """A judge elsewhere that has one thing to say at a time; at first whether it is ready."""
+
+    @property
+    def handle(self) -> Any:
+        """What its office can wait for."""
+        ...
+
+    def ask(self, request: Request) -> bool:
+        """Hand it a question; False if it is known to have died."""
+        ...
+
+    def hear(self) -> Message:
+        """What it has to say, once its handle is ready; "died" and by what, if it has."""
+        ...
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        ...
+
+
+class Launcher(Protocol):
+    """Where workers come from."""
+
+    @property
+    def loading(self) -> int:
+        """How many may load their model at the same time."""
+        ...
+
+    def start(self, place: int) -> Worker:
+        """A new worker, which begins to load at once."""
+        ...
+
+    def wait(self, handles: Sequence[Any], seconds: float) -> Collection[Any]:
+        """The handles that are ready, as soon as there is one; none when time is up."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what workers came from; they have ended."""
+        ...
+
+
+class _Batch:
+    """Questions that are answered together, and how far they are."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.waiting = deque(range(len(requests)))
+        self.deaths: Counter[int] = Counter()
+        self.found: dict[int, dict[str, Any] | PruneZeroError] = {}
+
+
+@dataclass
+class _Slot:
+    """A worker at its place, and what it is doing."""
+
+    worker: Worker
+    until: float
+    """the monotonic time at which it must have spoken"""
+    pid: int | None = None
+    """None until it is ready"""
+    batch: _Batch | None = None
+    """what its question is from; None for an idle one"""
+    number: int = 0
+    """of its question in the batch"""
+
+
+class WorkerPool:
+    """Workers that answer questions; a `Evaluators`."""
+
+    def __init__(
+        self, launcher: Launcher, count: int, deadline: float = DEADLINE, *, threads: int = 1
+    ) -> None:
+        """Begin with nobody: workers are hired when there is something to ask.
+
+        Args:
+            count: workers at most.
+            deadline: seconds for one question.
+            threads: on which each computes.
+        """
+        self.threads = threads
+        self._launcher = launcher
+        self._count = count
+        self._deadline = deadline
+        self._slots: dict[int, _Slot] = {}
+        self._false_starts = 0
+
+    @property
+    def at_work(self) -> dict[int, Request | None]:
+        """By process id, the question that each worker which is ready is at."""
+        return {
+            slot.pid: slot.batch.requests[slot.number] if slot.batch else None
+            for slot in self._slots.values()
+            if slot.pid is not None
+        }
+
+    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+        """One answer to each question, in their order, each as soon as it can be had.
+
+        Raises:
+            SearchError: workers cannot start.
+            PruneZeroError: as the judge.
+        """
+        batch = _Batch(requests)
+        for number in range(len(requests)):
+            self._hand_out(batch)
+            while number not in batch.found:
+                self._listen()
+                self._hand_out(batch)
+            result = batch.found.pop(number)
+            if isinstance(result, PruneZeroError):
+                raise result
+            yield result
+
+    def close(self) -> None:
+        """End all workers, and let go of where they came from."""
+        for place in list(self._slots):
+            self._dismiss(place)
+        self._launcher.close()
+
+    def _hand_out(self, batch: _Batch) -> None:
+        """Give questions to whoever is free, and hire for those that are left."""
+        for place, slot in list(self._slots.items()):
+            if batch.waiting and slot.pid is not None and slot.batch is None:
+                if slot.worker.ask(batch.requests[batch.waiting[0]]):
+                    slot.batch, slot.number = batch, batch.waiting.popleft()
+                    slot.until = time.monotonic() + self._deadline
+                else:
+                    self._dismiss(place)
+        vacant = [place for place in range(self._count) if place not in self._slots]
+        loading = sum(slot.pid is None for slot in self._slots.values())
+        wanted = min(len(batch.waiting), self._launcher.loading) - loading
+        for place in vacant[: max(0, wanted)]:
+            until = time.monotonic() + _PATIENCE
+            self._slots[place] = _Slot(self._launcher.start(place), until)
+
+    def _listen(self) -> None:
+        """Wait until a worker says something or is late."""
+        busy = {
+            place: slot for place, slot in self._slots.items() if slot.batch or slot.pid is None
+        }
+        seconds = min(slot.until for slot in busy.values()) - time.monotonic()
+        handles = [slot.worker.handle for slot in busy.values()]
+        speaking = self._launcher.wait(handles, max(0.0, seconds))
+        for place, slot in busy.items():
+            if slot.worker.handle in speaking:
+                self._hear(place, slot)
+            elif slot.until <= time.monotonic():
+                self._give_up(place, slot)
+
+    def _hear(self, place: int, slot: _Slot) -> None:
+        kind, content = slot.worker.hear()
+        if kind == "ready":
+            slot.pid, self._false_starts = content, 0
+        elif kind == "refused":
+            self._dismiss(place)
+            raise SearchError(f"a worker cannot start: {content}")
+        elif kind == "died":
+            self._dismiss(place)
+            self._retry(slot, content)
+        elif slot.batch is not None:
+            slot.batch.found[slot.number], slot.batch = content, None
+
+    def _retry(self, slot: _Slot, reason: str) -> None:
+        """Give the question of a worker that died to another one, unless that was the last try."""
+        batch = slot.batch
+        if batch is None:
+            self._false_starts += 1
+            if self._false_starts == _FALSE_STARTS:
+                raise SearchError(
+                    f"{_FALSE_STARTS} workers in a row died while they loaded the model (the "
+                    f"last: {reason}); see what they printed, and if memory is short, ask for "
+                    "fewer --workers"
+                )
+            return
+        batch.deaths[slot.number] += 1
+        if batch.deaths[slot.number] < _ATTEMPTS:
+            batch.waiting.appendleft(slot.number)
+        else:
+            batch.found[slot.number] = {
+                "fault": f"{_ATTEMPTS} workers died over it (the last: {reason})"
+            }
+
+    def _give_up(self, place: int, slot: _Slot) -> None:
+        self._dismiss(place)
+        if slot.batch is None:
+            raise SearchError(
+                f"a worker was not ready after {_PATIENCE:g} seconds; see whether machines "
+                "and files can be reached, or ask for fewer --workers"
+            )
+        slot.batch.found[slot.number] = {"fault": f"no answer after {self._deadline:g} seconds"}
+
+    def _dismiss(self, place: int) -> None:
+        self._slots.pop(place).worker.kill()

@@ -1,0 +1,1 @@
+"""Testing kits for authors of operators and strategies: do these keep their promises?"""
