@@ -185,7 +185,7 @@ class Tracker:
             return True
         return self._failures[run.key] >= FAILURES_OF_ONE_RECORD and self._store.is_alive()
 
-    def _connect(self) -> Store:
+    def _connect(self) -> MlflowStore:
         from prunezero.report.tracking.store import MlflowStore
 
         return MlflowStore(self.uri, self.runs_dir)
