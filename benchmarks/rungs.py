@@ -1,10 +1,10 @@
 """What does each rung of the search cost, and how well does the layer error rank formulas?
 
-    python benchmarks/ladder.py --formulas 16 --sparsity 0.5
+    python benchmarks/rungs.py --formulas 16 --sparsity 0.5
 
 Screens published and random formulas by the plain and by the gradient-weighted layer error,
-glances at all of them, measures them on search text, and prints seconds per candidate and
-Kendall's tau of each cheap rung with perplexity.
+takes the quick KL of all of them, measures them on search text, and prints seconds per candidate
+and Kendall's tau of each cheap rung with perplexity.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import QUICK_KL, RecipeRunner
 from prunezero.pruning.testbed import Settings, set_up
 from prunezero.searching.evaluation.rung_correlation import kendall_tau
+from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.proxies.matrix import layer_error, mask_digest, masks_on
 from prunezero.searching.proxies.samples import probe_of, rung_sums, sample_rows, stacked
 from prunezero.searching.session import make_task
@@ -43,7 +44,11 @@ def main() -> None:
         "demo", "demo", Settings(evaluation_tokens=arguments.evaluation_tokens), dtype="float32"
     )
     space = SearchSpace.load("formulas")
-    task = make_task(space, arguments.sparsity, pattern=arguments.pattern)
+    config = SearchConfig.on(
+        testbed, space_content=space, sparsity=arguments.sparsity, pattern=arguments.pattern
+    )
+    task = make_task(config)
+    budget = task.budgets[0]
     layers = find_linears(testbed.language_model.model)
     sums = rung_sums(space.features, with_gradients=True)
     statistics = testbed.statistics(layers, sums)
@@ -60,7 +65,7 @@ def main() -> None:
         if criterion is None:
             continue
         recipe = task.recipe(criterion, "formula")
-        choices = (task.sparsity, task.pattern)
+        choices = (budget.sparsity, budget.pattern)
         try:
             begin = time.perf_counter()
             digest = mask_digest(masks_on(probe, recipe, *choices))
@@ -70,24 +75,24 @@ def main() -> None:
             screened = time.perf_counter()
         except ScoreError:
             continue
-        # Twins in the mask, and formulas that nobody would measure.
+        # Duplicates in the mask, and formulas that nobody would measure.
         if digest in seen or weighted > 0.5:
             continue
         seen.add(digest)
-        glance = runner.row(recipe, task.sparsity, (QUICK_KL,))
-        glanced = time.perf_counter()
-        row = runner.row(recipe, task.sparsity, ("search",))
+        quick = runner.row(recipe, budget.sparsity, (QUICK_KL,))
+        compared = time.perf_counter()
+        row = runner.row(recipe, budget.sparsity, ("search",))
         rows.append(
             {
                 "formula": criterion.text,
                 "perplexity": row["search_perplexity"],
-                "kl": glance["kl"],
+                "kl": quick["kl"],
                 "weighted_error": weighted,
                 "plain_error": layer_error(plain, masks),
                 "probe_seconds": probed - begin,
                 "screen_seconds": screened - probed,
-                "glance_seconds": glanced - screened,
-                "measure_seconds": time.perf_counter() - glanced,
+                "quick_kl_seconds": compared - screened,
+                "measure_seconds": time.perf_counter() - compared,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -95,7 +100,7 @@ def main() -> None:
     for key in ("weighted_error", "plain_error", "kl"):
         tau = kendall_tau([float(row[key]) for row in rows], perplexities)
         print(f"Kendall's tau of {key} with perplexity over {len(rows)} formulas: {tau:.2f}")
-    for key in ("probe_seconds", "screen_seconds", "glance_seconds", "measure_seconds"):
+    for key in ("probe_seconds", "screen_seconds", "quick_kl_seconds", "measure_seconds"):
         print(f"median {key}: {sorted(float(row[key]) for row in rows)[len(rows) // 2]:.3f}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

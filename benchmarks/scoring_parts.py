@@ -34,7 +34,7 @@ from prunezero.scoring.statistics import Statistics
 # Bytes of all copies of one input together, more than the caches nearest to a processor hold.
 COLD = 1 << 29
 COPIED = 1 << 30
-# Bytes for every weight that the dearest contender holds at once: a score with the values on the
+# Bytes for every weight that the costliest contender holds at once: a score with the values on the
 # way to it, and a sort with its order and its working space.
 HELD = 60
 # Blocks of a model, and the linear layers of each by shape.

@@ -26,10 +26,11 @@ from typing import Any
 from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
 
-from prunezero.pruning.testbed import Settings, set_up
+from prunezero.pruning.testbed import Settings, Testbed, set_up
 from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.evaluation.rungs import Rungs
+from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.experiment.provenance import conditions
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
@@ -128,44 +129,46 @@ def run_pattern(
     )
     testbed = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
     # Holds every feature of the reference's space as well, and answers alike for both.
-    task = make_task(SearchSpace.load("formulas"), missing[0]["sparsity"], pattern=pattern)
-    name = f"{pattern}-{task.sparsity:g}-{arguments.dtype}".replace(":", "_")
+    task = task_of({**missing[0], "strategy": "evolution", "seed": 0}, testbed)
+    name = f"{pattern}-{task.budgets[0].sparsity:g}-{arguments.dtype}".replace(":", "_")
     folder = arguments.folder / name
-    header = conditions(testbed, task) | {"features": list(task.space.features)}
+    header = conditions(task.config, [testbed]) | {"features": list(task.space.features)}
     journal = Journal(folder / "journal.jsonl", header, resume=True)
     try:
-        evaluator = Evaluator(task, testbed)
+        evaluator = Evaluator(task, [testbed])
         for head in missing:
-            rungs = Counted(Rungs(for_task(evaluator, task_of(head)), journal))
+            rungs = Counted(Rungs(for_task(evaluator, task_of(head, testbed)), journal))
             print(f"{pattern} {head['strategy']} seed {head['seed']}", flush=True)
             append(path, {**head, "points": list(points(rungs, head))})
     finally:
         journal.close()
 
 
-def task_of(head: dict[str, Any]) -> Task:
+def task_of(head: dict[str, Any], testbed: Testbed) -> Task:
     """What one run looks for, and where it starts."""
     is_reference = head["strategy"] == REFERENCE
-    return make_task(
-        SearchSpace.load("pruner_zero" if is_reference else "formulas"),
-        head["sparsity"],
+    config = SearchConfig.on(
+        testbed,
+        space_content=SearchSpace.load("pruner_zero" if is_reference else "formulas"),
+        sparsity=head["sparsity"],
         pattern=head["pattern"],
         seed=head["seed"],
         from_scratch=is_reference or head["strategy"].endswith(SCRATCH),
     )
+    return make_task(config)
 
 
 def for_task(evaluator: Evaluator, task: Task) -> Evaluator:
-    """The same model on the same stand, asked by another search."""
+    """The same model on the same runner, asked by another search."""
     other = copy.copy(evaluator)
     other.task = task
     return other
 
 
 class Counted:
-    """A ladder that counts the answers it gives and the seconds they took when computed.
+    """Rungs that count the results they give and the seconds these took when computed.
 
-    It asks one question at a time, since a strategy that forgets may ask the same twice at once.
+    They ask one request at a time, since a strategy that forgets may ask the same twice at once.
     """
 
     def __init__(self, rungs: Rungs) -> None:
@@ -175,17 +178,17 @@ class Counted:
         self.seconds = 0.0
 
     def errors(self, rules: Sequence[Any]) -> Iterator[dict[str, Any]]:
-        """As the ladder's."""
+        """As those of the search."""
         for rule in rules:
             yield from self._counted("screened", self.uncounted.errors([rule]))
 
     def tunings(self, rules: Sequence[Any], trials: int) -> Iterator[dict[str, Any]]:
-        """As the ladder's."""
+        """As those of the search."""
         for rule in rules:
             yield from self._counted("tuned", self.uncounted.tunings([rule], trials))
 
     def rows(self, recipes: Sequence[Any], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """As the ladder's."""
+        """As those of the search."""
         for recipe in recipes:
             yield from self._counted(splits[0], self.uncounted.rows([recipe], splits))
 

@@ -49,7 +49,7 @@ def search(
 
     Args:
         strategy: see `strategies/catalogue.py`; None takes that of the task.
-        budget: candidates with a new mask to screen, or all candidates of a strategy that screens
+        max_candidates: with a new mask to screen, or all candidates of a strategy that screens
             none; None goes on until `stop` or exhaustion.
         stop: asked before every piece of work; True ends the search.
         ended: told in one sentence how far a strategy came that has nothing left to propose.

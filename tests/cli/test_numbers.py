@@ -10,8 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 from typer.models import OptionInfo
 
-from prunezero.cli import app
-from prunezero.cli import search_options as asking
+from prunezero.cli import app, search_setup
 from prunezero.cli.quantities import bytes_of, seconds_of
 from prunezero.errors import PruneZeroError, RecipeError
 from prunezero.models.loading import load as loading
@@ -96,12 +95,12 @@ def test_nonsense_is_refused_at_once_and_leaves_nothing(
 
 def test_threads_and_workers_are_told_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    asking.check_hands(16, 64, None)
-    asking.check_hands(17, 65, "local")
+    search_setup.check_workers(16, 64, None)
+    search_setup.check_workers(17, 65, "local")
     with pytest.raises(RecipeError, match="--threads must be 1 to 64 on this machine of 2 cores"):
-        asking.check_hands(1, 65, None)
+        search_setup.check_workers(1, 65, None)
     with pytest.raises(RecipeError, match="--workers must be 1 to 16 .* but is 17"):
-        asking.check_hands(17, None, None)
+        search_setup.check_workers(17, None, None)
 
 
 AMOUNTS_READ = [

@@ -46,7 +46,7 @@ def test_a_finished_search_is_shown_with_its_counts_front_and_winner(run: Run, m
         ["dense", "magnitude", "wanda", "ria", "gblm", "pruner_zero", "mine"]
     )
     assert all(row["search_perplexity"] and row["test_perplexity"] for row in data["rows"])
-    assert data["finished"] and data["asked"]["seed"] == 3
+    assert data["finished"] and data["config"]["seed"] == 3
     assert "--resume" not in result.output
 
 

@@ -15,10 +15,9 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.runs.summary import front, read_run
 from prunezero.report.runs.warm_start import rules_of
 from prunezero.searching.evaluation.journal import read_journal
-from prunezero.searching.experiment.task import Rule
-from prunezero.searching.session import make_task
+from prunezero.searching.experiment.rule import Rule
 from tests.cli.conftest import Run, small_space
-from tests.searching.testbed import tiny_space
+from tests.searching.testbed import make_task, tiny_space
 
 OFFERS: dict[str, Any] = {"compare": ["row", "model"], "update": [["none"], ["admm"]]}
 

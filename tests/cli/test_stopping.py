@@ -27,7 +27,7 @@ PROGRAM = textwrap.dedent(
     session = session_in(Path(sys.argv[1]))
     def say(text): print(text, flush=True)
     with Stopping(None, say) as stopping:
-        for place, candidate in enumerate(search(session.ladder, budget=10, stop=stopping)):
+        for place, candidate in enumerate(search(session.rungs, max_candidates=10, stop=stopping)):
             if place == 4:
                 say("candidate")
                 time.sleep(float(sys.argv[2]))

@@ -12,10 +12,9 @@ from prunezero.errors import ModelError, SearchError
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import with_choices
 from prunezero.searching.experiment.baselines import baselines
-from prunezero.searching.session import make_task
-from prunezero.searching.workers.worker import Plan
+from prunezero.searching.workers.worker import EvaluatorPlan
 from tests.cli.conftest import Run, flat, small_space
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 from tests.tiny_models import tiny_tokenizer
 
 CHOSEN = "--targets q_proj,mlp.up_proj --ignore re:layers\\.0\\."
@@ -92,11 +91,11 @@ def test_layers_are_a_condition_of_answers_and_travel_to_workers() -> None:
     testbed = tiny_testbed()
     every = make_task(tiny_space(), 0.5)
     some = make_task(tiny_space(), 0.5, targets=("q_proj",), ignore=("re:layers.0",))
-    plan = Plan.of(testbed, some, baselines(some))
+    plan = EvaluatorPlan.of(some.config, [testbed])
     assert plan.conditions["targets"] == ["q_proj"] and plan.conditions["ignore"] == ["re:layers.0"]
-    assert not {"targets", "ignore"} & Plan.of(testbed, every).conditions.keys()
-    worker = plan._task()
-    assert (worker.targets, worker.ignore) == (some.targets, some.ignore)
+    assert not {"targets", "ignore"} & EvaluatorPlan.of(every.config, [testbed]).conditions.keys()
+    told = plan.config
+    assert (told.targets, told.ignore) == (("q_proj",), ("re:layers.0",))
     assert {recipe.targets for recipe in baselines(some)} == {("q_proj",)}
 
 

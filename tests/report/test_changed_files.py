@@ -18,16 +18,17 @@ from prunezero.files.checked_lines import line_of
 from prunezero.pruning.recipes.documents import write_document
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.runs.folder import list_runs, pruner_fields
-from prunezero.report.runs.search_file import read_asked
+from prunezero.report.runs.search_file import read_config
 from prunezero.report.runs.summary import read_run, results
 from prunezero.report.runs.verification import claims
 from prunezero.report.tracking.records import RunRecord, record_to_line
 from prunezero.report.tracking.spool import read_record
-from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching import session as sessions
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.baselines import baselines
-from prunezero.searching.session import _header, make_task
+from prunezero.searching.experiment.provenance import header
 from tests.report.test_search_file import OPTIONS
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 ROW = {
     "recipe": "mine",
@@ -40,8 +41,12 @@ ROW = {
     "regimes": [{"sparsity": 0.5, "pattern": "free", "test_perplexity": 8.25}],
 }
 TASK = make_task(tiny_space(), 0.5)
-HEADER = json.loads(json.dumps(_header(tiny_testbed(), TASK)))
-ASKED = {**OPTIONS, "space_content": HEADER["space"], "start": [{"formula": "W", "choices": {}}]}
+HEADER = json.loads(json.dumps(header(TASK, [tiny_testbed()])))
+CONFIG = {
+    **OPTIONS,
+    "space_content": HEADER["config"]["space_content"],
+    "start": [{"formula": "W", "choices": {}}],
+}
 RIVAL = Request.of(baselines(TASK)[0], ("search", "validation"))
 RECORDS = [
     {"header": HEADER},
@@ -94,7 +99,7 @@ def changed(data: Any, way: tuple[Any, ...], value: Any, is_gone: bool) -> Any:
     return copy
 
 
-FILES = {"journal": RECORDS, "search": ASKED, "recipe": RECIPE, "line": LINE}
+FILES = {"journal": RECORDS, "search": CONFIG, "recipe": RECIPE, "line": LINE}
 
 
 @settings(
@@ -118,9 +123,9 @@ def test_files_with_any_value_changed_are_read_or_refused_in_a_sentence(
         list_runs(folder.parent)
         read_record(json.dumps(files["line"]))
         with contextlib.suppress(PruneZeroError):
-            asked = read_asked(folder)
-            assert asked is not None
-            asked.task()
+            config = read_config(folder)
+            assert config is not None
+            sessions.make_task(config)
         with contextlib.suppress(PruneZeroError):
             run = read_run(folder)
             results(run)
@@ -131,11 +136,11 @@ def test_files_with_any_value_changed_are_read_or_refused_in_a_sentence(
 
 def test_the_files_that_are_changed_here_are_sound_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_bytes(b"".join(map(line_of, RECORDS)))
-    (tmp_path / "search.json").write_text(json.dumps(ASKED))
+    (tmp_path / "search.json").write_text(json.dumps(CONFIG))
     write_document(RECIPE, tmp_path / "recipe.yaml")
     run = read_run(tmp_path)
     assert run.baselines[0]["search_perplexity"] == 9.0
-    assert run.asked is not None and results(run)[-1]["test_perplexity"] == 8.25
+    assert run.has_names and results(run)[-1]["test_perplexity"] == 8.25
     assert read_record(json.dumps(LINE)) is not None
 
 

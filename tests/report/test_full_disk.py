@@ -16,9 +16,9 @@ from prunezero.errors import OutputError
 from prunezero.report.runs.folder import STUDY, write_run, write_winner
 from prunezero.searching import session as sessions
 from prunezero.searching.search import search
-from prunezero.searching.session import Session, make_task, open_session
+from prunezero.searching.session import Session, open_session
 from tests.searching.test_disks import no_file_longer_than
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 BUDGET = 8
 SPLITS = ("validation", "test")
@@ -32,7 +32,7 @@ FILES |= {"recipe.yaml", "pruner.py", "results.json"}
 @contextmanager
 def opened(folder: Path, *, resume: bool = False) -> Iterator[Session]:
     task = make_task(tiny_space(trials=4, tuned=0), 0.5)
-    session = open_session(tiny_testbed(), task, folder, resume=resume)
+    session = open_session([tiny_testbed()], task, folder, resume=resume)
     try:
         yield session
     finally:

@@ -15,7 +15,8 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import with_choices
 from prunezero.report.export.saved_model import save_pruned
 from prunezero.report.runs.folder import check_runs_dir, list_runs, refuse_foreign, write_winner
-from prunezero.report.runs.search_file import asked_for, forget_asked, write_asked
+from prunezero.report.runs.search_file import forget_config, write_config
+from prunezero.searching.experiment.config import SearchConfig
 from tests.report.test_search_file import OPTIONS
 from tests.searching.testbed import tiny_testbed
 
@@ -111,7 +112,7 @@ def test_a_folder_that_no_search_made_is_never_searched_into(name: str, tmp_path
 
 
 def test_what_a_search_left_that_could_not_begin_is_no_hindrance(tmp_path: Path) -> None:
-    write_asked(asked_for(OPTIONS), tmp_path)
+    write_config(SearchConfig.of(**OPTIONS), tmp_path)
     refuse_foreign(tmp_path)
     (tmp_path / "recipe.yaml").write_text("mine")
     with pytest.raises(OutputError, match="holds recipe.yaml but no journal"):
@@ -123,11 +124,11 @@ def test_what_a_search_left_that_could_not_begin_is_no_hindrance(tmp_path: Path)
 def test_a_search_that_could_not_begin_leaves_no_trace(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
-    write_asked(asked_for(OPTIONS), folder)
-    forget_asked(folder)
+    write_config(SearchConfig.of(**OPTIONS), folder)
+    forget_config(folder)
     assert not folder.exists()
     folder.mkdir()
-    write_asked(asked_for(OPTIONS), folder)
+    write_config(SearchConfig.of(**OPTIONS), folder)
     (folder / "journal.jsonl").touch()
-    forget_asked(folder)
+    forget_config(folder)
     assert (folder / "search.json").is_file()

@@ -18,14 +18,15 @@ from prunezero.report.tracking.search_records import (
     tracked_winner,
 )
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.session import make_task, measure_baselines, open_session
-from tests.searching.testbed import tiny_space, tiny_testbed
+from prunezero.searching.session import measure_baselines, open_session
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 
 def records(folder: Path, also: list[Testbed]) -> list[RunRecord]:
     """The records of a search, of a candidate, of the winner, and of the rivals."""
-    task = make_task(tiny_space(), 0.5)
-    session = open_session(tiny_testbed(), task, folder, also_testbeds=also)
+    testbeds = [tiny_testbed(), *also]
+    task = make_task(tiny_space(), 0.5, testbeds=testbeds)
+    session = open_session(testbeds, task, folder)
     try:
         rows = list(measure_baselines(session, ("validation", "test")))
     finally:
@@ -36,7 +37,7 @@ def records(folder: Path, also: list[Testbed]) -> list[RunRecord]:
         tracked_search(session, "mine", finished=True),
         tracked_candidate(candidate, session, "mine"),
         tracked_winner(recipe, rows[-1], session, "mine", folder),
-        *tracked_rows(rows, session.testbed, also_testbeds=session.also_testbeds),
+        *tracked_rows(rows, session.testbeds),
     ]
 
 
@@ -70,9 +71,9 @@ def test_the_key_of_a_baseline_holds_all_that_its_numbers_depend_on() -> None:
         (testbed, row | {"formula": "abs(W)"}),
         (testbed, row | {"update": "obs"}),
     ]
-    keys = [record.key for one, found in cases for record in tracked_rows([found], one)]
+    keys = [record.key for one, found in cases for record in tracked_rows([found], [one])]
     assert len(set(keys)) == len(cases)
-    (again,) = tracked_rows([row | {"seconds": 3.0}], tiny_testbed())
+    (again,) = tracked_rows([row | {"seconds": 3.0}], [tiny_testbed()])
     assert again.key == keys[0]
 
 
@@ -80,7 +81,7 @@ def test_searches_of_one_name_are_one_run_only_where_they_cannot_differ(tmp_path
     keys = []
     for place, seed in (("here", 0), ("there", 0), ("elsewhere", 1)):
         task = make_task(tiny_space(), 0.5, seed=seed)
-        session = open_session(tiny_testbed(), task, tmp_path / place)
+        session = open_session([tiny_testbed()], task, tmp_path / place)
         session.rungs.close()
         keys.append(tracked_search(session, "mine", finished=True).key)
     assert keys[0] == keys[1] != keys[2]

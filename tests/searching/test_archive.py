@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from tokenizers import normalizers
 
+import prunezero
 from prunezero.errors import OutputError, SearchError
 from prunezero.files.checked_lines import line_of, record_of
 from prunezero.formula import OPERATORS, Criterion
@@ -21,9 +21,9 @@ from prunezero.pruning.testbed import Testbed
 from prunezero.searching.evaluation.archive import Archive
 from prunezero.searching.experiment import provenance as conditions_file
 from prunezero.searching.experiment.provenance import LIBRARIES, conditions, machine
-from prunezero.searching.session import make_task, open_session
+from prunezero.searching.session import open_session
 from prunezero.searching.spaces.space import SearchSpace
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 CONDITIONS: dict[str, Any] = {"model": "a", "sparsity": 0.5}
 
@@ -40,8 +40,10 @@ def test_an_answer_is_found_by_a_search_that_differs_in_seed_space_and_strategy_
     first = make_task(tiny_space(), 0.5)
     space = unweighted().model_copy(update={"weighted_by_gradient": True})
     other = make_task(space, 0.5, seed=1, strategy="random")
-    Archive(path, conditions(testbed, first)).write("layer error", "W", {"layer_error": 0.1})
-    archive = Archive(path, conditions(testbed, other))
+    Archive(path, conditions(first.config, [testbed])).write(
+        "layer error", "W", {"layer_error": 0.1}
+    )
+    archive = Archive(path, conditions(other.config, [testbed]))
     assert archive.known("layer error", "W") == {"layer_error": 0.1}
     assert archive.known("measurement", "W") is None
 
@@ -49,11 +51,13 @@ def test_an_answer_is_found_by_a_search_that_differs_in_seed_space_and_strategy_
 def test_an_error_with_other_weights_of_rows_is_another_answer(tmp_path: Path) -> None:
     testbed, path = tiny_testbed(), tmp_path / "archive.jsonl"
     first, other = (make_task(space, 0.5) for space in (tiny_space(), unweighted()))
-    Archive(path, conditions(testbed, first)).write("layer error", "W", {"layer_error": 0.1})
-    assert Archive(path, conditions(testbed, other)).known("layer error", "W") is None
+    Archive(path, conditions(first.config, [testbed])).write(
+        "layer error", "W", {"layer_error": 0.1}
+    )
+    assert Archive(path, conditions(other.config, [testbed])).known("layer error", "W") is None
     # The feature D brings the weights with it, whatever the space says.
     with_d = unweighted().model_copy(update={"terminals": (Criterion.parse("abs(W)*D"),)})
-    assert conditions(testbed, make_task(with_d, 0.5))["weighted_rows"]
+    assert conditions(make_task(with_d, 0.5).config, [testbed])["weighted_rows"]
 
 
 def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
@@ -61,11 +65,13 @@ def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
     rows = []
     for seed in (0, 1):
         task = make_task(tiny_space(), 0.5, seed=seed)
-        session = open_session(tiny_testbed(), task, tmp_path / str(seed), archive=archive)
+        session = open_session([tiny_testbed()], task, tmp_path / str(seed), archive=archive)
         rows.append(session.rungs.measure_dense(("search",)))
         session.rungs.close()
     assert rows[0] == rows[1]
-    within = conditions(tiny_testbed(), task) | machine(tiny_testbed(), torch.get_num_threads())
+    within = conditions(task.config, [tiny_testbed()]) | machine(
+        tiny_testbed(), torch.get_num_threads()
+    )
     assert len(Archive(archive, within)) == 1
     # Sums on another number of threads have other last bits.
     assert len(Archive(archive, within | machine(tiny_testbed(), 64))) == 0
@@ -81,12 +87,12 @@ def normalized_testbed() -> Testbed:
 def test_another_normalizer_of_the_same_vocabulary_is_another_condition(tmp_path: Path) -> None:
     testbed, other, task = tiny_testbed(), normalized_testbed(), make_task(tiny_space(), 0.5)
     assert other.language_model.fingerprint == testbed.language_model.fingerprint
-    before, after = conditions(testbed, task), conditions(other, task)
+    before, after = conditions(task.config, [testbed]), conditions(task.config, [other])
     changed = {key for key in before if before[key] != after[key]}
     assert changed == {f"{split} token ids" for split in SPLITS}
-    open_session(testbed, task, tmp_path / "run").rungs.close()
+    open_session([testbed], task, tmp_path / "run").rungs.close()
     with pytest.raises(SearchError, match="other settings .*calibration token ids: .*, now "):
-        open_session(other, task, tmp_path / "run", resume=True)
+        open_session([other], task, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -94,17 +100,17 @@ def test_another_version_of_a_library_that_decides_answers_is_another_condition(
     library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
-    before = conditions(testbed, task)
+    before = conditions(task.config, [testbed])
     monkeypatch.setattr(
         conditions_file, "version", lambda name: "9" if name == library else version(name)
     )
-    assert conditions(testbed, task) == before | {library: "9"}
+    assert conditions(task.config, [testbed]) == before | {library: "9"}
 
 
 def test_the_code_of_every_floor_that_answers_come_from_is_digested(tmp_path: Path) -> None:
     found = []
     for floor in ("formula", "scoring", "models", "pruning", "searching"):
-        copy = Path(shutil.copytree(Path(conditions_file.__file__).parent.parent, tmp_path / floor))
+        copy = Path(shutil.copytree(Path(prunezero.__file__).parent, tmp_path / floor))
         found.append(conditions_file.digest_of_code(copy))
         with next((copy / floor).rglob("[a-z]*.py")).open("a") as file:
             file.write("# changed")
@@ -198,9 +204,9 @@ def test_an_operator_of_another_package_is_a_condition_only_where_the_space_has_
 ) -> None:
     monkeypatch.setattr(OPERATORS, "plugged", lambda: {"sigmoid": "torch.sigmoid({0})"})
     task = make_task(tiny_space(), 0.5)
-    before = conditions(tiny_testbed(), task)
+    before = conditions(task.config, [tiny_testbed()])
     assert not [key for key in before if key.startswith("operator")]
     words = (*task.space.operators, "sigmoid")
-    with_it = replace(task, space=task.space.model_copy(update={"operators": words}))
-    after = conditions(tiny_testbed(), with_it)
+    with_it = task.space.model_copy(update={"operators": words})
+    after = conditions(make_task(with_it, 0.5).config, [tiny_testbed()])
     assert after == before | {"operator sigmoid": "torch.sigmoid({0})"}

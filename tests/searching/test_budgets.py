@@ -12,26 +12,22 @@ import pytest
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.experiment.baselines import published_equivalent
 from prunezero.searching.experiment.budgets import Budget, geometric_mean, read_budgets
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.provenance import comparable
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.search import search
-from prunezero.searching.session import (
-    Session,
-    find,
-    make_task,
-    measure_baselines,
-    open_session,
-)
-from prunezero.searching.workers.worker import Plan
-from tests.searching.testbed import tiny_space, tiny_testbed
+from prunezero.searching.session import Session, find, measure_baselines, open_session
+from prunezero.searching.workers.worker import EvaluatorPlan
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 WANDA = Criterion.parse("abs(W)*X")
 
 
 def opened(folder: Path, sparsity: float, pattern: str = "free", also: str = "") -> Session:
     task = make_task(tiny_space(), sparsity, pattern=pattern, also=also)
-    return open_session(tiny_testbed(), task, folder)
+    return open_session([tiny_testbed()], task, folder)
 
 
 @pytest.fixture
@@ -163,7 +159,7 @@ def test_a_search_over_regimes_is_resumed_and_refuses_others(tmp_path: Path) -> 
 
 def test_a_worker_judges_in_the_same_regimes() -> None:
     task = make_task(tiny_space(), 0.5, also="0.7,2:4")
-    assert Plan.of(tiny_testbed(), task)._task().budgets == task.budgets
+    assert EvaluatorPlan.of(task.config, [tiny_testbed()]).config.budgets == task.budgets
 
 
 def test_a_search_over_one_regime_asks_and_answers_as_it_did_before(tmp_path: Path) -> None:
@@ -174,5 +170,5 @@ def test_a_search_over_one_regime_asks_and_answers_as_it_did_before(tmp_path: Pa
         assert list(search(session.rungs, max_candidates=3))
     finally:
         session.rungs.close()
-    header = (tmp_path / "one" / "journal.jsonl").read_text().splitlines()[0]
-    assert "also" not in header
+    first = read_journal(tmp_path / "one" / "journal.jsonl")[0]
+    assert "also" not in comparable(first["header"])

@@ -10,9 +10,9 @@ import pytest
 
 from prunezero.errors import SearchError
 from prunezero.formula import Criterion
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
-from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies import catalogue
 from prunezero.searching.strategies.catalogue import (
@@ -23,6 +23,7 @@ from prunezero.searching.strategies.catalogue import (
 )
 from prunezero.searching.strategies.evolution import Proposal, Strategy, without_state
 from prunezero.testing.strategies import broken_promises
+from tests.searching.testbed import make_task
 
 
 @pytest.mark.parametrize("word", STRATEGIES)

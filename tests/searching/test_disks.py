@@ -19,10 +19,10 @@ from prunezero.errors import OutputError
 from prunezero.searching.evaluation.archive import Archive
 from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.search import search
-from prunezero.searching.session import Session, make_task, open_session
+from prunezero.searching.session import Session, open_session
 from tests.searching.test_search import outcome
 from tests.searching.test_workers import is_running
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 BUDGET = 12
 
@@ -41,7 +41,7 @@ def no_file_longer_than(size: int) -> Iterator[None]:
 @contextmanager
 def opened(folder: Path, *, archive: Path | None = None, resume: bool = False) -> Iterator[Session]:
     task = make_task(tiny_space(trials=4), 0.5)
-    session = open_session(tiny_testbed(), task, folder, archive=archive, resume=resume)
+    session = open_session([tiny_testbed()], task, folder, archive=archive, resume=resume)
     try:
         yield session
     finally:

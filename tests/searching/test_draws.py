@@ -17,23 +17,18 @@ from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Testbed, set_up
 from prunezero.report.tracking.search_records import tracked_rows, tracked_search
-from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.evaluation.journal import read_journal
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.provenance import conditions
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.provenance import comparable, conditions
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.testbeds import about, drawn
-from prunezero.searching.session import (
-    Session,
-    find,
-    found_recipe,
-    make_task,
-    measure_baselines,
-    open_session,
-)
-from prunezero.searching.workers.worker import Plan
-from tests.searching.test_benches import files, timeless
+from prunezero.searching.session import Session, find, found_recipe, measure_baselines, open_session
+from prunezero.searching.workers.worker import EvaluatorPlan
 from tests.searching.test_search import outcome
-from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed
+from tests.searching.test_testbeds import files, timeless
+from tests.searching.testbed import SETTINGS, config_of, make_task, tiny_space, tiny_testbed
 
 __all__ = ["files"]
 
@@ -50,12 +45,12 @@ def testbed_with(seed: int, family: str = "llama") -> Testbed:
 @pytest.fixture
 def sessions(tmp_path: Path) -> Iterator[list[Session]]:
     """One under each of two draws, and one under both."""
-    one, two = (make_task(tiny_space(), 0.5, draws=draws) for draws in (1, 2))
-    found = [
-        open_session(testbed_with(3), one, tmp_path / "first"),
-        open_session(testbed_with(4), one, tmp_path / "second"),
-        open_session(testbed_with(3), two, tmp_path / "both"),
-    ]
+    places = {"first": (3, 1), "second": (4, 1), "both": (3, 2)}
+    found = []
+    for name, (seed, draws) in places.items():
+        testbeds = [testbed_with(seed)]
+        task = make_task(tiny_space(), 0.5, draws=draws, testbeds=testbeds)
+        found.append(open_session(testbeds, task, tmp_path / name))
     yield found
     for session in found:
         session.rungs.close()
@@ -100,15 +95,14 @@ def test_the_dense_model_and_rivals_are_measured_under_all_draws(sessions: list[
 
 
 def test_every_model_is_judged_under_every_draw_in_every_regime(tmp_path: Path) -> None:
-    task = make_task(tiny_space(), 0.5, also="2:4", draws=2)
-    other = testbed_with(3, "opt")
-    session = open_session(testbed_with(3), task, tmp_path / "all", also_testbeds=[other])
-    alone = open_session(
-        testbed_with(4, "opt"), make_task(tiny_space(), None, pattern="2:4"), tmp_path / "alone"
-    )
+    both, last = [testbed_with(3), testbed_with(3, "opt")], [testbed_with(4, "opt")]
+    task = make_task(tiny_space(), 0.5, also="2:4", draws=2, testbeds=both)
+    session = open_session(both, task, tmp_path / "all")
+    own = make_task(tiny_space(), None, pattern="2:4", testbeds=last)
+    alone = open_session(last, own, tmp_path / "alone")
     try:
         row = session.rungs.measure(task.recipe(WANDA, "wanda"), ("test",))
-        last = alone.rungs.measure(alone.task.recipe(WANDA, "wanda"), ("test",))
+        alike = alone.rungs.measure(alone.task.recipe(WANDA, "wanda"), ("test",))
     finally:
         session.rungs.close()
         alone.rungs.close()
@@ -121,7 +115,7 @@ def test_every_model_is_judged_under_every_draw_in_every_regime(tmp_path: Path) 
         for pattern in budgets
     ]
     values = [part["test_perplexity"] for part in row["regimes"]]
-    assert values[-1] == last["test_perplexity"]
+    assert values[-1] == alike["test_perplexity"]
     assert row["test_perplexity"] == pytest.approx(math.prod(values) ** (1 / 8))
 
 
@@ -129,8 +123,9 @@ def test_draws_of_one_model_share_its_dense_weights_and_leave_it_dense() -> None
     testbed, other = testbed_with(3), testbed_with(3, "opt")
     models = [one.language_model.model for one in (testbed, other)]
     before = [{name: one.clone() for name, one in model.state_dict().items()} for model in models]
-    evaluator = Evaluator(make_task(tiny_space(), 0.5, draws=2), testbed, also_testbeds=[other])
-    kept = [post.runner._dense for post in evaluator._posts]
+    task = make_task(tiny_space(), 0.5, draws=2, testbeds=[testbed, other])
+    evaluator = Evaluator(task, [testbed, other])
+    kept = [one.runner._dense for one in evaluator._sampled]
     assert [kept[0] is one for one in kept] == [True, True, False, False]
     assert kept[2] is kept[3]
     assert "fault" not in evaluator.result(Request.of(Recipe.load("sparsegpt"), ("search",)))
@@ -141,16 +136,20 @@ def test_draws_of_one_model_share_its_dense_weights_and_leave_it_dense() -> None
 def test_one_draw_is_judged_under_the_conditions_of_before(tmp_path: Path) -> None:
     testbed = testbed_with(3)
     alone, both = (
-        conditions(testbed, make_task(tiny_space(), 0.5, draws=draws)) for draws in (1, 2)
+        conditions(config_of(tiny_space(), 0.5, draws=draws, testbeds=[testbed]), [testbed])
+        for draws in (1, 2)
     )
     ids = windows_fingerprint(testbed.drawn(1).windows("calibration"))
     assert both == alone | {"draws": 2, "drawn_token_ids": [ids]}
     assert ids != alone["calibration token ids"]
-    session = open_session(testbed, make_task(tiny_space(), 0.5), tmp_path / "one")
+    task = make_task(tiny_space(), 0.5, testbeds=[testbed])
+    session = open_session([testbed], task, tmp_path / "one")
     rows = list(measure_baselines(session, SPLITS))
     session.rungs.close()
     assert not any({"regimes", "draws"} & set(row) for row in rows)
-    assert "draws" not in (tmp_path / "one" / "journal.jsonl").read_text()
+    first, *results = read_journal(tmp_path / "one" / "journal.jsonl")
+    assert "draws" not in comparable(first["header"])
+    assert "draws" not in json.dumps(results)
 
 
 def candidates(folder: Path, draws: int, *, resume: bool = False) -> list[Candidate]:
@@ -176,7 +175,7 @@ def test_records_and_recipes_say_how_many_draws(sessions: list[Session]) -> None
     assert "draws" not in found_recipe(alone, "mine", winner).provenance
     assert tracked_search(both, "mine", finished=True).params["draws"] == 2
     first, means = (
-        list(tracked_rows(list(measure_baselines(one, ("test",))), one.testbed))
+        list(tracked_rows(list(measure_baselines(one, ("test",))), one.testbeds))
         for one in (alone, both)
     )
     # A mean must not take the place of what one draw gave.
@@ -199,8 +198,11 @@ def test_an_error_says_under_which_draw(families: list[str], told: str) -> None:
 
 def test_a_plan_builds_the_judge_of_all_draws_again(files: tuple[Path, Path, Path]) -> None:
     testbed = set_up(str(files[0]), files[2], SETTINGS, dtype="float32", device="cpu")
-    task = make_task(tiny_space(), 0.5, draws=2)
-    evaluator, again = Evaluator(task, testbed), Plan.of(testbed, task).evaluator(1)
+    task = make_task(tiny_space(), 0.5, draws=2, testbeds=[testbed])
+    evaluator, again = (
+        Evaluator(task, [testbed]),
+        EvaluatorPlan.of(task.config, [testbed]).evaluator(1),
+    )
     recipe = Recipe.load("wanda")
     for request in (Request.of(recipe), Request.of(recipe, ("search",))):
         result = timeless(evaluator.result(request))

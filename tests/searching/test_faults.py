@@ -15,20 +15,21 @@ from prunezero.cli.live import SearchView
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.searching.evaluation.evaluator import Evaluator, Request
-from prunezero.searching.evaluation.rungs import LocalEvaluator, Rungs
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.evaluation.request import Request
+from prunezero.searching.evaluation.rungs import Rungs
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.history import RUNGS, History
 from prunezero.searching.search import search
-from prunezero.searching.session import Session, finalists, make_task, open_session
+from prunezero.searching.session import Session, finalists, open_session
 from prunezero.searching.workers import processes as workers
 from prunezero.searching.workers import worker as plan
 from prunezero.searching.workers.pool import WorkerPool
 from prunezero.searching.workers.processes import process_pool
-from prunezero.searching.workers.worker import Plan, WorkerLoop
+from prunezero.searching.workers.worker import EvaluatorPlan, WorkerLoop
 from tests.searching.test_search import outcome
 from tests.searching.test_workers import Stage, Stub, asked
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 BUDGET = 12
 
@@ -40,7 +41,7 @@ def opened() -> Iterator[Callable[..., Session]]:
 
     def open_in(folder: Path, *, resume: bool = False) -> Session:
         task = make_task(tiny_space(trials=4), 0.5)
-        session = open_session(tiny_testbed(), task, folder, resume=resume)
+        session = open_session([tiny_testbed()], task, folder, resume=resume)
         sessions.append(session)
         return session
 
@@ -74,7 +75,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 
 
 def weights_of(session: Session) -> dict[str, torch.Tensor]:
-    state = session.testbed.language_model.model.state_dict()
+    state = session.testbeds[0].language_model.model.state_dict()
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
@@ -87,12 +88,12 @@ def test_a_candidate_that_needs_too_much_memory_is_a_fault_and_the_model_is_dens
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     session = opened(tmp_path / "run")
-    evaluator = Evaluator(session.task, session.testbed)
+    evaluator = Evaluator(session.task, [session.testbeds[0]])
     dense = weights_of(session)
     recipe = Recipe.load("wanda")
     for place, request in {
-        "searching.judging.judge.layer_error": Request.of(recipe),
-        "searching.judging.judge.masks_on": Request.of(recipe, trials=3),
+        "searching.evaluation.evaluator.layer_error": Request.of(recipe),
+        "searching.evaluation.evaluator.masks_on": Request.of(recipe, trials=3),
         # By then the model is pruned.
         "pruning.compare.evaluate": Request.of(recipe, ("search",)),
     }.items():
@@ -110,7 +111,7 @@ def test_an_error_that_is_not_for_lack_of_memory_is_no_fault_of_the_candidate(
     opened: Callable[..., Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = opened(tmp_path / "run")
-    evaluator = Evaluator(session.task, session.testbed)
+    evaluator = Evaluator(session.task, [session.testbeds[0]])
     monkeypatch.setattr(
         "prunezero.searching.evaluation.evaluator.layer_error", raising(RuntimeError("a mistake"))
     )
@@ -146,7 +147,7 @@ def test_a_fault_on_any_rung_costs_that_candidate_alone_and_is_not_met_again_on_
 ) -> None:
     session = opened(tmp_path / "run")
     evaluators = Faulty(
-        Evaluator(session.task, session.testbed), kind, lambda count: count % 2 == 1
+        Evaluator(session.task, [session.testbeds[0]]), kind, lambda count: count % 2 == 1
     )
     rungs = Rungs(evaluators.evaluator, session.journal, evaluators)
     found = list(search(rungs, max_candidates=BUDGET))
@@ -168,13 +169,13 @@ def test_the_dense_model_and_rivals_are_tried_again_on_resume_where_memory_was_s
     opened: Callable[..., Session], tmp_path: Path
 ) -> None:
     session = opened(tmp_path / "run")
-    evaluator, recipe = Evaluator(session.task, session.testbed), Recipe.load("wanda")
+    evaluator, recipe = Evaluator(session.task, [session.testbeds[0]]), Recipe.load("wanda")
     short = Rungs(evaluator, session.journal, Faulty(evaluator, "measurement", lambda count: True))
     with pytest.raises(ScoreError, match="the dense model cannot be measured: it hangs"):
         short.measure_dense(("search",))
     with pytest.raises(ScoreError, match="recipe wanda cannot be measured: it hangs"):
         short.measure(recipe, ("search",))
-    rungs = Rungs(evaluator, session.journal, LocalEvaluator(evaluator))
+    rungs = Rungs(evaluator, session.journal, evaluator)
     dense, pruned = rungs.measure_dense(("search",)), rungs.measure(recipe, ("search",))
     session.journal.close()
     session = opened(tmp_path / "run", resume=True)
@@ -232,7 +233,7 @@ def test_workers_divide_the_cores_among_them(
     monkeypatch.setattr(workers, "usable_cores", lambda: cores)
     monkeypatch.setattr(workers, "_Process", started)
     monkeypatch.setattr("multiprocessing.connection.wait", lambda handles, seconds: handles)
-    processes = process_pool(Stub(), count, threads=threads)
+    processes = process_pool(Stub(), count, threads=threads)  # type: ignore[arg-type]
     list(processes.results([asked("say")]))
     processes.close()
     assert given == [each]
@@ -244,7 +245,7 @@ def test_a_worker_computes_on_the_threads_it_was_given(monkeypatch: pytest.Monke
     task = make_task(tiny_space(), 0.5)
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     monkeypatch.setattr(plan, "set_up", lambda *args, **kwargs: testbed)
-    assert WorkerLoop(Plan.of(testbed, task), 3).start()[0] == "ready"
+    assert WorkerLoop(EvaluatorPlan.of(task.config, [testbed]), 3).start()[0] == "ready"
     assert given == [3]
 
 

@@ -24,12 +24,12 @@ from prunezero.scoring import score
 from prunezero.searching import history as history_module
 from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.history import RUNGS, History
 from prunezero.searching.search import search
-from prunezero.searching.session import make_task, open_session
+from prunezero.searching.session import open_session
 from tests.searching.test_faults import candidate
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 MANY = 5000
 # Python calls, about half a second: five times what the largest formula below takes.
@@ -47,7 +47,7 @@ def many() -> Iterator[Criterion]:
 def test_five_thousand_formulas_leave_caches_of_bounded_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluator = Evaluator(make_task(tiny_space(), 0.5), tiny_testbed())
+    evaluator = Evaluator(make_task(tiny_space(), 0.5), [tiny_testbed()])
     mask = torch.ones(2, 8, dtype=torch.bool)
     monkeypatch.setattr(
         "prunezero.searching.evaluation.evaluator.masks_on", lambda *args, **scores: [mask]
@@ -88,7 +88,7 @@ def test_a_memory_of_five_thousand_candidates_holds_no_tensor_and_few_megabytes(
 
 
 def test_candidates_of_a_search_hold_no_tensor(tmp_path: Path) -> None:
-    session = open_session(tiny_testbed(), make_task(tiny_space(tuned=0), 0.5), tmp_path / "run")
+    session = open_session([tiny_testbed()], make_task(tiny_space(tuned=0), 0.5), tmp_path / "run")
     _, kinds = held_by(list(search(session.rungs, max_candidates=12)))
     session.journal.close()
     assert Candidate in kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
-from prunezero.searching.experiment.budgets import Budget
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
@@ -25,7 +25,7 @@ from prunezero.searching.strategies.genetics import (
     tunable,
 )
 from prunezero.searching.strategies.parents import ParentPool
-from tests.searching.testbed import tiny_space
+from tests.searching.testbed import bare_task, tiny_space
 
 
 def test_the_folder_holds_the_three_spaces() -> None:
@@ -58,10 +58,8 @@ ALONE = ParentPool((), [], [], 1)
 DRESSED = ("abs(W)*X/R1", "abs(W)*X + R1", "abs(W)*X*layer_norm(W)", "abs(W)*X**0.5*exp(R2)")
 
 
-def task_of(
-    pattern: str = "free", also: tuple[Budget, ...] = (), seed: int = 0, **space: Any
-) -> Task:
-    return Task(tiny_space(**space), 0.5, pattern, seed, (), also=also)
+def task_of(pattern: str = "free", also: tuple[str, ...] = (), seed: int = 0, **space: Any) -> Task:
+    return bare_task(tiny_space(**space), pattern=pattern, also=also, seed=seed)
 
 
 def parent_of(text: str, slot: int = 0, **choices: str) -> Candidate:
@@ -92,7 +90,7 @@ def shows_all_to(group: str, proposals: list[Proposal], space: SearchSpace) -> b
 
 def test_who_competes_is_what_the_rule_says_unless_every_regime_is_a_pattern() -> None:
     free, pattern = task_of(), task_of("2:4")
-    mixed = task_of("2:4", also=(Budget(0.7),))
+    mixed = task_of("2:4", also=("0.7",))
     assert free.space.widest_group == "model" and free.space.compare == "row"
     assert free.competing({}) == "row" and free.competing({"compare": "layer"}) == "layer"
     assert pattern.competing({"compare": "model"}) == "row"
@@ -109,7 +107,7 @@ PATTERN = task_of("2:4", compare="model", fresh=0.5)
         ("random", PATTERN, "row"),
         ("enumeration", PATTERN, "row"),
         ("optuna", PATTERN, "row"),
-        ("evolution", task_of("2:4", also=(Budget(0.25, "3:4"),), compare="layer"), "row"),
+        ("evolution", task_of("2:4", also=("3:4",), compare="layer"), "row"),
         ("evolution", task_of(fresh=0.5), "row"),
         ("evolution", task_of(compare="layer", fresh=0.5), "layer"),
     ],
@@ -142,7 +140,7 @@ def test_a_rule_that_changes_who_competes_loses_what_is_no_longer_seen() -> None
 
 
 def test_a_table_of_shares_takes_a_rule_out_of_the_competition_of_all_layers() -> None:
-    task = Task(tiny_space(), 0.5, "free", 0, (), ratios=("q_proj",))
+    task = replace(bare_task(tiny_space()), ratios=("q_proj",))
     parent = parent_of("abs(W)*X/R1", compare="model")
     moved = _moved(task, parent, random.Random(0))
     assert moved is not None and moved.rule.choices["compare"] == "row"

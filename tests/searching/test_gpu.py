@@ -10,8 +10,8 @@ import torch
 
 from prunezero.pruning.testbed import Testbed, set_up
 from prunezero.searching.experiment.provenance import conditions
-from prunezero.searching.session import find, make_task
-from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed
+from prunezero.searching.session import find
+from tests.searching.testbed import SETTINGS, make_task, tiny_space, tiny_testbed
 from tests.tiny_models import save_tiny_model
 
 
@@ -33,6 +33,6 @@ def test_a_search_on_a_gpu_screens_and_measures(tmp_path: Path, pattern: str) ->
 def test_on_a_gpu_answers_depend_on_triton() -> None:
     testbed = tiny_testbed()
     task = make_task(tiny_space(), 0.5)
-    assert "triton" not in conditions(testbed, task)
+    assert "triton" not in conditions(task.config, [testbed])
     there = replace(testbed.language_model, device=torch.device("cuda"))
-    assert conditions(Testbed(there, testbed.text, testbed.settings), task)["triton"]
+    assert conditions(task.config, [Testbed(there, testbed.text, testbed.settings)])["triton"]

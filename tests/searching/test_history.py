@@ -7,12 +7,14 @@ from typing import Any
 
 from prunezero.formula import Criterion
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.search import _Run
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import Proposal, Strategy, without_state
 from tests.searching.test_strategies import SPACE, PlantedRungs
+from tests.searching.testbed import bare_task
 
 
 def history_of(*rows: tuple[str, int, float]) -> History:
@@ -66,7 +68,7 @@ class Tuning(PlantedRungs):
 
     def __init__(self, space: SearchSpace, pattern: str = "free") -> None:
         super().__init__(space=space)
-        self.task = Task(space, 0.5, pattern, 0, ())
+        self.task = bare_task(space, pattern=pattern)
         self.tuned: list[Rule] = []
 
     def tunings(self, rules: Sequence[Rule], trials: int) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,9 @@ import sys
 import tempfile
 import textwrap
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,12 +18,12 @@ from hypothesis import strategies as st
 
 from prunezero.errors import PruneZeroError, SearchError, TextError
 from prunezero.files.checked_lines import line_of
-from prunezero.pruning.testbed import Settings, Testbed
 from prunezero.report.runs.summary import read_run
 from prunezero.searching.evaluation.journal import Journal, read_journal
-from prunezero.searching.experiment.task import Rule
-from prunezero.searching.session import _header, make_task, open_session
-from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed
+from prunezero.searching.experiment.provenance import comparable, header
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.session import open_session
+from tests.searching.testbed import SETTINGS, make_task, tiny_space, tiny_testbed
 
 
 def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
@@ -58,45 +60,96 @@ def test_a_full_disk_is_one_sentence_and_the_journal_goes_on_when_there_is_room(
     Journal(path, {"model": "a"}, resume=True).close()
 
 
-HEADER = _header(tiny_testbed(), make_task(tiny_space(), 0.5))
+HEADER = header(make_task(tiny_space(), 0.5), [tiny_testbed()])
+
+
+# Another value of each field of an experiment that results depend on.
+CHANGED: dict[str, Any] = {
+    "sparsity": 0.6,
+    "pattern": "1:2",
+    "also": ["0.7"],
+    "draws": 2,
+    "targets": ["q_proj"],
+    "ignore": ["q_proj"],
+    "seed": 1,
+    "calibration_seed": 1,
+    "strategy": "random",
+    "sequence_length": 8,
+    "calibration_tokens": 32,
+    "evaluation_tokens": 32,
+    "test_tokens": 32,
+    "space_content": tiny_space(generation=7).model_dump(mode="json"),
+}
+# Fields that fingerprints beside the experiment, or its search space, tell of.
+TOLD = {"model", "also_model", "text", "dtype", "device", "space", "signals"}
+TOLD |= {"start_from", "start", "from_scratch"}
 
 
 def test_the_header_holds_whatever_results_depend_on() -> None:
-    assert {"model", "text", "settings", "space", "sparsity", "pattern", "seed"} <= set(HEADER)
-    assert {"prunezero", "torch", "sympy", "optuna", "dtype", "device"} <= set(HEADER)
+    held = set(comparable(HEADER))
+    assert {"model", "text", "settings", "space", "sparsity", "pattern", "seed"} <= held
+    assert {"prunezero", "torch", "sympy", "optuna", "dtype", "device"} <= held
+    assert {"seeds", "baselines", "strategy", "format", "weighted_rows"} <= held
+    assert set(HEADER) == {"config", "fingerprints"}
+    assert set(HEADER["config"]) == {*CHANGED, *TOLD}
 
 
-@pytest.mark.parametrize("key", sorted(HEADER))
-def test_resuming_is_refused_whichever_setting_changed(key: str, tmp_path: Path) -> None:
-    path = tmp_path / "run" / "journal.jsonl"
+def written(folder: Path) -> Path:
+    """A journal that holds nothing but its header, and can be gone on with."""
+    path = folder / "run" / "journal.jsonl"
     Journal(path, HEADER, resume=False).close()
     Journal(path, HEADER, resume=True).close()
+    return path
+
+
+@pytest.mark.parametrize("key", sorted(HEADER["fingerprints"]))
+def test_resuming_is_refused_whichever_fingerprint_changed(key: str, tmp_path: Path) -> None:
+    path = written(tmp_path)
     before = path.read_bytes()
+    changed = {**HEADER, "fingerprints": {**HEADER["fingerprints"], key: "another"}}
     with pytest.raises(SearchError, match=f"{key}: .*, now another.*another --name"):
-        Journal(path, {**HEADER, key: "another"}, resume=True)
+        Journal(path, changed, resume=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("key", sorted(CHANGED))
+def test_resuming_is_refused_whichever_setting_changed(key: str, tmp_path: Path) -> None:
+    path = written(tmp_path)
+    before = path.read_bytes()
+    changed = {**HEADER, "config": {**HEADER["config"], key: CHANGED[key]}}
+    with pytest.raises(SearchError, match="under other settings .*, now .*another --name"):
+        Journal(path, changed, resume=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("key", ["model", "text", "space"])
+def test_what_is_only_called_otherwise_is_no_other_setting(key: str, tmp_path: Path) -> None:
+    path = written(tmp_path)
+    before = path.read_bytes()
+    Journal(path, {**HEADER, "config": {**HEADER["config"], key: "elsewhere"}}, resume=True).close()
     assert path.read_bytes() == before
 
 
 def test_a_search_that_could_not_begin_does_not_stand_in_its_own_way(tmp_path: Path) -> None:
     testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
-    greedy = Settings(**{**vars(SETTINGS), "test_tokens": 10**6})
+    greedy = replace(testbed, settings=replace(SETTINGS, test_tokens=10**6))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TextError, match="test split"):
         patch.setattr("prunezero.searching.session.Evaluator", _interrupted)  # no long work before
-        open_session(Testbed(testbed.language_model, testbed.text, greedy), task, tmp_path / "run")
+        open_session([greedy], task, tmp_path / "run")
     assert not list(tmp_path.iterdir())
-    open_session(testbed, task, tmp_path / "run").journal.close()
+    open_session([testbed], task, tmp_path / "run").journal.close()
 
 
 def test_a_failed_start_keeps_results_that_were_there(tmp_path: Path) -> None:
     testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
-    session = open_session(testbed, task, tmp_path / "run")
+    session = open_session([testbed], task, tmp_path / "run")
     list(session.rungs.errors([Rule(task.space.terminals[0])]))
     session.journal.close()
     before = session.journal.path.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunezero.searching.session.Evaluator", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            open_session(testbed, task, tmp_path / "run", resume=True)
+            open_session([testbed], task, tmp_path / "run", resume=True)
     assert session.journal.path.read_bytes() == before
 
 

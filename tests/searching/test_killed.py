@@ -17,17 +17,18 @@ from typing import Any
 
 import pytest
 
-from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.journal import Journal, read_journal
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.evaluation.rungs import Evaluators, Rungs
+from prunezero.searching.experiment.provenance import header
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
-from prunezero.searching.session import _header, make_task
 from prunezero.searching.workers.pool import WorkerPool
 from prunezero.searching.workers.processes import process_pool
 from tests.searching.test_search import outcome, session_in
 from tests.searching.test_workers import Drawing, Stub, asked, fill, is_running, until
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 BUDGET = 40
 KILLS = 20
@@ -47,7 +48,7 @@ NURSERY = textwrap.dedent(
         child = os.fork()
         if not child:
             session = session_in(Path(sys.argv[1]), resume=True)
-            for _ in search(session.ladder, budget=int(sys.argv[2])): pass
+            for _ in search(session.rungs, max_candidates=int(sys.argv[2])): pass
             os._exit(0)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -152,8 +153,8 @@ def searched(
 ) -> tuple[list[tuple[object, ...]], list[tuple[str, str, dict[str, Any]]]]:
     """The candidates of a search, and the answers in its journal."""
     testbed = tiny_testbed()
-    journal = Journal(folder / "journal.jsonl", _header(testbed, task), resume=False)
-    rungs = Rungs(Evaluator(task, testbed), journal, evaluators)
+    journal = Journal(folder / "journal.jsonl", header(task, [testbed]), resume=False)
+    rungs = Rungs(Evaluator(task, [testbed]), journal, evaluators)
     found = []
     for one in search(rungs, max_candidates=24):
         found.append(one)
@@ -166,7 +167,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
     tmp_path: Path,
 ) -> None:
     task, rng = make_task(tiny_space(), 0.5), random.Random(5)
-    processes = process_pool(Stub("drawing"), 2, threads=1, deadline=DEADLINE)
+    processes = process_pool(Stub("drawing"), 2, threads=1, deadline=DEADLINE)  # type: ignore[arg-type]
     fill(processes, 2, Request(("search",), None))
     timers: list[threading.Timer] = []
 
@@ -192,7 +193,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
 
 @pytest.fixture(scope="module")
 def sleepy() -> Iterator[WorkerPool]:
-    processes = process_pool(Stub(), 2, threads=1, deadline=2.0)
+    processes = process_pool(Stub(), 2, threads=1, deadline=2.0)  # type: ignore[arg-type]
     yield processes
     processes.close()
 

@@ -12,15 +12,14 @@ import sympy
 from prunezero.errors import RecipeError
 from prunezero.formula import Criterion
 from prunezero.pruning.recipes.documents import validated
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.history import History
 from prunezero.searching.search import search
-from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.enumeration import Blocks, enumerate_formulas
 from prunezero.searching.strategies.genetics import as_seen, cross, mutate, random_criterion
 from tests.searching.test_strategies import SPACE, PlantedRungs
-from tests.searching.testbed import tiny_space
+from tests.searching.testbed import bare_task, make_task, tiny_space
 
 CURVES = ("exp", "log", "tanh")
 NO_CURVE_IN_A_CURVE = {word: list(CURVES) for word in CURVES}
@@ -134,7 +133,7 @@ def test_enumeration_leaves_out_what_is_forbidden_and_nothing_else() -> None:
     curves = ["log", "tanh"]
 
     def texts(forbid: dict[str, list[str]]) -> set[str]:
-        task = Task(tiny_space(**small, forbid=forbid), 0.5, "free", 0, ())
+        task = bare_task(tiny_space(**small, forbid=forbid))
         drawn = enumerate_formulas(task)(History(), 0)
         return {one.rule.criterion.text for one in drawn if one is not None}
 

@@ -16,8 +16,8 @@ from prunezero.report.runs import folder as run_folder
 from prunezero.report.runs.optuna_study import study_journal
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Task
-from prunezero.searching.session import Session, make_task
-from tests.searching.testbed import tiny_space
+from prunezero.searching.session import Session
+from tests.searching.testbed import make_task, tiny_space
 
 UPDATES = [["none"], ["obs"], ["swaps", "admm"]]
 
@@ -152,7 +152,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(candidates: Sequence[Candidate], folder: Path) -> None:
     nothing = cast(Any, None)
-    session = Session(testbed=nothing, task=task(), rungs=nothing, journal=nothing)
+    session = Session(testbeds=nothing, task=task(), rungs=nothing, journal=nothing)
     run_folder.write_run(session, folder, candidates, [])
 
 

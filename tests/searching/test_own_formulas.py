@@ -19,18 +19,19 @@ from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.rung_correlation import rung_correlation
 from prunezero.searching.experiment.baselines import published_equivalent
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task, factor_of, scaled
+from prunezero.searching.experiment.rule import Rule, factor_of, scaled
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.proxies.matrix import masks_on
 from prunezero.searching.proxies.samples import Sample, probe_of
-from prunezero.searching.session import find, make_task, open_session
+from prunezero.searching.session import find, open_session
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.catalogue import STRATEGIES
 from prunezero.searching.strategies.evolution import _with_choices
 from prunezero.searching.strategies.parents import ParentPool
 from prunezero.searching.strategies.per_layer import settled, with_formula, with_own_formula
 from prunezero.testing.strategies import broken_promises
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 from tests.tiny_models import tiny_model
 
 WANDA = Criterion.parse("abs(W)*X")
@@ -161,7 +162,7 @@ def test_what_no_mask_sees_of_own_formulas_is_taken_away(
 
 
 def test_the_mask_on_the_probe_is_that_of_all_formulas(tmp_path: Path) -> None:
-    session = open_session(tiny_testbed(), task_of(), tmp_path / "run")
+    session = open_session([tiny_testbed()], task_of(), tmp_path / "run")
 
     def digest(text: str, **choices: Any) -> str:
         mask = session.rungs.probe(Rule(Criterion.parse(text), choices))
@@ -215,8 +216,8 @@ def test_formulas_of_some_layers_are_dropped_where_other_weights_now_compete() -
 
 def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
     testbed, task = tiny_testbed(), task_of()
-    evaluator = Evaluator(task, testbed)
-    stacks = evaluator._posts[0].samples
+    evaluator = Evaluator(task, [testbed])
+    stacks = evaluator._sampled[0].samples
     formulas = {kind: Criterion.parse(text) for kind, text in OWN.items()}
     mixed = masks_on(stacks, Recipe(name="it", criterion=WANDA, criteria=formulas), 0.5, "free")
     names = [name for stack in stacks for name in stack.names]
@@ -231,7 +232,7 @@ def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
 
 
 def test_a_formula_that_ranks_nothing_where_it_counts_is_told_by_layer_and_formula() -> None:
-    stacks = Evaluator(task_of(), tiny_testbed())._posts[0].samples
+    stacks = Evaluator(task_of(), [tiny_testbed()])._sampled[0].samples
     # Beyond what exp can tell apart.
     own = {"down_proj": Criterion.parse("exp(abs(W) + 100)")}
     with pytest.raises(ScoreError, match=r"exp\(.*\) gives every weight of .*down_proj the same"):

@@ -11,12 +11,11 @@ import pytest
 
 from prunezero.formula import Criterion
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import Proposal, evolve
 from prunezero.searching.strategies.parents import ParentPool
-from tests.searching.testbed import tiny_space
+from tests.searching.testbed import bare_task, tiny_space
 
 TOURNAMENT = 5
 DRAWS = 4000
@@ -146,7 +145,7 @@ def children(count: int = 400, **space: Any) -> list[tuple[int, Proposal]]:
     for place, text in enumerate(ALIKE):
         remembered(history, text, 0, 0.1 + 0.1 * place)
     fields = {"fresh": 0, "chosen": 0, "crossover": 0.5, "tournament": 1, **space}
-    task = Task(tiny_space(**fields), 0.5, "free", 0, ())
+    task = bare_task(tiny_space(**fields))
     found = []
     for proposal in islice(evolve(task, history, 1), count):
         if proposal is not None:

@@ -13,9 +13,9 @@ from prunezero.formula import Criterion
 from prunezero.searching.evaluation.evaluator import ProbeMask
 from prunezero.searching.evaluation.promotion import to_measure, to_quick_kl
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.history import History
-from tests.searching.testbed import tiny_space
+from tests.searching.testbed import bare_task, tiny_space
 
 # Probed weights; masks that differ on fewer than 20 of them do nearly the same.
 PROBED = 1000
@@ -27,7 +27,7 @@ class Probed:
     """A ladder that knows masks alone, those of formulas by their texts."""
 
     def __init__(self, masks: Mapping[str, set[int]], *, seed: int = 0) -> None:
-        self.task = Task(tiny_space(quick_kl=QUICK, measured=QUICK), 0.5, "free", seed, ())
+        self.task = bare_task(tiny_space(quick_kl=QUICK, measured=QUICK), seed=seed)
         self._masks = masks
 
     def probe(self, rule: Rule) -> ProbeMask:

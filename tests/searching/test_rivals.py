@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunezero.searching.experiment.baselines import FORMULAS, baselines
-from prunezero.searching.session import make_task, measure_baselines, open_session
-from tests.searching.testbed import tiny_space, tiny_testbed
+from prunezero.searching.session import measure_baselines, open_session
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 MENDING = {"update": [["none"], ["admm"]]}
 
@@ -23,7 +23,7 @@ def test_a_search_that_mends_weights_is_compared_with_methods_that_do(tmp_path: 
     assert list(found) == [*FORMULAS, "sparsegpt", "admm"]
     # As their papers have it: later layers see what pruned ones make of the text.
     assert found["admm"].statistics == found["sparsegpt"].statistics == "sequential"
-    session = open_session(tiny_testbed(), task, tmp_path / "run")
+    session = open_session([tiny_testbed()], task, tmp_path / "run")
     rows = list(measure_baselines(session, ("validation",)))
     session.rungs.close()
     assert [row["recipe"] for row in rows] == ["dense", *found]

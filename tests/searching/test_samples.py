@@ -10,11 +10,11 @@ from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
-from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.proxies.matrix import layer_error, masks_on, scores_on
 from prunezero.searching.proxies.samples import Sample, grams_of, rung_sums, sample_rows, stacked
-from prunezero.searching.session import make_task
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 FEATURES = ("W", "X", "G", "R1")
 FORMULAS = [Criterion.parse(text) for text in ("abs(W)*X", "W**2*minmax(G)", "abs(W)/R1 + G")]
@@ -97,7 +97,7 @@ def plain(result: dict[str, object]) -> dict[str, object]:
 
 
 def test_many_answers_are_those_to_each_question_alone() -> None:
-    evaluator = Evaluator(make_task(tiny_space(), 0.5, also="2:4"), tiny_testbed())
+    evaluator = Evaluator(make_task(tiny_space(), 0.5, also="2:4"), [tiny_testbed()])
     together = [plain(result) for result in evaluator.results(requests())]
     assert together == [plain(evaluator.result(request)) for request in requests()]
     assert "fault" in together[1] and "layer_error" in together[4]
@@ -106,7 +106,7 @@ def test_many_answers_are_those_to_each_question_alone() -> None:
 def test_memory_too_short_for_all_formulas_together_is_no_fault_of_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluator = Evaluator(make_task(tiny_space(), 0.5), tiny_testbed())
+    evaluator = Evaluator(make_task(tiny_space(), 0.5), [tiny_testbed()])
     expected = [plain(result) for result in evaluator.results(requests())]
 
     def greedy(stacks: object, criteria: list[Criterion]) -> object:

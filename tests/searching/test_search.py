@@ -11,7 +11,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,13 @@ from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.search import search
 from prunezero.searching.session import (
     Session,
-    evaluator,
     finalists,
     found_recipe,
-    make_task,
     measure_baselines,
+    measure_finalist,
     open_session,
 )
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +44,7 @@ OPENED: list[Session] = []
 
 def session_in(folder: Path, *, resume: bool = False, seed: int = 0, **space: object) -> Session:
     task = make_task(tiny_space(**space), 0.5, seed=seed)
-    session = open_session(tiny_testbed(), task, folder, resume=resume)
+    session = open_session([tiny_testbed()], task, folder, resume=resume)
     OPENED.append(session)
     return session
 
@@ -126,7 +124,7 @@ def test_kill_minus_nine_at_random_moments_changes_nothing(tmp_path: Path) -> No
         from prunezero.searching.search import search
         session = session_in(Path(sys.argv[1]), resume=True)
         print("ready", flush=True)
-        for _ in search(session.ladder, budget=40): pass
+        for _ in search(session.rungs, max_candidates=40): pass
         """
     )
     rng = random.Random(1)
@@ -190,7 +188,7 @@ def test_resuming_under_other_settings_is_refused_with_the_difference(tmp_path: 
         session_in(tmp_path / "a", resume=True, generation=7)
     with pytest.raises(SearchError, match="model: "):
         task = make_task(tiny_space(), 0.5)
-        open_session(tiny_testbed(intermediate_size=32), task, tmp_path / "a", resume=True)
+        open_session([tiny_testbed(intermediate_size=32)], task, tmp_path / "a", resume=True)
 
 
 def test_a_search_is_never_overwritten_and_never_run_twice_at_once(tmp_path: Path) -> None:
@@ -214,12 +212,12 @@ def test_the_winner_is_judged_on_text_that_the_search_never_saw(tmp_path: Path) 
     final = finalists(candidates)
     assert len({one.slot for one in final}) == len(final) >= 3
     assert all(one.validation_perplexity is not None for one in final)
-    row = evaluator(session, final[0])
+    row = measure_finalist(session, final[0])
     assert row["validation_perplexity"] != final[0].search_perplexity
     assert "test_perplexity" not in row and "search_perplexity" not in row
     recipe = found_recipe(session, "mine", final[0])
     assert recipe.criterion == final[0].criterion
-    assert recipe.provenance["model_fingerprint"] == session.testbed.language_model.fingerprint
+    assert recipe.provenance["model_fingerprint"] == session.testbeds[0].language_model.fingerprint
     baselines = list(measure_baselines(session, ("validation", "test")))
     assert [row["recipe"] for row in baselines] == [
         "dense",
@@ -252,7 +250,7 @@ def test_a_space_that_is_exhausted_ends_the_search(tmp_path: Path) -> None:
         ),
         0.5,
     )
-    session = open_session(tiny_testbed(), task, tmp_path / "a")
+    session = open_session([tiny_testbed()], task, tmp_path / "a")
     OPENED.append(session)
     found = list(search(session.rungs))
     assert len({one.mask for one in found if one.status == "new"}) == 2
@@ -278,5 +276,5 @@ def test_scratch_starts_without_published_formulas_and_the_default_with_them() -
 def test_a_published_formula_is_known_in_another_dress(
     formula: str, pattern: str, compare: str, duplicate: str | None
 ) -> None:
-    task = replace(make_task(tiny_space(compare=compare), 0.5, seed=0), pattern=pattern)
+    task = make_task(tiny_space(compare=compare), 0.5, pattern=pattern, seed=0)
     assert published_equivalent(task, Criterion.parse(formula)) == duplicate

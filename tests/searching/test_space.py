@@ -13,9 +13,9 @@ from prunezero.pruning.recipes.documents import validated, write_document
 from prunezero.pruning.requirements import dense_sums
 from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.proxies.samples import rung_sums
-from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace, search_spaces
 from prunezero.searching.spaces.space_choices import signal_of
+from tests.searching.testbed import make_task
 
 # Sums that only a backward pass gives.
 GRADIENTS = {name for row in FEATURES.values() if row.signal == "gradients" for name in row.sums}

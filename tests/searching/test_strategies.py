@@ -23,12 +23,12 @@ from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.evaluation.evaluator import ProbeMask
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.history import History
 from prunezero.searching.proxies.matrix import mask_digest, masks_on
 from prunezero.searching.proxies.samples import Sample, stacked
 from prunezero.searching.search import search
-from prunezero.searching.session import find, make_task
+from prunezero.searching.session import find
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.catalogue import STRATEGIES
 from prunezero.searching.strategies.controls import POPULATION, suggest
@@ -36,7 +36,7 @@ from prunezero.searching.strategies.enumeration import Blocks, enumerate_formula
 from prunezero.searching.strategies.evolution import _chosen, generator
 from prunezero.searching.strategies.genetics import random_criterion
 from prunezero.searching.strategies.parents import ParentPool
-from tests.searching.testbed import tiny_space, tiny_testbed
+from tests.searching.testbed import bare_task, make_task, tiny_space, tiny_testbed
 from tests.tiny_models import tiny_model
 
 # Nobody else to take a formula from.
@@ -66,7 +66,7 @@ class PlantedRungs:
     """Rungs without a model: all say how far a ranking is from that of the planted formula."""
 
     def __init__(self, seed: int = 0, space: SearchSpace = SPACE) -> None:
-        self.task = Task(space, 0.5, "free", seed, ())
+        self.task = bare_task(space, seed=seed)
         self.asked: Counter[str] = Counter()
         numbers = torch.Generator().manual_seed(5)
         weight = torch.randn((8, 24), generator=numbers)

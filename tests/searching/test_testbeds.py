@@ -21,24 +21,26 @@ from prunezero.models.text.splits import SPLITS as EVERY_SPLIT
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Settings, Testbed, set_up
-from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.evaluator import Evaluator
+from prunezero.searching.evaluation.journal import read_journal
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.provenance import conditions
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.provenance import comparable, conditions
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.testbeds import beside, fitted
 from prunezero.searching.search import search
-from prunezero.searching.session import (
-    Session,
-    find,
-    found_recipe,
-    make_task,
-    measure_baselines,
-    open_session,
-)
+from prunezero.searching.session import Session, find, found_recipe, measure_baselines, open_session
 from prunezero.searching.workers.processes import process_pool
-from prunezero.searching.workers.worker import Plan
+from prunezero.searching.workers.worker import EvaluatorPlan
 from tests.searching.test_search import outcome
-from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed, tiny_text
+from tests.searching.testbed import (
+    SETTINGS,
+    config_of,
+    make_task,
+    tiny_space,
+    tiny_testbed,
+    tiny_text,
+)
 from tests.tiny_models import save_tiny_model, tiny_network, tiny_tokenizer
 
 WANDA = Criterion.parse("abs(W)*X")
@@ -50,14 +52,18 @@ def other_testbed() -> Testbed:
     return tiny_testbed("opt", ffn_dim=48)
 
 
+def opened(testbeds: Sequence[Testbed], folder: Path, **named: Any) -> Session:
+    task = make_task(tiny_space(), 0.5, testbeds=testbeds, **named)
+    return open_session(testbeds, task, folder)
+
+
 @pytest.fixture
 def sessions(tmp_path: Path) -> Iterator[list[Session]]:
     """One on each of two models, and one on both."""
-    task = make_task(tiny_space(), 0.5)
     found = [
-        open_session(tiny_testbed(), task, tmp_path / "first"),
-        open_session(other_testbed(), task, tmp_path / "second"),
-        open_session(tiny_testbed(), task, tmp_path / "both", also_testbeds=[other_testbed()]),
+        opened([tiny_testbed()], tmp_path / "first"),
+        opened([other_testbed()], tmp_path / "second"),
+        opened([tiny_testbed(), other_testbed()], tmp_path / "both"),
     ]
     yield found
     for session in found:
@@ -85,11 +91,8 @@ def test_numbers_are_tuned_for_all_models(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("prunezero.searching.evaluation.evaluator.tune", told)
     task, pair = make_task(tiny_space(), 0.5), [tiny_testbed(), other_testbed()]
     request = Request.of(task.recipe(WANDA, "it"), trials=3)
-    for evaluator in [
-        *(Evaluator(task, one) for one in pair),
-        Evaluator(task, pair[0], also_testbeds=pair[1:]),
-    ]:
-        evaluator.result(request)
+    for testbeds in (pair[:1], pair[1:], pair):
+        Evaluator(task, testbeds).result(request)
     assert errors[2] == pytest.approx(math.sqrt(errors[0] * errors[1]))
 
 
@@ -126,8 +129,7 @@ def test_the_dense_models_and_rivals_are_measured_on_all_models(sessions: list[S
 
 
 def test_every_model_is_judged_in_every_regime(sessions: list[Session], tmp_path: Path) -> None:
-    task = make_task(tiny_space(), 0.5, also="0.7,2:4")
-    session = open_session(tiny_testbed(), task, tmp_path / "all", also_testbeds=[other_testbed()])
+    session = opened([tiny_testbed(), other_testbed()], tmp_path / "all", also="0.7,2:4")
     try:
         row = session.rungs.measure(recipe_in(session), ("test",))
     finally:
@@ -144,9 +146,9 @@ def test_every_model_is_judged_in_every_regime(sessions: list[Session], tmp_path
 
 def test_one_model_is_judged_under_the_conditions_of_before(tmp_path: Path) -> None:
     testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
-    alone = conditions(testbed, task)
+    alone = conditions(task.config, [testbed])
     assert not [key for key in alone if key.startswith("also")]
-    told = conditions(testbed, task, [other_testbed()])
+    told = conditions(task.config, [testbed, other_testbed()])
     assert told == alone | {
         "also_models": [other_testbed().language_model.fingerprint],
         "also_dtypes": ["torch.float32"],
@@ -154,18 +156,20 @@ def test_one_model_is_judged_under_the_conditions_of_before(tmp_path: Path) -> N
             [windows_fingerprint(other_testbed().windows(split)) for split in EVERY_SPLIT]
         ],
     }
-    session = open_session(testbed, task, tmp_path / "one")
+    session = open_session([testbed], task, tmp_path / "one")
     rows = [
         session.rungs.measure(recipe_in(session), ("test",)),
         *measure_baselines(session, SPLITS),
     ]
     session.rungs.close()
     assert not any("regimes" in row for row in rows)
-    assert "also" not in (tmp_path / "one" / "journal.jsonl").read_text()
+    first, *results = read_journal(tmp_path / "one" / "journal.jsonl")
+    assert not [key for key in comparable(first["header"]) if key.startswith("also")]
+    assert "also" not in json.dumps(results)
 
 
 def candidates(folder: Path, also: Sequence[Testbed], *, resume: bool = False) -> list[Candidate]:
-    options: dict[str, Any] = {"also_benches": also, "budget": 8, "resume": resume}
+    options: dict[str, Any] = {"also_testbeds": also, "budget": 8, "resume": resume}
     return list(find(tiny_testbed(), tiny_space(), 0.5, folder=folder, **options))
 
 
@@ -193,9 +197,7 @@ def test_a_known_answer_is_told_under_the_names_that_this_search_has(tmp_path: P
     for name in ("here", "there"):
         other = other_testbed()
         other = replace(other, language_model=replace(other.language_model, name=name))
-        session = open_session(
-            tiny_testbed(), task, tmp_path / name, also_testbeds=[other], archive=archive
-        )
+        session = open_session([tiny_testbed(), other], task, tmp_path / name, archive=archive)
         told.append(session.rungs.measure(recipe_in(session), ("test",)))
         session.rungs.close()
     # The seconds are those of the first: it was not measured again.
@@ -242,17 +244,17 @@ def test_a_model_that_lacks_something_is_refused_by_name_before_the_long_work(
     task = make_task(tiny_space(choices=choices), None, pattern="2:4")
     name = other.language_model.name
     with pytest.raises(PruneZeroError, match=f"^model {name}: .*{told}"):
-        open_session(tiny_testbed(), task, tmp_path / "run", also_testbeds=[other])
+        open_session([tiny_testbed(), other], task, tmp_path / "run")
     # The order does not matter, and nothing was begun.
     with pytest.raises(PruneZeroError, match=f"^model {name}: .*{told}"):
-        open_session(other, task, tmp_path / "run", also_testbeds=[tiny_testbed()])
+        open_session([other, tiny_testbed()], task, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_one_model_is_refused_without_its_name(tmp_path: Path) -> None:
     task = make_task(tiny_space(choices=UPDATES), 0.5)
     with pytest.raises(ModelError, match="^(?!model )"):
-        open_session(tiny_testbed("mistral"), task, tmp_path / "run")
+        open_session([tiny_testbed("mistral")], task, tmp_path / "run")
 
 
 def renamed(testbed: Testbed) -> Testbed:
@@ -280,22 +282,22 @@ def test_models_that_cannot_be_compared_window_by_window_are_refused(
     make, told = UNLIKE[what]
     with pytest.raises(SearchError, match=told):
         task = make_task(tiny_space(), 0.5)
-        open_session(tiny_testbed(), task, tmp_path / "run", also_testbeds=[make()])
+        open_session([tiny_testbed(), make()], task, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_layers_that_one_model_lacks_have_no_shares() -> None:
     task = make_task(tiny_space(ratios=["q_proj", "fc1", "gate_proj", "v_proj"]), 0.5)
     testbeds = (tiny_testbed(), other_testbed())
-    assert fitted(task, testbeds, []).ratios == ("q_proj", "v_proj")
-    assert fitted(task, testbeds[1:], []).ratios == ("q_proj", "fc1", "v_proj")
+    assert fitted(task, testbeds).ratios == ("q_proj", "v_proj")
+    assert fitted(task, testbeds[1:]).ratios == ("q_proj", "fc1", "v_proj")
 
 
 def test_a_measurement_that_fails_on_the_second_model_leaves_both_dense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pair = [tiny_testbed(), other_testbed()]
-    evaluator = Evaluator(make_task(tiny_space(), 0.5), pair[0], also_testbeds=pair[1:])
+    evaluator = Evaluator(make_task(tiny_space(), 0.5), pair)
     weights = [one.language_model.model.state_dict() for one in pair]
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in weights]
     asked: list[str] = []
@@ -345,11 +347,11 @@ def test_a_plan_builds_the_judge_of_all_models_again(
 ) -> None:
     monkeypatch.chdir(files[0].parent)
     testbed, other = loaded((Path("llama"), Path("opt"), Path("letters.txt")))
-    task = make_task(tiny_space(), 0.5)
-    plan = Plan.of(testbed, task, also_testbeds=[other])
-    assert plan.also_models == ((str(files[1]), "float32"),)
+    task = make_task(tiny_space(), 0.5, testbeds=[testbed, other])
+    plan = EvaluatorPlan.of(task.config, [testbed, other])
+    assert plan.config.also_model == (str(files[1]),)
     monkeypatch.chdir("/")
-    evaluator, again = Evaluator(task, testbed, also_testbeds=[other]), plan.evaluator(1)
+    evaluator, again = Evaluator(task, [testbed, other]), plan.evaluator(1)
     recipe = Recipe.load("magnitude")
     for request in (
         Request.of(recipe),
@@ -365,15 +367,14 @@ def test_a_plan_builds_the_judge_of_all_models_again(
 def test_a_worker_that_finds_another_second_model_refuses_to_judge(
     what: str, files: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    testbed, other = loaded(files)
-    plan = Plan.of(testbed, make_task(tiny_space(), 0.5), also_testbeds=[other])
+    testbeds = loaded(files)
+    plan = EvaluatorPlan.of(config_of(tiny_space(), 0.5, testbeds=testbeds), testbeds)
+    found: tuple[str, ...] = (str(tmp_path / "gone"),)
     if what == "another":
-        path = save_tiny_model("opt", tmp_path / "model", seed=1)
-        plan = replace(plan, also_models=((str(path), "float32"),))
+        found = (str(save_tiny_model("opt", tmp_path / "model", seed=1)),)
     elif what == "none":
-        plan = replace(plan, also_models=())
-    else:
-        plan = replace(plan, also_models=((str(tmp_path / "gone"), "float32"),))
+        found = ()
+    plan = replace(plan, config=plan.config.model_copy(update={"also_model": found}))
     told = "gone" if what == "gone" else r"answer otherwise than the search \(also_.*models: "
     with pytest.raises(PruneZeroError, match=told):
         plan.evaluator(1)
@@ -382,21 +383,21 @@ def test_a_worker_that_finds_another_second_model_refuses_to_judge(
 def test_workers_search_over_models_as_this_process_does(
     files: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    testbed, other = loaded(files)
-    task = make_task(tiny_space(), 0.5)
+    testbeds = loaded(files)
+    task = make_task(tiny_space(), 0.5, testbeds=testbeds)
 
     def searched(folder: Path, **options: Any) -> tuple[Any, ...]:
-        session = open_session(testbed, task, folder, also_testbeds=[other], **options)
+        session = open_session(testbeds, task, folder, **options)
         found = outcome(list(search(session.rungs, max_candidates=6)))
         session.rungs.close()
         lines = (folder / "journal.jsonl").read_bytes().splitlines()
         records = [json.loads(line.split(b" ", 2)[2]) for line in lines[1:]]
         return found, lines[0], [(one["key"], timeless(one["result"])) for one in records]
 
-    def staff(plan: Plan) -> Any:
+    def pool(plan: EvaluatorPlan) -> Any:
         return process_pool(plan, 1, threads=1)
 
-    assert searched(tmp_path / "crew", staff=staff) == searched(tmp_path / "alone")
+    assert searched(tmp_path / "pool", pool=pool) == searched(tmp_path / "alone")
 
 
 def test_further_models_are_loaded_on_the_same_text_in_the_dtype_of_the_first(

@@ -21,20 +21,21 @@ import pytest
 
 from prunezero.errors import ModelError, ScoreError, SearchError
 from prunezero.pruning.testbed import Testbed, set_up
-from prunezero.searching.evaluation.evaluator import Evaluator, Request
+from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.evaluation.rungs import Evaluators, Rungs
 from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.provenance import header
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
-from prunezero.searching.session import _header, make_task
 from prunezero.searching.workers import cluster
 from prunezero.searching.workers import pool as pool
 from prunezero.searching.workers.cluster import ray_pool
 from prunezero.searching.workers.pool import WorkerPool
-from prunezero.searching.workers.processes import Plan, process_pool
+from prunezero.searching.workers.processes import EvaluatorPlan, process_pool
 from prunezero.searching.workers.worker import Message
-from tests.searching.testbed import SETTINGS, tiny_space, tiny_testbed
+from tests.searching.testbed import SETTINGS, config_of, make_task, tiny_space, tiny_testbed
 from tests.tiny_models import save_tiny_model
 
 
@@ -160,13 +161,17 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def pair() -> Iterator[WorkerPool]:
     """Two obedient processes."""
-    processes = process_pool(Stub(), 2, threads=1)
+    processes = process_pool(Stub(), 2, threads=1)  # type: ignore[arg-type]
     yield processes
     processes.close()
 
 
 def testbed_of(files: tuple[Path, Path]) -> Testbed:
     return set_up(str(files[0]), files[1], SETTINGS, dtype="float32", device="cpu")
+
+
+def task_on(files: tuple[Path, Path]) -> Task:
+    return make_task(tiny_space(), 0.5, testbeds=[testbed_of(files)])
 
 
 def searched(
@@ -179,8 +184,8 @@ def searched(
     disturb: Callable[[], None] = lambda: None,
 ) -> tuple[list[tuple[object, ...]], bytes, list[tuple[str, str]]]:
     """What must not depend on who judges: candidates, the journal's header, and its order."""
-    evaluator = Evaluator(task, testbed, baselines(task))
-    journal = Journal(folder / "journal.jsonl", _header(testbed, task), resume=False)
+    evaluator = Evaluator(task, [testbed])
+    journal = Journal(folder / "journal.jsonl", header(task, [testbed]), resume=False)
     rungs = Rungs(evaluator, journal, evaluators)
     found: list[tuple[object, ...]] = []
     for one in search(rungs, max_candidates=max_candidates):
@@ -198,8 +203,8 @@ def searched(
 def test_one_two_and_four_workers_search_as_this_process_does(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
-    plan = Plan.of(testbed, task, baselines(task))
+    testbed, task = testbed_of(files), task_on(files)
+    plan = EvaluatorPlan.of(task.config, [testbed])
     alone = searched(tmp_path / "alone", task, testbed, None)
     assert {"layer error", "tuning", "measurement"} == {kind for kind, _ in alone[2]}
     for count in (1, 2, 4):
@@ -212,12 +217,13 @@ def test_one_two_and_four_workers_search_as_this_process_does(
 def test_a_plan_builds_the_judge_again_without_calibrating(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
-    evaluator = Evaluator(task, testbed, baselines(task))
+    testbed, task = testbed_of(files), task_on(files)
+    evaluator = Evaluator(task, [testbed])
     for collect in ("_forward_statistics", "_gradient_statistics"):
         monkeypatch.setattr(f"prunezero.models.observing.calibration.{collect}", None)
-    again = Plan.of(testbed, task, baselines(task)).evaluator(1)
-    assert again.task == task
+    again = EvaluatorPlan.of(task.config, [testbed]).evaluator(1)
+    found = again.task.config
+    assert found == task.config and again.task.budgets == task.budgets
     for recipe in baselines(task):
         for request in (Request.of(recipe), Request.of(recipe, ("search", "test"))):
             mine, other = evaluator.result(request), again.result(request)
@@ -229,10 +235,11 @@ def test_a_plan_builds_the_judge_again_without_calibrating(
 def test_a_worker_that_finds_another_model_refuses_to_judge(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
+    testbed, task = testbed_of(files), task_on(files)
     other = save_tiny_model("llama", tmp_path / "model", seed=1)
     with pytest.raises(SearchError, match="answer otherwise than the search"):
-        replace(Plan.of(testbed, task), model=str(other)).evaluator(1)
+        plan = EvaluatorPlan.of(task.config, [testbed])
+        replace(plan, config=plan.config.model_copy(update={"model": str(other)})).evaluator(1)
 
 
 def test_a_plan_names_files_so_that_they_are_found_from_every_folder(
@@ -240,15 +247,15 @@ def test_a_plan_names_files_so_that_they_are_found_from_every_folder(
 ) -> None:
     monkeypatch.chdir(files[0].parent)
     testbed = set_up("model", "letters.txt", SETTINGS, dtype="float32", device="cpu")
-    plan = Plan.of(testbed, make_task(tiny_space(), 0.5))
-    assert (plan.model, plan.text) == tuple(map(str, files))
+    plan = EvaluatorPlan.of(config_of(tiny_space(), 0.5, testbeds=[testbed]), [testbed])
+    assert (plan.config.model, plan.config.text) == tuple(map(str, files))
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
     rng = random.Random(3)
     died_over: list[Request] = []
-    processes = process_pool(Stub("drawing"), 2, threads=1)
+    processes = process_pool(Stub("drawing"), 2, threads=1)  # type: ignore[arg-type]
 
     def kill_one() -> None:
         busy = {pid: one for pid, one in processes.at_work.items() if one is not None}
@@ -331,7 +338,7 @@ def test_a_question_that_two_workers_die_over_is_a_fault_and_others_go_on(
 
 
 def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> None:
-    processes = process_pool(Stub(), 1, threads=1, deadline=0.5)
+    processes = process_pool(Stub(), 1, threads=1, deadline=0.5)  # type: ignore[arg-type]
     results = list(processes.results([asked("wait", "3600"), asked("say", "a")]))
     assert results[0] == {"fault": "no answer after 0.5 seconds"}
     assert results[1]["said"] == ["a"]
@@ -344,7 +351,7 @@ def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> 
 
 
 def test_a_worker_that_cannot_build_its_judge_ends_the_search_in_one_sentence() -> None:
-    processes = process_pool(Stub("missing"), 2, threads=1)
+    processes = process_pool(Stub("missing"), 2, threads=1)  # type: ignore[arg-type]
     with pytest.raises(SearchError, match="cannot start: model 'gone' cannot be loaded"):
         list(processes.results([asked("say")] * 4))
     processes.close()
@@ -409,9 +416,9 @@ def test_workers_end_with_a_coordinator_that_is_killed_and_by_no_signal_of_a_ter
     program = textwrap.dedent(
         """
         from tests.searching.test_workers import process_pool, Stub, asked, fill
-        processes = process_pool(Stub(), 2, threads=1)
+        processes = process_pool(Stub(), 2, threads=1)  # type: ignore[arg-type]
         fill(processes, 2, asked("say"))
-        answers = processes.answers([asked("say"), asked("wait", "3600")])
+        answers = processes.results([asked("say"), asked("wait", "3600")])
         next(answers)
         print(*processes.at_work, flush=True)
         next(answers)
@@ -439,9 +446,9 @@ def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    testbed, task = testbed_of(files), make_task(tiny_space(), 0.5)
+    testbed, task = testbed_of(files), task_on(files)
     alone = searched(tmp_path / "alone", task, testbed, None)
-    actors = ray_pool(Plan.of(testbed, task, baselines(task)), "local", 2, threads=1)
+    actors = ray_pool(EvaluatorPlan.of(task.config, [testbed]), "local", 2, threads=1)
     died: list[int] = []
 
     def kill_one() -> None:
@@ -458,14 +465,14 @@ def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
 def test_a_cluster_without_ray_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SearchError, match=r'pip install "prunezero\[cluster\]"'):
-        ray_pool(Stub(), "local", 2)
+        ray_pool(Stub(), "local", 2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
 def test_a_cluster_that_does_not_answer_is_one_sentence(address: str) -> None:
     pytest.importorskip("ray")
     with pytest.raises(SearchError, match=f"'{address}' cannot be joined .*ray start --head"):
-        ray_pool(Stub(), address, 2)
+        ray_pool(Stub(), address, 2)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

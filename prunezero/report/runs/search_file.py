@@ -133,7 +133,7 @@ def read_config(folder: Path) -> SearchConfig | None:
         return None
     try:
         # One that was written before there were several budgets, models or draws lacks those.
-        return SearchConfig.model_validate_json(path.read_bytes(), strict=True)
+        return SearchConfig.model_validate_json(path.read_bytes())
     except (OSError, ValidationError, PruneZeroError) as error:
         raise SearchError(
             f"{path} cannot be read ({_in_words(error)}); take it away, and type the options of "

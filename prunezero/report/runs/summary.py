@@ -31,7 +31,7 @@ from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.budgets import with_names
 from prunezero.searching.experiment.config import SearchConfig
-from prunezero.searching.experiment.provenance import comparable
+from prunezero.searching.experiment.provenance import comparable, config_of
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.session import make_task
@@ -143,7 +143,7 @@ def _config_of(whole: Mapping[str, Any], header: Mapping[str, Any]) -> SearchCon
         SearchError: the header is not one of a search.
     """
     if "config" in whole:
-        return SearchConfig.model_validate(whole["config"])
+        return config_of(whole)
     try:
         _check_header(header)
         also = ("also", "draws", "targets", "ignore", "strategy")

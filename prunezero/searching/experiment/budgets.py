@@ -136,7 +136,7 @@ def windows_of(row: Mapping[str, Any]) -> str:
 
 def with_names(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A row in whose `budgets` models have other names; one that says no models stays as it is."""
-    if not any("model" in part for part in row.get("regimes", ())):
+    if not any("model" in part for part in row.get("regimes") or ()):
         return dict(row)
     parts = [{**part, "model": names.get(part["model"], part["model"])} for part in row["regimes"]]
     return {**row, "regimes": parts}

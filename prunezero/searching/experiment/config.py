@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from prunezero.errors import RecipeError, did_you_mean
 from prunezero.formula.features import SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.recipes.documents import validated
@@ -53,7 +54,8 @@ class SearchConfig(BaseModel):
     same.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+    # What an older or a later version kept beside is left out.
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
     model: str = "demo"
     """as `load_model` takes it"""
@@ -109,9 +111,14 @@ class SearchConfig(BaseModel):
         """The experiment of these fields; the space is read by its name where it is not given.
 
         Raises:
-            RecipeError: a field holds what it may not, there is no such search space, or nothing is
-                left of it under these signals.
+            RecipeError: there is no such field, or it holds what it may not; there is no such search
+                space, or nothing is left of it under these signals.
         """
+        for name in named.keys() - cls.model_fields.keys():
+            near = did_you_mean(name, cls.model_fields) or "."
+            raise RecipeError(
+                f"'{name}' is no option of a search{near} Known: {', '.join(cls.model_fields)}"
+            )
         if "space_content" not in named:
             name = named.get("space", "formulas")
             named["space_content"] = SearchSpace.load(name, signals=named.pop("signals", None))
@@ -146,14 +153,16 @@ class SearchConfig(BaseModel):
         return [Rule.read(one.formula, one.choices) for one in self.start]
 
     @classmethod
-    def on(cls, testbed: Testbed, also: Sequence[Testbed] = (), **named: Any) -> SearchConfig:
+    def on(
+        cls, testbed: Testbed, also_testbeds: Sequence[Testbed] = (), **named: Any
+    ) -> SearchConfig:
         """The experiment on models that are loaded already; `named` are other fields."""
         settings, model = testbed.settings, testbed.language_model
         seed = named.get("seed", 0)
         return cls.of(
             **named,
             model=model.name,
-            also_model=tuple(one.language_model.name for one in also),
+            also_model=tuple(one.language_model.name for one in also_testbeds),
             text=testbed.text.name,
             calibration_seed=None if settings.seed == seed else settings.seed,
             sequence_length=settings.sequence_length,

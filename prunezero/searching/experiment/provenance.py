@@ -83,7 +83,7 @@ def comparable(header: Mapping[str, Any]) -> dict[str, Any]:
     try:
         if "config" not in header:
             return _older(header)
-        config = SearchConfig.model_validate(header["config"])
+        config = config_of(header)
         return header["fingerprints"] | config.answered_under() | config.decided_by()
     except (PruneZeroError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise SearchError(
@@ -92,10 +92,20 @@ def comparable(header: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
+def config_of(header: Mapping[str, Any]) -> SearchConfig:
+    """The experiment that heads a journal.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return SearchConfig.model_validate_json(json.dumps(header["config"]))
+
+
 def _older(header: Mapping[str, Any]) -> dict[str, Any]:
     """A header of the time when it was on one level already, under other words."""
     found = dict(header)
-    found["space"] = SearchSpace.model_validate(found["space"]).model_dump(mode="json")
+    if "space" in found:
+        found["space"] = SearchSpace.model_validate(found["space"]).model_dump(mode="json")
     found["baselines"] = found.pop("rivals", [])
     return found
 

@@ -59,6 +59,11 @@ def fitted(task: Task, testbeds: Sequence[Testbed]) -> Task:
         PruneZeroError: model, text and task do not go together; of several models it names which.
     """
     _refuse_unlike(testbeds)
+    if testbeds[0].settings != task.config.settings:
+        raise SearchError(
+            f"the task is for {task.config.settings}, its testbed has {testbeds[0].settings}; make "
+            "it by SearchConfig.on(testbed)"
+        )
     found = []
     for testbed in testbeds:
         with about(testbed, testbeds):
