@@ -135,9 +135,16 @@ def test_a_search_that_could_not_begin_does_not_stand_in_its_own_way(tmp_path: P
     greedy = replace(testbed, settings=replace(SETTINGS, test_tokens=10**6))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(TextError, match="test split"):
         patch.setattr("prunezero.searching.session.Evaluator", _interrupted)  # no long work before
-        open_session([greedy], task, tmp_path / "run")
+        wanted = make_task(tiny_space(), 0.5, testbeds=[greedy])
+        open_session([greedy], wanted, tmp_path / "run")
     assert not list(tmp_path.iterdir())
     open_session([testbed], task, tmp_path / "run").journal.close()
+
+
+def test_a_task_for_other_sizes_of_text_is_refused(tmp_path: Path) -> None:
+    other = replace(tiny_testbed(), settings=replace(SETTINGS, test_tokens=32))
+    with pytest.raises(SearchError, match="test_tokens=64.*, its testbed has .*test_tokens=32"):
+        open_session([other], make_task(tiny_space(), 0.5), tmp_path / "run")
 
 
 def test_a_failed_start_keeps_results_that_were_there(tmp_path: Path) -> None:
