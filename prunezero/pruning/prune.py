@@ -1,4 +1,7 @@
-"""The one loop: step after step, block after block, scores become masks become mended weights.
+"""The one loop: step after step, block after block, scores become selections and mended weights.
+
+The recipe's kind of unit (`kinds.py`) finds the groups, says which units stay, and the masks of
+weight matrices that follow are what updates work with, whatever the units are.
 
 With dense statistics every layer is judged by what it saw in the dense model. With sequential
 statistics each block sees what the already pruned blocks before it make of the calibration text,
@@ -17,13 +20,17 @@ from typing import Any
 
 from torch import Tensor
 
+from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import open_biases
+from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import round_as_stored
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.budget import Budget
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recovery import RECOVERIES
@@ -40,7 +47,6 @@ from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.score import score
 from prunezero.scoring.second_order import forget_factors, set_damping, share_gram
-from prunezero.scoring.selection import select_model
 from prunezero.scoring.statistics import Statistics
 
 
@@ -80,11 +86,12 @@ def prune(
     begin = time.perf_counter()
     fraction = settled_sparsity(recipe.pattern, sparsity)
     layers = check_recipe(language_model, recipe, fraction)
+    groups = UNITS[recipe.unit].groups(layers)
     check_text(recipe, windows)
     reordering = Reordering(language_model, recipe, layers)
     if "bias" in recipe.updates:
         open_biases(language_model, layers)
-    job = _Job(language_model, recipe, layers, reordering, dict(statistics or {}), windows)
+    job = _Job(language_model, recipe, layers, groups, reordering, dict(statistics or {}), windows)
     ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
     outcome = Outcome(
         fraction,
@@ -93,7 +100,7 @@ def prune(
         sum(layer.weight.numel() for layer in layers),
         time.perf_counter() - begin,
     )
-    check_reached(outcome, recipe, layers, ratios)
+    check_reached(outcome, recipe, groups, ratios)
     return outcome
 
 
@@ -170,6 +177,7 @@ class _Job:
     language_model: LanguageModel
     recipe: Recipe
     layers: list[Linear]
+    groups: list[Group]
     reordering: Reordering
     dense: dict[str, Statistics]
     windows: Tensor | None
@@ -227,14 +235,22 @@ class _Job:
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""
         self.known = dict(self.dense)
-        masks = self._model_wide_masks(sparsity)
+        competes_freely = self.recipe.compare == "model"
+        together = self._selected(self.groups, sparsity) if competes_freely else Selection()
         walk = self._walk()
         done = 0
-        for block, members in groupby(self.layers, key=lambda layer: layer.block):
-            inside = list(members)
+        for block, members in groupby(self.groups, key=lambda group: group.block):
+            groups = list(members)
+            inside = [linear for group in groups for linear in group.linears]
             self.known |= self._seen_by_pruned(walk, block, inside)
             self.reordering.move(block, self._score, self.known)
-            masks |= self.reordering.simulated(inside, self._score)
+            selection = together.of(groups)
+            for group in selection.undecided(groups):
+                selection |= self._selected([group], ratios[group.name])
+            masks = {
+                **selection.matrix_masks(),
+                **self.reordering.simulated(inside, self._score),
+            }
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
             settle(self.language_model, inside)
             if walk is not None:
@@ -243,6 +259,17 @@ class _Job:
                     self.known.pop(layer.name, None)
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
+
+    def _selected(self, groups: Sequence[Group], share: float) -> Selection:
+        """What stays of groups that lose a share together, as far as it is chosen beforehand."""
+        budget = Budget(share, pattern=self.recipe.pattern)
+        kind = UNITS[self.recipe.unit]
+        return kind.select(groups, self._scores_of, budget, compare=self.recipe.compare)
+
+    def _scores_of(self, group: Group) -> Tensor:
+        """The scores of single weights: their group is one matrix."""
+        (linear,) = group.linears
+        return self._score(linear)
 
     def _score(self, layer: Linear) -> Tensor:
         known = self.known.get(layer.name)
@@ -275,10 +302,3 @@ class _Job:
                     if key not in FORWARD_SUMS
                 }
         return seen
-
-    def _model_wide_masks(self, sparsity: float) -> dict[str, Tensor]:
-        if self.recipe.compare != "model" or self.recipe.pattern != "free":
-            return {}
-        scores = [self._score(layer) for layer in self.layers]
-        names = [layer.name for layer in self.layers]
-        return dict(zip(names, select_model(scores, sparsity), strict=True))

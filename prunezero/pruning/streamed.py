@@ -25,6 +25,7 @@ from prunezero.models.streaming.memory import MemoryNeed, PeakMemory, mebibytes,
 from prunezero.models.streaming.streamed_model import StreamedModel
 from prunezero.models.text.windows import check_windows, windows_fingerprint
 from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.prune import prune_layers, settle
 from prunezero.pruning.recipes.recipe import Recipe
@@ -289,5 +290,5 @@ def _finish(
         )
     seconds = time.perf_counter() - begin
     outcome = Outcome(plan.sparsity, recipe.pattern, saved.zeros, saved.total, seconds)
-    check_reached(outcome, recipe, plan.layers, plan.ratios)
+    check_reached(outcome, recipe, UNITS[recipe.unit].groups(plan.layers), plan.ratios)
     return outcome

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,15 +20,23 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
+from prunezero.errors import (
+    CriterionError,
+    PruneZeroError,
+    RecipeError,
+    did_you_mean,
+    reason,
+)
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import costliest
 from prunezero.models.anatomy.patterns import fitting
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
     MOST_WORDS,
@@ -52,7 +61,7 @@ from prunezero.pruning.recipes.words import (
     Update,
     chosen,
 )
-from prunezero.scoring.request import group_columns, parse_pattern
+from prunezero.scoring.request import parse_pattern
 
 STATISTICS = ("dense", "sequential")
 
@@ -95,8 +104,8 @@ class Recipe(BaseModel):
     criterion: Formula
     # formulas of some layers instead: full name, last parts of it, or re:PATTERN; none fits two
     criteria: Annotated[dict[LayerPattern, Formula], MOST_WORDS] = Field(default_factory=dict)
-    # what may be removed
-    unit: Literal["weight"] = "weight"
+    # what may be removed, one of UNITS
+    unit: str = "weight"
     # which weights compete: row, layer, model or N columns
     compare: str = "row"
     # how much each layer loses
@@ -137,10 +146,19 @@ class Recipe(BaseModel):
         check_provenance(value)
         return value
 
+    @field_validator("unit")
+    @classmethod
+    def _known_unit(cls, value: str) -> str:
+        if value not in UNITS:
+            near = did_you_mean(value, UNITS) or "."
+            raise ValueError(f"'{value}' is no kind of unit{near} Known: {', '.join(UNITS)}")
+        return value
+
     @field_validator("compare")
     @classmethod
-    def _known_group(cls, value: str) -> str:
-        return checked(group_columns, value)
+    def _known_group(cls, value: str, info: ValidationInfo) -> str:
+        kind = UNITS.get(info.data.get("unit", ""))
+        return value if kind is None else checked(partial(kind.axes_of, pattern="free"), value)
 
     @field_validator("pattern")
     @classmethod
@@ -148,10 +166,19 @@ class Recipe(BaseModel):
         return checked(parse_pattern, value)
 
     @model_validator(mode="after")
-    def _can_rank(self) -> Recipe:
-        # Ties would go from the left: a mask that looks like one and says nothing.
+    def _fits_its_unit(self) -> Recipe:
+        kind = UNITS[self.unit]
+        try:
+            kind.refuse_updates(self.updates)
+            competing = kind.axes_of(self.compare, self.pattern)
+            for criterion in self.formulas:
+                kind.domain.refuse(criterion)
+        except PruneZeroError as error:
+            raise ValueError(str(error)) from error
         for criterion in self.formulas:
-            if criterion.shape == "row" and (self.compare == "row" or self.pattern != "free"):
+            # Ties would go from the left: a mask that looks like one and says nothing. One number
+            # for a whole layer is refused where it is scored, by the name of the layer.
+            if criterion.shape != "scalar" and not kind.domain.ranks(criterion.shape, competing):
                 raise ValueError(
                     f"criterion {criterion.text} is the same for all weights of a row, so it "
                     "ranks nothing there; use a feature that varies along the row, or compare: "
