@@ -1,7 +1,7 @@
-"""The one loop: step after step, block after block, scores become selections and mended weights.
+"""Pruning, the one loop: step by step, block by block, scores become masks and mended weights.
 
-The recipe's kind of unit (`kinds.py`) finds the groups, says which units stay, and the masks of
-weight matrices that follow are what updates work with, whatever the units are.
+The recipe's kind of unit (`kinds.py`) finds the groups and says which of their units stay; updates
+work with the masks of weight matrices that follow, whatever the units are.
 
 With dense statistics every layer is judged by what it saw in the dense model. With sequential
 statistics each block sees what the already pruned blocks before it make of the calibration text,

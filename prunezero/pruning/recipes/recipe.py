@@ -250,7 +250,7 @@ class Recipe(BaseModel):
 
     @property
     def signal(self) -> str:
-        """The dearest signal that the criterion and the choices around it look at."""
+        """The costliest signal that the criterion and the choices around it look at."""
         words = {"allocate": (self.allocate,), "update": self.update, "recover": (self.recover,)}
         signals = [
             WORDS[arrow][choice.word].signal for arrow, found in words.items() for choice in found
