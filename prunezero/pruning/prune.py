@@ -39,7 +39,7 @@ from prunezero.pruning.stages import Stages
 from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.score import score
-from prunezero.scoring.second_order import forget_factors, set_damping, share_gram
+from prunezero.scoring.second_order import forget_factors, share_gram
 from prunezero.scoring.selection import select_model
 from prunezero.scoring.statistics import Statistics
 
@@ -154,9 +154,6 @@ def _read_the_same(first: Work, second: Work) -> bool:
 
 
 def _finish(works: list[Work]) -> None:
-    for work in works:
-        if work.statistics is not None:
-            set_damping(work.statistics, work.recipe.damping)
     mend(works)
     for work in works:
         if work.statistics is not None:
@@ -246,10 +243,9 @@ class _Job:
 
     def _score(self, layer: Linear) -> Tensor:
         known = self.known.get(layer.name)
-        if known is not None:
-            set_damping(known, self.recipe.damping)
         criterion = self.recipe.criterion_of(layer.name)
-        return score(criterion, layer.weight, known, layer=layer.name)
+        damping = self.recipe.damping
+        return score(criterion, layer.weight, known, damping=damping, layer=layer.name)
 
     def _walk(self) -> BlockWalk | None:
         sums = layer_sums(self.recipe) & FORWARD_SUMS

@@ -81,6 +81,7 @@ class Work:
                 self.sparsity,
                 compare=self.recipe.compare,
                 pattern=self.recipe.pattern,
+                damping=self.recipe.damping,
                 layer=self.layer.name,
             )
         return self.mask
@@ -132,7 +133,13 @@ def obs(works: Sequence[Work], options: Any) -> None:
     else:
         for work in works:
             # What ranks nothing, or is not finite, is told of the whole layer at once.
-            score(work.criterion, work.weight, work.statistics, layer=work.layer.name)
+            score(
+                work.criterion,
+                work.weight,
+                work.statistics,
+                damping=recipe.damping,
+                layer=work.layer.name,
+            )
         choose = _chooser(works)
     for work in works:
         _refuse_not_finite(work)
@@ -163,8 +170,9 @@ def _chooser(works: Sequence[Work]) -> Choose:
 
 
 def _scored_by(work: Work) -> Choose:
-    scores_of = ColumnScores(work.criterion, work.weight, work.statistics)
-    pattern = parse_pattern(work.recipe.pattern)
+    recipe = work.recipe
+    scores_of = ColumnScores(work.criterion, work.weight, work.statistics, damping=recipe.damping)
+    pattern = parse_pattern(recipe.pattern)
 
     def choose(weight: Tensor, start: int, stop: int) -> Tensor:
         scores = scores_of(weight, start, stop)
