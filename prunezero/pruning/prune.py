@@ -23,10 +23,9 @@ from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import round_as_stored
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.text.windows import windows_fingerprint
-from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recovery import RECOVERIES
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
     check_recipe,
@@ -34,7 +33,6 @@ from prunezero.pruning.requirements import (
     layer_sums,
     settled_sparsity,
 )
-from prunezero.pruning.schedule import SCHEDULES
 from prunezero.pruning.stages import Stages
 from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
@@ -82,7 +80,7 @@ def prune(
     layers = check_recipe(language_model, recipe, fraction)
     check_text(recipe, windows)
     reordering = Reordering(language_model, recipe, layers)
-    if "bias" in recipe.updates:
+    if recipe.needs_biases:
         open_biases(language_model, layers)
     job = _Job(language_model, recipe, layers, reordering, dict(statistics or {}), windows)
     ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
@@ -176,7 +174,7 @@ class _Job:
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
         recipe = self.recipe
-        shares = SCHEDULES[recipe.schedule.word](sparsity, recipe.schedule.options)
+        shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
         evidence = Evidence(self.dense, self.language_model, self.windows)
         ratios = [self._allocated(share, evidence) for share in shares]
@@ -187,7 +185,7 @@ class _Job:
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
                 stages.keep(step, "pruned")
-            if recipe.recover.word != "none" and not stages.has(step, "tuned"):
+            if not recipe.recover.is_usual and not stages.has(step, "tuned"):
                 self._recover(step, stages.checkpoint(step), tell)
                 settle(self.language_model, self.layers)
                 stages.keep(step, "tuned")
@@ -195,7 +193,10 @@ class _Job:
 
     def _allocated(self, sparsity: float, evidence: Evidence) -> dict[str, float]:
         allocate = self.recipe.allocate
-        return ALLOCATIONS[allocate.word](self.layers, sparsity, allocate.options, evidence)
+        ratios: dict[str, float] = allocate.row.function(
+            self.layers, sparsity, allocate.options, evidence
+        )
+        return ratios
 
     def _request(self, sparsity: float) -> dict[str, Any]:
         """Whatever the pruned weights follow from, in words and numbers."""
@@ -211,7 +212,7 @@ class _Job:
     def _recover(self, step: int, checkpoint: Path | None, tell: Progress) -> None:
         recover = self.recipe.recover
         assert self.windows is not None  # check_text refused it; for the type checker
-        RECOVERIES[recover.word](
+        recover.row.function(
             self.language_model,
             self.layers,
             self.windows,
@@ -231,7 +232,6 @@ class _Job:
             inside = list(members)
             self.known |= self._seen_by_pruned(walk, block, inside)
             self.reordering.move(block, self._score, self.known)
-            masks |= self.reordering.simulated(inside, self._score)
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
             settle(self.language_model, inside)
             if walk is not None:
