@@ -132,7 +132,7 @@ def _features(runs_dir: Path) -> Rows:
             "meaning": row.meaning,
             "shape": row.shape,
             "unit": row.unit,
-            "needs": row.signal,
+            "needs": row.cost,
         }
         for row in FEATURES.values()
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from prunezero.errors import CriterionError
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import AXES, MINMAX, REDUCTIONS, ZSCORE, MatrixFunction
 
 
@@ -34,8 +35,15 @@ class Domain:
         """Refuse a formula that says nothing here.
 
         Raises:
-            CriterionError: its value has another shape, or a word looks at what it may not.
+            CriterionError: a feature is of another domain, the value has another shape, or a word
+                looks at what it may not.
         """
+        for name in criterion.features:
+            if self.name not in FEATURES[name].domains:
+                raise CriterionError(
+                    f"criterion {criterion.text}: feature {name} says nothing of "
+                    f"{' x '.join(self.axes)}; see `prunezero list features`"
+                )
         if criterion.shape not in self.shapes:
             raise CriterionError(
                 f"criterion {criterion.text} gives one value per {criterion.shape} of "

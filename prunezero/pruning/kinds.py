@@ -11,13 +11,12 @@ listed without it: the three functions of a row are named, and found when they a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
@@ -43,8 +42,6 @@ class UnitKind:
     compare: Mapping[str, tuple[str, ...]]
     """by word of a comparison group, N:M patterns among them: axes of the domain along which the
     units lie that compete"""
-    updates: frozenset[str]
-    """words of the updates that know what to do when such units go"""
     baselines: tuple[str, ...]
     """published recipes that a search over such units is measured against"""
     reference: str
@@ -102,19 +99,6 @@ class UnitKind:
             )
         return self.compare[word]
 
-    def refuse_updates(self, updates: Collection[str]) -> None:
-        """Refuse updates that do not know such units.
-
-        Raises:
-            RecipeError: one does not.
-        """
-        for word in updates:
-            if word not in self.updates:
-                raise RecipeError(
-                    f"update: {word} cannot follow the removal of unit: {self.word}; known: "
-                    f"{', '.join(sorted(self.updates)) or 'none'}"
-                )
-
 
 def _found(path: str) -> Any:
     module, _, name = path.partition(":")
@@ -133,7 +117,6 @@ _ROWS = (
             "N columns": ("output", "input"),
             "N:M": ("input",),
         },
-        updates=frozenset(WORDS["update"]),
         baselines=("magnitude", "wanda", "ria", "gblm", "pruner_zero", "sparsegpt", "admm"),
         reference="abs(W)*X",
         finder="prunezero.models.anatomy.groups:weight_groups",

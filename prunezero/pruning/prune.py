@@ -28,12 +28,11 @@ from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import round_as_stored
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.text.windows import windows_fingerprint
-from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recovery import RECOVERIES
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
     check_recipe,
@@ -41,12 +40,11 @@ from prunezero.pruning.requirements import (
     layer_sums,
     settled_sparsity,
 )
-from prunezero.pruning.schedule import SCHEDULES
 from prunezero.pruning.stages import Stages
 from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.score import score
-from prunezero.scoring.second_order import forget_factors, set_damping, share_gram
+from prunezero.scoring.second_order import forget_factors, share_gram
 from prunezero.scoring.statistics import Statistics
 
 
@@ -89,7 +87,7 @@ def prune(
     groups = UNITS[recipe.unit].groups(layers)
     check_text(recipe, windows)
     reordering = Reordering(language_model, recipe, layers)
-    if "bias" in recipe.updates:
+    if recipe.needs_biases:
         open_biases(language_model, layers)
     job = _Job(language_model, recipe, layers, groups, reordering, dict(statistics or {}), windows)
     ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
@@ -161,9 +159,6 @@ def _read_the_same(first: Work, second: Work) -> bool:
 
 
 def _finish(works: list[Work]) -> None:
-    for work in works:
-        if work.statistics is not None:
-            set_damping(work.statistics, work.recipe.damping)
     mend(works)
     for work in works:
         if work.statistics is not None:
@@ -187,7 +182,7 @@ class _Job:
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
         recipe = self.recipe
-        shares = SCHEDULES[recipe.schedule.word](sparsity, recipe.schedule.options)
+        shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
         evidence = Evidence(self.dense, self.language_model, self.windows)
         ratios = [self._allocated(share, evidence) for share in shares]
@@ -198,7 +193,7 @@ class _Job:
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
                 stages.keep(step, "pruned")
-            if recipe.recover.word != "none" and not stages.has(step, "tuned"):
+            if not recipe.recover.is_usual and not stages.has(step, "tuned"):
                 self._recover(step, stages.checkpoint(step), tell)
                 settle(self.language_model, self.layers)
                 stages.keep(step, "tuned")
@@ -206,7 +201,10 @@ class _Job:
 
     def _allocated(self, sparsity: float, evidence: Evidence) -> dict[str, float]:
         allocate = self.recipe.allocate
-        return ALLOCATIONS[allocate.word](self.layers, sparsity, allocate.options, evidence)
+        ratios: dict[str, float] = allocate.row.function(
+            self.layers, sparsity, allocate.options, evidence
+        )
+        return ratios
 
     def _request(self, sparsity: float) -> dict[str, Any]:
         """Whatever the pruned weights follow from, in words and numbers."""
@@ -222,7 +220,7 @@ class _Job:
     def _recover(self, step: int, checkpoint: Path | None, tell: Progress) -> None:
         recover = self.recipe.recover
         assert self.windows is not None  # check_text refused it; for the type checker
-        RECOVERIES[recover.word](
+        recover.row.function(
             self.language_model,
             self.layers,
             self.windows,
@@ -247,10 +245,7 @@ class _Job:
             selection = together.of(groups)
             for group in selection.undecided(groups):
                 selection |= self._selected([group], ratios[group.name])
-            masks = {
-                **selection.matrix_masks(),
-                **self.reordering.simulated(inside, self._score),
-            }
+            masks = selection.matrix_masks()
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
             settle(self.language_model, inside)
             if walk is not None:
@@ -273,10 +268,9 @@ class _Job:
 
     def _score(self, layer: Linear) -> Tensor:
         known = self.known.get(layer.name)
-        if known is not None:
-            set_damping(known, self.recipe.damping)
         criterion = self.recipe.criterion_of(layer.name)
-        return score(criterion, layer.weight, known, layer=layer.name)
+        damping = self.recipe.damping
+        return score(criterion, layer.weight, known, damping=damping, layer=layer.name)
 
     def _walk(self) -> BlockWalk | None:
         sums = layer_sums(self.recipe) & FORWARD_SUMS

@@ -26,8 +26,8 @@ from prunezero.scoring.request import GROUPS
 from tests.tiny_models import FAMILIES, tiny_network
 
 WEIGHT = UNITS["weight"]
-# A domain in which rows alone are ranked, and nothing may be summed over its columns.
-ROWS = Domain("rows", ("unit", "part"), ("row",), frozenset({"row_sum"}), is_run_time=False)
+# A domain in which rows alone are ranked, and a word may look at nothing but the sum of one.
+ROWS = Domain("matrix", ("unit", "part"), ("row",), frozenset({"row_sum"}), is_run_time=False)
 
 
 def recipe(**choices: object) -> Recipe:
@@ -39,7 +39,6 @@ def recipe(**choices: object) -> Recipe:
 def test_every_kind_finds_its_groups_its_edit_and_its_rivals(kind: UnitKind) -> None:
     assert UNITS[kind.word] is kind and kind.meaning
     assert kind.domain is DOMAINS[kind.domain.name]
-    assert kind.updates <= set(WORDS["update"])
     assert set(kind.baselines) <= set(published_recipes())
     assert all(Recipe.load(name).unit == kind.word for name in kind.baselines)
     kind.domain.refuse(Criterion.parse(kind.reference))
@@ -53,7 +52,7 @@ def test_every_kind_finds_its_groups_its_edit_and_its_rivals(kind: UnitKind) -> 
 
 def test_weights_compete_in_every_group_and_pattern_that_there_is() -> None:
     assert WEIGHT.compare.keys() == {*GROUPS, "N:M"}
-    assert WEIGHT.updates == set(WORDS["update"])
+    assert all(WEIGHT.word in row.units for words in WORDS.values() for row in words.values())
     assert WEIGHT.axes_of("128 columns", "free") == ("output", "input")
     assert WEIGHT.axes_of("layer", "2:4") == ("input",)
 
@@ -67,7 +66,6 @@ def test_an_unknown_unit_is_refused_with_the_nearest_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "choices", "said"),
     [
-        ({"updates": frozenset({"none", "bias"})}, {"update": "obs"}, "update: obs cannot follow"),
         ({"compare": {"row": ("input",)}}, {"compare": "layer"}, "compare: layer says nothing of"),
         ({"compare": {"row": ("input",)}}, {"pattern": "2:4"}, "pattern: 2:4 says nothing of"),
         ({"domain": ROWS}, {}, "one value per element of unit x part, but one per row is needed"),
@@ -103,6 +101,8 @@ def test_a_domain_refuses_what_looks_further_than_it_may() -> None:
     for text in ("row_sum(W/layer_max(W))", "row_sum(zscore(W))", "row_sum(W*col_norm(W))"):
         with pytest.raises(CriterionError, match="looks at more of unit x part"):
             ROWS.refuse(Criterion.parse(text))
+    with pytest.raises(CriterionError, match="feature G says nothing of unit x part"):
+        replace(ROWS, name="unit").refuse(Criterion.parse("row_sum(G)"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
