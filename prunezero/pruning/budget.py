@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from prunezero.errors import SelectionError, did_you_mean
 from prunezero.scoring.request import pattern_sparsity, removed_count
@@ -24,6 +24,7 @@ class Budget:
 
     amount: float
     """fraction of the measure to remove"""
+    _: KW_ONLY
     measure: str = "weights"
     """one of MEASURES"""
     pattern: str = "free"
@@ -56,7 +57,7 @@ class Budget:
                 "'0.2 parameters', or a pattern such as 2:4"
             ) from None
         removed_count(1, amount)
-        return cls(amount, measure)
+        return cls(amount, measure=measure)
 
     @property
     def word(self) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.models.anatomy.groups import Group
+from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import open_biases
 from prunezero.models.editing.selection import Selection
@@ -239,7 +239,7 @@ class _Job:
         done = 0
         for block, members in groupby(self.groups, key=lambda group: group.block):
             groups = list(members)
-            inside = [linear for group in groups for linear in group.linears]
+            inside = linears_of(groups)
             self.known |= self._seen_by_pruned(walk, block, inside)
             self.reordering.move(block, self._score, self.known)
             selection = together.of(groups)
@@ -263,7 +263,7 @@ class _Job:
 
     def _scores_of(self, group: Group) -> Tensor:
         """The scores of single weights: their group is one matrix."""
-        (linear,) = group.linears
+        (linear,) = linears_of([group])
         return self._score(linear)
 
     def _score(self, layer: Linear) -> Tensor:

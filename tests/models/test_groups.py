@@ -156,7 +156,7 @@ def test_leaving_an_edit_brings_everything_back_to_the_bit(family: str) -> None:
     dense = model.model(ids).logits
     with pytest.raises(KeyError), zeroed(model, choice):
         for group, stays in choice:
-            weight = group.linears[0].weight
+            weight = group.members[0].linear.weight
             assert torch.equal(weight == 0, ~stays)
         assert not torch.equal(model.model(ids).logits, dense)
         raise KeyError

@@ -110,7 +110,7 @@ def test_weights_of_all_matrices_compete_and_others_are_left_to_the_updates(fami
     groups = weight_groups(find_linears(tiny_network(family)))
 
     def scores_of(group: Group) -> torch.Tensor:
-        return group.linears[0].weight.abs()
+        return group.members[0].linear.weight.abs()
 
     chosen = WEIGHT.select(groups, scores_of, Budget(0.3), compare="model")
     lowest = max(float(scores_of(group)[~kept].max()) for group, kept in chosen)
@@ -119,7 +119,7 @@ def test_weights_of_all_matrices_compete_and_others_are_left_to_the_updates(fami
     for compare, budget in (("row", Budget(0.3)), ("model", Budget(0.5, pattern="2:4"))):
         assert not WEIGHT.select(groups, scores_of, budget, compare=compare).groups
     with pytest.raises(SelectionError, match="removing a weight of .* saves no flops"):
-        WEIGHT.select(groups, scores_of, Budget(0.3, "flops"), compare="model")
+        WEIGHT.select(groups, scores_of, Budget(0.3, measure="flops"), compare="model")
 
 
 @pytest.mark.parametrize("word", ["0.7", "2:4", "0.2 parameters", "0.5 kv bytes"])
@@ -128,8 +128,8 @@ def test_a_budget_is_read_from_the_word_that_it_has(word: str) -> None:
 
 
 def test_budgets_hold_an_amount_a_measure_and_a_pattern() -> None:
-    assert Budget.read("1:4") == Budget(0.75, "weights", "1:4")
-    assert Budget.read("0.20  units") == Budget(0.2, "units")
+    assert Budget.read("1:4") == Budget(0.75, measure="weights", pattern="1:4")
+    assert Budget.read("0.20  units") == Budget(0.2, measure="units")
     for word, said in (
         ("half", "'half' is no budget"),
         ("0.3 flop", "did you mean 'flops'"),

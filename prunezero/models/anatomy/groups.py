@@ -97,11 +97,6 @@ class Group:
         """How many units it has."""
         return math.prod(self.shape)
 
-    @property
-    def linears(self) -> list[Linear]:
-        """The linear maps that it is a part of, each once."""
-        return list({member.linear.name: member.linear for member in self.members}.values())
-
     def cost_of(self, measure: str) -> float:
         """What one unit costs in a measure.
 
@@ -115,6 +110,12 @@ class Group:
                 f"in {', '.join(costs)}"
             )
         return costs[measure]
+
+
+def linears_of(groups: Sequence[Group]) -> list[Linear]:
+    """The linear maps that the groups' units have a part in, each once."""
+    found = (member.linear for group in groups for member in group.members)
+    return list({linear.name: linear for linear in found}.values())
 
 
 def weight_groups(linears: Sequence[Linear]) -> list[Group]:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from prunezero.errors import SelectionError
 from prunezero.models.anatomy.groups import Group
-from prunezero.models.anatomy.linears import Linear
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,6 @@ class Selection:
         """Those of the groups that it does not speak of."""
         names = {group.name for group in self.groups}
         return [group for group in groups if group.name not in names]
-
-    @property
-    def linears(self) -> list[Linear]:
-        """The linear maps that its groups are parts of, each once."""
-        found = {linear.name: linear for group in self.groups for linear in group.linears}
-        return list(found.values())
 
     def matrix_masks(self) -> dict[str, Tensor]:
         """The masks of these matrices, bool [out, in], by name: a weight stays if its units do."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from prunezero.models.anatomy.groups import linears_of
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.selection import Selection
@@ -44,9 +45,10 @@ class DenseWeights:
 @contextmanager
 def zeroed(language_model: LanguageModel, selection: Selection) -> Iterator[None]:
     """Within it all weights of the units that go are 0.0; leaving it brings them back."""
-    with DenseWeights(selection.linears):
+    linears = linears_of(selection.groups)
+    with DenseWeights(linears):
         masks = selection.matrix_masks()
-        for linear in selection.linears:
+        for linear in linears:
             clear(linear.weight, masks[linear.name])
         yield
 
