@@ -47,9 +47,14 @@ class Member:
         """The axis of the weight along which units lie: 0 where rows make them, else 1."""
         return 0 if self.role == "producer" else 1
 
+    @property
+    def rest(self) -> int:
+        """How many weights of the matrix belong to one unit."""
+        return self.width * self.linear.weight.shape[1 - self.axis]
+
     def oriented(self, values: Tensor) -> Tensor:
         """Values [out, in] of the matrix, turned so that each unit is a row: [units, rest]."""
-        return self._turned(values).reshape(self.units, -1)
+        return self._turned(values).reshape(self.units, self.rest)
 
     def mask(self, kept: Tensor) -> Tensor:
         """The mask of the matrix, bool [out, in], in which the parts of units stay or go.
@@ -60,7 +65,7 @@ class Member:
         """
         mask = kept.new_ones(self.linear.weight.shape)
         part = self._turned(mask)
-        rows = kept.reshape(self.units, -1).expand(self.units, part.numel() // self.units)
+        rows = kept.reshape(self.units, -1).expand(self.units, self.rest)
         part.copy_(rows.reshape(part.shape))
         return mask
 
@@ -142,7 +147,7 @@ def unit_cost(members: Sequence[Member], *, cached: Sequence[Member] = ()) -> di
     Args:
         cached: members whose rows make the keys and values that later tokens read.
     """
-    weights = sum(member.oriented(member.linear.weight).shape[1] for member in members)
+    weights = sum(member.rest for member in members)
     made = (member for member in members if member.role == "producer")
     biases = sum(member.width for member in made if member.linear.bias is not None)
     cost = {"weights": weights, "parameters": weights + biases, "flops": 2 * weights}
