@@ -82,11 +82,13 @@ def _around(recipe: Recipe) -> list[str]:
 
 
 def _choices(runs_dir: Path) -> Rows:
+    from prunezero.pruning.kinds import UNITS
     from prunezero.pruning.recipes.words import PLAIN_WORDS, WORDS
 
+    units = {word: kind.meaning for word, kind in UNITS.items()}
     plain = [
         {"key": key, "word": word, "meaning": meaning, "numbers": ""}
-        for key, words in PLAIN_WORDS.items()
+        for key, words in {"unit": units, **PLAIN_WORDS}.items()
         for word, meaning in words.items()
     ]
     return plain + [
@@ -132,7 +134,7 @@ def _features(runs_dir: Path) -> Rows:
             "meaning": row.meaning,
             "shape": row.shape,
             "unit": row.unit,
-            "needs": row.signal,
+            "needs": row.cost,
         }
         for row in FEATURES.values()
     ]

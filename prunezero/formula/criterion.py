@@ -126,7 +126,7 @@ class Criterion:
     @cached_property
     def signal(self) -> str:
         """The costliest signal it needs, one of SIGNALS."""
-        return costliest(FEATURES[name].signal for name in self.features)
+        return costliest(FEATURES[name].cost for name in self.features)
 
     @cached_property
     def shape(self) -> str:

@@ -1,20 +1,28 @@
 """What a formula may look at: one row per feature of a weight matrix.
 
 Notation: the weight is `W [out, in]`, `x` an input vector of its layer, `y = W x` the output, and
-`g` the gradient of one calibration sequence's mean token cross-entropy with respect to `W`. A
-feature that needs calibration text names the raw sums it is made from; `scoring/statistics.py`
-collects just those.
+`g` the gradient of one calibration sequence's mean token cross-entropy with respect to `W`.
+
+A row holds all that is known of a feature. The engine, its kernels and exported pages run the torch
+text of its value as it stands. What the text may read: `weight`; raw sums over calibration text, by
+their names in `scoring/statistics.py`, which collects just those; how many `tokens` and `sequences`
+they are of; and, alone, `upper`, the Cholesky factor U of the inverse of the damped Gram matrix,
+H^-1 = U^T U.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import sympy
 
 # What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse.
 SIGNALS = ("none", "activations", "gradients", "second order")
+# How a value of each shape is laid along the matrix [out, in].
+_PLACED = {"element": "", "row": "[:, None]", "column": "[None]"}
 
 
 def costliest(signals: Iterable[str]) -> str:
@@ -34,17 +42,40 @@ class Feature:
     latex: str
     # physical unit: powers of weight (w), activation (x), output (y) and loss (L)
     unit: str
+    # the value in torch, of any float dtype: [out, in], [out] or [in]
+    torch: str
+    # what has to be looked at, one of SIGNALS
+    cost: str = "none"
     # whether it is never negative
     nonnegative: bool = True
-    # one of SIGNALS
-    signal: str = "none"
-    # raw sums over calibration text, by their names in `scoring/statistics.py`
-    sums: tuple[str, ...] = ()
+    # of which matrices: "matrix" is the weight of a linear map
+    domains: tuple[str, ...] = ("matrix",)
+    # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
+    kinds: tuple[str, ...] = ()
 
     @property
     def symbol(self) -> sympy.Symbol:
         """The SymPy symbol; equal for equal names."""
         return _symbol(self.name, nonnegative=self.nonnegative)
+
+    @property
+    def line(self) -> str:
+        """The torch text of what formulas see: float32, broadcastable to [out, in]."""
+        return f"{self.torch}{_PLACED[self.shape]}.float()"
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """The names that the torch text reads."""
+        nodes = ast.walk(ast.parse(self.torch, mode="eval"))
+        names = (node.id for node in nodes if isinstance(node, ast.Name))
+        return tuple(sorted({name for name in names if name != "torch"}))
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The raw sums over calibration text that it is made from."""
+        if "upper" in self.inputs:
+            return ("gram",)
+        return tuple(sorted({*self.inputs} - {"weight", "tokens", "sequences"}))
 
 
 def _symbol(name: str, *, nonnegative: bool) -> sympy.Symbol:
@@ -52,28 +83,49 @@ def _symbol(name: str, *, nonnegative: bool) -> sympy.Symbol:
     return sympy.Symbol(name, **assumptions)
 
 
-_INPUT_SQUARES = ("input_square_sum",)
-
-
-def _second_order(name: str, meaning: str, latex: str, unit: str) -> Feature:
-    """A diagonal of the Gram matrix H of the layer's inputs, or of what follows from it."""
-    return Feature(name, "column", meaning, latex, unit, signal="second order", sums=("gram",))
-
-
 _ROWS = (
-    Feature("W", "element", "the weight itself, signed", "W", "w", nonnegative=False),
-    Feature("R1", "row", "sum of |W| over a row", r"\lVert W_{i:}\rVert_1", "w"),
-    Feature("C1", "column", "sum of |W| over a column", r"\lVert W_{:j}\rVert_1", "w"),
-    Feature("R2", "row", "L2 norm of a row of W", r"\lVert W_{i:}\rVert_2", "w"),
-    Feature("C2", "column", "L2 norm of a column of W", r"\lVert W_{:j}\rVert_2", "w"),
+    Feature("W", "element", "the weight itself, signed", "W", "w", "weight", nonnegative=False),
+    Feature(
+        "R1",
+        "row",
+        "sum of |W| over a row",
+        r"\lVert W_{i:}\rVert_1",
+        "w",
+        "weight.abs().sum(1, dtype=torch.float64)",
+    ),
+    Feature(
+        "C1",
+        "column",
+        "sum of |W| over a column",
+        r"\lVert W_{:j}\rVert_1",
+        "w",
+        "weight.abs().sum(0, dtype=torch.float64)",
+    ),
+    Feature(
+        "R2",
+        "row",
+        "L2 norm of a row of W",
+        r"\lVert W_{i:}\rVert_2",
+        "w",
+        "torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)",
+    ),
+    Feature(
+        "C2",
+        "column",
+        "L2 norm of a column of W",
+        r"\lVert W_{:j}\rVert_2",
+        "w",
+        "torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64)",
+    ),
+    # Wanda's norm, which grows with the sequence length.
     Feature(
         "X",
         "column",
         "L2 norm of an input channel: root of (sum over tokens of x^2, per sequence)",
         r"\lVert X_j\rVert_2",
         "x",
-        signal="activations",
-        sums=_INPUT_SQUARES,
+        "(input_square_sum / sequences).sqrt()",
+        "activations",
     ),
     Feature(
         "X_ms",
@@ -81,8 +133,8 @@ _ROWS = (
         "mean square of an input channel over tokens",
         r"\overline{x_j^2}",
         "x^2",
-        signal="activations",
-        sums=_INPUT_SQUARES,
+        "(input_square_sum / tokens)",
+        "activations",
     ),
     Feature(
         "X_rms",
@@ -90,8 +142,8 @@ _ROWS = (
         "root of the mean square of an input channel over tokens",
         r"\operatorname{rms}(x_j)",
         "x",
-        signal="activations",
-        sums=_INPUT_SQUARES,
+        "(input_square_sum / tokens).sqrt()",
+        "activations",
     ),
     Feature(
         "X_mean",
@@ -99,18 +151,19 @@ _ROWS = (
         "mean of an input channel over tokens, signed",
         r"\overline{x_j}",
         "x",
+        "(input_sum / tokens)",
+        "activations",
         nonnegative=False,
-        signal="activations",
-        sums=("input_sum",),
     ),
+    # Rounding may leave a constant channel a little below zero.
     Feature(
         "X_var",
         "column",
         "variance of an input channel over tokens",
         r"\operatorname{var}(x_j)",
         "x^2",
-        signal="activations",
-        sums=("input_sum", "input_square_sum"),
+        "(input_square_sum / tokens - (input_sum / tokens).square()).clamp(min=0.0)",
+        "activations",
     ),
     Feature(
         "Y",
@@ -118,8 +171,8 @@ _ROWS = (
         "L2 norm of an output channel: root of (sum over tokens of y^2, per sequence)",
         r"\lVert Y_i\rVert_2",
         "y",
-        signal="activations",
-        sums=("output_square_sum",),
+        "(output_square_sum / sequences).sqrt()",
+        "activations",
     ),
     Feature(
         "G",
@@ -127,8 +180,8 @@ _ROWS = (
         "root of the sum over sequences of g^2",
         r"\lVert g_{ij}\rVert_2",
         "L/w",
-        signal="gradients",
-        sums=("gradient_square_sum",),
+        "gradient_square_sum.sqrt()",
+        "gradients",
     ),
     Feature(
         "G1",
@@ -136,8 +189,8 @@ _ROWS = (
         "sum over sequences of |g|",
         r"\lVert g_{ij}\rVert_1",
         "L/w",
-        signal="gradients",
-        sums=("gradient_absolute_sum",),
+        "gradient_absolute_sum",
+        "gradients",
     ),
     Feature(
         "F",
@@ -145,8 +198,8 @@ _ROWS = (
         "root of the sum over tokens of (x_j dL/dy_i)^2: the Fisher diagonal, token by token",
         r"\lVert x_j\,\delta_i\rVert_2",
         "L/w",
-        signal="gradients",
-        sums=("token_gradient_square_sum",),
+        "token_gradient_square_sum.sqrt()",
+        "gradients",
     ),
     Feature(
         "D",
@@ -154,12 +207,36 @@ _ROWS = (
         "root mean square over tokens of the loss gradient at the output",
         r"\operatorname{rms}(\delta_i)",
         "L/y",
-        signal="gradients",
-        sums=("output_gradient_square_sum",),
+        "(output_gradient_square_sum / tokens).sqrt()",
+        "gradients",
     ),
-    _second_order("H", "diagonal of the Gram matrix, per sequence", "H_{jj}", "x^2"),
-    _second_order("V", "diagonal of the inverse Gram matrix, damped", "[H^{-1}]_{jj}", "x^-2"),
-    _second_order("U", "diagonal of the upper Cholesky factor of the inverse", "U_{jj}", "x^-1"),
+    Feature(
+        "H",
+        "column",
+        "diagonal of the Gram matrix, per sequence",
+        "H_{jj}",
+        "x^2",
+        "(gram.diagonal() / sequences)",
+        "second order",
+    ),
+    Feature(
+        "V",
+        "column",
+        "diagonal of the inverse Gram matrix, damped",
+        "[H^{-1}]_{jj}",
+        "x^-2",
+        "upper.square().sum(0)",
+        "second order",
+    ),
+    Feature(
+        "U",
+        "column",
+        "diagonal of the upper Cholesky factor of the inverse",
+        "U_{jj}",
+        "x^-1",
+        "upper.diagonal()",
+        "second order",
+    ),
 )
 
 FEATURES: dict[str, Feature] = {row.name: row for row in _ROWS}

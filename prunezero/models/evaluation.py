@@ -2,20 +2,21 @@
 
 Windows go through the model one at a time; the output head runs in chunks, so the logits of a
 whole window over a large vocabulary never exist at once. The dense model is remembered by its
-final hidden states, because pruning leaves the head alone.
+final hidden states and by its own head, which make its answers whatever becomes of the model.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunezero.errors import ModelError
 from prunezero.models.loading.language_model import LanguageModel
@@ -23,6 +24,7 @@ from prunezero.models.saving.save import SavedSparsity, count_sparsity
 from prunezero.models.text.windows import check_windows
 
 __all__ = [
+    "DenseReference",
     "Evaluation",
     "SavedSparsity",
     "count_sparsity",
@@ -53,21 +55,53 @@ class Evaluation:
     """mean nats per predicted token of each window"""
 
 
-def dense_reference(language_model: LanguageModel, windows: Tensor) -> Tensor:
-    """Final hidden states of the dense model on the windows: [count, length, hidden], on the CPU.
+@dataclass(frozen=True)
+class DenseReference:
+    """What the dense model answered on token windows."""
+
+    states: Tensor
+    """its final hidden states [count, length, hidden], on the CPU"""
+    head: Mapping[str, Tensor]
+    """parameters of its head, by name: the very tensors, not copies"""
+    versions: tuple[int, ...]
+    """of these tensors: torch counts what is written to them"""
+
+    def refuse_if_written(self) -> None:
+        """Refuse to go on where the head's numbers are not those of the dense model any more.
+
+        Raises:
+            ModelError: something wrote to the head, instead of giving the model another one.
+        """
+        if self.versions != _versions(self.head.values()):
+            raise ModelError(
+                "the output head was written to after the dense model's answers were kept, so "
+                "they are lost; give the model another head instead, or measure the dense model "
+                "anew"
+            )
+
+
+def dense_reference(language_model: LanguageModel, windows: Tensor) -> DenseReference:
+    """What the dense model answers on the windows, to be kept while it is pruned.
 
     Raises:
         TextError: the model cannot be run on these ids.
     """
     check_windows(windows, language_model)
-    body = language_model.model.base_model
+    model = language_model.model
     with torch.no_grad():
-        states = [_hidden(body, ids[None].to(language_model.device)).cpu() for ids in windows]
-    return torch.cat(states)
+        states = [
+            _hidden(model.base_model, ids[None].to(language_model.device)).cpu() for ids in windows
+        ]
+    head = dict(model.get_output_embeddings().named_parameters())
+    return DenseReference(torch.cat(states), head, _versions(head.values()))
+
+
+def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    return tuple(tensor._version for tensor in tensors)
 
 
 def evaluate(
-    language_model: LanguageModel, windows: Tensor, *, reference: Tensor | None = None
+    language_model: LanguageModel, windows: Tensor, *, reference: DenseReference | None = None
 ) -> Evaluation:
     """Measure perplexity, and the distance to the dense model when its `reference` is given.
 
@@ -79,7 +113,7 @@ def evaluate(
     Raises:
         TextError: the model cannot be run on these ids.
         ModelError: the model's logits cannot be computed from its final hidden states, or the
-            reference is of other windows.
+            reference is of other windows, or of a head that was written to since.
     """
     check_windows(windows, language_model)
     started = time.perf_counter()
@@ -92,7 +126,10 @@ def evaluate(
         for place, ids in enumerate(windows):
             ids = ids.to(language_model.device)
             hidden = _hidden(language_model.model.base_model, ids[None])[0]
-            dense = None if reference is None else reference[place].to(hidden.device)
+            dense = None
+            if reference is not None:
+                states = reference.states[place].to(hidden.device)
+                dense = partial(_dense_logits, language_model, reference, head, states)
             loss, divergence = _window(head, hidden, dense, ids)
             losses.append(loss)
             divergences.append(divergence)
@@ -125,8 +162,14 @@ def frequency_perplexity(windows: Tensor, seen: Tensor, vocabulary: int) -> floa
 Head = Callable[[Tensor], Tensor]
 
 
-def _window(head: Head, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> tuple[float, float]:
-    """Mean loss and mean divergence of one window, in nats per predicted token."""
+def _window(
+    head: Head, hidden: Tensor, dense: Callable[[slice], Tensor] | None, ids: Tensor
+) -> tuple[float, float]:
+    """Mean loss and mean divergence of one window, in nats per predicted token.
+
+    Args:
+        dense: the dense model's logits at some places of the window.
+    """
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
     divergence = loss.clone()
     predicted = len(ids) - 1
@@ -136,10 +179,39 @@ def _window(head: Head, hidden: Tensor, dense: Tensor | None, ids: Tensor) -> tu
         answers = ids[1:][places, None]
         loss -= log_chances.gather(1, answers).sum(dtype=torch.float64)
         if dense is not None:
-            wanted = head(dense[places]).float().log_softmax(-1)
+            wanted = dense(places).float().log_softmax(-1)
             differences = (wanted.exp() * (wanted - log_chances)).sum(-1)
             divergence += differences.sum(dtype=torch.float64)
     return float(loss) / predicted, float(divergence) / predicted
+
+
+def _dense_logits(
+    language_model: LanguageModel,
+    reference: DenseReference,
+    head: Head,
+    states: Tensor,
+    places: slice,
+) -> Tensor:
+    """The dense model's logits at some places, from its hidden states by its own head."""
+    with _holding(language_model.model.get_output_embeddings(), reference.head):
+        return head(states[places])
+
+
+@contextmanager
+def _holding(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, the module computes with these parameters; its own come back afterwards."""
+    own = dict(module.named_parameters())
+    _hand_over(module, parameters)
+    try:
+        yield
+    finally:
+        _hand_over(module, own)
+
+
+def _hand_over(module: nn.Module, parameters: Mapping[str, Any]) -> None:
+    for path, parameter in parameters.items():
+        owner, _, name = path.rpartition(".")
+        module.get_submodule(owner)._parameters[name] = parameter
 
 
 def _perplexity(losses: list[float]) -> float:
@@ -200,9 +272,11 @@ def _answering(body: Any, states: Tensor) -> Iterator[None]:
         body.forward = usual
 
 
-def _check_reference(reference: Tensor, windows: Tensor) -> None:
-    if reference.shape[:2] != windows.shape:
+def _check_reference(reference: DenseReference, windows: Tensor) -> None:
+    reference.refuse_if_written()
+    shape = reference.states.shape[:2]
+    if shape != windows.shape:
         raise ModelError(
-            f"the dense reference is of {list(reference.shape[:2])} windows and tokens but the "
+            f"the dense reference is of {list(shape)} windows and tokens but the "
             f"model is measured on {list(windows.shape)}; make it from the same windows"
         )

@@ -2,13 +2,16 @@
 
 Each way to allocate only says which layers should lose more than others. `fit_to_budget` moves
 those wishes, all alike, until the weights that go are exactly the share asked for.
+
+The functions of a recipe's words at `allocate` take layers, the sparsity of the whole, the word's
+numbers and `Evidence`, and give the sparsity by layer name.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -37,7 +40,7 @@ class Evidence:
     """What an allocation may look at."""
 
     statistics: Mapping[str, Statistics]
-    """sums over the dense model by layer name, those of `ALLOCATION_SUMS`"""
+    """sums over the dense model by layer name, those of the allocation's row"""
     language_model: LanguageModel | None
     """dense"""
     windows: Tensor | None
@@ -255,23 +258,3 @@ def _outlier_share(
 def _products(layer: Linear, statistics: Mapping[str, Statistics]) -> Tensor:
     norms = feature("X", layer.weight, statistics.get(layer.name))
     return layer.weight.float().abs() * norms
-
-
-# By the recipe's word: layers, sparsity of the whole, options of the word (see choices.WORDS) and
-# evidence in, sparsity by layer name out.
-ALLOCATIONS: dict[str, Callable[[Sequence[Linear], float, Any, Evidence], dict[str, float]]] = {
-    "uniform": uniform,
-    "owl": owl,
-    "sensitivity": sensitivity,
-    "heavy_tail": heavy_tail,
-    "table": table,
-}
-
-# Sums over the dense model that a word needs.
-ALLOCATION_SUMS: dict[str, frozenset[str]] = {
-    "uniform": frozenset(),
-    "owl": frozenset({"input_square_sum"}),
-    "sensitivity": frozenset(),
-    "heavy_tail": frozenset(),
-    "table": frozenset(),
-}

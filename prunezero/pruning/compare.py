@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,10 @@ class RecipeRunner:
         Raises:
             PruneZeroError: as `prune`.
         """
-        model = self.testbed.language_model
-        try:
+        with ExitStack() as edit:
+            edit.enter_context(self._dense)
             outcome = prune(
-                model,
+                self.testbed.language_model,
                 recipe,
                 sparsity,
                 statistics=self._statistics,
@@ -138,11 +139,9 @@ class RecipeRunner:
                 progress=progress,
             )
             measured = self._measured(splits)
-        except BaseException:
-            self._dense.restore()
-            raise
-        if not keep:
-            self._dense.restore()
+            if keep:
+                # An edit that nobody leaves.
+                edit.pop_all()
         return pruned_row(recipe, outcome, measured)
 
     def reversed(self, recipe: Recipe) -> RecipeRunner:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from prunezero.errors import SelectionError
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.groups import Group
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.request import group_columns, removed_count
 
@@ -35,10 +33,10 @@ class Outcome:
 
 
 def check_reached(
-    outcome: Outcome, recipe: Recipe, layers: Sequence[Linear], ratios: Mapping[str, float]
+    outcome: Outcome, recipe: Recipe, groups: Sequence[Group], ratios: Mapping[str, float]
 ) -> None:
     """A sparsity that was not reached is an error of ours, and never passes in silence."""
-    wanted = sum(expected_zeros(layer.weight.shape, recipe, ratios[layer.name]) for layer in layers)
+    wanted = sum(expected_zeros(group.shape, recipe, ratios[group.name]) for group in groups)
     if recipe.compare == "model" and recipe.pattern == "free":
         wanted = removed_count(outcome.total, outcome.sparsity)
     if outcome.zeros < wanted:
@@ -48,7 +46,7 @@ def check_reached(
         )
 
 
-def expected_zeros(shape: torch.Size, recipe: Recipe, sparsity: float) -> int:
+def expected_zeros(shape: Sequence[int], recipe: Recipe, sparsity: float) -> int:
     """How many weights of a matrix `[out, in]` a recipe removes; each group rounds down."""
     rows, columns = shape
     if recipe.compare == "row" or recipe.pattern != "free":

@@ -22,9 +22,9 @@ from prunezero.models.editing.permuting import (
     permute_channels,
     producer_order,
 )
-from prunezero.pruning.recipes.words import Choice
+from prunezero.pruning.recipes.words import WORDS, Choice
 from prunezero.scoring.request import Pattern
-from prunezero.scoring.selection import refuse_non_finite, select
+from prunezero.scoring.selection import refuse_non_finite
 
 # Rows whose scores are ranked at once, so that copies of a large matrix stay small.
 ROWS_AT_ONCE = 512
@@ -67,7 +67,7 @@ def channel_order(
     Args:
         scores: [out, in], any finite numbers.
         pattern: its groups are M consecutive columns.
-        method: a word of `PERMUTATIONS`.
+        method: a word of a recipe's `permute`.
         segment: columns stay within consecutive segments of this many; None: they move freely.
 
     Raises:
@@ -76,28 +76,17 @@ def channel_order(
     """
     width = segment or scores.shape[1]
     _refuse_remainder(width, pattern)
-    if method not in PERMUTATIONS:
+    known = WORDS["permute"]
+    if method not in known:
         raise SelectionError(
-            f"'{method}' is not a permutation{did_you_mean(method, PERMUTATIONS)}; "
-            f"known: {', '.join(PERMUTATIONS)}"
+            f"'{method}' is not a permutation{did_you_mean(method, known)}; "
+            f"known: {', '.join(known)}"
         )
     refuse_non_finite(scores)
     parts = torch.split(scores, width, dim=1)
-    orders = [PERMUTATIONS[method](part, pattern) + width * at for at, part in enumerate(parts)]
+    order_of = known[method].function
+    orders = [order_of(part, pattern) + width * at for at, part in enumerate(parts)]
     return torch.cat(orders)
-
-
-def simulated_mask(scores: Tensor, pattern: Pattern, method: str) -> Tensor:
-    """The N:M mask of the permuted columns, put back where they came from: bool [out, in].
-
-    It says what a permutation is worth where none can be folded; in memory it is not N:M.
-
-    Raises:
-        SelectionError, ScoreError: as `channel_order`.
-    """
-    order = channel_order(scores, pattern, method)
-    mask = select(scores[:, order], pattern.sparsity, pattern=str(pattern))
-    return mask[:, order.argsort()]
 
 
 def permute_block(
@@ -114,7 +103,7 @@ def permute_block(
         permutables: of one block; their layers are modified.
         score_of: the scores [out, in] of a consumer; all are taken before the first move.
         pattern: what the masks will be.
-        choice: a word of `PERMUTATIONS`.
+        choice: the recipe's, of `permute`.
 
     Returns:
         By layer name, for consumers and producers whose channels have moved.
@@ -164,25 +153,26 @@ def _note(moved: dict[str, Orders], permutable: PermutableChannels, order: Tenso
         moved[layer.name] = known._replace(outputs=outputs)
 
 
-def _stay(scores: Tensor, pattern: Pattern) -> Tensor:
+def stay(scores: Tensor, pattern: Pattern) -> Tensor:
+    """The columns as they stand."""
     return torch.arange(scores.shape[1], device=scores.device)
 
 
-def _deal_out(scores: Tensor, pattern: Pattern) -> Tensor:
+def deal_out(scores: Tensor, pattern: Pattern) -> Tensor:
     """Sort columns by their sums, cut into M runs, and give every group one of each run.
 
     Every second run goes backwards, so that no group gets the weaker end of all runs.
     """
     places = scores.sum(0, dtype=torch.float64).argsort(stable=True).view(pattern.of, -1)
     places[1::2] = places[1::2].flip(1)
-    return _better(scores, pattern, places.T.flatten(), _stay(scores, pattern))
+    return _better(scores, pattern, places.T.flatten(), stay(scores, pattern))
 
 
-def _assign(scores: Tensor, pattern: Pattern) -> Tensor:
+def assign(scores: Tensor, pattern: Pattern) -> Tensor:
     """Improve the dealt-out order place by place: the best assignment of columns to groups."""
     from scipy.optimize import linear_sum_assignment
 
-    order = _deal_out(scores, pattern)
+    order = deal_out(scores, pattern)
     for place in range(pattern.of):
         gains = _gains(scores, pattern, order, place).cpu().numpy()
         # One column for each group, in the order of the groups.
@@ -223,11 +213,3 @@ def _refuse_remainder(columns: int, pattern: Pattern) -> None:
             f"pattern {pattern} needs a multiple of {pattern.of} columns but got {columns}; "
             f"choose an M that divides {columns}"
         )
-
-
-# By the words that a recipe may choose: (scores [out, in], pattern) in, order of the columns out.
-PERMUTATIONS: dict[str, Callable[[Tensor, Pattern], Tensor]] = {
-    "none": _stay,
-    "heuristic": _deal_out,
-    "assignment": _assign,
-}

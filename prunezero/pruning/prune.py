@@ -1,5 +1,8 @@
 """Pruning, the one loop: step by step, block by block, scores become masks and mended weights.
 
+The recipe's kind of unit (`kinds.py`) finds the groups and says which of their units stay; updates
+work with the masks of weight matrices that follow, whatever the units are.
+
 With dense statistics every layer is judged by what it saw in the dense model. With sequential
 statistics each block sees what the already pruned blocks before it make of the calibration text,
 as Wanda and SparseGPT do it. Gradients always come from the dense model.
@@ -17,16 +20,19 @@ from typing import Any
 
 from torch import Tensor
 
+from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import open_biases
+from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import round_as_stored
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.text.windows import windows_fingerprint
-from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.allocation import Evidence
+from prunezero.pruning.budget import Budget
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recovery import RECOVERIES
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
     check_recipe,
@@ -34,13 +40,11 @@ from prunezero.pruning.requirements import (
     layer_sums,
     settled_sparsity,
 )
-from prunezero.pruning.schedule import SCHEDULES
 from prunezero.pruning.stages import Stages
 from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.score import score
-from prunezero.scoring.second_order import forget_factors, set_damping, share_gram
-from prunezero.scoring.selection import select_model
+from prunezero.scoring.second_order import forget_factors, share_gram
 from prunezero.scoring.statistics import Statistics
 
 
@@ -80,11 +84,12 @@ def prune(
     begin = time.perf_counter()
     fraction = settled_sparsity(recipe.pattern, sparsity)
     layers = check_recipe(language_model, recipe, fraction)
+    groups = UNITS[recipe.unit].groups(layers)
     check_text(recipe, windows)
     reordering = Reordering(language_model, recipe, layers)
-    if "bias" in recipe.updates:
+    if recipe.needs_biases:
         open_biases(language_model, layers)
-    job = _Job(language_model, recipe, layers, reordering, dict(statistics or {}), windows)
+    job = _Job(language_model, recipe, layers, groups, reordering, dict(statistics or {}), windows)
     ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
     outcome = Outcome(
         fraction,
@@ -93,7 +98,7 @@ def prune(
         sum(layer.weight.numel() for layer in layers),
         time.perf_counter() - begin,
     )
-    check_reached(outcome, recipe, layers, ratios)
+    check_reached(outcome, recipe, groups, ratios)
     return outcome
 
 
@@ -154,9 +159,6 @@ def _read_the_same(first: Work, second: Work) -> bool:
 
 
 def _finish(works: list[Work]) -> None:
-    for work in works:
-        if work.statistics is not None:
-            set_damping(work.statistics, work.recipe.damping)
     mend(works)
     for work in works:
         if work.statistics is not None:
@@ -170,6 +172,7 @@ class _Job:
     language_model: LanguageModel
     recipe: Recipe
     layers: list[Linear]
+    groups: list[Group]
     reordering: Reordering
     dense: dict[str, Statistics]
     windows: Tensor | None
@@ -179,7 +182,7 @@ class _Job:
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
         recipe = self.recipe
-        shares = SCHEDULES[recipe.schedule.word](sparsity, recipe.schedule.options)
+        shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
         evidence = Evidence(self.dense, self.language_model, self.windows)
         ratios = [self._allocated(share, evidence) for share in shares]
@@ -190,7 +193,7 @@ class _Job:
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
                 stages.keep(step, "pruned")
-            if recipe.recover.word != "none" and not stages.has(step, "tuned"):
+            if not recipe.recover.is_usual and not stages.has(step, "tuned"):
                 self._recover(step, stages.checkpoint(step), tell)
                 settle(self.language_model, self.layers)
                 stages.keep(step, "tuned")
@@ -198,7 +201,10 @@ class _Job:
 
     def _allocated(self, sparsity: float, evidence: Evidence) -> dict[str, float]:
         allocate = self.recipe.allocate
-        return ALLOCATIONS[allocate.word](self.layers, sparsity, allocate.options, evidence)
+        ratios: dict[str, float] = allocate.row.function(
+            self.layers, sparsity, allocate.options, evidence
+        )
+        return ratios
 
     def _request(self, sparsity: float) -> dict[str, Any]:
         """Whatever the pruned weights follow from, in words and numbers."""
@@ -214,7 +220,7 @@ class _Job:
     def _recover(self, step: int, checkpoint: Path | None, tell: Progress) -> None:
         recover = self.recipe.recover
         assert self.windows is not None  # check_text refused it; for the type checker
-        RECOVERIES[recover.word](
+        recover.row.function(
             self.language_model,
             self.layers,
             self.windows,
@@ -227,14 +233,19 @@ class _Job:
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""
         self.known = dict(self.dense)
-        masks = self._model_wide_masks(sparsity)
+        competes_freely = self.recipe.compare == "model"
+        together = self._selected(self.groups, sparsity) if competes_freely else Selection()
         walk = self._walk()
         done = 0
-        for block, members in groupby(self.layers, key=lambda layer: layer.block):
-            inside = list(members)
+        for block, members in groupby(self.groups, key=lambda group: group.block):
+            groups = list(members)
+            inside = linears_of(groups)
             self.known |= self._seen_by_pruned(walk, block, inside)
             self.reordering.move(block, self._score, self.known)
-            masks |= self.reordering.simulated(inside, self._score)
+            selection = together.of(groups)
+            for group in selection.undecided(groups):
+                selection |= self._selected([group], ratios[group.name])
+            masks = selection.matrix_masks()
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
             settle(self.language_model, inside)
             if walk is not None:
@@ -244,12 +255,22 @@ class _Job:
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
 
+    def _selected(self, groups: Sequence[Group], share: float) -> Selection:
+        """What stays of groups that lose a share together, as far as it is chosen beforehand."""
+        budget = Budget(share, pattern=self.recipe.pattern)
+        kind = UNITS[self.recipe.unit]
+        return kind.select(groups, self._scores_of, budget, compare=self.recipe.compare)
+
+    def _scores_of(self, group: Group) -> Tensor:
+        """The scores of single weights: their group is one matrix."""
+        (linear,) = linears_of([group])
+        return self._score(linear)
+
     def _score(self, layer: Linear) -> Tensor:
         known = self.known.get(layer.name)
-        if known is not None:
-            set_damping(known, self.recipe.damping)
         criterion = self.recipe.criterion_of(layer.name)
-        return score(criterion, layer.weight, known, layer=layer.name)
+        damping = self.recipe.damping
+        return score(criterion, layer.weight, known, damping=damping, layer=layer.name)
 
     def _walk(self) -> BlockWalk | None:
         sums = layer_sums(self.recipe) & FORWARD_SUMS
@@ -275,10 +296,3 @@ class _Job:
                     if key not in FORWARD_SUMS
                 }
         return seen
-
-    def _model_wide_masks(self, sparsity: float) -> dict[str, Tensor]:
-        if self.recipe.compare != "model" or self.recipe.pattern != "free":
-            return {}
-        scores = [self._score(layer) for layer in self.layers]
-        names = [layer.name for layer in self.layers]
-        return dict(zip(names, select_model(scores, sparsity), strict=True))

@@ -27,7 +27,7 @@ from prunezero.models.observing.calibration import Progress
 from prunezero.models.observing.gradients import asking_anew, sequence_loss
 from prunezero.models.observing.hooks import removing
 from prunezero.models.text.windows import check_windows
-from prunezero.pruning.recipes.word_options import Tune
+from prunezero.pruning.recipes.word_options import Options, Tune
 
 # Steps of the optimizer between two checkpoints.
 KEEP_EVERY = 10
@@ -90,8 +90,14 @@ class _Tuning:
     losses: list[float]
 
 
-def no_training(*arguments: object, **choices: object) -> TuneReport:
-    """Leave the weights as they are; takes the arguments of `tune`."""
+def no_training(
+    language_model: LanguageModel,
+    layers: Sequence[Linear],
+    windows: Tensor,
+    options: Options,
+    **choices: object,
+) -> TuneReport:
+    """Leave the weights as they are; takes what `tune` takes."""
     return TuneReport((), 0, 0.0)
 
 
@@ -285,7 +291,3 @@ def _resume(path: Path, request: dict[str, Any], tuning: _Tuning) -> float:
     tuning.optimizer.load_state_dict(state["optimizer"])
     tuning.losses[:] = state["losses"]
     return float(state["seconds"])
-
-
-# By the recipe's word.
-RECOVERIES: dict[str, Callable[..., TuneReport]] = {"none": no_training, "tune": tune}

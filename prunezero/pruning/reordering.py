@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from prunezero.errors import RecipeError
 from prunezero.models.anatomy.linears import Linear, matching
 from prunezero.models.editing.permuting import PermutableChannels, find_permutables, refusals
 from prunezero.models.loading.language_model import LanguageModel
-from prunezero.pruning.permutation import permute_block, simulated_mask
+from prunezero.pruning.permutation import permute_block
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.request import parse_pattern
 from prunezero.scoring.statistics import Statistics
@@ -21,8 +21,7 @@ class Reordering:
     """The permutations that a recipe asks for, block by block.
 
     A permutation is folded into the weights: the layer's columns and the rows that make its
-    channels move together, so the function stays and the mask is N:M in memory. With
-    `simulate: true` only masks are permuted.
+    channels move together, so the function stays and the mask is N:M in memory.
     """
 
     def __init__(
@@ -38,12 +37,10 @@ class Reordering:
         self._source = language_model.source
         self._pattern = parse_pattern(recipe.pattern)
         self._permutables: dict[int, list[PermutableChannels]] = defaultdict(list)
-        self.simulates = recipe.permute.options.model_dump().get("simulate", False)
-        if recipe.permute.word == "none":
+        if recipe.permute.is_usual:
             return
-        self._wanted = _wanted(recipe, layers)
-        if not self.simulates:
-            self._find(language_model, [layer for layer in layers if layer.name in self._wanted])
+        wanted = _wanted(recipe, layers)
+        self._find(language_model, [layer for layer in layers if layer.name in wanted])
 
     def _find(self, language_model: LanguageModel, layers: list[Linear]) -> None:
         by_block: dict[int, list[Linear]] = defaultdict(list)
@@ -56,13 +53,12 @@ class Reordering:
                 for name, reason in refusals(language_model, inside).items():
                     raise RecipeError(
                         f"recipe {self._recipe.name}: the input channels of '{name}' cannot be "
-                        f"permuted: {reason}; leave it out of permute, or write simulate: true to "
-                        "measure what it would bring"
+                        f"permuted: {reason}; leave it out of permute"
                     )
         if not any(self._permutables.values()):
             raise RecipeError(
                 f"recipe {self._recipe.name}: no layer's input channels can be permuted in "
-                f"{type(language_model.model).__name__}; use permute: none, or simulate: true"
+                f"{type(language_model.model).__name__}; use permute: none"
             )
 
     @property
@@ -94,18 +90,6 @@ class Reordering:
                 statistics[name] = statistics[name].permuted(
                     inputs=orders.inputs, outputs=orders.outputs
                 )
-
-    def simulated(
-        self, layers: Sequence[Linear], score_of: Callable[[Linear], Tensor]
-    ) -> Mapping[str, Tensor]:
-        """The masks of layers that would be permuted, by name; empty where nothing is simulated."""
-        if not self.simulates or self._pattern is None:
-            return {}
-        return {
-            layer.name: simulated_mask(score_of(layer), self._pattern, self._recipe.permute.word)
-            for layer in layers
-            if layer.name in self._wanted
-        }
 
 
 def _wanted(recipe: Recipe, layers: Sequence[Linear]) -> set[str]:

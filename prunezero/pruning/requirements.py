@@ -11,9 +11,7 @@ from prunezero.models.anatomy.linears import Linear, find_linears, matching
 from prunezero.models.editing.biases import refuse_without_bias
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS
-from prunezero.pruning.allocation import ALLOCATION_SUMS
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.updates.mend import UPDATE_SUMS
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import check_request, pattern_sparsity, removed_count
 
@@ -40,8 +38,7 @@ def settled_sparsity(pattern: str, sparsity: float | None) -> float:
 
 def layer_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums of a layer that the recipe's formulas and updates look at."""
-    sums = needed_sums(recipe.formulas)
-    return sums.union(*(UPDATE_SUMS[word] for word in recipe.updates))
+    return needed_sums(recipe.formulas).union(*(choice.row.sums for choice in recipe.update))
 
 
 def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
@@ -50,7 +47,7 @@ def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
     for recipe in recipes:
         sums = layer_sums(recipe)
         needed |= sums - FORWARD_SUMS if recipe.statistics == "sequential" else sums
-        needed |= ALLOCATION_SUMS.get(recipe.allocate.word, frozenset())
+        needed |= recipe.allocate.row.sums
     return frozenset(needed)
 
 
@@ -64,14 +61,10 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
         RecipeError: there is none, or too little of it.
     """
     walks = recipe.statistics == "sequential" and layer_sums(recipe) & FORWARD_SUMS
-    needs = {
-        "sequential statistics need": bool(walks),
-        f"recover {recipe.recover.word} needs": recipe.recover.word != "none",
-        f"allocate {recipe.allocate.word} needs": recipe.allocate.word == "sensitivity",
-    }
-    for what, applies in needs.items():
-        if applies and windows is None:
-            raise RecipeError(f"recipe {recipe.name}: {what} calibration text")
+    needs = ["sequential statistics need"] if walks else []
+    needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
+    if needs and windows is None:
+        raise RecipeError(f"recipe {recipe.name}: {needs[0]} calibration text")
     wanted = recipe.allocate.options.model_dump().get("sequences", 0)
     if windows is not None and len(windows) < wanted:
         raise RecipeError(
@@ -105,7 +98,7 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
     for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
         matching(pattern, layers)
     _refuse_two_formulas(recipe, layers)
-    if "bias" in recipe.updates:
+    if recipe.needs_biases:
         refuse_without_bias(language_model, layers)
     return layers
 

@@ -1,11 +1,12 @@
-"""In how many pruning steps is a sparsity reached, and how sparse is the model after each?"""
+"""In how many pruning steps is a sparsity reached, and how sparse is the model after each?
+
+Functions of the recipe's words at `schedule`: sparsity and numbers in, growing sparsities out.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
 
 from prunezero.pruning.recipes.word_options import Iterative, Options
 
@@ -38,10 +39,3 @@ def iterative(sparsity: float, options: Iterative) -> tuple[float, ...]:
         if (reached[-1] if reached else 0.0) < fraction < sparsity:
             reached.append(fraction)
     return (*reached, sparsity)
-
-
-# By the recipe's word: the sparsity and its numbers in, growing sparsities out.
-SCHEDULES: dict[str, Callable[[float, Any], tuple[float, ...]]] = {
-    "one-shot": one_shot,
-    "iterative": iterative,
-}

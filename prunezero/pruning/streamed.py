@@ -24,15 +24,14 @@ from prunezero.models.saving.save import count_sparsity, stored_layers
 from prunezero.models.streaming.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
 from prunezero.models.streaming.streamed_model import StreamedModel
 from prunezero.models.text.windows import check_windows, windows_fingerprint
-from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.allocation import Evidence
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.prune import prune_layers, settle
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, layer_sums, settled_sparsity
 from prunezero.scoring.statistics import Statistics
 
-# Allocations that look at nothing but the shapes of the layers.
-ALLOCATIONS_BY_SHAPE = ("uniform", "table")
 # What a report puts beside the weights; files of the source with these names are put aside.
 FILES_BESIDE = ("README.md", "recipe.yaml", "report.json")
 
@@ -139,7 +138,7 @@ def _planned(
     _refuse_new_biases(recipe, layers)
     if windows is not None:
         check_windows(windows, streamed.language_model)
-    ratios = ALLOCATIONS[recipe.allocate.word](
+    ratios = recipe.allocate.row.function(
         layers, sparsity, recipe.allocate.options, Evidence({}, None, None)
     )
     return _Plan(streamed, recipe, sparsity, layers, ratios, sums, windows)
@@ -220,18 +219,11 @@ def checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
     faults = {
         "its formula takes gradients, which pass through all blocks": bool(sums - FORWARD_SUMS),
         "compare 'model' ranks the weights of all blocks together": recipe.compare == "model",
-        f"allocate {recipe.allocate.word} looks at all blocks before the first is pruned": (
-            recipe.allocate.word not in ALLOCATIONS_BY_SHAPE
-        ),
-        f"schedule {recipe.schedule.word} prunes the model several times": (
-            recipe.schedule.word != "one-shot"
-        ),
-        f"recover {recipe.recover.word} trains all blocks together": recipe.recover.word != "none",
-        f"permute {recipe.permute.word} reorders the model as a whole": (
-            recipe.permute.word != "none"
-        ),
     }
     found = [fault for fault, applies in faults.items() if applies]
+    for choice in recipe.choices:
+        if choice.row.whole_model:
+            found.append(f"{choice.arrow} {choice.word} {choice.row.whole_model}")
     if found:
         raise RecipeError(
             f"recipe {recipe.name} cannot be run block by block: {'; '.join(found)}; choose "
@@ -244,7 +236,7 @@ def checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
 
 def _refuse_new_biases(recipe: Recipe, layers: list[Linear]) -> None:
     without = [layer.name for layer in layers if layer.bias is None]
-    if "bias" in recipe.updates and without:
+    if recipe.needs_biases and without:
         raise RecipeError(
             f"recipe {recipe.name} updates biases but layer '{without[0]}' has none, and a file "
             "cannot get one block by block; choose another update, or prune the model in memory"
@@ -289,5 +281,5 @@ def _finish(
         )
     seconds = time.perf_counter() - begin
     outcome = Outcome(plan.sparsity, recipe.pattern, saved.zeros, saved.total, seconds)
-    check_reached(outcome, recipe, plan.layers, plan.ratios)
+    check_reached(outcome, recipe, UNITS[recipe.unit].groups(plan.layers), plan.ratios)
     return outcome

@@ -14,11 +14,12 @@ from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import MINMAX, REDUCTIONS, ZSCORE, MatrixFunction
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
+from prunezero.scoring.second_order import DAMPING
 from prunezero.scoring.statistics import Statistics
 
 # Features that change when the weights do, and those of them that span all columns.
-_OF_WEIGHTS = ("W", "R1", "C1", "R2", "C2")
-_OF_ROWS = ("R1", "R2")
+_OF_WEIGHTS = [name for name, row in FEATURES.items() if "weight" in row.inputs]
+_OF_ROWS = [name for name in _OF_WEIGHTS if FEATURES[name].shape == "row"]
 _WITHIN_COLUMNS = tuple(REDUCTIONS[f"col_{kind}"] for kind in ("sum", "mean", "max", "norm"))
 
 
@@ -38,15 +39,22 @@ class ColumnScores:
     left as mended and zeroed, those to the right as far as they are mended.
     """
 
-    def __init__(self, criterion: Criterion, weight: Tensor, statistics: Statistics | None) -> None:
-        """Derive what does not depend on the weights.
+    def __init__(
+        self,
+        criterion: Criterion,
+        weight: Tensor,
+        statistics: Statistics | None,
+        *,
+        damping: float = DAMPING,
+    ) -> None:
+        """Derive what does not depend on the weights; `damping` as in `score`.
 
         Raises:
             StatisticsError: a sum that a feature needs was not collected.
         """
         self._criterion = criterion
         self._fixed = {
-            name: feature(name, weight, statistics)
+            name: feature(name, weight, statistics, damping=damping)
             for name in criterion.features
             if name not in _OF_WEIGHTS
         }

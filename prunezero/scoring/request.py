@@ -13,6 +13,7 @@ from functools import lru_cache
 
 from prunezero.errors import SelectionError, did_you_mean
 
+# Comparison groups: which weights compete with each other.
 GROUPS = {
     "row": "weights of one output channel",
     "layer": "all weights of one matrix",
@@ -79,7 +80,7 @@ def group_columns(compare: str) -> int | None:
     if compare in GROUPS and compare != "N columns":
         return None
     near = did_you_mean(str(compare), ["row", "layer", "model", "128 columns"])
-    known = ", ".join(GROUPS)
+    known = ", ".join(f"{word} ({meaning})" for word, meaning in GROUPS.items())
     raise SelectionError(f"'{compare}' is not a comparison group{near or ';'} known: {known}")
 
 

@@ -22,9 +22,11 @@ from prunezero.formula.criterion import Criterion
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected
 from prunezero.scoring.request import checked_request
+from prunezero.scoring.second_order import DAMPING
 from prunezero.scoring.selection import select
 from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.tiles import needs_tiles, row_tiles
+from prunezero.scoring.torch_text import function_of
 
 
 def features_of(
@@ -32,12 +34,14 @@ def features_of(
     weight: Tensor,
     statistics: Statistics | None,
     *,
+    damping: float = DAMPING,
     layer: str = "",
     leave_out: str = "",
 ) -> dict[str, Tensor]:
     """The values that a criterion reads, by feature name; float32, broadcastable to `[out, in]`.
 
     Args:
+        damping: of the features that look at an inverse.
         layer: its name, for error messages.
         leave_out: a feature that is not asked for.
 
@@ -46,25 +50,31 @@ def features_of(
     """
     try:
         names = [name for name in criterion.features if name != leave_out]
-        return {name: feature(name, weight, statistics) for name in names}
+        return {name: feature(name, weight, statistics, damping=damping) for name in names}
     except StatisticsError as error:
         raise type(error)(f"layer {layer}: {error}" if layer else str(error)) from error
 
 
 def score(
-    criterion: Criterion, weight: Tensor, statistics: Statistics | None = None, *, layer: str = ""
+    criterion: Criterion,
+    weight: Tensor,
+    statistics: Statistics | None = None,
+    *,
+    damping: float = DAMPING,
+    layer: str = "",
 ) -> Tensor:
     """How much each weight matters, float32 `[out, in]`: the lowest go first.
 
     Args:
         weight: `[out, in]`, of any floating dtype; the arithmetic is float32.
+        damping: of the features that look at an inverse.
         layer: name of the layer, for error messages.
 
     Raises:
         ScoreError: a score is NaN or infinite, or all scores of the layer are equal.
         StatisticsError: a sum that a feature needs was not collected.
     """
-    features = features_of(criterion, weight, statistics, layer=layer)
+    features = features_of(criterion, weight, statistics, damping=damping, layer=layer)
     scores = evaluate(criterion, features, weight.shape)
     refuse_unusable(scores, criterion, weight, layer)
     return scores
@@ -120,6 +130,7 @@ def keep_mask(
     *,
     compare: str = "row",
     pattern: str = "free",
+    damping: float = DAMPING,
     layer: str = "",
 ) -> Tensor:
     """Which weights of one layer stay, bool `[out, in]`; see `score` and `selection.select`.
@@ -130,7 +141,9 @@ def keep_mask(
     """
     # Kernels read the weight as it is, of any dtype.
     leave_out = "W" if _has_kernels_for(weight, compare, pattern) else ""
-    features = features_of(criterion, weight, statistics, layer=layer, leave_out=leave_out)
+    features = features_of(
+        criterion, weight, statistics, damping=damping, layer=layer, leave_out=leave_out
+    )
     return mask_from(
         criterion, weight, features, sparsity, compare=compare, pattern=pattern, layer=layer
     )
@@ -169,7 +182,7 @@ def _has_kernels_for(weight: Tensor, compare: str, pattern: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _compiled(criterion: Criterion) -> Callable[..., Tensor]:
     """The criterion as a Python function of its features."""
-    return _function(criterion.features, [*torch_lines(criterion), "return score"])
+    return function_of(criterion.features, [*torch_lines(criterion), "return score"])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -186,13 +199,4 @@ def _in_parts(criterion: Criterion) -> tuple[Callable[..., Any], Callable[..., T
     inputs = [name for name in read if name in known]
     before = [*map(plain_line, split.before), f"return [{', '.join(inputs)}]"]
     inside = [*lines_of(split.inside), "return score"]
-    return _function(criterion.features, before), _function(inputs, inside)
-
-
-def _function(inputs: Sequence[str], lines: Sequence[str]) -> Callable[..., Any]:
-    """Lines that come from a validated expression and the vocabulary's templates alone."""
-    body = "".join(f"    {line}\n" for line in lines)
-    source = f"def formula({', '.join(inputs)}):\n{body}"
-    namespace: dict[str, object] = {"torch": torch}
-    exec(compile(source, "<criterion>", "exec"), namespace)
-    return namespace["formula"]  # type: ignore[return-value]
+    return function_of(criterion.features, before), function_of(inputs, inside)

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import FactorizationError, StatisticsError
+from prunezero.formula.features import FEATURES
 from prunezero.scoring.statistics import Statistics, sum_of
+from prunezero.scoring.torch_text import feature_function
 
 # Share of the mean diagonal that is added before the inversion: SparseGPT's choice.
 DAMPING = 0.01
@@ -26,6 +28,8 @@ DAMPING = 0.01
 LARGEST_DAMPING = 1.0
 # Triangles that are not cut any further.
 _SOLVED_AT_ONCE = 192
+# Features that follow from the factor.
+OF_FACTOR = tuple(name for name, row in FEATURES.items() if "upper" in row.inputs)
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +40,8 @@ class InverseFactor:
 
     upper: Tensor
     """U `[in, in]` float32, H^-1 = U^T U"""
-    inverse_diagonal: Tensor
-    """diagonal `[in]` of H^-1, float32"""
+    features: dict[str, Tensor]
+    """values of the features that follow from it, float32, by name"""
     dead: Tensor
     """bool `[in]`: channels that were zero in all calibration text; they count as mean ones"""
     damping: float
@@ -82,8 +86,8 @@ def inverse_factor(
         if upper is not None:
             if added > damping:
                 _log.warning("%s: damping raised from %g to %g", where, damping, added)
-            inverse_diagonal = upper.square().sum(0)
-            return InverseFactor(upper.float(), inverse_diagonal.float(), dead, added)
+            features = {name: feature_function(name)(upper=upper) for name in OF_FACTOR}
+            return InverseFactor(upper.float(), features, dead, added)
     raise FactorizationError(
         f"the Gram matrix of {where} is not positive definite, even with {tries[-1]:g} of its "
         "mean diagonal added; calibrate with more text"
@@ -131,7 +135,7 @@ def factor_of(
     if ("factor", damping) not in statistics.memo:
         factor = inverse_factor(gram, damping, sequences=statistics.sequences, layer=layer)
         statistics.memo["factor", damping] = factor
-        statistics.memo["diagonals", damping] = (factor.inverse_diagonal, factor.upper.diagonal())
+        statistics.memo["features", damping] = factor.features
     factor_: InverseFactor = statistics.memo["factor", damping]
     return factor_
 
@@ -148,34 +152,24 @@ def share_gram(first: Statistics, second: Statistics) -> bool:
 
 
 def forget_factors(statistics: Statistics) -> None:
-    """Free the factors, which are as large as the Gram matrix; their diagonals stay."""
+    """Free the factors, which are as large as the Gram matrix; features of them stay."""
     for key in [key for key in statistics.memo if key[0] == "factor"]:
         del statistics.memo[key]
 
 
-def set_damping(statistics: Statistics, damping: float) -> None:
-    """The damping with which features V and U are derived."""
-    statistics.memo["damping",] = damping
+def factor_feature(name: str, statistics: Statistics | None, damping: float) -> Tensor:
+    """The value of a feature that follows from the factor, float32.
 
-
-def gram_diagonal(statistics: Statistics | None) -> Tensor:
-    """H_jj `[in]`, per sequence: the square of Wanda's norm."""
-    gram = sum_of(statistics, "gram")
-    assert statistics is not None  # sum_of refused it; for the type checker
-    return gram.diagonal() / statistics.sequences
-
-
-def inverse_diagonals(statistics: Statistics | None) -> tuple[Tensor, Tensor]:
-    """Diagonals `[in]` of H^-1 and of U, with the damping of `set_damping`.
+    Args:
+        name: one of `OF_FACTOR`.
 
     Raises:
         StatisticsError, FactorizationError: as `factor_of`.
     """
     sum_of(statistics, "gram")
     assert statistics is not None  # sum_of refused it; for the type checker
-    damping = statistics.memo.get(("damping",), DAMPING)
-    if ("diagonals", damping) not in statistics.memo:
+    if ("features", damping) not in statistics.memo:
         factor_of(statistics, damping)
         forget_factors(statistics)
-    diagonals: tuple[Tensor, Tensor] = statistics.memo["diagonals", damping]
-    return diagonals
+    features: dict[str, Tensor] = statistics.memo["features", damping]
+    return features[name]

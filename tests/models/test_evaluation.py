@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from prunezero.errors import ModelError, TextError
@@ -90,6 +92,33 @@ def test_a_reference_of_other_windows_is_refused_with_both_shapes() -> None:
     reference = dense_reference(model, tiny_batches(2))
     with pytest.raises(ModelError, match=r"\[2, 16\] .* \[4, 16\]"):
         evaluate(model, tiny_batches(4), reference=reference)
+
+
+@pytest.mark.parametrize("changes", [{}, {"final_logit_softcapping": 0.5}])
+def test_the_dense_answers_come_from_the_dense_head_when_the_model_gets_another(
+    changes: dict[str, Any],
+) -> None:
+    family = "gemma3" if changes else "llama"
+    model, ids = tiny_model(family, tie_word_embeddings=False, **changes), tiny_batches(2, 24)
+    reference = dense_reference(model, ids)
+    with torch.no_grad():
+        dense = model.model(ids).logits[:, :-1].log_softmax(-1)
+        other = model.model.lm_head.weight.flip(0)
+        model.model.lm_head.weight = nn.Parameter(other, requires_grad=False)
+        pruned = model.model(ids).logits[:, :-1].log_softmax(-1)
+    measured = evaluate(model, ids, reference=reference)
+    expected = kl_div(pruned, dense, log_target=True, reduction="none").sum(-1).mean().item()
+    assert expected > 1e-4 and measured.kl == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(model.model.lm_head.weight, other)
+
+
+def test_a_head_that_was_written_to_is_refused_for_it_would_measure_against_itself() -> None:
+    model, ids = tiny_model(), tiny_batches()
+    reference = dense_reference(model, ids)
+    assert evaluate(model, ids, reference=reference).kl == 0.0
+    model.model.get_output_embeddings().weight.detach()[0] = 1.0
+    with pytest.raises(ModelError, match="the output head was written to"):
+        evaluate(model, ids, reference=reference)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,46 +2,80 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from prunezero.errors import RecipeError
-from prunezero.pruning.allocation import ALLOCATION_SUMS, ALLOCATIONS
-from prunezero.pruning.permutation import PERMUTATIONS
+from prunezero.formula.features import FEATURES, SIGNALS
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.words import WORDS, chosen
-from prunezero.pruning.recovery import RECOVERIES
-from prunezero.pruning.schedule import SCHEDULES
-from prunezero.pruning.updates.mend import UPDATE_SUMS, UPDATES
+from prunezero.scoring.request import GROUPS
 from prunezero.scoring.statistics import SUMS
 
-FUNCTIONS: dict[str, dict[str, Any]] = {
-    "allocate": ALLOCATIONS,
-    "update": UPDATES,
-    "permute": PERMUTATIONS,
-    "schedule": SCHEDULES,
-    "recover": RECOVERIES,
+# What the functions of an arrow's words are given by position.
+ARGUMENTS = {
+    "allocate": ["layers", "sparsity", "options", "evidence"],
+    "update": ["works", "options"],
+    "permute": ["scores", "pattern"],
+    "schedule": ["sparsity", "options"],
+    "recover": ["language_model", "layers", "windows", "options"],
 }
 
 
 def recipe(**choices: object) -> Recipe:
     from prunezero.pruning.recipes.documents import validated
 
-    return validated(Recipe, {"name": "mine", "criterion": "abs(W)", **choices}, "mine.yaml")
+    return validated(Recipe, {"name": "mine", "criterion": "abs(W)"} | choices, "mine.yaml")
 
 
 @pytest.mark.parametrize("arrow", sorted(WORDS))
-def test_every_word_has_a_function_and_every_function_a_word(arrow: str) -> None:
-    assert list(WORDS[arrow]) == list(FUNCTIONS[arrow])
-    assert all(row.meaning for row in WORDS[arrow].values())
+def test_every_word_names_a_function_of_its_own_that_takes_what_those_of_its_arrow_take(
+    arrow: str,
+) -> None:
+    rows = WORDS[arrow].values()
+    assert len({row.function for row in rows}) == len(rows)
+    for row in rows:
+        taken = inspect.signature(row.function).parameters.values()
+        by_position = [one.name for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD]
+        assert by_position == ARGUMENTS[arrow], row.code
 
 
-def test_sums_that_words_need_are_sums_that_exist() -> None:
-    for sums in (*ALLOCATION_SUMS.values(), *UPDATE_SUMS.values()):
-        assert sums <= set(SUMS)
-    assert set(UPDATE_SUMS) <= set(UPDATES)
-    assert set(ALLOCATION_SUMS) <= set(ALLOCATIONS)
+@pytest.mark.parametrize("arrow", sorted(WORDS))
+def test_a_row_says_what_there_is(arrow: str) -> None:
+    rows = WORDS[arrow].values()
+    assert all(row.meaning and row.sums <= SUMS.keys() and row.cost in SIGNALS for row in rows)
+    (usual,) = (word for word, row in WORDS[arrow].items() if row.is_usual)
+    of_recipe = getattr(recipe(), arrow)
+    choices = of_recipe if isinstance(of_recipe, tuple) else (of_recipe,)
+    assert [choice.word for choice in choices] == [usual]
+    for row in rows:
+        assert arrow == "update" or not (row.order or row.changes_mask or row.mends)
+        # What is mended is solved for on a mask, so masks are changed before.
+        assert not (row.changes_mask and (row.mends or row.order))
+
+
+def test_a_choice_or_feature_of_another_unit_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heads = replace(WORDS["allocate"]["owl"], units=frozenset({"head"}))
+    monkeypatch.setitem(WORDS["allocate"], "owl", heads)
+    with pytest.raises(RecipeError, match="allocate: owl is for unit head, not for weight"):
+        recipe(allocate="owl")
+    monkeypatch.setitem(FEATURES, "Y", replace(FEATURES["Y"], kinds=("head",)))
+    with pytest.raises(RecipeError, match="feature Y is for unit head, not for weight"):
+        recipe(criterion="abs(W)*Y", criteria={"mlp": "abs(W)"})
+    with pytest.raises(RecipeError, match="feature Y is for unit head"):
+        recipe(criteria={"mlp": "abs(W)*Y"})
+
+
+def test_a_group_that_is_not_known_is_told_what_competes_in_those_that_are() -> None:
+    with pytest.raises(RecipeError) as told:
+        recipe(compare="colums")
+    for word, meaning in GROUPS.items():
+        assert f"{word} ({meaning})" in str(told.value)
 
 
 @pytest.mark.parametrize("arrow", sorted(WORDS))

@@ -14,12 +14,10 @@ from prunezero.models.editing.permuting import Heads, PermutableChannels, find_p
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS, BlockWalk
 from prunezero.pruning.permutation import (
-    PERMUTATIONS,
     Orders,
     channel_order,
     permute_block,
     retained_score,
-    simulated_mask,
 )
 from prunezero.pruning.recipes.words import WORDS, chosen
 from prunezero.scoring.request import Pattern
@@ -27,6 +25,7 @@ from prunezero.scoring.selection import select
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_batches, tiny_model
 
 METHODS = ("heuristic", "assignment")
+PERMUTATIONS = WORDS["permute"]
 TWO_OF_FOUR = Pattern(2, 4)
 
 
@@ -47,10 +46,6 @@ def random_scores(seed: int, rows: int = 7, columns: int = 48, *, kind: str = "s
         scores[:, ::3] = 0.0
         return scores.abs()
     return scores.abs() if kind == "positive" else scores
-
-
-def test_the_words_of_a_recipe_are_the_methods() -> None:
-    assert PERMUTATIONS.keys() == WORDS["permute"].keys()
 
 
 @pytest.mark.parametrize("keep, of", [(1, 2), (2, 4), (3, 4), (4, 8)])
@@ -174,16 +169,6 @@ def test_what_cannot_be_ordered_is_refused() -> None:
     scores[0, 0] = float("nan")
     with pytest.raises(ScoreError, match="NaN"):
         channel_order(scores, TWO_OF_FOUR, "assignment")
-
-
-def test_a_simulated_mask_keeps_more_score_and_as_many_weights() -> None:
-    scores = random_scores(6, rows=32, kind="positive")
-    mask = simulated_mask(scores, TWO_OF_FOUR, "assignment")
-    assert bool((mask.sum(1) == 24).all())
-    order = channel_order(scores, TWO_OF_FOUR, "assignment")
-    kept = float(scores.double()[mask].sum())
-    assert kept == pytest.approx(retained_by_numpy(scores, TWO_OF_FOUR, order), rel=1e-12)
-    assert kept > retained_by_numpy(scores, TWO_OF_FOUR)
 
 
 def magnitude(layer: Linear) -> Tensor:

@@ -15,7 +15,9 @@ from prunezero.errors import ModelError, RecipeError, SelectionError
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.observing.calibration import calibrate
+from prunezero.pruning import reordering
 from prunezero.pruning.compare import RecipeRunner
+from prunezero.pruning.permutation import Orders, permute_block
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums, layer_sums
@@ -155,38 +157,42 @@ def is_two_of_four(weight: Tensor) -> bool:
 @pytest.mark.parametrize("statistics", ["dense", "sequential"])
 @pytest.mark.parametrize("word", ["heuristic", "assignment"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_folded_order_prunes_to_the_same_function_as_a_simulated_one(
-    family: str, word: str, statistics: str
+def test_a_folded_order_prunes_to_the_function_of_the_mask_put_back(
+    family: str, word: str, statistics: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense = model_of(family)
-    models = {}
-    for simulate in (False, True):
-        options = {"layers": [LAST[family]], "simulate": simulate}
-        chosen = recipe(permute={word: options}, statistics=statistics)
-        models[simulate] = pruned(model_of(family), chosen)
-    folded, simulated = models[False], models[True]
-    torch.testing.assert_close(logits_of(folded), logits_of(simulated), rtol=1e-4, atol=1e-5)
-    trio = zip(*(find_linears(model.model) for model in (dense, folded, simulated)), strict=True)
-    for before, moved, masked in trio:
-        # Simulation moves no weight; what it keeps stands where it stood.
-        kept = masked.weight != 0
-        assert torch.equal(masked.weight[kept], before.weight[kept])
-        assert is_two_of_four(moved.weight)
-        assert is_two_of_four(masked.weight) == (masked.kind != LAST[family])
+    moved: dict[str, Orders] = {}
+
+    def permuting(*arguments: Any) -> dict[str, Orders]:
+        found = permute_block(*arguments)
+        moved.update(found)
+        return found
+
+    monkeypatch.setattr(reordering, "permute_block", permuting)
+    masked = model_of(family)
+    chosen = recipe(permute={word: {"layers": [LAST[family]]}}, statistics=statistics)
+    folded = pruned(model_of(family), chosen)
+    pairs = zip(find_linears(masked.model), find_linears(folded.model), strict=True)
+    for before, after in pairs:
+        assert is_two_of_four(after.weight)
+        orders = moved.get(before.name, Orders(None, None))
+        back = put_back(after.weight, orders)
+        kept = back != 0
+        assert torch.equal(before.weight[kept], back[kept])
+        before.weight.mul_(kept)
+        assert is_two_of_four(before.weight) == (orders.inputs is None)
+    assert any(orders.inputs is not None for orders in moved.values())
+    torch.testing.assert_close(logits_of(folded), logits_of(masked), rtol=1e-4, atol=1e-5)
 
 
-def test_a_simulation_permutes_layers_that_read_the_residual_stream_too() -> None:
-    dense, model = model_of("llama"), model_of("llama")
-    known = statistics_of(dense, recipe())
-    pruned(model, recipe(permute={"assignment": {"simulate": True}}))
-    plain = pruned(model_of("llama"), recipe(permute="none"))
-    lists = (find_linears(each.model) for each in (dense, model, plain))
-    for before, masked, aligned in zip(*lists, strict=True):
-        kept = masked.weight != 0
-        assert torch.equal(masked.weight[kept], before.weight[kept])
-        assert bool((kept.sum(1) * 2 == kept.shape[1]).all()) and not is_two_of_four(masked.weight)
-        scores = score(recipe().criterion, before.weight, known[before.name]).double()
-        assert float(scores[kept].sum()) > 1.001 * float(scores[aligned.weight != 0].sum())
+def put_back(weight: Tensor, orders: Orders) -> Tensor:
+    """A weight with its channels where they were before they moved."""
+    found = weight.clone()
+    if orders.outputs is not None:
+        found[orders.outputs] = weight
+    columns = found.clone()
+    if orders.inputs is not None:
+        columns[:, orders.inputs] = found
+    return columns
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def test_a_named_layer_that_cannot_move_is_refused_with_the_reason(family: str, 
     model = model_of(family)
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     chosen = recipe("abs(W)", permute={"heuristic": {"layers": [LAST[family], kind]}})
-    complaint = rf"input channels of '.*{kind}' cannot be permuted: .*residual.*simulate: true"
+    complaint = rf"input channels of '.*{kind}' cannot be permuted: .*residual.*leave it out"
     with pytest.raises(RecipeError, match=complaint):
         prune(model, chosen)
     after = model.model.state_dict()
@@ -206,11 +212,10 @@ def test_a_named_layer_that_cannot_move_is_refused_with_the_reason(family: str, 
 def test_names_that_no_pruned_layer_bears_are_refused() -> None:
     with pytest.raises(ModelError, match="'down_prj' matches no layer; did you mean 'down_proj'"):
         prune(model_of("llama"), recipe("abs(W)", permute={"assignment": {"layers": ["down_prj"]}}))
-    for simulate in (False, True):
-        options = {"layers": ["down_proj", "o_proj"], "simulate": simulate}
-        chosen = recipe("abs(W)", permute={"assignment": options}, targets=["down_proj"])
-        with pytest.raises(ModelError, match="'o_proj' matches no layer.*'.*down_proj'"):
-            prune(model_of("llama"), chosen)
+    options = {"layers": ["down_proj", "o_proj"]}
+    chosen = recipe("abs(W)", permute={"assignment": options}, targets=["down_proj"])
+    with pytest.raises(ModelError, match="'o_proj' matches no layer.*'.*down_proj'"):
+        prune(model_of("llama"), chosen)
 
 
 def test_a_recipe_none_of_whose_layers_can_move_is_refused() -> None:

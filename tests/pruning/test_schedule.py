@@ -3,12 +3,7 @@ from __future__ import annotations
 import pytest
 
 from prunezero.pruning.recipes.word_options import Iterative, Options
-from prunezero.pruning.recipes.words import WORDS
-from prunezero.pruning.schedule import SCHEDULES, iterative, one_shot
-
-
-def test_every_word_of_a_recipe_has_its_schedule() -> None:
-    assert SCHEDULES.keys() == WORDS["schedule"].keys()
+from prunezero.pruning.schedule import iterative, one_shot
 
 
 def test_one_shot_is_one_step() -> None:

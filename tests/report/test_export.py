@@ -28,7 +28,6 @@ from prunezero.pruning.requirements import dense_sums
 from prunezero.report.export import page_parts, pruner_template
 from prunezero.report.export.kernel import write_kernel
 from prunezero.report.export.page import PrunerFields, pruner_page, write_pruner
-from prunezero.report.export.page_lines import FEATURE_LINES
 from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
@@ -211,10 +210,6 @@ def test_template_is_the_exported_wanda_but_for_its_words() -> None:
 def functions_of(text: str) -> dict[str, str]:
     kinds = (ast.FunctionDef, ast.ClassDef)
     return {node.name: ast.dump(node) for node in ast.parse(text).body if isinstance(node, kinds)}
-
-
-def test_every_feature_can_be_exported() -> None:
-    assert set(FEATURE_LINES) == set(FEATURES)
 
 
 @pytest.mark.parametrize(

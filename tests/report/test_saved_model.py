@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from prunezero.errors import OutputError
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import RecipeRunner
+from prunezero.pruning.costs import model_costs
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Testbed
@@ -45,6 +47,19 @@ def test_it_prunes_saves_and_reloads_with_equal_logits(family: str, tmp_path: Pa
     assert (head.weight.data_ptr() == embedding.weight.data_ptr()) == is_tied
     dense = tiny_testbed(family).language_model.model
     assert torch.equal(head.weight, dense.get_output_embeddings().weight)
+
+
+def test_the_report_says_what_the_pruned_model_takes(tmp_path: Path) -> None:
+    testbed = tiny_testbed()
+    dense = model_costs(testbed.language_model, tiny_batches(1, 16))
+    rows = pruned(testbed)
+    save_pruned(
+        testbed, WANDA, rows, find_linears(testbed.language_model.model), tmp_path / "pruned"
+    )
+    told = json.loads((tmp_path / "pruned" / "report.json").read_text())["costs"]
+    # Zeros make nothing smaller.
+    assert told["parameters"] == dense.parameters and told["kv_bytes"] == dense.kv_bytes
+    assert told["context"] == testbed.settings.sequence_length
 
 
 def test_a_second_save_into_the_same_folder_is_refused(tmp_path: Path) -> None:

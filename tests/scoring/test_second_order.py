@@ -14,7 +14,6 @@ from prunezero.scoring.second_order import (
     factor_of,
     forget_factors,
     inverse_factor,
-    set_damping,
     share_gram,
 )
 from prunezero.scoring.statistics import Statistics
@@ -45,7 +44,7 @@ def test_the_factor_squares_to_the_inverse() -> None:
     upper = factor.upper.double().numpy()
     assert np.all(np.tril(upper, -1) == 0)
     np.testing.assert_allclose(upper.T @ upper, expected, rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(factor.inverse_diagonal.numpy(), np.diag(expected), rtol=1e-5)
+    np.testing.assert_allclose(factor.features["V"][0].numpy(), np.diag(expected), rtol=1e-5)
     assert factor.damping == 0.01
 
 
@@ -73,7 +72,7 @@ def test_only_as_much_damping_as_needed_is_added_and_it_is_logged(
     # Restored for every try: the matrix inverted is the given one with 1e-3 added, not a sum.
     added = 1e-3 * gram.diagonal().mean() * torch.eye(256, dtype=torch.float64)
     np.testing.assert_allclose(
-        factor.inverse_diagonal.numpy(),
+        factor.features["V"][0].numpy(),
         torch.linalg.inv(gram + added).diagonal().numpy(),
         rtol=1e-4,
     )
@@ -113,7 +112,7 @@ def test_a_channel_that_was_always_zero_counts_as_a_mean_one_and_is_told() -> No
     gram[2, 2] = np.delete(np.diag(gram), 2).mean()
     gram[np.diag_indices_from(gram)] += 0.01 * np.diag(gram).mean()
     expected = np.diag(np.linalg.inv(gram))
-    np.testing.assert_allclose(factor.inverse_diagonal.numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(factor.features["V"][0].numpy(), expected, rtol=1e-5)
 
 
 def test_the_unit_of_inputs_changes_no_more_than_the_unit_of_the_factor() -> None:
@@ -155,9 +154,10 @@ def test_features_follow_the_damping_of_the_recipe() -> None:
     statistics = statistics_of(inputs, sequences=sequences // 10)
     weight = torch.ones(4, inputs.shape[-1])
     for damping in (0.01, 0.3):
-        set_damping(statistics, damping)
         expected = np.diag(np.linalg.inv(damped(inputs, damping, sequences=4)))
-        np.testing.assert_allclose(feature("V", weight, statistics)[0].numpy(), expected, rtol=1e-4)
+        np.testing.assert_allclose(
+            feature("V", weight, statistics, damping=damping)[0].numpy(), expected, rtol=1e-4
+        )
 
 
 def test_layers_with_the_same_inputs_share_one_factor_and_others_do_not() -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
-from prunezero.formula.vocabulary import FEATURES
-from prunezero.scoring.feature_values import FEATURE_VALUES, feature, needed_sums
+from prunezero.formula.vocabulary import FEATURES, SIGNALS
+from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.statistics import SUMS, Statistics, contribution
 
 OUT, IN = 3, 2
@@ -58,24 +58,31 @@ def expected_features() -> dict[str, np.ndarray]:
 
 
 def test_every_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
-    assert set(FEATURE_VALUES) == set(FEATURES)
-    assert set(expected_features()) == set(FEATURE_VALUES)
+    assert set(expected_features()) == set(FEATURES)
 
 
-@pytest.mark.parametrize("name", sorted(FEATURE_VALUES))
+def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
+    allowed = {"weight", "tokens", "sequences", *SUMS}
+    for row in FEATURES.values():
+        assert row.inputs == ("upper",) or {*row.inputs} <= allowed, row.name
+        assert {*row.sums} <= {*SUMS} and row.cost in SIGNALS
+        assert (row.cost == "none") == (not row.sums)
+
+
+@pytest.mark.parametrize("name", sorted(FEATURES))
 def test_a_feature_equals_its_definition_in_numpy(name: str) -> None:
     value = feature(name, WEIGHT, filled())
     assert value.dtype == torch.float32
     np.testing.assert_allclose(value.numpy(), expected_features()[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(FEATURE_VALUES))
+@pytest.mark.parametrize("name", sorted(FEATURES))
 def test_a_feature_has_the_shape_that_the_vocabulary_says(name: str) -> None:
     shapes = {"element": (OUT, IN), "row": (OUT, 1), "column": (1, IN), "scalar": ()}
     assert tuple(feature(name, WEIGHT, filled()).shape) == shapes[FEATURES[name].shape]
 
 
-@pytest.mark.parametrize("name", sorted(FEATURE_VALUES))
+@pytest.mark.parametrize("name", sorted(FEATURES))
 def test_a_feature_needs_no_more_sums_than_the_vocabulary_names(name: str) -> None:
     all_sums = filled()
     some = {wanted: all_sums.sums[wanted] for wanted in FEATURES[name].sums}

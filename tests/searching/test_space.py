@@ -18,7 +18,7 @@ from prunezero.searching.spaces.space_choices import signal_of
 from tests.searching.testbed import make_task
 
 # Sums that only a backward pass gives.
-GRADIENTS = {name for row in FEATURES.values() if row.signal == "gradients" for name in row.sums}
+GRADIENTS = {name for row in FEATURES.values() if row.cost == "gradients" for name in row.sums}
 
 
 def written(path: Path, **changes: Any) -> Path:

@@ -17,8 +17,9 @@ import torch
 from prunezero.errors import ScoreError
 from prunezero.formula import Criterion
 from prunezero.models.anatomy.linears import find_linears
-from prunezero.pruning.allocation import ALLOCATIONS, Evidence
+from prunezero.pruning.allocation import Evidence, table
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.word_options import Table
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
 from prunezero.searching.evaluation.evaluator import ProbeMask
@@ -286,9 +287,9 @@ def test_a_search_moves_the_shares_of_layers_that_the_model_has() -> None:
         found = _chosen(task, parent, ALONE, random.Random(seed))
         assert found is not None and found.rule.choices["compare"] == "row"
         recipe = task.recipe(found.rule, "it")
-        shares = ALLOCATIONS["table"](
-            layers, 0.5, recipe.allocate.options, Evidence({}, None, None)
-        )
+        options = recipe.allocate.options
+        assert isinstance(options, Table)
+        shares = table(layers, 0.5, options, Evidence({}, None, None))
         weights = {layer.name: layer.weight.numel() for layer in layers}
         removed = sum(shares[name] * count for name, count in weights.items())
         assert removed / sum(weights.values()) == pytest.approx(0.5)

@@ -1,26 +1,60 @@
-"""How does the dense model come back after a measurement?"""
+"""Weights that go become zeros, and the dense model comes back when the edit is left."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
+from prunezero.models.anatomy.groups import linears_of
 from prunezero.models.anatomy.linears import Linear
+from prunezero.models.editing.edit import Edit
+from prunezero.models.editing.selection import Selection
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.scoring.masking import clear
 
 
 class DenseWeights:
-    """A copy of the layers' weights and biases, to bring the dense model back afterwards."""
+    """A copy of the layers' weights and biases: within it they are edited, behind it dense again.
 
-    def __init__(self, layers: Sequence[Linear]) -> None:
+        dense = DenseWeights(find_linears(model))
+        with dense:
+            ...
+
+    It may be entered again and again; whatever ends it, the dense numbers come back.
+    """
+
+    def __init__(self, linears: Sequence[Linear]) -> None:
         self._copies = [
-            (layer, layer.weight.clone(), None if layer.bias is None else layer.bias.clone())
-            for layer in layers
+            (linear, linear.weight.clone(), None if linear.bias is None else linear.bias.clone())
+            for linear in linears
         ]
 
-    def restore(self) -> None:
-        """Write the copies back into the model; a bias that was not there before becomes zero."""
-        for layer, weight, bias in self._copies:
-            layer.weight.copy_(weight)
-            if layer.bias is not None:
-                layer.bias.copy_(bias if bias is not None else torch.zeros_like(layer.bias))
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *fault: object) -> None:
+        """Write the copies into the model; a bias that was not there before becomes zero."""
+        for linear, weight, bias in self._copies:
+            linear.weight.copy_(weight)
+            if linear.bias is not None:
+                linear.bias.copy_(bias if bias is not None else torch.zeros_like(linear.bias))
+
+
+@contextmanager
+def zeroed(language_model: LanguageModel, selection: Selection) -> Iterator[None]:
+    """Within it all weights of the units that go are 0.0; leaving it brings them back."""
+    linears = linears_of(selection.groups)
+    with DenseWeights(linears):
+        masks = selection.matrix_masks()
+        for linear in linears:
+            clear(linear.weight, masks[linear.name])
+        yield
+
+
+ZEROS = Edit(
+    zeroed,
+    "single weights cannot be taken out of a model: a zero takes as much room as any other number; "
+    "save the model with its zeros, or remove whole units",
+)

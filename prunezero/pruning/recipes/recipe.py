@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,15 +20,23 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from prunezero.errors import CriterionError, PruneZeroError, RecipeError, reason
+from prunezero.errors import (
+    CriterionError,
+    PruneZeroError,
+    RecipeError,
+    did_you_mean,
+    reason,
+)
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import costliest
+from prunezero.formula.features import FEATURES, costliest
 from prunezero.models.anatomy.patterns import fitting
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
     MOST_WORDS,
@@ -42,8 +51,6 @@ from prunezero.pruning.recipes.documents import (
 )
 from prunezero.pruning.recipes.measured_rows import check_provenance
 from prunezero.pruning.recipes.words import (
-    MENDING,
-    WORDS,
     Allocate,
     Choice,
     Permute,
@@ -52,7 +59,7 @@ from prunezero.pruning.recipes.words import (
     Update,
     chosen,
 )
-from prunezero.scoring.request import group_columns, parse_pattern
+from prunezero.scoring.request import parse_pattern
 
 STATISTICS = ("dense", "sequential")
 
@@ -95,8 +102,8 @@ class Recipe(BaseModel):
     criterion: Formula
     # formulas of some layers instead: full name, last parts of it, or re:PATTERN; none fits two
     criteria: Annotated[dict[LayerPattern, Formula], MOST_WORDS] = Field(default_factory=dict)
-    # what may be removed
-    unit: Literal["weight"] = "weight"
+    # what may be removed, one of UNITS
+    unit: str = "weight"
     # which weights compete: row, layer, model or N columns
     compare: str = "row"
     # how much each layer loses
@@ -137,10 +144,19 @@ class Recipe(BaseModel):
         check_provenance(value)
         return value
 
+    @field_validator("unit")
+    @classmethod
+    def _known_unit(cls, value: str) -> str:
+        if value not in UNITS:
+            near = did_you_mean(value, UNITS) or "."
+            raise ValueError(f"'{value}' is no kind of unit{near} Known: {', '.join(UNITS)}")
+        return value
+
     @field_validator("compare")
     @classmethod
-    def _known_group(cls, value: str) -> str:
-        return checked(group_columns, value)
+    def _known_group(cls, value: str, info: ValidationInfo) -> str:
+        kind = UNITS.get(info.data.get("unit", ""))
+        return value if kind is None else checked(partial(kind.axes_of, pattern="free"), value)
 
     @field_validator("pattern")
     @classmethod
@@ -148,10 +164,18 @@ class Recipe(BaseModel):
         return checked(parse_pattern, value)
 
     @model_validator(mode="after")
-    def _can_rank(self) -> Recipe:
-        # Ties would go from the left: a mask that looks like one and says nothing.
+    def _fits_its_unit(self) -> Recipe:
+        kind = UNITS[self.unit]
+        try:
+            competing = kind.axes_of(self.compare, self.pattern)
+            for criterion in self.formulas:
+                kind.domain.refuse(criterion)
+        except PruneZeroError as error:
+            raise ValueError(str(error)) from error
         for criterion in self.formulas:
-            if criterion.shape == "row" and (self.compare == "row" or self.pattern != "free"):
+            # Ties would go from the left: a mask that looks like one and says nothing. One number
+            # for a whole layer is refused where it is scored, by the name of the layer.
+            if criterion.shape != "scalar" and not kind.domain.ranks(criterion.shape, competing):
                 raise ValueError(
                     f"criterion {criterion.text} is the same for all weights of a row, so it "
                     "ranks nothing there; use a feature that varies along the row, or compare: "
@@ -160,30 +184,46 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _speaks_of_its_unit(self) -> Recipe:
+        for choice in self.choices:
+            if self.unit not in choice.row.units:
+                raise ValueError(
+                    f"{choice.arrow}: {choice.word} is for unit {', '.join(choice.row.units)}, not "
+                    f"for {self.unit}"
+                )
+        for name in dict.fromkeys(name for one in self.formulas for name in one.features):
+            kinds = FEATURES[name].kinds
+            if kinds and self.unit not in kinds:
+                raise ValueError(
+                    f"feature {name} is for unit {', '.join(kinds)}, not for {self.unit}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.pattern != "free" and self.allocate.word != "uniform":
+        if self.pattern != "free" and not self.allocate.is_usual:
             raise ValueError(
                 f"pattern {self.pattern} takes the same share of every layer, so it cannot be "
                 f"allocated by {self.allocate.word}; use allocate: uniform, or pattern: free"
             )
-        if self.pattern == "free" and self.permute.word != "none":
+        if self.pattern == "free" and not self.permute.is_usual:
             raise ValueError(
                 f"permute: {self.permute.word} needs an N:M pattern; with pattern: free the order "
                 "of channels changes nothing"
             )
-        if self.pattern != "free" and self.schedule.word != "one-shot":
+        if self.pattern != "free" and not self.schedule.is_usual:
             raise ValueError(
                 f"schedule: {self.schedule.word} passes through other sparsities than the one that "
                 f"pattern {self.pattern} fixes; use schedule: one-shot, or pattern: free"
             )
-        refining = {"swaps", "dsnot"} & set(self.updates)
-        if self.schedule.word != "one-shot" and refining:
+        refining = [choice.word for choice in self.update if choice.row.changes_mask]
+        if not self.schedule.is_usual and refining:
             raise ValueError(
                 f"update: {' and '.join(sorted(refining))} brings removed weights back, which "
                 f"later steps of schedule: {self.schedule.word} no longer have; use schedule: "
                 "one-shot"
             )
-        if self.compare == "model" and self.allocate.word != "uniform":
+        if self.compare == "model" and not self.allocate.is_usual:
             raise ValueError(
                 "compare: model lets all layers compete, so it says itself how much each loses; "
                 "use allocate: uniform"
@@ -205,31 +245,35 @@ class Recipe(BaseModel):
         return fitting(self.criteria, layer, self.criterion)
 
     @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What it chooses around the formula and its group, in the order of the work."""
+        return (self.allocate, *self.update, self.permute, self.schedule, self.recover)
+
+    @property
     def updates(self) -> tuple[str, ...]:
         """The words of the updates, in their order; none is no word."""
-        return tuple(choice.word for choice in self.update if choice.word != "none")
+        return tuple(choice.word for choice in self.update if not choice.is_usual)
 
     @property
     def mends(self) -> bool:
         """Whether weights that stay are solved for, so that rounding is seen in the result."""
-        return not MENDING.isdisjoint(self.updates)
+        return any(choice.row.mends for choice in self.update)
+
+    @property
+    def needs_biases(self) -> bool:
+        """Whether an update changes biases, so that all layers that are pruned must have them."""
+        return any(choice.row.needs_biases for choice in self.update)
 
     @property
     def extras(self) -> tuple[Choice, ...]:
         """The choices around the formula and its group that are not the usual ones."""
-        choices = (self.allocate, *self.update, self.permute, self.schedule, self.recover)
-        usual = ("uniform", "none", "one-shot")
-        return tuple(choice for choice in choices if choice.word not in usual)
+        return tuple(choice for choice in self.choices if not choice.is_usual)
 
     @property
     def signal(self) -> str:
         """The costliest signal that the criterion and the choices around it look at."""
-        words = {"allocate": (self.allocate,), "update": self.update, "recover": (self.recover,)}
-        signals = [
-            WORDS[arrow][choice.word].signal for arrow, found in words.items() for choice in found
-        ]
-        signals += [criterion.signal for criterion in self.formulas]
-        return costliest(signals)
+        signals = [choice.row.cost for choice in self.choices]
+        return costliest([*signals, *(criterion.signal for criterion in self.formulas)])
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

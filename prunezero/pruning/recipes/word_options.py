@@ -1,6 +1,6 @@
 """Which numbers go with the words that a recipe chooses, what do they mean, and what may they be?
 
-One class for each word that has numbers; `choices.WORDS` says where they belong.
+One class for each word that has numbers; `words.WORDS` says where they belong.
 """
 
 from __future__ import annotations
@@ -121,10 +121,6 @@ class Permutation(Options):
         default=(),
         description="layers to permute, as in `targets`; all whose order neighbours can follow, if "
         "empty",
-    )
-    simulate: bool = Field(
-        default=False,
-        description="permute masks alone, to measure; the saved model is not N:M in memory",
     )
 
 

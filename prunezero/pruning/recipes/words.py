@@ -1,15 +1,17 @@
 """What may a recipe choose at each arrow, and which numbers go with a word?
 
 A choice is a word, or a word with its numbers: `update: obs`, `allocate: {owl: {spread: 0.1}}`.
-Every row here has its function in the dict of the same words elsewhere on this floor
-(`ALLOCATIONS`, `UPDATES`, ...); a test holds the two together. No torch here, so that recipes can
-be read and listed without it.
+A row of `WORDS` is all that is known of a word but its arithmetic, which is one function elsewhere
+on this floor; whoever applies a recipe asks the row. No torch here, so that recipes can be read and
+listed without it: a row names its function, and a test holds the two together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import groupby
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, PlainSerializer, ValidationError, WithJsonSchema
@@ -30,60 +32,176 @@ from prunezero.pruning.recipes.word_options import (
     Table,
     Tune,
 )
+from prunezero.scoring.request import GROUPS
 
 
 @dataclass(frozen=True)
 class Word:
-    """One word that a recipe may choose."""
+    """One word that a recipe may choose: all that is known of it but the arithmetic."""
 
     options: type[Options]
     meaning: str
+    # where its function is, on this floor, as "module:name"
+    code: str
     # what it looks at, one of `SIGNALS` of the vocabulary
-    signal: str = "none"
+    cost: str = "none"
+    # raw sums over calibration text that it looks at, beside those of the formula
+    sums: frozenset[str] = frozenset()
+    # whether it runs calibration text through the model itself
+    needs_text: bool = False
+    # why it needs the whole model at once; nothing where one block at a time is enough
+    whole_model: str = ""
+    # whether recipes that say nothing have it
+    is_usual: bool = False
+    # what may be removed beside it: words of a recipe's `unit`
+    units: frozenset[str] = frozenset({"weight"})
+    # Of updates: a lower number stands before a higher one.
+    order: int = 0
+    # whether it brings removed weights back, which must still have their values
+    changes_mask: bool = False
+    # whether it solves for the weights that stay. What it solves is so close to singular that the
+    # rounding of sums is seen in the result.
+    mends: bool = False
+    # whether it compares with the weights before all updates
+    sees_dense: bool = False
+    # whether it needs biases in the layers
+    needs_biases: bool = False
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What does it; words with the same arrow have functions of the same arguments."""
+        module, name = self.code.split(":")
+        found: Callable[..., Any] = getattr(import_module(f"prunezero.pruning.{module}"), name)
+        return found
+
+
+_GRAM = frozenset({"gram"})
+_INPUTS = frozenset({"input_sum", "input_square_sum"})
+_NEIGHBOURS = "reorders the model as a whole"
 
 WORDS: dict[str, dict[str, Word]] = {
     "allocate": {
-        "uniform": Word(Options, "every layer loses the same fraction"),
-        "owl": Word(Owl, "blocks with more outliers lose less", "activations"),
-        "sensitivity": Word(
-            Sensitivity, "matrices with a larger trace of the Hessian lose less", "gradients"
+        "uniform": Word(
+            Options,
+            "every layer loses the same fraction",
+            "allocation:uniform",
+            is_usual=True,
         ),
-        "heavy_tail": Word(HeavyTail, "blocks with heavier-tailed spectra lose less"),
-        "table": Word(Table, "ratios by layer pattern"),
+        "owl": Word(
+            Owl,
+            "blocks with more outliers lose less",
+            "allocation:owl",
+            "activations",
+            frozenset({"input_square_sum"}),
+            whole_model="looks at all blocks before the first is pruned",
+        ),
+        "sensitivity": Word(
+            Sensitivity,
+            "matrices with a larger trace of the Hessian lose less",
+            "allocation:sensitivity",
+            "gradients",
+            needs_text=True,
+            whole_model="looks at all blocks before the first is pruned",
+        ),
+        "heavy_tail": Word(
+            HeavyTail,
+            "blocks with heavier-tailed spectra lose less",
+            "allocation:heavy_tail",
+            whole_model="looks at all blocks before the first is pruned",
+        ),
+        "table": Word(Table, "ratios by layer pattern", "allocation:table"),
     },
     "update": {
-        "none": Word(Options, "weights that stay are not changed"),
-        "obs": Word(Options, "optimal brain surgeon, column by column", "second order"),
-        "admm": Word(Admm, "kept weights are fitted again to the outputs before", "second order"),
-        "bias": Word(Options, "biases take over the mean of what was removed", "activations"),
-        "swaps": Word(Swaps, "the mask is improved by a row's best exchanges", "second order"),
-        "dsnot": Word(Dsnot, "the mask is improved by DSnoT's exchanges", "activations"),
+        "none": Word(
+            Options, "weights that stay are not changed", "updates.mend:keep", is_usual=True
+        ),
+        "obs": Word(
+            Options,
+            "optimal brain surgeon, column by column",
+            "updates.mend:obs",
+            "second order",
+            _GRAM,
+            order=1,
+            mends=True,
+        ),
+        "admm": Word(
+            Admm,
+            "kept weights are fitted again to the outputs before",
+            "updates.mend:admm",
+            "second order",
+            _GRAM,
+            order=2,
+            mends=True,
+            sees_dense=True,
+        ),
+        "bias": Word(
+            Options,
+            "biases take over the mean of what was removed",
+            "updates.mend:take_over_mean",
+            "activations",
+            frozenset({"input_sum"}),
+            order=3,
+            sees_dense=True,
+            needs_biases=True,
+        ),
+        "swaps": Word(
+            Swaps,
+            "the mask is improved by a row's best exchanges",
+            "updates.mend:swaps",
+            "second order",
+            _GRAM,
+            changes_mask=True,
+        ),
+        "dsnot": Word(
+            Dsnot,
+            "the mask is improved by DSnoT's exchanges",
+            "updates.mend:refine_by_dsnot",
+            "activations",
+            _INPUTS,
+            changes_mask=True,
+        ),
     },
     "permute": {
-        "none": Word(Options, "channels stay in their order"),
-        "heuristic": Word(Permutation, "channels are dealt out to groups by importance"),
-        "assignment": Word(Permutation, "dealt out, then improved by linear sum assignment"),
+        "none": Word(Options, "channels stay in their order", "permutation:stay", is_usual=True),
+        "heuristic": Word(
+            Permutation,
+            "channels are dealt out to groups by importance",
+            "permutation:deal_out",
+            whole_model=_NEIGHBOURS,
+        ),
+        "assignment": Word(
+            Permutation,
+            "dealt out, then improved by linear sum assignment",
+            "permutation:assign",
+            whole_model=_NEIGHBOURS,
+        ),
     },
     "schedule": {
-        "one-shot": Word(Options, "one pruning step"),
-        "iterative": Word(Iterative, "several pruning steps of growing sparsity"),
+        "one-shot": Word(Options, "one pruning step", "schedule:one_shot", is_usual=True),
+        "iterative": Word(
+            Iterative,
+            "several pruning steps of growing sparsity",
+            "schedule:iterative",
+            whole_model="prunes the model several times",
+        ),
     },
     "recover": {
-        "none": Word(Options, "no training"),
-        "tune": Word(Tune, "short fine-tuning with the mask held", "gradients"),
+        "none": Word(Options, "no training", "recovery:no_training", is_usual=True),
+        "tune": Word(
+            Tune,
+            "short fine-tuning with the mask held",
+            "recovery:tune",
+            "gradients",
+            needs_text=True,
+            whole_model="trains all blocks together",
+        ),
     },
 }
 
 
 # Choices that are a word or a number alone, for those who ask what there is.
 PLAIN_WORDS = {
-    "compare": {
-        "row": "weights of one output compete",
-        "layer": "all weights of a matrix compete",
-        "model": "all weights of the model compete",
-        "N columns": "in each row, N neighbouring weights compete, such as 128 columns",
-    },
+    "compare": GROUPS,
     "pattern": {
         "free": "zeros may stand anywhere",
         "N:M": "N of every M neighbouring weights are kept, such as 2:4",
@@ -97,20 +215,25 @@ PLAIN_WORDS = {
     },
 }
 
-# What must stand before what: the mask is settled among dense weights, then weights are mended, and
-# biases take over what is left.
-ORDER = {"swaps": 0, "dsnot": 0, "obs": 1, "admm": 2, "bias": 3}
-# Updates that solve for the weights that stay. What they solve is so close to singular that the
-# rounding of sums is seen in the result.
-MENDING = frozenset({"obs", "admm"})
-
 
 @dataclass(frozen=True)
 class Choice:
     """A word with its numbers."""
 
+    # the recipe's key, such as update
+    arrow: str
     word: str
     options: Options
+
+    @property
+    def row(self) -> Word:
+        """All that is known of the word."""
+        return WORDS[self.arrow][self.word]
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is what recipes have that say nothing."""
+        return self.row.is_usual
 
     @property
     def text(self) -> str:
@@ -140,7 +263,7 @@ def chosen(arrow: str, value: object) -> Choice:
         near = did_you_mean(str(word), WORDS[arrow]) or "."
         raise ValueError(f"'{word}' is not a known word{near} Known: {', '.join(WORDS[arrow])}")
     try:
-        return Choice(word, WORDS[arrow][word].options.model_validate(numbers or {}))
+        return Choice(arrow, word, WORDS[arrow][word].options.model_validate(numbers or {}))
     except ValidationError as error:
         known = WORDS[arrow][word].options.model_fields
         faults = "; ".join(_fault(word, fault, known) for fault in error.errors())
@@ -164,13 +287,17 @@ def chain(value: object) -> tuple[Choice, ...]:
     words = [choice.word for choice in choices]
     if len(set(words)) < len(words) or ("none" in words and len(words) > 1) or not words:
         raise ValueError(f"each update may stand once, and none alone, but got {words}")
-    places = [ORDER.get(word, 0) for word in words]
+    places = [choice.row.order for choice in choices]
     if places != sorted(places):
-        raise ValueError(
-            "updates stand in the order swaps or dsnot (they choose among dense weights), obs, "
-            f"admm, bias, but got {words}"
-        )
+        raise ValueError(f"updates stand in the order {_order_of_updates()}, but got {words}")
     return choices
+
+
+def _order_of_updates() -> str:
+    """The mask is settled among dense weights, then weights are mended, then biases follow."""
+    rows = [(row.order, word) for word, row in WORDS["update"].items() if not row.is_usual]
+    groups = groupby(sorted(rows, key=lambda row: row[0]), key=lambda row: row[0])
+    return ", ".join(" or ".join(word for _, word in group) for _, group in groups)
 
 
 def spelled_chain(choices: tuple[Choice, ...]) -> Any:

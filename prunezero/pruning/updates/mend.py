@@ -1,13 +1,14 @@
 """How are the weights that stay mended, once a mask is chosen, and how does a mask get better?
 
 Updates of a recipe run in their order, on the layers that read the same inputs together; each finds
-masks and weights as the one before left them. What a mask removes is exactly +0.0 in the end.
+masks and weights as the one before left them. What a mask removes is exactly +0.0 in the end. Every
+function of a word at `update` takes such layers and the word's numbers, and changes both in place.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,9 +52,11 @@ class Work:
     """bool `[out, in]`, True = keep; None as long as nobody asked for it"""
 
     def __post_init__(self) -> None:
-        # Biases take over all changes, whoever made them; a fit is to the dense outputs.
-        asked = {"bias"} if "obs" not in self.recipe.updates else {"bias", "admm"}
-        self._before = self.weight.clone() if asked & set(self.recipe.updates) else None
+        # An update that looks back at the dense weights finds them changed by others before it.
+        rows = [choice.row for choice in self.recipe.update]
+        first = next((place for place, row in enumerate(rows) if row.mends), len(rows))
+        looks_back = any(row.sees_dense for row in rows[first + 1 :])
+        self._before = self.weight.clone() if looks_back else None
 
     @property
     def criterion(self) -> Criterion:
@@ -81,6 +84,7 @@ class Work:
                 self.sparsity,
                 compare=self.recipe.compare,
                 pattern=self.recipe.pattern,
+                damping=self.recipe.damping,
                 layer=self.layer.name,
             )
         return self.mask
@@ -91,9 +95,10 @@ class Work:
         return self.weight if self._before is None else self._before
 
     def change_in_output_mean(self) -> Tensor:
-        """How far the mean output `[out]` fell by all changes to the weight, float32."""
+        """How far the mean output `[out]` falls by all changes to the weight, float32."""
         mean = feature("X_mean", self.weight, self.statistics)[0]
-        return (self.dense_weight.float() - self.weight.float()) @ mean
+        kept = self.weight.masked_fill(~self.settled_mask(), 0.0)
+        return (self.dense_weight.float() - kept.float()) @ mean
 
 
 def mend(works: Sequence[Work]) -> None:
@@ -107,7 +112,7 @@ def mend(works: Sequence[Work]) -> None:
         FactorizationError: as `factor_of`.
     """
     for choice in works[0].recipe.update:
-        UPDATES[choice.word](works, choice.options)
+        choice.row.function(works, choice.options)
     for work in works:
         clear(work.weight, work.settled_mask())
         _refuse_not_finite(work)
@@ -132,7 +137,13 @@ def obs(works: Sequence[Work], options: Any) -> None:
     else:
         for work in works:
             # What ranks nothing, or is not finite, is told of the whole layer at once.
-            score(work.criterion, work.weight, work.statistics, layer=work.layer.name)
+            score(
+                work.criterion,
+                work.weight,
+                work.statistics,
+                damping=recipe.damping,
+                layer=work.layer.name,
+            )
         choose = _chooser(works)
     for work in works:
         _refuse_not_finite(work)
@@ -163,8 +174,9 @@ def _chooser(works: Sequence[Work]) -> Choose:
 
 
 def _scored_by(work: Work) -> Choose:
-    scores_of = ColumnScores(work.criterion, work.weight, work.statistics)
-    pattern = parse_pattern(work.recipe.pattern)
+    recipe = work.recipe
+    scores_of = ColumnScores(work.criterion, work.weight, work.statistics, damping=recipe.damping)
+    pattern = parse_pattern(recipe.pattern)
 
     def choose(weight: Tensor, start: int, stop: int) -> Tensor:
         scores = scores_of(weight, start, stop)
@@ -214,7 +226,6 @@ def refine_by_dsnot(works: Sequence[Work], options: Any) -> None:
 def take_over_mean(works: Sequence[Work], options: Any) -> None:
     """Add to the layers' biases what their outputs lose on average."""
     for work in works:
-        work.weight.masked_fill_(~work.settled_mask(), 0.0)
         compensate(work.layer, work.change_in_output_mean())
 
 
@@ -233,22 +244,3 @@ def _named(work: Work) -> Iterator[None]:
         yield
     except StatisticsError as error:
         raise type(error)(f"layer {work.layer.name}: {error}") from error
-
-
-# By the recipe's word.
-UPDATES: dict[str, Callable[[Sequence[Work], Any], None]] = {
-    "none": keep,
-    "obs": obs,
-    "admm": admm,
-    "bias": take_over_mean,
-    "swaps": swaps,
-    "dsnot": refine_by_dsnot,
-}
-# Sums of the layer's inputs that an update needs beside those of the criterion.
-UPDATE_SUMS: dict[str, frozenset[str]] = {
-    "obs": frozenset({"gram"}),
-    "admm": frozenset({"gram"}),
-    "swaps": frozenset({"gram"}),
-    "dsnot": frozenset({"input_sum", "input_square_sum"}),
-    "bias": frozenset({"input_sum"}),
-}

@@ -19,7 +19,7 @@ from prunezero.formula.code import split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, Feature
 from prunezero.report.export.page import PrunerFields, paragraphs
-from prunezero.report.export.page_lines import FEATURE_LINES
+from prunezero.report.export.page_lines import feature_lines
 from prunezero.report.export.page_text import check_page
 from prunezero.scoring.kernels.source import Plan, plan
 
@@ -159,9 +159,10 @@ def _given(criterion: Criterion) -> list[Feature]:
 def _before(criterion: Criterion, planned: Plan) -> list[str]:
     """The torch lines between features and kernel."""
     lines = [
-        f"{name} = {FEATURE_LINES[name]}"
+        line
         for name in criterion.features
         if name != "W" and not FEATURES[name].sums
+        for line in feature_lines(name)
     ]
     read = {argument for step in split_steps(criterion).before for argument in step.arguments}
     lines += [

@@ -18,7 +18,7 @@ from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.pruning.recipes.recipe import with_patterns
-from prunezero.report.export.page_lines import FEATURE_LINES, PREPARATION, SUM_LINES
+from prunezero.report.export.page_lines import SUM_LINES, feature_lines
 from prunezero.report.export.page_text import check_page, exchange, parts
 from prunezero.report.quoting import python_docstring, python_string, python_strings
 
@@ -124,10 +124,7 @@ def no_page(fields: PrunerFields) -> str:
             f"{fields.name} has statistics: {fields.statistics}, but a one-page pruner looks at "
             "the dense model alone; add --statistics dense to export it so"
         )
-    unknown = [name for name in _features(fields) if name not in FEATURE_LINES]
-    return (
-        f"{fields.name} uses the feature {unknown[0]}, which has no export yet" if unknown else ""
-    )
+    return ""
 
 
 def _features(fields: PrunerFields) -> list[str]:
@@ -145,9 +142,7 @@ def _score_body(fields: PrunerFields) -> list[str]:
 
 
 def _score_lines(criterion: Criterion) -> list[str]:
-    lines = []
-    for name in criterion.features:
-        lines += [*PREPARATION.get(name, ()), f"{name} = {FEATURE_LINES[name]}"]
+    lines = [line for name in criterion.features for line in feature_lines(name)]
     return [*dict.fromkeys(lines), *torch_lines(criterion), "return score"]
 
 

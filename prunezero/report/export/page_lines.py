@@ -1,41 +1,19 @@
 """The lines of an exported page, by the features and sums that its formula looks at.
 
-They are the engine's own arithmetic, without the engine; a test runs both on every feature.
+Features are computed by the torch text of their rows; what a sum adds is the engine's arithmetic,
+and a test runs both.
 """
 
-# How a feature follows from the weight and the sums: the same arithmetic as in the engine.
-FEATURE_LINES = {
-    "W": "weight.float()",
-    "R1": "weight.abs().sum(1, keepdim=True, dtype=torch.float64).float()",
-    "C1": "weight.abs().sum(0, keepdim=True, dtype=torch.float64).float()",
-    "R2": "torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64).float()",
-    "C2": "torch.linalg.vector_norm(weight, dim=0, keepdim=True, dtype=torch.float64).float()",
-    "X": '(stats["input_square_sum"] / stats["sequences"]).sqrt().float()[None]',
-    "X_ms": '(stats["input_square_sum"] / stats["tokens"]).float()[None]',
-    "X_rms": '(stats["input_square_sum"] / stats["tokens"]).sqrt().float()[None]',
-    "X_mean": '(stats["input_sum"] / stats["tokens"]).float()[None]',
-    "X_var": "variance.clamp(min=0.0).float()[None]",
-    "Y": '(stats["output_square_sum"] / stats["sequences"]).sqrt().float()[:, None]',
-    "G": 'stats["gradient_square_sum"].sqrt()',
-    "G1": 'stats["gradient_absolute_sum"]',
-    "F": 'stats["token_gradient_square_sum"].sqrt()',
-    "D": '(stats["output_gradient_square_sum"] / stats["tokens"]).sqrt().float()[:, None]',
-    "H": '(stats["gram"].diagonal() / stats["sequences"])[None]',
-    "V": "upper.square().sum(0).float()[None]",
-    "U": "upper.diagonal().float()[None]",
-}
-# Lines that must come before a feature's own.
-_FACTOR = ("upper = inverse_factor(stats, DAMPING)",)
-PREPARATION = {
-    "V": _FACTOR,
-    "U": _FACTOR,
-    "X_var": (
-        'mean = stats["input_sum"] / stats["tokens"]',
-        'variance = stats["input_square_sum"] / stats["tokens"] - mean.square()',
-    ),
-}
-# Functions of `page_parts.py` that these lines call, by the feature that needs them.
-HELPERS = {name: ("inverse_factor", "inverse_of_upper") for name in ("V", "U")}
+from __future__ import annotations
+
+import re
+
+from prunezero.formula.features import FEATURES
+
+# Names that a feature's text reads, and how a page makes them.
+_MADE = {"upper": "inverse_factor(stats, DAMPING)"}
+# Functions of `page_parts.py` that make them.
+HELPERS = {"upper": ("inverse_factor", "inverse_of_upper")}
 # What one sequence adds to a sum, by the values that it is made from.
 SUM_LINES = {
     "inputs": {
@@ -53,3 +31,15 @@ SUM_LINES = {
         "gradient_absolute_sum": "g.float().abs()",
     },
 }
+
+
+def feature_lines(name: str) -> list[str]:
+    """The lines that give a feature its value, from `weight` and the `stats` of a layer."""
+    row = FEATURES[name]
+    line = row.line
+    for read in {*row.inputs} - {"weight", *_MADE}:
+        line = re.sub(rf"\b{read}\b", f'stats["{read}"]', line)
+    return [
+        *(f"{made} = {_MADE[made]}" for made in row.inputs if made in _MADE),
+        f"{name} = {line}",
+    ]

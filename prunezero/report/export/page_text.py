@@ -9,6 +9,7 @@ from textwrap import indent
 from typing import Any
 
 from prunezero.errors import OutputError
+from prunezero.formula.features import FEATURES
 from prunezero.report.export.page_lines import HELPERS
 
 PARTS = Path(__file__).with_name("page_parts.py")
@@ -22,7 +23,8 @@ _IMPORTS = {
 def parts(features: Sequence[str]) -> list[str]:
     """The lines of the functions of `page_parts.py`, but for those that no feature needs."""
     source = PARTS.read_text(encoding="utf-8")
-    needed = {part for name in features for part in HELPERS.get(name, ())}
+    read = {made for name in features for made in FEATURES[name].inputs}
+    needed = {part for made in read for part in HELPERS.get(made, ())}
     idle = {part for parts in HELPERS.values() for part in parts} - needed
     found = []
     for node in ast.parse(source).body:

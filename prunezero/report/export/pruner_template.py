@@ -38,7 +38,7 @@ EQUAL_IN_ROWS = False  # whether a formula gives one score to all weights of a r
 def score(weight: Tensor, stats: dict[str, Any], layer: str = "") -> Tensor:
     """How much each weight matters, float32, broadcastable to [out, in]; the lowest go first."""
     W = weight.float()
-    X = (stats["input_square_sum"] / stats["sequences"]).sqrt().float()[None]
+    X = (stats["input_square_sum"] / stats["sequences"]).sqrt()[None].float()
     score = torch.abs(W) * X
     return score
 

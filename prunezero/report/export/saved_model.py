@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from prunezero.models.loading.source import Source
 from prunezero.models.saving.companions import places_of_companions
 from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
 from prunezero.pruning.compare import finite_row
+from prunezero.pruning.costs import Costs, model_costs
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import FILES_BESIDE
 from prunezero.pruning.testbed import Testbed
@@ -24,18 +26,23 @@ from prunezero.scoring.masking import count_zeros
 
 
 def files_beside(
-    language_model: LanguageModel, recipe: Recipe, rows: Sequence[Mapping[str, Any]]
+    language_model: LanguageModel,
+    recipe: Recipe,
+    rows: Sequence[Mapping[str, Any]],
+    costs: Costs | None = None,
 ) -> dict[str, str]:
     """What we put beside the weights of a pruned model, text by the names of `FILES_BESIDE`.
 
     Args:
         language_model: its name and source count; the card keeps the licence of that.
         rows: results of the dense and of the pruned model.
+        costs: what the pruned model takes; None where it is not in memory as a whole.
     """
     model = language_model.name
     plain = [finite_row(row) for row in rows]
     results = [{**row, "method": row["recipe"], "model": model} for row in plain]
     licence, note = _terms(language_model.source)
+    report = {"rows": plain} | ({} if costs is None else {"costs": asdict(costs)})
     return {
         "README.md": model_card(
             model,
@@ -47,7 +54,7 @@ def files_beside(
             note=note,
         ),
         "recipe.yaml": recipe.to_yaml(),
-        "report.json": json.dumps({"rows": plain}, indent=2, allow_nan=False) + "\n",
+        "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
     }
 
 
@@ -82,7 +89,8 @@ def save_pruned(
     Raises:
         OutputError: the folder cannot be written, or the files do not hold what is in memory.
     """
-    files = files_beside(testbed.language_model, recipe, rows)
+    costs = model_costs(testbed.language_model, testbed.windows("validation")[:1])
+    files = files_beside(testbed.language_model, recipe, rows, costs)
     save_model(testbed.language_model, folder, files=files)
     saved = count_sparsity(folder, stored_layers(testbed.language_model, layers, folder))
     in_memory = sum(count_zeros(layer.weight) for layer in layers)

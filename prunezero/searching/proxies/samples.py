@@ -6,7 +6,7 @@ Layers of one shape are kept as a stack, so that a formula is computed on all of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.anatomy.patterns import fits
 from prunezero.scoring.feature_values import feature, needed_sums
+from prunezero.scoring.second_order import DAMPING, OF_FACTOR
 from prunezero.scoring.statistics import Statistics
 
 # Its share of the Fisher information weighs the error of an output.
@@ -33,6 +34,8 @@ class Sample:
     """`[in, in]`; None where only masks are asked for"""
     row_weights: Tensor
     """mean square of the loss gradient at each sampled output, `[rows]`; ones without gradients"""
+    damped: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    """by damping, the features that depend on it; `features` has them as of the usual one"""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,18 @@ class Stack:
     """of all layers, by `grams_of`; empty where only masks are asked for"""
     row_weights: Tensor
     """`[layers, rows]`"""
+    damped: Mapping[float, Mapping[str, Tensor]] = field(default_factory=dict)
+    """by damping, the features that depend on it; `features` has them as of the usual one"""
+
+    def at_damping(self, damping: float) -> Stack:
+        """The same, with the features that depend on it as of a recipe's damping.
+
+        Raises:
+            KeyError: it is none of those that were sampled.
+        """
+        if damping == DAMPING or self.features.keys().isdisjoint(OF_FACTOR):
+            return self
+        return replace(self, features={**self.features, **self.damped[damping]})
 
     @property
     def weight(self) -> Tensor:
@@ -125,13 +140,18 @@ def stacked(samples: Sequence[Sample]) -> list[Stack]:
 def _stack(samples: Sequence[Sample]) -> Stack:
     return Stack(
         tuple(sample.name for sample in samples),
-        {
-            name: torch.stack([sample.features[name] for sample in samples])
-            for name in samples[0].features
-        },
+        _stacked_features([sample.features for sample in samples]),
         grams_of([sample.gram for sample in samples if sample.gram is not None]),
         torch.stack([sample.row_weights for sample in samples]),
+        {
+            damping: _stacked_features([sample.damped[damping] for sample in samples])
+            for damping in samples[0].damped
+        },
     )
+
+
+def _stacked_features(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def rung_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[str]:
@@ -144,6 +164,7 @@ def sample_rows(
     statistics: Mapping[str, Statistics],
     features: Sequence[str],
     *,
+    dampings: Iterable[float] = (),
     share: float = 0.04,
     seed: int = 0,
 ) -> list[Sample]:
@@ -155,6 +176,7 @@ def sample_rows(
     over layers changes by less than one part in ten thousand (one layer's by up to 0.3 %).
 
     Args:
+        dampings: of recipes, where others than the usual one are asked for.
         share: fraction of the rows of a layer; at least 8 rows are taken.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -171,6 +193,14 @@ def sample_rows(
             name: value[rows].contiguous() if value.shape[0] > 1 else value
             for name, value in values.items()
         }
+        damped = {
+            damping: {
+                name: feature(name, weight, known, damping=damping)
+                for name in OF_FACTOR
+                if name in features
+            }
+            for damping in {*dampings} - {DAMPING}
+        }
         alike = torch.ones(weight.shape[0], device=weight.device)
         squares = known.sums.get(ROW_WEIGHTS, alike)[rows].float() / known.tokens
         # Layers that read the same inputs, as q, k and v do, hold one matrix.
@@ -178,7 +208,7 @@ def sample_rows(
         if read is None or read.shape != gram.shape or not torch.equal(read, gram):
             read = gram
             kept = gram.bfloat16() if weight.dtype == torch.bfloat16 else gram
-        samples.append(Sample(layer.name, sampled, kept, squares))
+        samples.append(Sample(layer.name, sampled, kept, squares, damped))
     return samples
 
 
@@ -207,6 +237,7 @@ def probe_of(
             },
             None,
             sample.row_weights[:rows],
+            sample.damped,
         )
         for sample in samples
         if sample.name in chosen

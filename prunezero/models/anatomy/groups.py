@@ -1,0 +1,157 @@
+"""Group and Member: units that may go, and the parts of weight matrices that go with each.
+
+A unit is whatever leaves a model as one: a single weight, or a neuron with its row of one matrix
+and its column of the next. Units of one place form a group. A unit's part of one matrix is a
+member; turned so that units are rows, members of all kinds look alike:
+
+    down_proj [out, in], one column a neuron    ->  [neurons, out]
+    q_proj [out, in], `width` rows a head       ->  [heads, width * in]
+    any matrix, where each weight is a unit     ->  [out, in]
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+from prunezero.errors import SelectionError
+
+if TYPE_CHECKING:
+    from prunezero.models.anatomy.linears import Linear
+
+# What a matrix does for the units of a group: their rows make them, or their columns read them.
+Role = Literal["producer", "consumer"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part of one weight matrix that goes with the units of a group."""
+
+    linear: Linear
+    """its weight is [out, in]"""
+    role: Role
+    """what the matrix does for the units"""
+    units: int
+    """how many units have a part in it"""
+    start: int = 0
+    """its first row or column that belongs to a unit; fused matrices hold several members"""
+    width: int = 1
+    """neighbouring rows or columns of one unit: 1, or the size of a head"""
+
+    @property
+    def axis(self) -> int:
+        """The axis of the weight along which units lie: 0 where rows make them, else 1."""
+        return 0 if self.role == "producer" else 1
+
+    @property
+    def rest(self) -> int:
+        """How many weights of the matrix belong to one unit."""
+        return self.width * self.linear.weight.shape[1 - self.axis]
+
+    def oriented(self, values: Tensor) -> Tensor:
+        """Values [out, in] of the matrix, turned so that each unit is a row: [units, rest]."""
+        return self._turned(values).reshape(self.units, self.rest)
+
+    def mask(self, kept: Tensor) -> Tensor:
+        """The mask of the matrix, bool [out, in], in which the parts of units stay or go.
+
+        Args:
+            kept: bool, True = stays: [units], or [units, rest] for each weight by itself. What
+                belongs to no unit stays.
+        """
+        mask = kept.new_ones(self.linear.weight.shape)
+        part = self._turned(mask)
+        rows = kept.reshape(self.units, -1).expand(self.units, self.rest)
+        part.copy_(rows.reshape(part.shape))
+        return mask
+
+    def _turned(self, values: Tensor) -> Tensor:
+        part = values.narrow(self.axis, self.start, self.units * self.width)
+        return part if self.axis == 0 else part.T
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one place in a model, which compete among themselves or with those of others."""
+
+    name: str
+    """such as model.layers.3.mlp; for single weights, that of their linear map"""
+    block: int
+    """index of the decoder block it is in"""
+    kind: str
+    """what its units are, a word of `unit`"""
+    shape: tuple[int, ...]
+    """of its scores: (units,), or (out, in) where every weight is a unit"""
+    members: tuple[Member, ...]
+    """all that goes when one of its units goes"""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """what one unit costs, by measure; units themselves cost 1"""
+    least: int = 0
+    """units that stay in any case: a block without one computes nothing"""
+    multiple_of: int = 1
+    """the number of units that stay is a multiple of this, for the sake of kernels"""
+    is_protected: bool = False
+    """whether nothing may go"""
+
+    @property
+    def units(self) -> int:
+        """How many units it has."""
+        return math.prod(self.shape)
+
+    def cost_of(self, measure: str) -> float:
+        """What one unit costs in a measure.
+
+        Raises:
+            SelectionError: removing such units saves nothing of that kind.
+        """
+        costs = {"units": 1.0, **self.cost}
+        if measure not in costs:
+            raise SelectionError(
+                f"removing a {self.kind} of {self.name} saves no {measure}; a budget for it may be "
+                f"in {', '.join(costs)}"
+            )
+        return costs[measure]
+
+
+def linears_of(groups: Sequence[Group]) -> list[Linear]:
+    """The linear maps that the groups' units have a part in, each once."""
+    found = (member.linear for group in groups for member in group.members)
+    return list({linear.name: linear for linear in found}.values())
+
+
+def weight_groups(linears: Sequence[Linear]) -> list[Group]:
+    """Each matrix as a group whose units are its single weights."""
+    return [
+        Group(
+            name=linear.name,
+            block=linear.block,
+            kind="weight",
+            shape=tuple(linear.weight.shape),
+            members=(Member(linear, "producer", units=linear.weight.shape[0]),),
+            cost={"weights": 1.0},
+        )
+        for linear in linears
+    ]
+
+
+def unit_cost(members: Sequence[Member], *, cached: Sequence[Member] = ()) -> dict[str, float]:
+    """What goes for good with one unit of some members, by measure.
+
+    Weights; parameters, which are weights and the biases of rows; for each token FLOPs, two for
+    each weight, and bytes of keys and values, where there are any.
+
+    Args:
+        cached: members whose rows make the keys and values that later tokens read.
+    """
+    weights = sum(member.rest for member in members)
+    made = (member for member in members if member.role == "producer")
+    biases = sum(member.width for member in made if member.linear.bias is not None)
+    cost = {"weights": weights, "parameters": weights + biases, "flops": 2 * weights}
+    if cached:
+        held = (member.width * member.linear.weight.element_size() for member in cached)
+        cost["kv bytes"] = sum(held)
+    return {measure: float(amount) for measure, amount in cost.items()}

@@ -1,0 +1,88 @@
+"""Costs: what a model takes in parameters, FLOPs and bytes of keys and values, counted on itself.
+
+Zeros change none of it, smaller tensors all of it. Nothing is computed from a configuration: its
+tensors are counted, and one window goes through it while torch counts the matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunezero.models.anatomy.groups import Group
+from prunezero.models.loading.language_model import LanguageModel
+
+# Tokens of the window; what attention costs grows with their number.
+CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one model takes."""
+
+    parameters: int
+    """numbers that it has learned; a shared tensor counts once"""
+    parameters_without_embeddings: int
+    """those outside of embeddings and output head"""
+    flops: float
+    """multiplications and additions of its matrix products for each token, output head included,
+    where every token attends to all of the context, as is usual to count"""
+    kv_bytes: float
+    """bytes of keys and values that it holds for each token of the context"""
+    context: int
+    """tokens of the window that FLOPs and bytes are means over"""
+
+
+def model_costs(language_model: LanguageModel, ids: Tensor) -> Costs:
+    """What the model takes as it is.
+
+    Args:
+        ids: token ids [1, length], of which the first CONTEXT are used: text decides what a mixture
+            of experts computes.
+    """
+    model = language_model.model
+    ids = ids[:, :CONTEXT].to(language_model.device)
+    context = ids.shape[1]
+    # Fused attention is one call whose products the counter does not know on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        cache = model(ids, use_cache=True).get("past_key_values")
+    return Costs(
+        parameters=_count(model.parameters()),
+        parameters_without_embeddings=_count(_without_embeddings(model)),
+        flops=counter.get_total_flops() / context,
+        kv_bytes=_bytes_held(cache) / context,
+        context=context,
+    )
+
+
+def group_cost(group: Group, measure: str) -> float:
+    """What all units of a group take together.
+
+    Raises:
+        SelectionError: removing such units saves nothing of that kind.
+    """
+    return group.cost_of(measure) * group.units
+
+
+def _without_embeddings(model: Any) -> list[Tensor]:
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    outside = {id(one) for table in tables for one in table.parameters()}
+    outside |= {id(one) for one in model.get_output_embeddings().parameters()}
+    return [one for one in model.parameters() if id(one) not in outside]
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _bytes_held(cache: Any) -> int:
+    """Bytes of the keys and values of all layers; none where a model has no such cache."""
+    layers = getattr(cache, "layers", ())
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    return sum(one.numel() * one.element_size() for one in held if isinstance(one, Tensor))

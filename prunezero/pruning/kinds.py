@@ -1,0 +1,128 @@
+"""UnitKind: what may be removed from a model, one row for each word of a recipe's `unit`.
+
+    formula -> scores -> selection -> edit -> measured model
+
+Whatever goes, weights or whole parts of a network, goes this way; a row says what is particular to
+one kind: the table that its formulas see, how its groups are found in a model, who competes with
+whom, who chooses, and how the chosen are taken out. No torch here, so that recipes can be read and
+listed without it: the three functions of a row are named, and found when they are first called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prunezero.errors import RecipeError
+from prunezero.formula.domains import DOMAINS, Domain
+from prunezero.scoring.request import group_columns
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunezero.models.anatomy.groups import Group
+    from prunezero.models.anatomy.linears import Linear
+    from prunezero.models.editing.edit import Edit
+    from prunezero.models.editing.selection import Selection
+    from prunezero.pruning.budget import Budget
+
+
+@dataclass(frozen=True)
+class UnitKind:
+    """One kind of thing that may be removed, and all that is particular to it."""
+
+    word: str
+    """as a recipe spells it"""
+    meaning: str
+    """what one unit is"""
+    domain: Domain
+    """the table that a formula sees"""
+    compare: Mapping[str, tuple[str, ...]]
+    """by word of a comparison group, N:M patterns among them: axes of the domain along which the
+    units lie that compete"""
+    baselines: tuple[str, ...]
+    """published recipes that a search over such units is measured against"""
+    reference: str
+    """the formula that stands for them all where one is enough"""
+    finder: str
+    """module:function of `groups`"""
+    selector: str
+    """module:function of `select`"""
+    editor: str
+    """module:name of `edit`"""
+
+    def groups(self, linears: Sequence[Linear]) -> list[Group]:
+        """The groups of such units in some linear maps of a model, in the order of the model."""
+        find: Callable[[Sequence[Linear]], list[Group]] = _found(self.finder)
+        return find(linears)
+
+    def select(
+        self,
+        groups: Sequence[Group],
+        scores_of: Callable[[Group], Tensor],
+        budget: Budget,
+        *,
+        compare: str,
+    ) -> Selection:
+        """The units that stay of groups that have one budget together; lowest scores go.
+
+        A group that an update chooses from, unit after unit while it mends, is left out.
+
+        Raises:
+            SelectionError: the budget fits no selection.
+            ScoreError: scores rank nothing.
+        """
+        choose: Callable[..., Selection] = _found(self.selector)
+        return choose(groups, scores_of, budget, compare=compare)
+
+    @property
+    def edit(self) -> Edit:
+        """How a selection is taken out of a model."""
+        edit: Edit = _found(self.editor)
+        return edit
+
+    def axes_of(self, compare: str, pattern: str) -> tuple[str, ...]:
+        """Axes of the domain along which the units lie that compete.
+
+        Raises:
+            RecipeError, SelectionError: such units know no such group, or no such pattern.
+        """
+        word = "N:M" if pattern != "free" else compare
+        if pattern == "free" and "N columns" in self.compare and group_columns(compare):
+            word = "N columns"
+        if word not in self.compare:
+            chosen = f"compare: {compare}" if pattern == "free" else f"pattern: {pattern}"
+            raise RecipeError(
+                f"{chosen} says nothing of unit: {self.word}; known: {', '.join(self.compare)}"
+            )
+        return self.compare[word]
+
+
+def _found(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+_ROWS = (
+    UnitKind(
+        word="weight",
+        meaning="a single weight of a linear map",
+        domain=DOMAINS["matrix"],
+        compare={
+            "row": ("input",),
+            "layer": ("output", "input"),
+            "model": ("output", "input"),
+            "N columns": ("output", "input"),
+            "N:M": ("input",),
+        },
+        baselines=("magnitude", "wanda", "ria", "gblm", "pruner_zero", "sparsegpt", "admm"),
+        reference="abs(W)*X",
+        finder="prunezero.models.anatomy.groups:weight_groups",
+        selector="prunezero.pruning.selecting:select_weights",
+        editor="prunezero.models.editing.zeroing:ZEROS",
+    ),
+)
+
+UNITS: dict[str, UnitKind] = {row.word: row for row in _ROWS}
