@@ -18,7 +18,7 @@ def judged(
     from prunezero.cli.tables import Bars, print_results, say, say_conditions
     from prunezero.pruning.compare import SPLITS
     from prunezero.report.export.page import no_page
-    from prunezero.report.runs.folder import pruner_fields, write_winner
+    from prunezero.report.runs.folder import write_winner
     from prunezero.report.tracking.search_records import tracked_rows, tracked_winner
     from prunezero.searching import session as sessions
     from prunezero.searching.experiment.baselines import baselines, published_equivalent
@@ -51,7 +51,7 @@ def judged(
         say(f"it ranks weights as the published {twin} does")
     say(_verdict(rows))
     say(f"recipe: {folder / 'recipe.yaml'}")
-    reason = no_page(pruner_fields(recipe))
+    reason = no_page(recipe)
     say(f"no pruner page: {reason}" if reason else f"pruner: {folder / 'pruner.py'}")
     return rows
 

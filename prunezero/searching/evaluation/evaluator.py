@@ -43,7 +43,7 @@ from prunezero.searching.proxies.matrix import (
 from prunezero.searching.proxies.samples import Stack, rung_sums
 
 # Keys of a recipe that change no result.
-_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}
+_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
 # Masks that are compared again and again are those of the best few hundred.
 _PROBES = 1024
 # How torch says on the CPU, and cuBLAS on a GPU, that memory is short: not by an error of its own.
