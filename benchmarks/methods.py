@@ -33,6 +33,14 @@ RECIPES = ("magnitude", "wanda", "ria", "pruner_zero", "isc", "sparsegpt", "admm
 ALLOCATIONS = ("uniform", "owl")
 # What is asked for: sparsity and pattern.
 TARGETS = ((0.5, "free"), (0.7, "free"), (0.5, "2:4"))
+# Columns of the table: sparsity, pattern and allocation.
+COLUMNS = {
+    "50 %": (0.5, "free", "uniform"),
+    "50 % owl": (0.5, "free", "owl"),
+    "70 %": (0.7, "free", "uniform"),
+    "70 % owl": (0.7, "free", "owl"),
+    "2:4": (0.5, "2:4", "uniform"),
+}
 EVALUATION_TOKENS = 4096
 TEST_TOKENS = 8192
 KEYS = ("recipe", "allocate", "sparsity", "pattern", "seed", "calibration_tokens", "model")
@@ -137,9 +145,6 @@ def told(what: str, done: int, total: int) -> None:
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
     """The table as Markdown: mean and spread (largest minus smallest) over seeds."""
-    columns = [(0.5, "free", "uniform"), (0.5, "free", "owl"), (0.7, "free", "uniform")]
-    columns += [(0.7, "free", "owl"), (0.5, "2:4", "uniform")]
-    names = ["50 %", "50 % owl", "70 %", "70 % owl", "2:4"]
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows})))
     one = rows[0]
     lines = [
@@ -153,18 +158,23 @@ def report(rows: list[dict[str, Any]]) -> list[str]:
         "",
     ]
     for split in SPLITS:
-        found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-        for row in rows:
-            value = row[f"{split}_perplexity"]
-            place = (row["recipe"], row["sparsity"], row["pattern"], row["allocate"])
-            found[place].append(float("nan") if value is None else value)
         dense = [row[f"{split}_perplexity"] for row in rows if row["recipe"] == "dense"]
         lines += [f"Perplexity on {split} text (dense {_shown(dense)}):", ""]
-        lines += ["| recipe | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-        for recipe in RECIPES:
-            cells = [_shown(found.get((recipe, *column), [])) for column in columns]
-            lines.append(f"| `{recipe}` | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += [*table(rows, split), ""]
+    return lines
+
+
+def table(rows: list[dict[str, Any]], split: str) -> list[str]:
+    """The table of one split."""
+    found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        value = row[f"{split}_perplexity"]
+        place = (row["sparsity"], row["pattern"], row["allocate"])
+        found[row["recipe"], place].append(float("nan") if value is None else value)
+    lines = ["| recipe | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    for name in RECIPES:
+        cells = [_shown(found.get((name, column), [])) for column in COLUMNS.values()]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return lines
 
 

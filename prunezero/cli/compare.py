@@ -156,5 +156,5 @@ def _measured(
             if not console.is_terminal:
                 say(one_line(row))
             bars("recipes", done, len(recipes) + 1)
-            for record in tracked_rows([row], testbed):
+            for record in tracked_rows([row], [testbed]):
                 tracker.record(record)

@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 
-Targets = Annotated[
-    str,
-    typer.Option(
-        help="Layers to prune: names, endings or re:PATTERN, by commas; in place of those that a "
-        "recipe names."
-    ),
-]
-Ignore = Annotated[str, typer.Option(help="Layers to leave alone, written likewise.")]
+TARGETS = typer.Option(
+    help="Layers to prune: names, endings or re:PATTERN, by commas; in place of those that a "
+    "recipe names."
+)
+IGNORE = typer.Option(help="Layers to leave alone, written likewise.")
+Targets = Annotated[str, TARGETS]
+Ignore = Annotated[str, IGNORE]

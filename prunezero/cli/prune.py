@@ -198,7 +198,7 @@ def _save(
     layers: Sequence[Linear],
     output: Path,
 ) -> float:
-    """Save what is on the bench, and print what was saved; the sparsity counted in the files.
+    """Save what is on the testbed, and print what was saved; the sparsity counted in the files.
 
     Raises:
         OutputError: it is not in the output; the message says where it is.

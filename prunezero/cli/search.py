@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from prunezero.cli import options
-from prunezero.cli import search_options as asking
-from prunezero.cli.layer_options import Ignore, Targets
-from prunezero.cli.options import (
+from prunezero.cli import options, search_setup
+from prunezero.cli.options import JsonFile, RunsDir
+from prunezero.cli.quantities import seconds_of
+from prunezero.cli.search_options import (
     Also,
     AlsoModel,
     Budget,
@@ -24,11 +22,10 @@ from prunezero.cli.options import (
     Dtype,
     EvaluationTokens,
     FromScratch,
-    JsonFile,
+    Ignore,
     Model,
     Pattern,
     Resume,
-    RunsDir,
     SearchName,
     Seed,
     SequenceLength,
@@ -37,58 +34,55 @@ from prunezero.cli.options import (
     Sparsity,
     StartFrom,
     StrategyWord,
+    Targets,
     TestTokens,
     TextName,
     Threads,
     TimeLimit,
     Workers,
 )
-from prunezero.cli.quantities import seconds_of
 from prunezero.errors import OutputError, RecipeError, shell_word
 
 if TYPE_CHECKING:
-    from prunezero.pruning.testbed import Settings
-    from prunezero.report.runs.search_file import Asked
     from prunezero.report.tracking.tracker import Tracker
     from prunezero.searching.evaluation.rungs import Evaluators
     from prunezero.searching.experiment.candidate import Candidate
     from prunezero.searching.experiment.task import Task
     from prunezero.searching.session import Session
-    from prunezero.searching.workers.worker import Plan
+    from prunezero.searching.workers.worker import EvaluatorPlan
 
 
 def search(
-    ctx: typer.Context,
-    model: Model = "demo",
-    text: TextName = "demo",
+    model: Model = None,
+    text: TextName = None,
     sparsity: Sparsity = None,
-    pattern: Pattern = "free",
-    also: Also = "",
+    pattern: Pattern = None,
+    also: Also = None,
     also_model: AlsoModel = None,
-    draws: Draws = 1,
-    targets: Targets = "",
-    ignore: Ignore = "",
-    space: Space = "formulas",
+    draws: Draws = None,
+    targets: Targets = None,
+    ignore: Ignore = None,
+    space: Space = None,
     signals: Signals = None,
     budget: Budget = None,
     time_limit: TimeLimit = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     name: SearchName = None,
     runs_dir: RunsDir = Path("runs"),
     resume: Resume = False,
-    from_scratch: FromScratch = False,
+    from_scratch: FromScratch = None,
     start_from: StartFrom = None,
-    strategy: StrategyWord = "evolution",
+    strategy: StrategyWord = None,
     workers: Workers = 1,
     threads: Threads = None,
     cluster: Cluster = None,
     json_file: JsonFile = None,
-    sequence_length: SequenceLength = 256,
-    calibration_tokens: CalibrationTokens = 8192,
-    evaluation_tokens: EvaluationTokens = 4096,
-    test_tokens: TestTokens = 8192,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    sequence_length: SequenceLength = None,
+    calibration_tokens: CalibrationTokens = None,
+    evaluation_tokens: EvaluationTokens = None,
+    test_tokens: TestTokens = None,
+    dtype: Dtype = None,
+    device: Device = None,
 ) -> None:
     """Search for a criterion that prunes this model better than the published ones.
 
@@ -121,16 +115,41 @@ def search(
     from prunezero.cli.tables import say
     from prunezero.report.runs.folder import refuse_foreign, run_folder
     from prunezero.report.tracking.tracker import Tracker
+    from prunezero.searching.session import make_task
 
     seconds = seconds_of(time_limit)
     options.check_json(json_file)
-    asking.check_limits(budget, seconds, resume, name)
-    asking.check_hands(workers, threads, cluster)
+    search_setup.check_limits(budget, seconds, resume, name)
+    search_setup.check_workers(workers, threads, cluster)
     folder = run_folder(runs_dir, name) if name else None
     if resume and folder and not (folder / "journal.jsonl").is_file():
         raise RecipeError(f"{folder} holds no search to go on with; leave --resume out")
-    asked, settings = asking.asked(ctx, folder if resume else None)
-    task = asked.task()
+    named = {
+        "model": model,
+        "also_model": also_model,
+        "text": text,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "also": also,
+        "draws": draws,
+        "targets": targets,
+        "ignore": ignore,
+        "space": space,
+        "signals": signals,
+        "seed": seed,
+        "from_scratch": from_scratch,
+        "start_from": start_from,
+        "strategy": strategy,
+        "sequence_length": sequence_length,
+        "calibration_tokens": calibration_tokens,
+        "evaluation_tokens": evaluation_tokens,
+        "test_tokens": test_tokens,
+        "dtype": dtype,
+        "device": device,
+    }
+    typed = {key: value for key, value in named.items() if value is not None}
+    config = search_setup.config_of(typed, folder if resume else None, runs_dir)
+    task = make_task(config)
     name = name or time.strftime(f"{task.space.name}-%Y%m%d-%H%M%S")
     folder = folder or run_folder(runs_dir, name)
     refuse_foreign(folder)
@@ -138,9 +157,9 @@ def search(
         # Started first: MLflow needs seconds to open its database, and the model takes longer.
         tracker = Tracker(runs_dir)
         try:
-            with told_what_is_kept(lambda: asking.kept(folder, budget, seconds)):
-                staff = asking.staff(workers, threads, cluster)
-                session = _opened(asked, settings, task, folder, resume=resume, staff=staff)
+            with told_what_is_kept(lambda: search_setup.kept(folder, budget, seconds)):
+                pool = search_setup.pool_of(workers, threads, cluster)
+                session = _opened(task, folder, resume=resume, pool=pool)
                 try:
                     rows = _run(session, tracker, folder, budget, seconds)
                 finally:
@@ -149,43 +168,40 @@ def search(
             untracked = tracker.close()
             if untracked:
                 say(f"{untracked} results could not be logged to MLflow yet; they are kept")
-    models = {"model": asked.model, "also_models": list(asked.also_model)}
-    found = {**models, "text": asked.text, "name": name, "rows": rows}
+    models = {"model": config.model, "also_models": list(config.also_model)}
+    found = {**models, "text": config.text, "name": name, "rows": rows}
     options.write_json(found, json_file)
-    say(f"see it here: prunezero show {asking.typed_name(folder)}")
+    say(f"see it here: prunezero show {search_setup.typed_name(folder)}")
     say(f"see it in MLflow: prunezero ui --runs-dir {shell_word(runs_dir)}")
 
 
 def _opened(
-    asked: Asked,
-    settings: Settings,
     task: Task,
     folder: Path,
     *,
     resume: bool,
-    staff: Callable[[Plan], Evaluators] | None,
+    pool: Callable[[EvaluatorPlan], Evaluators] | None,
 ) -> Session:
     """The search that was asked for, on its models and text, ready to run."""
     from prunezero.cli.tables import Bars
-    from prunezero.report.runs.search_file import forget_asked, write_asked
+    from prunezero.report.runs.search_file import forget_config, write_config
     from prunezero.searching.session import open_session
 
-    testbed, *others = asking.testbeds(asked, settings)
+    testbeds = search_setup.loaded(task.config)
     try:
         with Bars() as bars:
             return open_session(
-                testbed,
+                testbeds,
                 task,
                 folder,
-                also_testbeds=others,
                 resume=resume,
                 archive=folder.parent / "archive.jsonl",
-                staff=staff,
+                pool=pool,
                 progress=bars,
-                opened=partial(write_asked, asked.settled(testbed, task), folder),
+                opened=partial(write_config, task.config.settled(testbeds[0]), folder),
             )
     except BaseException:
-        forget_asked(folder)
+        forget_config(folder)
         raise
 
 
@@ -193,7 +209,7 @@ def _run(
     session: Session, tracker: Tracker, folder: Path, budget: int | None, seconds: float | None
 ) -> list[dict[str, Any]]:
     """Search, then judge; rows of results, the winner's last, none when it was interrupted."""
-    from prunezero.cli.final_table import judged
+    from prunezero.cli.final_table import measured_finally
     from prunezero.cli.tables import say
     from prunezero.report.runs.folder import write_run
     from prunezero.report.tracking.search_records import kept_files, tracked_search
@@ -204,12 +220,12 @@ def _run(
         known = _baselines(session, tracker)
         candidates, was_interrupted = _searched(session, tracker, folder, known, budget, seconds)
         write_run(session, folder, candidates, known)
-        rows = [] if was_interrupted else judged(session, tracker, folder, candidates)
+        rows = [] if was_interrupted else measured_finally(session, tracker, folder, candidates)
     except KeyboardInterrupt:
         tracker.record(tracked_search(session, name, finished=True, artifacts=kept_files(folder)))
         raise
     if was_interrupted:
-        say(asking.kept(folder, budget, seconds))
+        say(search_setup.kept(folder, budget, seconds))
     tracker.record(tracked_search(session, name, finished=True, artifacts=kept_files(folder)))
     return rows
 
@@ -226,7 +242,7 @@ def _baselines(session: Session, tracker: Tracker) -> list[dict[str, Any]]:
         for row in measure_baselines(session, ("search", "validation")):
             known.append(row)
             bars("published recipes", len(known), len(baselines(session.task)) + 1)
-    for record in tracked_rows(known, session.testbed, also_testbeds=session.also_testbeds):
+    for record in tracked_rows(known, session.testbeds):
         tracker.record(record)
     return known
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
-from prunezero.cli.search_options import way_on
+from prunezero.cli.search_setup import way_on
 
 if TYPE_CHECKING:
     from prunezero.cli.fitting import Table
     from prunezero.report.runs.summary import Run
-    from prunezero.searching.experiment.task import Task
 
 # Columns of the front, by the key of a candidate's row.
 _FRONT = {
@@ -43,7 +42,7 @@ def show(
     runs_dir: RunsDir = Path("runs"),
     json_file: JsonFile = None,
 ) -> None:
-    """Show what a search looked for and found: its counts, rivals, front and winner.
+    """Show what a search looked for and found: its counts, baselines, front and winner.
 
     The front holds the best candidate of each size that no smaller one beats, by perplexity on
     search text. No model is loaded, and a search that runs or was stopped is shown as far as it is.
@@ -101,26 +100,21 @@ def _about(run: Run) -> dict[str, str]:
     from prunezero.report.runs.summary import model_names
     from prunezero.searching.experiment.budgets import in_words
 
-    header, asked, task = run.header, run.asked, run.task
-    settings = header["settings"]
-    start = ", from scratch" if asked and asked.from_scratch else ""
+    config, task = run.config, run.task
+    start = ", from scratch" if config.from_scratch else ""
+    layers = {"targets": config.targets, "ignore": config.ignore}
     return {
         "search": str(run.folder),
-        "model": " and ".join(model_names(header, asked).values()),
-        "text": asked.text if asked else f"{header['text']}",
-        "sparsity": f"{task.sparsity:g}, pattern {in_words(task.budgets)}",
-        "space": f"{task.space.name}, strategy {task.strategy}, seed {task.seed}{start}",
+        "model": " and ".join(model_names(run.header, config).values()),
+        "text": config.text,
+        "sparsity": f"{task.budgets[0].sparsity:g}, pattern {in_words(task.budgets)}",
+        "space": f"{task.space.name}, strategy {config.strategy}, seed {config.seed}{start}",
         "signals": f"{task.space.costliest_signal}, the dearest that a rule can look at",
-        **({"draws": f"{task.draws} of calibration text"} if task.draws > 1 else {}),
-        **{key: ", ".join(value) for key, value in _layers(task).items() if value},
-        "windows": f"{settings['sequence_length']} tokens each; {settings['calibration_tokens']} "
-        f"tokens calibrate in {str(header['dtype']).removeprefix('torch.')}",
+        **({"draws": f"{config.draws} of calibration text"} if config.draws > 1 else {}),
+        **{key: ", ".join(value) for key, value in layers.items() if value},
+        "windows": f"{config.sequence_length} tokens each; {config.calibration_tokens} "
+        f"tokens calibrate in {str(run.header['dtype']).removeprefix('torch.')}",
     }
-
-
-def _layers(task: Task) -> dict[str, tuple[str, ...]]:
-    """The patterns that choose layers."""
-    return {"targets": task.targets, "ignore": task.ignore}
 
 
 def _counts(run: Run) -> str:
@@ -168,8 +162,6 @@ def _recipe_text(run: Run) -> str:
 
 def _data(run: Run, front: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Everything that is shown, for machines."""
-    from dataclasses import asdict
-
     from prunezero.report.runs.summary import counted, results
 
     recipe = run.recipe.model_dump(mode="json", by_alias=True) if run.recipe else None
@@ -177,7 +169,7 @@ def _data(run: Run, front: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "folder": str(run.folder),
         "finished": run.recipe is not None,
         "header": dict(run.header),
-        "asked": asdict(run.asked) if run.asked else None,
+        "config": run.config.model_dump(mode="json"),
         "counts": None if run.candidates is None else counted(run.candidates),
         "answers": dict(run.answers),
         "rows": results(run),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def open_files(
     model: str, text: str, settings: Settings, *, dtype: str, device: str
 ) -> tuple[StreamedModel, Testbed]:
-    """A model whose weights stay in their files, and the bench that cuts text for it.
+    """A model whose weights stay in their files, and the testbed that cuts text for it.
 
     Raises:
         ModelError: the name is that of no folder and no .gguf file, or its model is not readable.

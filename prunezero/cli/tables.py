@@ -70,7 +70,7 @@ def _with_rounding(key: str, row: Mapping[str, Any]) -> str:
 
 
 def print_results(rows: Sequence[dict[str, Any]], title: str, *, best: str) -> None:
-    """The table of results, and under it each regime, model and draw by itself, if several.
+    """The table of results, and under it each budget, model and draw by itself, if several.
 
     Args:
         best: the column that decides, such as `test_perplexity`.
@@ -92,8 +92,8 @@ def means_over(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
-    """Each regime, model and draw by itself."""
-    # The dense model has no regimes; a pruned one comes last.
+    """Each budget, model and draw by itself."""
+    # The dense model has no budgets; a pruned one comes last.
     columns = told[-1]["regimes"]
     headings = [
         {
@@ -121,7 +121,7 @@ def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
 
 
 def _part(row: dict[str, Any], column: dict[str, Any]) -> dict[str, Any]:
-    """What a row says in the place of a column; a dense one says the same in all regimes."""
+    """What a row says in the place of a column; a dense one says the same in all budgets."""
     for part in row["regimes"]:
         is_budget = all(part[key] == column[key] for key in ("sparsity", "pattern"))
         is_place = all(part.get(key) == column.get(key) for key in ("model", "seed"))
@@ -206,7 +206,7 @@ def say_conditions(rows: Sequence[dict[str, Any]], model: str, testbeds: Sequenc
 
     Args:
         model: its name, or the names of several.
-        benches: on which the rows were measured.
+        testbeds: on which the rows were measured.
     """
     from prunezero.pruning.soundness import dense_warnings
 

@@ -125,7 +125,7 @@ class Criterion:
 
     @cached_property
     def signal(self) -> str:
-        """The dearest signal it needs, one of SIGNALS."""
+        """The costliest signal it needs, one of SIGNALS."""
         return costliest(FEATURES[name].cost for name in self.features)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""How much does each layer lose, so that the model as a whole loses the sparsity asked for?
+"""Allocation: how much each layer loses, so that the model loses the sparsity asked for.
 
 Each way to allocate only says which layers should lose more than others. `fit_to_budget` moves
 those wishes, all alike, until the weights that go are exactly the share asked for.

@@ -63,7 +63,7 @@ def layers_told(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, str]
 
 
 class RecipeRunner:
-    """Prunes the model on a bench by one recipe after another, and measures what is left.
+    """Prunes the model on a testbed by one recipe after another, and measures what is left.
 
     The model is dense again after every measurement, also after one that failed or was stopped.
     """
@@ -208,7 +208,7 @@ def compare(
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
     sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`,
     `windows_begin_with` where the tokenizer does so by itself, and the formula, those of some
-    layers, the words of all of them and the dearest signal they look at, their comparison group,
+    layers, the words of all of them and the costliest signal they look at, their comparison group,
     allocation and updates, and where some layers are chosen, `targets` and `ignore`. Perplexity is
     exp of the mean nats per token, kl is in nats per token on validation text, seconds are those of
     pruning alone; `window_losses` holds the nats per token of each window by split, so that recipes

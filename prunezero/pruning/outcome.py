@@ -1,4 +1,4 @@
-"""What did pruning do to a model, and did it reach what was asked for?"""
+"""Outcome of a pruning: what it did to a model, and whether that is what was asked for."""
 
 from __future__ import annotations
 

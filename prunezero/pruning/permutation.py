@@ -95,13 +95,13 @@ def permute_block(
     pattern: Pattern,
     choice: Choice,
 ) -> dict[str, Orders]:
-    """Choose an order for every folding of a block, and fold it into the model.
+    """Choose an order for the permutable channels of a block, and permute the model by it.
 
     Query heads that read one key-value head share its order: their scores count as more rows.
 
     Args:
-        foldings: of one block; their layers are modified.
-        score_of: the scores [out, in] of a consumer; all are taken before the first fold.
+        permutables: of one block; their layers are modified.
+        score_of: the scores [out, in] of a consumer; all are taken before the first move.
         pattern: what the masks will be.
         choice: the recipe's, of `permute`.
 
@@ -126,7 +126,7 @@ def permute_block(
 def _permutable_order(
     permutable: PermutableChannels, scores: Tensor, pattern: Pattern, choice: Choice
 ) -> Tensor:
-    """The order of a folding's channels, int64 [in]."""
+    """The order of the channels, int64 [in]."""
     if permutable.heads is None:
         return channel_order(scores, pattern, choice.word)
     size = permutable.heads.size
@@ -140,7 +140,7 @@ def _permutable_order(
 
 
 def _note(moved: dict[str, Orders], permutable: PermutableChannels, order: Tensor) -> None:
-    """Add a folding's moves; a layer may make the channels of one and read those of another."""
+    """Add the moves of some channels; a layer may make those of one group and read another's."""
     name = permutable.consumer.name
     moved[name] = moved.get(name, Orders(None, None))._replace(inputs=order)
     rows = producer_order(permutable, order)

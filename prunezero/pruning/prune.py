@@ -1,4 +1,4 @@
-"""The one loop: step after step, block after block, scores become masks become mended weights.
+"""Pruning, the one loop: step by step, block by block, scores become masks and mended weights.
 
 With dense statistics every layer is judged by what it saw in the dense model. With sequential
 statistics each block sees what the already pruned blocks before it make of the calibration text,

@@ -72,7 +72,7 @@ class Reordering:
         score_of: Callable[[Linear], Tensor],
         statistics: dict[str, Statistics],
     ) -> None:
-        """Fold the orders that keep the most into one block; its statistics are replaced.
+        """Permute one block into the orders that keep the most; its statistics are replaced.
 
         Args:
             block: its index.

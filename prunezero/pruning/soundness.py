@@ -1,4 +1,4 @@
-"""Is a dense model fed as it was trained? What its perplexity says of that, before any is believed.
+"""Soundness of a dense model: what its perplexity says of it, before any number is believed.
 
 A model that predicts worse than one that knows only how frequent each token is does not read the
 text: its tokenizer, its weights or the text are not what they should be.
@@ -18,8 +18,8 @@ def dense_warnings(row: Mapping[str, Any], testbeds: Sequence[Testbed]) -> Itera
     """What to doubt of the dense models that a row of results is about, a sentence each.
 
     Args:
-        row: of the dense model on test text, over all benches where there are several.
-        benches: on which it was measured.
+        row: of the dense model on test text, over all testbeds where there are several.
+        testbeds: on which it was measured.
     """
     for testbed in testbeds:
         for measured in _rows_of(row, testbed, testbeds):

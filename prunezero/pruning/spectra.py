@@ -1,4 +1,4 @@
-"""How heavy is the tail of a weight matrix's spectrum?
+"""Spectra of weight matrices: how heavy is the tail?
 
 Trained matrices have eigenvalues of W'W whose density falls like a power, value^-exponent, beyond
 the peak; the better a matrix is trained, the smaller the exponent, the heavier the tail.

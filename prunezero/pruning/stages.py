@@ -1,4 +1,4 @@
-"""Where did a pruning of several stages stop, and what were the weights then?
+"""Stages of a pruning, kept on disk: where it stopped, and what the weights were then.
 
 A folder holds the request and the layers' weights after the last finished stage. The stages of
 step k are "pruned" and "tuned"; a tuning keeps its own state in the same folder.

@@ -1,4 +1,4 @@
-"""How is a model pruned that does not fit into memory: block after block, from files to files?
+"""Streamed pruning of a model that does not fit into memory: block by block, files to files.
 
 The loop of `prune`, with one block in memory at a time. Every block that is done is on the disk, so
 a run that was stopped goes on behind the last of them, and ends with the same bytes.

@@ -1,4 +1,4 @@
-"""A model on the bench: loaded once, calibrated once, pruned and restored many times.
+"""Testbed: a model loaded once, calibrated once, pruned and restored many times.
 
 Everything that compares recipes works here, so that every number of a table is measured on the
 same text, at the same sequence length, from the same dense model.
@@ -71,7 +71,7 @@ class Testbed:
 
     @cached_property
     def _draws(self) -> dict[int, Testbed]:
-        """The benches of further draws that were asked for."""
+        """The testbeds of further draws that were asked for."""
         return {}
 
     def windows(self, split: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a search knows so far: every rule, every mask, and the best on each rung."""
+"""History of a search: every rule, every mask, and the best on each rung."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sympy
 
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.rule import Rule
 
 # A result of each rung, cheapest first; candidates are ordered by one of them, never by two.
 RUNGS = ("layer_error", "kl", "search_perplexity", "validation_perplexity")

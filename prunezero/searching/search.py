@@ -1,10 +1,10 @@
-"""The search itself: propose, screen, tune, race, remember, and yield every candidate.
+"""The search itself: propose, screen, tune, promote, remember, and yield every candidate.
 
 A generation proposes rules until enough of them have a mask that was never seen; a rule whose mask
 is known costs a few milliseconds and nothing of the budget. The new ones get a layer error, the
-best skeletons better numbers, and then they race: many are glanced at, few measured on all search
-text, and the best of those once more on validation text, which alone says what is best. Each rung
-orders candidates by its own number.
+best skeletons better numbers, and then many get a quick KL, few are measured on all search text,
+and the best of those once more on validation text, which alone says what is best. Each rung orders
+candidates by its own number.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def search(
     """Look for rules; yields each candidate when proposed, and again on every rung it reaches.
 
     The same task yields the same candidates in the same order, however often it is interrupted and
-    resumed from its journal, and whoever judges.
+    resumed from its journal, and whoever evaluates.
 
     Args:
         strategy: see `strategies/catalogue.py`; None takes that of the task.
@@ -54,7 +54,7 @@ def search(
         stop: asked before every piece of work; True ends the search.
         ended: told in one sentence how far a strategy came that has nothing left to propose.
     """
-    chosen = find_strategy(strategy or rungs.task.strategy)
+    chosen = find_strategy(strategy or rungs.task.config.strategy)
     run = _Run(rungs, History(forgets_masks=chosen.forgets_masks), chosen, stop)
     for generation in itertools.count():
         before = run.charged
@@ -109,7 +109,7 @@ class _Run:
         yield from self._measured_on("validation", to_validate(history), "validation_perplexity")
 
     def _unscreened(self, generation: int, max_candidates: int | None) -> Iterator[Candidate]:
-        """All candidates of one generation, measured at once; a known mask has its twin's value."""
+        """All candidates of one generation, measured at once; a known mask has its own value."""
         found = list(self._proposed(generation, self._wanted(max_candidates)))
         new = [one for one in found if one.status == "new"]
         measured = self._measured_on("search", new, "search_perplexity")

@@ -1,4 +1,4 @@
-"""What may be removed from a model: where its blocks are, and which weight matrices they hold.
+"""Linears, the weight matrices of a model that may be pruned, and the blocks that hold them.
 
 Structure decides, never class names: blocks are the longest list of equal modules, layers are the
 linear maps inside.

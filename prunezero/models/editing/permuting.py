@@ -76,7 +76,7 @@ def permute_channels(permutable: PermutableChannels, order: Tensor) -> None:
     """Put the channels into another order, in place: no number changes, and undoing is exact.
 
     Args:
-        folding: its consumer's columns and its producers' rows and biases are moved.
+        permutable: its consumer's columns and its producers' rows and biases are moved.
         order: int64 [in of the consumer], the old index of each new channel.
 
     Raises:
@@ -128,9 +128,9 @@ def consumer_order(permutable: PermutableChannels, rows: Tensor) -> Tensor:
 def find_permutables(
     language_model: LanguageModel, layers: Sequence[Linear]
 ) -> list[PermutableChannels]:
-    """The foldings whose consumer is one of the layers, proved by a probe.
+    """The permutable channels whose consumer is one of the layers, proved by a probe.
 
-    The model runs once for the block and once for each folding, on a few tokens; its weights are
+    The model runs once for the block and once for each of them, on a few tokens; its weights are
     the same afterwards.
 
     Args:
@@ -155,7 +155,7 @@ def refusals(language_model: LanguageModel, layers: Sequence[Linear]) -> dict[st
 def _examined(
     language_model: LanguageModel, layers: Sequence[Linear]
 ) -> list[PermutableChannels | str]:
-    """For each layer its folding, or why there is none."""
+    """For each layer its permutable channels, or why there are none."""
     if not layers:
         return []
     generator = torch.Generator().manual_seed(0)
@@ -179,7 +179,7 @@ def _examined(
 def _permutable_of_copy(
     probe: BlockProbe, name: str, generator: torch.Generator
 ) -> PermutableChannels | str:
-    """The folding of the copied block whose consumer has this name, or why there is none."""
+    """Those of the copied block whose consumer has this name, or why there are none."""
     # Anew for each consumer: gradients outlive no move of weights.
     trace = probe.run()
     if name not in trace.inputs:
@@ -269,7 +269,7 @@ def _is_free(
 
 @contextmanager
 def _moved(permutable: PermutableChannels, order: Tensor) -> Iterator[None]:
-    """Fold, and undo it at the end."""
+    """Permute, and undo it at the end."""
     permute_channels(permutable, order)
     try:
         yield
@@ -285,7 +285,7 @@ def _random_order(permutable: PermutableChannels, generator: torch.Generator) ->
 
 
 def _with_layers(permutable: PermutableChannels, layers: dict[str, Linear]) -> PermutableChannels:
-    """The same folding of other layers, found by name."""
+    """The same permutable channels of other layers, found by name."""
     producers = tuple((layers[layer.name], start) for layer, start in permutable.producers)
     return replace(permutable, consumer=layers[permutable.consumer.name], producers=producers)
 

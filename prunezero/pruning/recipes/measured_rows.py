@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 
 class _Place(BaseModel):
-    """A regime, model or draw that a row is a mean over."""
+    """A budget, model or draw that a row is a mean over."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=True)
     sparsity: int | float

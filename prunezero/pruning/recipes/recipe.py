@@ -251,7 +251,7 @@ class Recipe(BaseModel):
 
     @property
     def signal(self) -> str:
-        """The dearest signal that the criterion and the choices around it look at."""
+        """The costliest signal that the criterion and the choices around it look at."""
         signals = [choice.row.cost for choice in self.choices]
         return costliest([*signals, *(criterion.signal for criterion in self.formulas)])
 

@@ -74,7 +74,7 @@ def save_pruned(
     layers: Sequence[Linear],
     folder: Path,
 ) -> SavedSparsity:
-    """Save the model on the bench, and count its zeros again from the files.
+    """Save the model on the testbed, and count its zeros again from the files.
 
     Args:
         rows: results of the dense and of the pruned model.

@@ -1,4 +1,4 @@
-"""The folder of a search, `runs/NAME/`: which files does it hold?"""
+"""Run folder `runs/NAME/` of a search: which files it holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunezero.report.plots.plots import pareto, progress, proxy_against_truth
 from prunezero.report.runs.candidate_tables import write_candidates
 from prunezero.report.runs.optuna_study import study_journal
 from prunezero.report.runs.search_file import FILE as SEARCH_FILE
-from prunezero.report.runs.search_file import read_asked
+from prunezero.report.runs.search_file import read_config
 from prunezero.report.tracking.search_records import baseline_row
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.session import Session
@@ -93,7 +93,7 @@ def refuse_foreign(folder: Path) -> None:
 
 def _is_asked(folder: Path) -> bool:
     try:
-        return read_asked(folder) is not None
+        return read_config(folder) is not None
     except SearchError:
         return False
 

@@ -84,10 +84,8 @@ def _describe(study: Any, task: Task) -> None:
         # Optuna still calls names of objectives an experiment.
         warnings.simplefilter("ignore")
         study.set_metric_names(list(OBJECTIVES))
-    study.set_user_attr("space", task.space.name)
-    study.set_user_attr("signals", task.space.costliest_signal)
-    for key in ("sparsity", "strategy", "seed"):
-        study.set_user_attr(key, getattr(task, key))
+    for key in ("space", "signals", "sparsity", "strategy", "seed"):
+        study.set_user_attr(key, task.config.shown()[key])
     study.set_user_attr("pattern", in_words(task.budgets))
 
 

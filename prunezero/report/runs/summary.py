@@ -1,4 +1,4 @@
-"""What did a search find? Read from its folder alone, while it runs, stopped or finished."""
+"""Summary of a search: what it found, read from its folder while it runs, stopped or finished."""
 
 from __future__ import annotations
 
@@ -11,26 +11,37 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import RecipeError, SearchError, did_you_mean, reason, shell_word
+from prunezero.errors import (
+    PruneZeroError,
+    RecipeError,
+    SearchError,
+    did_you_mean,
+    reason,
+    shell_word,
+)
 from prunezero.formula.criterion import Criterion
-from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.measured_rows import is_result
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Settings
 from prunezero.report.plots.plots import pareto_front
 from prunezero.report.quoting import latex_text
-from prunezero.report.runs.search_file import Asked, read_asked
-from prunezero.searching.evaluation.evaluator import Request
+from prunezero.report.runs.search_file import read_config
 from prunezero.searching.evaluation.journal import read_journal
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.budgets import with_names
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.config import SearchConfig
+from prunezero.searching.experiment.provenance import comparable
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace
 
 Row = dict[str, Any]
-# What a search measures its rivals on before it begins.
-RIVAL_SPLITS = ("search", "validation")
+# Fields of an experiment that only say where something is, or how it is called.
+_PLACES = ("model", "also_model", "text", "dtype", "device", "space", "start_from", "from_scratch")
+# What a search measures its baselines on before it begins.
+BASELINE_SPLITS = ("search", "validation")
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,11 @@ class Run:
     folder: Path
     """where it is"""
     header: Mapping[str, Any]
-    """what its results depend on, see `Journal`"""
-    asked: Asked | None
-    """its options; None for a folder without `search.json`"""
+    """what its results depend on, see `comparable`"""
+    config: SearchConfig
+    """the experiment; where no file names its models and text, their fingerprints stand there"""
+    has_names: bool
+    """whether some file does"""
     baselines: Sequence[Row]
     """the dense model and the published recipes, as far as they were measured"""
     answers: Mapping[str, int]
@@ -55,11 +68,11 @@ class Run:
     @cached_property
     def task(self) -> Task:
         """What was searched for."""
-        return task_of(self.header, str(self.folder))
+        return make_task(self.config)
 
     @property
     def measured(self) -> list[Row]:
-        """The rows of the winner and its rivals as a finished search reports them, else none."""
+        """The rows of the winner and its baselines as a finished search reports them, else none."""
         return [] if self.recipe is None else list(self.recipe.provenance.get("measured", []))
 
 
@@ -97,46 +110,58 @@ def read_run(folder: Path) -> Run:
         PruneZeroError: a file of it is damaged.
     """
     records = read_journal(folder / "journal.jsonl")
-    header = records[0]["header"]
+    whole = records[0]["header"]
     known = {(one["kind"], one["key"]): one["result"] for one in records[1:]}
+    try:
+        header = comparable(whole)
+        config = _config_of(whole, header)
+        task = make_task(config)
+    except PruneZeroError as error:
+        raise SearchError(f"{folder}: {error}") from error
+    asked = read_config(folder)
+    if asked is not None:
+        # Whatever was moved since is named there.
+        config = config.model_copy(update={key: getattr(asked, key) for key in _PLACES})
     recipe = folder / "recipe.yaml"
-    asked = read_asked(folder)
-    rows = _baselines(task_of(header, str(folder)), known)
+    names = model_names(header, config)
     return Run(
         folder=folder,
         header=header,
-        asked=asked,
-        baselines=[with_names(row, model_names(header, asked)) for row in rows],
+        config=config,
+        has_names=asked is not None or "config" in whole,
+        baselines=[with_names(row, names) for row in _baselines(task, known)],
         answers=Counter(kind for kind, _ in known),
         candidates=read_candidates(folder),
         recipe=Recipe.load(recipe) if recipe.is_file() else None,
     )
 
 
-def task_of(header: Mapping[str, Any], source: str) -> Task:
-    """The task of the search that wrote a journal under this header.
+def _config_of(whole: Mapping[str, Any], header: Mapping[str, Any]) -> SearchConfig:
+    """The experiment that a header tells of; of an older one, names are fingerprints.
 
     Raises:
-        SearchError: the header is not one of a search, or of another version.
+        SearchError: the header is not one of a search.
     """
+    if "config" in whole:
+        return SearchConfig.model_validate(whole["config"])
     try:
         _check_header(header)
-        space = validated(SearchSpace, header["space"], source)
-        strategy = header.get("strategy", "evolution")
-        return make_task(
-            space,
-            header["sparsity"],
+        also = ("also", "draws", "targets", "ignore", "strategy")
+        return SearchConfig.of(
+            model=header["model"],
+            also_model=header.get("also_models", ()),
+            text=header["text"],
+            space_content=SearchSpace.model_validate(header["space"]),
+            sparsity=header["sparsity"],
             pattern=header["pattern"],
-            also=",".join(header.get("also", ())),
-            seed=header["seed"],
-            draws=header.get("draws", 1),
-            targets=header.get("targets", ()),
-            ignore=header.get("ignore", ()),
-            strategy=strategy,
+            **{key: header[key] for key in also if key in header},
+            dtype=header["dtype"].removeprefix("torch."),
+            **{**header["settings"], "seed": header["seed"]},
+            calibration_seed=header["settings"]["seed"],
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise SearchError(
-            f"{source} was searched by another version of prunezero, or its journal was changed "
+            "it was searched by another version of prunezero, or its journal was changed "
             f"({type(error).__name__}: {error})"
         ) from error
 
@@ -157,21 +182,17 @@ def _check_header(header: Mapping[str, Any]) -> None:
             raise ValueError(f"{wrong[0]!r:.40} in its header")
 
 
-def model_names(header: Mapping[str, Any], asked: Asked | None) -> dict[str, str]:
-    """What the models of a search are called, by fingerprint, its own first.
-
-    Without its options the fingerprints are all that is known.
-    """
+def model_names(header: Mapping[str, Any], config: SearchConfig) -> dict[str, str]:
+    """What the models of a search are called, by fingerprint, its own first."""
     prints = [str(one) for one in (header.get("model"), *header.get("also_models", ()))]
-    names = prints if asked is None else (asked.model, *asked.also_model)
-    return dict(zip(prints, names, strict=False))
+    return dict(zip(prints, (config.model, *config.also_model), strict=False))
 
 
 def _baselines(task: Task, known: Mapping[tuple[str, str], Row]) -> list[Row]:
     found = []
     for recipe in (None, *baselines(task)):
-        question = Request.of(recipe, RIVAL_SPLITS)
-        row = known.get((question.kind, question.key))
+        request = Request.of(recipe, BASELINE_SPLITS)
+        row = known.get((request.kind, request.key))
         if row is not None and "fault" not in row and is_result(row):
             found.append({**row, "recipe": recipe.name if recipe else "dense"})
     return found
@@ -196,7 +217,7 @@ def read_candidates(folder: Path) -> list[Row] | None:
 
 
 def counted(candidates: Sequence[Row]) -> dict[str, int]:
-    """How many candidates came how far up the ladder."""
+    """How many candidates came how far up the rungs."""
     statuses = Counter(row["status"] for row in candidates)
     own = [row for row in candidates if row["status"] != "known"]
     return {
@@ -253,7 +274,7 @@ def best_row(run: Run) -> Row | None:
 
 
 def results(run: Run) -> list[Row]:
-    """The dense model, the rivals and the winner with every perplexity that is known of them.
+    """The dense model, the baselines and the winner with every perplexity that is known of them.
 
     Raises:
         RecipeError: the recipe of the winner holds rows that are none.

@@ -1,4 +1,4 @@
-"""Do the numbers of a search hold? Its best recipes measured anew, without its journal."""
+"""Verification of a search: its best recipes measured anew, without its journal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from prunezero.errors import SearchError, differences, shell_word
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.testbed import Settings, Testbed, set_up
+from prunezero.pruning.testbed import Testbed, set_up
 from prunezero.report.runs.summary import Run, best_row, front, rule_of
 from prunezero.searching.evaluation.journal import refuse_other_format
 from prunezero.searching.experiment.provenance import FORMAT, further_draws, further_models, subject
@@ -75,30 +75,27 @@ def testbeds_of(run: Run) -> tuple[Testbed, ...]:
         SearchError: nothing tells which, or they are others now; what differs is told.
         PruneZeroError: they cannot be loaded.
     """
-    asked = run.asked
-    if asked is None:
+    config = run.config
+    if not run.has_names:
         raise SearchError(
             f"{run.folder} holds no search.json, so its model and text are not known; "
             "go on with it by `prunezero search --resume` and all its options, which writes one"
         )
-    try:
-        settings = Settings(**run.header["settings"])
-    except (KeyError, TypeError) as error:
-        raise SearchError(f"{run.folder} was searched by another version of prunezero") from error
     refuse_other_format(run.header, FORMAT, run.folder)
-    testbed = set_up(asked.model, asked.text, settings, dtype=asked.dtype, device=asked.device)
-    others = beside(testbed, asked.also_model, device=asked.device)
+    sizes, device = config.settings, config.device
+    testbed = set_up(config.model, config.text, sizes, dtype=config.dtype, device=device)
+    others = beside(testbed, config.also_model, device=device)
     now: dict[str, Any] = {
         **subject(testbed),
         **further_models(others),
-        **further_draws((testbed, *others), run.task.draws),
+        **further_draws((testbed, *others), config.draws),
     }
     keys = (*now, "also_models", "also_dtypes", "also_token_ids", "drawn_token_ids")
     changed = differences({key: run.header.get(key) for key in keys}, now)
     if changed:
-        models = ", ".join([asked.model, *asked.also_model])
+        models = ", ".join([config.model, *config.also_model])
         raise SearchError(
-            f"{models} and {asked.text} text are not what {run.folder} was searched on "
+            f"{models} and {config.text} text are not what {run.folder} was searched on "
             f"({changed}); put back those files to verify it"
         )
     return testbed, *others
@@ -136,16 +133,13 @@ def verify(
     """Measure every claim anew on all three texts; yields each perplexity as it is known.
 
     Args:
-        benches: of the search, its own model first.
+        testbeds: of the search, its own model first.
 
     Raises:
         PruneZeroError: model, text and recipes do not go together.
     """
-    testbed, *others = testbeds
     with tempfile.TemporaryDirectory(prefix="prunezero-verify-") as folder:
-        session = open_session(
-            testbed, run.task, Path(folder) / "anew", also_testbeds=others, progress=progress
-        )
+        session = open_session(testbeds, run.task, Path(folder) / "anew", progress=progress)
         try:
             for claim in claimed:
                 # What fails on some layer has no perplexity, and says so by a fault.

@@ -1,4 +1,4 @@
-"""From which rules may a search start? From what another one found, or what a recipe says."""
+"""Warm start of a search: the rules that another one found, or that a recipe says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.report.runs.summary import find_run, front, read_run, rule_of
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.spaces.space_choices import CHOOSABLE
 
 

@@ -1,4 +1,4 @@
-"""Where does MLflow keep the records of a runs folder, and is that ready to be written?"""
+"""Database in which MLflow keeps the records of a runs folder: where it is, whether it is ready."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is recorded in MLflow of a search and of measured recipes: a record for each run there."""
+"""Records of a search and of measured recipes for MLflow: one for each run there."""
 
 from __future__ import annotations
 
@@ -23,18 +23,13 @@ _VIEWS = ("pareto.png", "proxy.png", "progress.png", "optuna.log")
 
 
 def tracked_rows(
-    rows: Sequence[dict[str, Any]],
-    testbed: Testbed,
-    *,
-    origin: str = "baseline",
-    also_testbeds: Sequence[Testbed] = (),
+    rows: Sequence[dict[str, Any]], testbeds: Sequence[Testbed], *, origin: str = "baseline"
 ) -> Iterator[RunRecord]:
     """Records of the dense model and of recipes; measuring one again updates its record.
 
     Args:
-        also_testbeds: of further models over which the rows are means.
+        testbeds: of all models over which the rows are means.
     """
-    testbeds = (testbed, *also_testbeds)
     around = json.dumps([surroundings(one) for one in testbeds], sort_keys=True)
     for row in rows:
         is_dense = row["recipe"] == "dense"
@@ -50,7 +45,7 @@ def tracked_rows(
         name = (
             row["recipe"] if is_dense else f"{row['recipe']} {row['sparsity']:g} {row['pattern']}"
         )
-        full = {**baseline_row(row), **described(testbed, also_testbeds), "origin": origin}
+        full = {**baseline_row(row), **described(testbeds), "origin": origin}
         yield run_record(key, name, "dense" if is_dense else "baseline", full)
 
 
@@ -65,17 +60,17 @@ def tracked_candidate(candidate: Candidate, session: Session, name: str) -> RunR
     recipe = task.recipe(candidate.rule, "candidate")
     row = {
         **candidate.row(),
-        **described(session.testbed, session.also_testbeds),
+        **described(session.testbeds),
         "criteria": "; ".join(with_patterns(recipe.criteria)),
         "compare": recipe.compare,
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
         "pattern": in_words(task.budgets),
-        "sparsity": task.sparsity,
+        "sparsity": task.budgets[0].sparsity,
         "statistics": "dense",
         "seed": task.seed,
-        "draws": task.draws,
-        **layers_told(task.targets, task.ignore),
+        "draws": task.config.draws,
+        **layers_told(task.config.targets, task.config.ignore),
     }
     parent = search_key(session, name)
     key = f"{parent}/{candidate.slot:05d}"
@@ -86,7 +81,7 @@ def tracked_winner(
     recipe: Recipe, row: dict[str, Any], session: Session, name: str, folder: Path
 ) -> RunRecord:
     """The record of the search's winner, with its files."""
-    told = described(session.testbed, session.also_testbeds)
+    told = described(session.testbeds)
     full = {**baseline_row(row), **told, "origin": "search"}
     named = (folder / file for file in ("recipe.yaml", "pruner.py"))
     files = tuple(path for path in named if path.is_file())
@@ -101,20 +96,16 @@ def tracked_search(
     session: Session, name: str, *, finished: bool, artifacts: tuple[Path, ...] = ()
 ) -> RunRecord:
     """The record of the search itself, the parent of its candidates."""
-    task, testbed = session.task, session.testbed
+    task = session.task
     params: dict[str, Any] = {
-        **described(testbed, session.also_testbeds),
-        "space": task.space.name,
-        "signals": task.space.costliest_signal,
-        "sparsity": task.sparsity,
+        **task.config.shown(),
+        **described(session.testbeds),
         "pattern": in_words(task.budgets),
+        "sparsity": task.budgets[0].sparsity,
+        "draws": task.config.draws,
         "compare": task.space.compare,
-        "seed": task.seed,
-        "draws": task.draws,
-        **layers_told(task.targets, task.ignore),
+        **layers_told(task.config.targets, task.config.ignore),
         "seeds": len(task.seeds),
-        "calibration_tokens": testbed.settings.calibration_tokens,
-        "sequence_length": testbed.settings.sequence_length,
     }
     return RunRecord(
         key=search_key(session, name),
@@ -131,15 +122,16 @@ def kept_files(folder: Path) -> tuple[Path, ...]:
     return tuple(folder / name for name in (*_FILES, *_VIEWS) if (folder / name).is_file())
 
 
-def described(testbed: Testbed, also_testbeds: Sequence[Testbed] = ()) -> dict[str, str]:
+def described(testbeds: Sequence[Testbed]) -> dict[str, str]:
     """Models, text, dtype and what windows begin with, as parameters of a record."""
-    others = ", ".join(one.language_model.name for one in also_testbeds)
+    own, *others = testbeds
+    also = ", ".join(one.language_model.name for one in others)
     return {
-        "model": testbed.language_model.name,
-        **({"also_models": others} if others else {}),
-        "text": testbed.text.name,
-        "dtype": testbed.language_model.dtype_word,
-        **beginning(one.begin_with for one in (testbed, *also_testbeds)),
+        "model": own.language_model.name,
+        **({"also_models": also} if also else {}),
+        "text": own.text.name,
+        "dtype": own.language_model.dtype_word,
+        **beginning(one.begin_with for one in testbeds),
     }
 
 

@@ -1,4 +1,4 @@
-"""Where records wait while MLflow does not answer: one file of JSON lines.
+"""Spool in which records wait while MLflow does not answer: one file of JSON lines.
 
 Lines are only ever appended, or removed by their exact text, under a file lock: two searches may
 share one folder of runs, and a line that was torn by a crash is stepped over. One process at a time

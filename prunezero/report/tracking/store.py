@@ -1,4 +1,4 @@
-"""How one record becomes one MLflow run: the only file that writes by MLflow's tracking client.
+"""Store of records in MLflow, a run for each: the only file that writes by its tracking client.
 
 Everything here may block or raise; only the tracker's writer thread calls it. A run is found again
 by its tag `prunezero.key`, so writing a record twice leaves one run.

@@ -1,4 +1,4 @@
-"""Keep what a search finds in MLflow without ever making the search wait.
+"""Tracker: keeps what a search finds in MLflow, without ever making the search wait.
 
 `Tracker.record` puts a record in a queue; one daemon thread writes it. When MLflow does not answer,
 the record goes to `untracked.jsonl` in the runs folder, and that file is replayed, without
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from prunezero.errors import masked_uri
 from prunezero.report.tracking.page import tracking_uri, ui_command, view_links
@@ -27,6 +27,9 @@ from prunezero.report.tracking.records import (
     stamped,
 )
 from prunezero.report.tracking.spool import Spool, read_record
+
+if TYPE_CHECKING:
+    from prunezero.report.tracking.store import MlflowStore
 
 __all__ = [
     "RunRecord",
@@ -62,19 +65,6 @@ ENVIRONMENT = {
 log = logging.getLogger(__name__)
 
 
-class Store(Protocol):
-    """What the writer thread needs of `MlflowStore`."""
-
-    def write(self, record: RunRecord) -> None:
-        """Create or update one run; raises when it cannot."""
-
-    def is_alive(self) -> bool:
-        """Whether the server answers at all."""
-
-    def forget(self) -> None:
-        """Drop remembered runs."""
-
-
 class Tracker:
     """Records runs in MLflow from one background thread; no method raises because of MLflow."""
 
@@ -92,7 +82,7 @@ class Tracker:
         self._spool = Spool(self.runs_dir / "untracked.jsonl")
         self._queue: queue.Queue[RunRecord | None] = queue.Queue()
         self._in_hand: list[RunRecord] = []
-        self._store: Store | None = None
+        self._store: MlflowStore | None = None
         self._refused: set[str] = set()
         self._failures: dict[str, int] = {}
         self._is_away = False
@@ -195,7 +185,7 @@ class Tracker:
             return True
         return self._failures[run.key] >= FAILURES_OF_ONE_RECORD and self._store.is_alive()
 
-    def _connect(self) -> Store:
+    def _connect(self) -> MlflowStore:
         from prunezero.report.tracking.store import MlflowStore
 
         return MlflowStore(self.uri, self.runs_dir)

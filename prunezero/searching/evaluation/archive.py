@@ -1,6 +1,6 @@
-"""Answers that outlive a search: what was measured once is never computed again.
+"""Archive of results that outlive a search: what was measured once is never computed again.
 
-All searches of a runs folder share one file. An answer stands under the question and under
+All searches of a runs folder share one file. An answer stands under the request and under
 everything else that it depends on (model, text, sizes, sparsity, versions), so what is found there
 is what would have been computed, and a search goes the same way with the archive or without it.
 """
@@ -48,7 +48,7 @@ class Archive:
         """Read what is known under the conditions of a search.
 
         Args:
-            conditions: whatever answers depend on beside their questions; JSON data.
+            conditions: whatever answers depend on beside their requests; JSON data.
 
         Raises:
             OutputError: the file cannot be read or written, or is something else.

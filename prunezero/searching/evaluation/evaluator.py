@@ -1,16 +1,15 @@
-"""What does a rung of the ladder say of a recipe? Computed here, ordered and kept elsewhere.
+"""Evaluator: requests in, results out; what each rung of a search says of a recipe.
 
-A judge holds a model with its statistics, or several, and answers questions made of plain data, so
-that it may as well stand in another process or on another machine. It remembers no answer, and no
-answer depends on the seed of the search or on what was asked before.
+It holds testbeds and their samples, and may as well stand in another process or on another machine
+(`workers/`), since requests and results are plain data. It remembers no result, and none depends on
+the seed of the search or on what was asked before.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
@@ -24,12 +23,13 @@ from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.compare import finite_row, rounding
-from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Testbed, with_choices
-from prunezero.searching.evaluation.post import Post
+from prunezero.searching.evaluation.request import Request
+from prunezero.searching.evaluation.sampled_testbed import SampledTestbed
 from prunezero.searching.evaluation.tuning import tune
+from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.budgets import Budget, geometric_mean, over_budgets
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.experiment.testbeds import about, drawn, progress_of
@@ -42,48 +42,12 @@ from prunezero.searching.proxies.matrix import (
 )
 from prunezero.searching.proxies.samples import Stack, rung_sums
 
-# Keys of a recipe that change no result.
-_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
 # Masks that are compared again and again are those of the best few hundred.
 _PROBES = 1024
 # How torch says on the CPU, and cuBLAS on a GPU, that memory is short: not by an error of its own.
 _SHORT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-# The one regime of a dense model.
+# The one budget of a dense model.
 _DENSE = (Budget(0.0),)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of a judge."""
-
-    splits: tuple[str, ...]
-    """texts to measure the pruned model on; none asks for the layer error"""
-    recipe: Mapping[str, Any] | None
-    """what of the recipe changes results, in its YAML's spelling; None is the dense model"""
-    trials: int = 0
-    """numbers to try in its formula; more than none asks for the best ones"""
-
-    @classmethod
-    def of(cls, recipe: Recipe | None, splits: Sequence[str] = (), *, trials: int = 0) -> Request:
-        """The question what a recipe does, on some texts or to the layers' outputs."""
-        if recipe is None:
-            return cls(tuple(splits), None)
-        fields = recipe.model_dump(
-            mode="json", by_alias=True, exclude=_WORDS_ONLY, exclude_defaults=True
-        )
-        return cls(tuple(splits), fields, trials)
-
-    @property
-    def kind(self) -> str:
-        """The rung that answers it."""
-        if self.trials:
-            return "tuning"
-        return "measurement" if self.splits else "layer error"
-
-    @property
-    def key(self) -> str:
-        """Equal for equal questions."""
-        return json.dumps([self.recipe, self.trials, *self.splits], sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -106,17 +70,13 @@ class Evaluator:
     def __init__(
         self,
         task: Task,
-        testbed: Testbed,
-        baselines: Sequence[Recipe] = (),
+        testbeds: Sequence[Testbed],
         progress: Progress | None = None,
-        *,
-        also_testbeds: Sequence[Testbed] = (),
     ) -> None:
         """Calibrate the models, or find their statistics where an earlier process left them.
 
         Args:
-            rivals: recipes that will be measured beside those of the task.
-            also_testbeds: of further models, on the same text and under the same settings.
+            testbeds: of all models, on the same text and under the same settings.
 
         Raises:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
@@ -126,20 +86,28 @@ class Evaluator:
         sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
         for budget in task.budgets:
             sums |= dense_sums(space.examples(budget.pattern))
-        sums |= dense_sums(baselines)
-        self._testbeds = drawn((testbed, *also_testbeds), task.draws)
-        self._posts: list[Post] = []
+        sums |= dense_sums(baselines(task))
+        self._testbeds = drawn(testbeds, task.config.draws)
+        self._sampled: list[SampledTestbed] = []
         for place, one in enumerate(self._testbeds):
             # Draws of one model stand side by side, and share all that calibration does not change.
-            runner = self._posts[-1].runner if place % task.draws else None
+            runner = self._sampled[-1].runner if place % task.config.draws else None
             told = progress_of(one, self._testbeds, progress)
-            self._posts.append(Post.of(one, sums, task, told, runner=runner))
+            self._sampled.append(SampledTestbed.of(one, sums, task, told, runner=runner))
         self.probe = lru_cache(maxsize=_PROBES)(self._probed)
         self._rungs = {
             "layer error": self._layer_error,
             "tuning": self._tuned,
             "measurement": self._row,
         }
+
+    @property
+    def threads(self) -> int:
+        """On how many threads this process computes; the last bits of sums depend on it."""
+        return torch.get_num_threads()
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     @property
     def names(self) -> dict[str, str]:
@@ -155,8 +123,8 @@ class Evaluator:
             recipe = Recipe(name="it", criterion=criterion, criteria=dict(own), compare=compare)
             masks = [
                 mask
-                for post in self._posts
-                for of_budget in self._masks(post.probe, recipe)
+                for one in self._sampled
+                for of_budget in self._masks(one.probe, recipe)
                 for mask in of_budget
             ]
         except ScoreError:
@@ -178,7 +146,7 @@ class Evaluator:
     def _layer_errors(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
         waiting = list(requests)
         while waiting:
-            scores = self._scores([_recipe(request).criterion for request in waiting])
+            scores = self._scores([request.named.criterion for request in waiting])
             begin = time.perf_counter()
             while waiting:
                 request = waiting.pop(0)
@@ -192,7 +160,7 @@ class Evaluator:
                 begin = time.perf_counter()
 
     def result(self, request: Request) -> dict[str, Any]:
-        """The answer, with a `fault` in words where the recipe fails on some layer."""
+        """The result, with a `fault` in words where the recipe fails on some layer."""
         return self._or_fault(partial(self._rungs[request.kind], request))
 
     def _or_fault(self, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -212,27 +180,27 @@ class Evaluator:
         begin: float | None = None,
     ) -> dict[str, Any]:
         begin = time.perf_counter() if begin is None else begin
-        samples = [post.samples for post in self._posts]
-        error = self._lost(samples, _recipe(request), scores)
+        samples = [one.samples for one in self._sampled]
+        error = self._lost(samples, request.named, scores)
         if not math.isfinite(error):
             return {"fault": "its layer error is not finite"}
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
 
     def _scores(self, criteria: Sequence[Criterion]) -> Iterator[tuple[list[Tensor], ...]]:
-        """Of each formula the scores on the samples of each post."""
-        of_posts = [scores_on(post.samples, criteria) for post in self._posts]
-        return zip(*of_posts, strict=True)
+        """Of each formula the scores on the samples of each testbed."""
+        of_sampled = [scores_on(one.samples, criteria) for one in self._sampled]
+        return zip(*of_sampled, strict=True)
 
     def _lost(
         self,
-        of_posts: Sequence[Sequence[Stack]],
+        of_sampled: Sequence[Sequence[Stack]],
         recipe: Recipe,
         scores: Sequence[Sequence[Tensor]] | None = None,
     ) -> float:
-        """The layer error, of several posts and regimes the geometric mean."""
-        known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_posts)
+        """The layer error, of several testbeds and budgets the geometric mean."""
+        known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_sampled)
         lost: list[float] = []
-        for testbed, samples, own in zip(self._testbeds, of_posts, known, strict=True):
+        for testbed, samples, own in zip(self._testbeds, of_sampled, known, strict=True):
             with about(testbed, self._testbeds):
                 for of_budget in self._masks(samples, recipe, own):
                     lost.append(layer_error(samples, of_budget))
@@ -244,15 +212,15 @@ class Evaluator:
         recipe: Recipe,
         scores: Sequence[Tensor] | None = None,
     ) -> Iterator[list[Tensor]]:
-        """The masks of all samples in each regime, one regime after the other."""
+        """The masks of all samples under each budget, one after the other."""
         merged = merged_scores(samples, recipe, scores)
         for budget in self.task.budgets:
             yield masks_on(samples, recipe, budget.sparsity, budget.pattern, scores=merged)
 
     def _tuned(self, request: Request) -> dict[str, Any]:
-        recipe = _recipe(request)
+        recipe = request.named
         begin = time.perf_counter()
-        samples = [post.tuning_samples for post in self._posts]
+        samples = [one.tuning_samples for one in self._sampled]
 
         def error(criterion: Criterion) -> float | None:
             try:
@@ -266,10 +234,10 @@ class Evaluator:
 
     def _row(self, request: Request) -> dict[str, Any]:
         if request.recipe is None:
-            dense = [post.runner.dense_row(request.splits) for post in self._posts]
+            dense = [one.runner.dense_row(request.splits) for one in self._sampled]
             return finite_row(over_budgets(_DENSE, dense, self._places()))
         begin = time.perf_counter()
-        recipe = _recipe(request)
+        recipe = request.named
         row = self._measured(recipe, request.splits)
         # Test text is asked for at the end alone, when others are compared with what was found.
         if recipe.mends and "test" in request.splits:
@@ -280,18 +248,18 @@ class Evaluator:
     def _measured(
         self, recipe: Recipe, splits: Sequence[str], *, is_reversed: bool = False
     ) -> dict[str, Any]:
-        """The row of a recipe in all regimes; also with its calibration windows in reverse."""
+        """The row of a recipe under all budgets; also with its calibration windows in reverse."""
         rows = []
-        for post in self._posts:
-            with about(post.runner.testbed, self._testbeds):
-                runner = post.runner.reversed(recipe) if is_reversed else post.runner
+        for one in self._sampled:
+            with about(one.runner.testbed, self._testbeds):
+                runner = one.runner.reversed(recipe) if is_reversed else one.runner
                 for budget in self.task.budgets:
-                    one = with_choices(recipe, pattern=budget.pattern)
-                    rows.append(runner.row(one, budget.sparsity, splits))
+                    asked = with_choices(recipe, pattern=budget.pattern)
+                    rows.append(runner.row(asked, budget.sparsity, splits))
         return over_budgets(self.task.budgets, rows, self._places())
 
     def _places(self) -> list[dict[str, Any]]:
-        """Of each post what tells it from the others."""
+        """Of each testbed what tells it from the others."""
         # Not by name: the same model may be called otherwise in another process or search.
         of = [
             {"model": one.language_model.fingerprint, "seed": one.settings.seed}
@@ -304,7 +272,3 @@ class Evaluator:
 def _is_short_of_memory(error: Exception) -> bool:
     kinds = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, kinds) or any(text in str(error) for text in _SHORT_OF_MEMORY)
-
-
-def _recipe(request: Request) -> Recipe:
-    return validated(Recipe, {"name": "candidate", **(request.recipe or {})}, "a question")

@@ -1,4 +1,4 @@
-"""The memory of a search: one line per result, written once and never changed.
+"""Journal of a search: one line per result, written once and never changed.
 
 A search is a function of its settings and of the results in its journal. To go on after a crash it
 runs again from the start, and finds every result that was written before instead of computing it;
@@ -22,7 +22,7 @@ from typing import Any
 
 from prunezero.errors import OutputError, PruneZeroWarning, SearchError, differences, reason
 from prunezero.files.checked_lines import line_of, record_of
-from prunezero.files.digests import joined_digest
+from prunezero.searching.experiment.provenance import comparable, header_digest
 
 # How the line of a header begins, of which a full disk may have kept no more.
 _BEGINNING = re.compile(rb'[0-9a-f]{8} [0-9]+ \{"header": [^\n]*')
@@ -46,7 +46,7 @@ class Journal:
             OutputError: the file cannot be read or written.
         """
         self.path = path
-        self.digest = joined_digest([json.dumps(header, sort_keys=True)])
+        self.digest = header_digest(header)
         """Hexadecimal, of the header: equal for searches that cannot differ."""
         self._results: dict[tuple[str, str], dict[str, Any]] = {}
         self._is_damaged = False
@@ -78,7 +78,10 @@ class Journal:
                 f"{self.path.parent} already holds a search; go on with it by --resume, or choose "
                 "another --name"
             )
-        _refuse_other_header(records[0]["header"], header, self.path)
+        before = records[0]["header"]
+        _refuse_other_header(_comparable(before, self.path), comparable(header), self.path)
+        # Of an older journal it is that of its own header, by which MLflow knows the search.
+        self.digest = header_digest(before)
         self._tell([place for place, one in enumerate(records, start=1) if not one])
         self._results = {(one["kind"], one["key"]): one["result"] for one in records[1:] if one}
         self._file.truncate(len(data) - len(torn))
@@ -224,6 +227,13 @@ def _lock(handle: int, path: Path) -> None:
         raise SearchError(f"{path.parent} is in use by another search that is running") from error
 
 
+def _comparable(header: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return comparable(header)
+    except SearchError as error:
+        raise SearchError(f"{path.parent}: {error}") from error
+
+
 def _refuse_other_header(before: dict[str, Any], header: dict[str, Any], path: Path) -> None:
     refuse_other_format(before, header.get("format"), path.parent)
     changed = differences(before, header)
@@ -239,8 +249,8 @@ def refuse_other_format(header: Mapping[str, Any], now: Any, folder: Path) -> No
     """Refuse results that were written under other rules than those of this version.
 
     Args:
-        header: of a journal.
-        now: the `FORMAT` of `conditions.py`.
+        header: of a journal, as `comparable` gives it.
+        now: the `FORMAT` of `experiment/provenance.py`.
         folder: of the search.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Who climbs to the next rung? The best of the one below, and a third by luck.
+"""Promotion: who climbs to the next rung; the best of the one below, and a third at random.
 
 How many climb follows from how well the lower rung foretells the upper one
 (`rung_correlation.py`).
@@ -18,7 +18,7 @@ from prunezero.searching.strategies.evolution import generator
 FINALISTS = 3
 # Masks that differ on fewer of the probed weights are not both worth a measurement.
 _MIN_DIFFERENCE = 0.02
-# How many times the best value of a rung a candidate may have to be promoted by luck.
+# How many times the best value of a rung a candidate may have to be promoted at random.
 _NEAR = 1.3
 # How many times the size of the population are looked at for one that is unlike all others.
 _LOOKED_AT = 4
@@ -62,9 +62,9 @@ def to_validate(history: History) -> list[Candidate]:
 def _promoted(
     rungs: Rungs, history: History, pair: tuple[str, str], count: int, generation: int
 ) -> list[Candidate]:
-    """The best by the lower rung that wait for the upper one, a third of them by luck.
+    """The best by the lower rung that wait for the upper one, a third of them at random.
 
-    The lucky ones are drawn from those that come near the best, this generation's first, so that a
+    The random ones are drawn from those that come near the best, this generation's first, so that a
     candidate which the lower rung underrates has a chance, and the rung itself is put to the test.
     Of those that do nearly the same, one climbs at most.
     """

@@ -1,6 +1,6 @@
-"""Can the cheap rungs be trusted? Rank correlation with the next rung, and paired tests.
+"""Rung correlation: can the cheap rungs be trusted? And paired tests between two rules.
 
-A search promotes some candidates by luck, so that a rung is compared with the next one also where
+A search promotes some candidates at random, so that a rung is compared with the next one also where
 it did not choose. The correlation is over the last candidates that stand on both, which are what
 the search now has to tell apart; it decides how many climb.
 """

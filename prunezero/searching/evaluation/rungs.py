@@ -1,8 +1,16 @@
-"""Climb the ladder of `fitness.py`, computing nothing that is known already.
+"""Rungs: candidates climb from cheap measurements to costly ones, and nothing is computed twice.
 
-Answers come from the journal of the search, else from the archive of all searches, else from
-judges: one in this process, or many in others (`hiring/`). Wherever they come from, they are kept
-and handed over in the order in which they were asked for, so a search cannot tell the difference.
+    rung 0  the mask on a few rows of a few layers: have we seen it before?
+    rung 1  the layer error: gradient-weighted, on sampled rows of every layer (`proxies/matrix.py`)
+    rung 2  a quick KL from the dense model to the pruned one, on a quarter of the search text
+    rung 3  perplexity of the pruned model on all search text
+    rung 4  perplexity on validation text, which no other rung looks at: it says what is best
+
+Each rung only decides who may climb to the next (`promotion.py`); numbers of different rungs are
+never compared. Results come from the journal of the search, else from the archive of all searches,
+else from evaluators: one in this process, or a pool of workers (`workers/`). Wherever they come
+from, they are kept and handed over in the order of the requests, so a search cannot tell the
+difference.
 """
 
 from __future__ import annotations
@@ -10,20 +18,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-import torch
-
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.evaluation.archive import Archive
-from prunezero.searching.evaluation.evaluator import Evaluator, ProbeMask, Request
+from prunezero.searching.evaluation.evaluator import Evaluator, ProbeMask
 from prunezero.searching.evaluation.journal import Journal
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.budgets import with_names
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 
 
 class Evaluators(Protocol):
-    """Whoever answers questions."""
+    """Requests in, results out: an `Evaluator` of this process, or a `WorkerPool`."""
 
     @property
     def threads(self) -> int:
@@ -31,31 +39,12 @@ class Evaluators(Protocol):
         ...
 
     def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
-        """One answer to each question, in their order, each as soon as it can be had."""
+        """One result to each request, in their order, each as soon as it can be had."""
         ...
 
     def close(self) -> None:
         """Let go of processes and machines."""
         ...
-
-
-class LocalEvaluator:
-    """The judge of this process; computes an answer when it is asked for the next one."""
-
-    def __init__(self, evaluator: Evaluator) -> None:
-        self._evaluator = evaluator
-
-    @property
-    def threads(self) -> int:
-        """Those of this process."""
-        return torch.get_num_threads()
-
-    def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
-        """One answer to each question, in their order."""
-        return self._evaluator.results(requests)
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 class Rungs:
@@ -71,13 +60,13 @@ class Rungs:
         """Set it up.
 
         Args:
-            judge: of this process; it takes the probes.
-            journal: of the search; keeps every answer that the search was given.
-            judges: who answers all else; None leaves it to `evaluator`.
-            archive: of all searches; asked before the judges.
+            evaluator: of this process; it takes the probes.
+            journal: of the search; keeps every result that the search was given.
+            evaluators: who computes all else; None leaves it to `evaluator`.
+            archive: of all searches; asked before the evaluators.
         """
         self._evaluator = evaluator
-        self._evaluators = evaluators or LocalEvaluator(evaluator)
+        self._evaluators = evaluators or evaluator
         self._journal = journal
         self._archive = archive
 
@@ -132,7 +121,7 @@ class Rungs:
         return self._named(self._without_fault(Request.of(None, splits), "the dense model"))
 
     def close(self) -> None:
-        """Let go of the judges and of the journal."""
+        """Let go of the evaluators and of the journal."""
         self._evaluators.close()
         self._journal.close()
 

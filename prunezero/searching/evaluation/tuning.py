@@ -1,4 +1,4 @@
-"""Which numbers suit a formula best? Optuna looks for them on a cheap rung.
+"""Tuning of a formula's numbers: Optuna looks for the best on a cheap rung.
 
 Formulas that differ in numbers alone share a skeleton, and a search should meet a skeleton at its
 best. One exponent stays as it is, since a power of the whole changes no mask.

@@ -1,13 +1,19 @@
-"""Which published recipes is a search compared with, and which of them does what a rule does?"""
+"""Baselines: the published recipes that a search is compared with, as they are and on its terms."""
 
 from __future__ import annotations
 
+from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
+from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.testbed import with_choices
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.evaluation.request import Request
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 
+# How the names of baselines on the terms of a found recipe end.
+SAME_TERMS = " +"
 # What every search is compared with, in this order: formulas by the same dense statistics.
 FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero")
 # What a search that may mend weights is compared with as well, each as its paper has it.
@@ -20,14 +26,17 @@ def baselines(task: Task) -> list[Recipe]:
     A search that uses no gradients is not compared with recipes that would need them collected.
     """
     has_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
-    layers = {"targets": task.targets, "ignore": task.ignore}
+    layers = {"targets": task.config.targets, "ignore": task.config.ignore}
     formulas = [
-        with_choices(Recipe.load(name), pattern=task.pattern, statistics="dense", **layers)
+        with_choices(
+            Recipe.load(name), pattern=task.budgets[0].pattern, statistics="dense", **layers
+        )
         for name in FORMULAS
     ]
     mending = PIPELINES if "update" in task.options else ()
     pipelines = [
-        with_choices(Recipe.load(name), pattern=task.pattern, **layers) for name in mending
+        with_choices(Recipe.load(name), pattern=task.budgets[0].pattern, **layers)
+        for name in mending
     ]
     return [
         recipe
@@ -36,10 +45,67 @@ def baselines(task: Task) -> list[Recipe]:
     ]
 
 
+def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]]:
+    """The baselines' formulas under every choice that a found recipe makes around its own.
+
+    Where all layers compete under a found recipe, or it mends weights, and its baselines do not,
+    much of its gain is not its formula's; beside these rows one sees how much is. A baseline whose
+    own choices are the same stands in `baselines` already.
+
+    Returns:
+        The recipes, and by name of those that exclude such choices why they do.
+    """
+    known = {_measured_as(recipe, task) for recipe in baselines(task)}
+    recipes: list[Recipe] = []
+    refused: dict[str, str] = {}
+    for recipe in baselines(task):
+        name = f"{recipe.name}{SAME_TERMS}"
+        try:
+            under = _under(found, name, recipe.criterion)
+        except RecipeError as error:
+            refused[name] = str(error)
+            continue
+        if _measured_as(under, task) not in known:
+            known.add(_measured_as(under, task))
+            recipes.append(under)
+    return recipes, refused
+
+
+def _under(found: Recipe, name: str, criterion: Criterion) -> Recipe:
+    kept = found.model_dump(
+        by_alias=True, exclude={"criteria", "source", "published", "note", "provenance"}
+    )
+    return validated(Recipe, {**kept, "name": name, "criterion": criterion}, f"recipe {name}")
+
+
+def choices_in_words(found: Recipe) -> str:
+    """What a found recipe chooses around its formula."""
+    updates = ", ".join(found.updates) or "none"
+    told = {
+        "compare": found.compare,
+        "allocate": found.allocate.text,
+        "update": updates,
+        "permute": found.permute.text,
+        "schedule": found.schedule.text,
+        "recover": found.recover.text,
+    }
+    usual = {"allocate": "uniform", "update": "none", "permute": "none", "recover": "none"}
+    usual["schedule"] = "one-shot"
+    return ", ".join(f"{key} {word}" for key, word in told.items() if usual.get(key) != word)
+
+
+def _measured_as(recipe: Recipe, task: Task) -> str:
+    """Equal for recipes that are measured alike in this search."""
+    if not task.competes_freely:
+        # An N:M pattern says itself who competes.
+        recipe = recipe.model_copy(update={"compare": "row"})
+    return Request.of(recipe).key
+
+
 def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:
     """The published recipe that does what the rule does; None if it is new.
 
-    Recipes that do more than rank, and those of other comparison groups, are no twins.
+    Recipes that do more than rank, and those of other comparison groups, are not equivalent.
     """
     own = task.recipe(rule, "own")
     if own.extras or own.criteria:

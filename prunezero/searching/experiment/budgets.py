@@ -1,8 +1,8 @@
-"""Where must a rule be good? At one sparsity and pattern, or at several at once.
+"""Budgets that a rule has to serve: one sparsity and pattern, or several at once.
 
-A rule that serves several regimes is worth the geometric mean of what it is worth in each: twice
+A rule that serves several budgets is worth the geometric mean of what it is worth in each: twice
 the perplexity in one weighs as much as twice the perplexity in another, however large either is.
-The same holds of several models and draws of calibration text, each pruned in every regime.
+The same holds of several models and draws of calibration text, each pruned under every budget.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Budget:
 
     @classmethod
     def read(cls, word: str) -> Budget:
-        """The regime of a word such as `0.7` or `2:4`.
+        """The budget of a word such as `0.7` or `2:4`.
 
         Raises:
             SearchError: the word is neither.
@@ -54,10 +54,10 @@ class Budget:
 
 
 def read_budgets(words: str) -> tuple[Budget, ...]:
-    """Regimes of words with commas between them, such as `0.7,2:4`; none of no words.
+    """Budgets of words with commas between them, such as `0.7,2:4`; none of no words.
 
     Raises:
-        PruneZeroError: one of them is no regime.
+        PruneZeroError: one of them is no budget.
     """
     return tuple(Budget.read(word.strip()) for word in words.split(",") if word.strip())
 
@@ -84,13 +84,13 @@ def over_budgets(
     rows: Sequence[Mapping[str, Any]],
     places: Sequence[Mapping[str, Any]] = ({},),
 ) -> dict[str, Any]:
-    """The row of a recipe over all regimes, from one row for each as `RecipeRunner.row` gives it.
+    """The row of a recipe over all budgets, from one row for each as `RecipeRunner.row` gives it.
 
     Perplexities and KL are geometric means, and so are the losses of the windows, in nats, means:
     tests over windows hold for the whole as for a part. `budgets` keeps the perplexities of each.
 
     Args:
-        rows: of the first model and draw in every regime, then of the next.
+        rows: of the first model and draw under every budget, then of the next.
         places: of each model and draw, what `budgets` says to tell it from the others.
     """
     first = dict(rows[0])
@@ -105,7 +105,7 @@ def over_budgets(
     }
     first["pattern"] = in_words(budgets)
     first |= beginning(row.get("windows_begin_with", "") for row in rows)
-    # There is no one number; each regime has its own.
+    # There is no one number; each budget has its own.
     first["sparsity_reached"] = None
     first["seconds"] = sum(row["seconds"] for row in rows)
     first["regimes"] = [

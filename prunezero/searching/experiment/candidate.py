@@ -1,4 +1,4 @@
-"""What a search remembers of one rule that it tried."""
+"""Candidate: one rule that a search tried, and what it measured of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import costliest
-from prunezero.searching.experiment.task import Rule
+from prunezero.searching.experiment.rule import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
 STATUSES = ("new", "known", "invalid")
@@ -18,7 +18,7 @@ STATUSES = ("new", "known", "invalid")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One rule that a search tried, and how far up the ladder it came."""
+    """One rule that a search tried, and how far up the rungs it came."""
 
     slot: int
     """its place in the order of proposals"""
@@ -41,7 +41,7 @@ class Candidate:
     layer_error: float | None = None
     """gradient-weighted error of the layers' outputs on sampled rows"""
     kl: float | None = None
-    """nats per token from the dense model to the pruned one, at a glance of the search text"""
+    """nats per token from the dense model to the pruned one, on a little search text"""
     search_perplexity: float | None = None
     """of the pruned model on search text; None unless it earned that"""
     validation_perplexity: float | None = None
@@ -65,7 +65,7 @@ class Candidate:
 
     @cached_property
     def signal(self) -> str:
-        """The dearest signal that one of its formulas looks at."""
+        """The costliest signal that one of its formulas looks at."""
         return costliest(one.signal for one in self.rule.formulas)
 
     def row(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What does an answer of a judge depend on, beside the question?
+"""Provenance: what the answer to a request depends on, beside the request.
 
 Journals are refused, archived answers left aside and workers sent home where it differs.
 """
@@ -6,8 +6,9 @@ Journals are refused, archived answers left aside and workers sent home where it
 from __future__ import annotations
 
 import importlib.util
+import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
@@ -16,15 +17,18 @@ from typing import Any
 
 import torch
 
-from prunezero.errors import TextError
+from prunezero.errors import PruneZeroError, SearchError, TextError, reason
 from prunezero.files.digests import file_digest, joined_digest
 from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.text.splits import SPLITS
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.testbed import Testbed
+from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.proxies.samples import ROW_WEIGHTS, rung_sums
+from prunezero.searching.spaces.space import SearchSpace
 
 # Counts changes to what a search draws, asks or writes; what is older is then refused.
 FORMAT = 8
@@ -34,42 +38,91 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "sympy", "
 _FLOORS = ("files", "formula", "scoring", "models", "pruning", "searching")
 
 
-def conditions(
-    testbed: Testbed, task: Task, also_testbeds: Sequence[Testbed] = ()
-) -> dict[str, Any]:
-    """Everything beside a question that its answer depends on, as JSON.
+def conditions(config: SearchConfig, testbeds: Sequence[Testbed]) -> dict[str, Any]:
+    """Everything beside a request that its answer depends on, as JSON.
 
     Args:
-        also_testbeds: of further models, on the same text and under the same settings.
+        testbeds: of all models of the search, its own first.
     """
-    space = task.space
+    return fingerprints(config, testbeds) | config.answered_under()
+
+
+def fingerprints(config: SearchConfig, testbeds: Sequence[Testbed]) -> dict[str, Any]:
+    """What the names of a search lead to (models, text, packages), as JSON."""
+    testbed, *others = testbeds
+    space = config.space_content
     sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
     return {
-        **surroundings(testbed),
+        **_surroundings(testbed),
         "format": FORMAT,
-        "sparsity": task.sparsity,
         "weighted_rows": ROW_WEIGHTS in sums,
-        **further(task),
-        **further_models(also_testbeds),
-        **further_draws((testbed, *also_testbeds), task.draws),
-        **_plugged(task),
+        **further_models(others),
+        **further_draws(testbeds, config.draws),
+        **_plugged(config),
     }
 
 
+def header(task: Task, testbeds: Sequence[Testbed]) -> dict[str, Any]:
+    """What heads the journal of a search: its experiment, and fingerprints beside it, as JSON."""
+    written = {
+        "seeds": [rule.text for rule in task.seeds],
+        "baselines": [recipe.criterion.text for recipe in baselines(task)],
+    }
+    return {
+        "config": task.config.model_dump(mode="json"),
+        "fingerprints": fingerprints(task.config, testbeds) | written,
+    }
+
+
+def comparable(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything in a header that a search depends on, on one level; names of places are left out.
+
+    Raises:
+        SearchError: it is no header of a search.
+    """
+    try:
+        if "config" not in header:
+            return _older(header)
+        config = SearchConfig.model_validate(header["config"])
+        return header["fingerprints"] | config.answered_under() | config.decided_by()
+    except (PruneZeroError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SearchError(
+            "it was searched by another version of prunezero, or its journal was changed "
+            f"({type(error).__name__}: {reason(error)})"
+        ) from error
+
+
+def _older(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A header of the time when it was on one level already, under other words."""
+    found = dict(header)
+    found["space"] = SearchSpace.model_validate(found["space"]).model_dump(mode="json")
+    found["baselines"] = found.pop("rivals", [])
+    return found
+
+
+def header_digest(header: Mapping[str, Any]) -> str:
+    """Hexadecimal digits that are equal for searches that cannot differ."""
+    whole = comparable(header) if "config" in header else header
+    return joined_digest([json.dumps(whole, sort_keys=True)])
+
+
 def surroundings(testbed: Testbed) -> dict[str, Any]:
-    """What any number that is measured on a bench depends on, whatever is asked, as JSON."""
+    """What any number that is measured on a testbed depends on, whatever is asked, as JSON."""
+    return _surroundings(testbed) | {"settings": vars(testbed.settings).copy()}
+
+
+def _surroundings(testbed: Testbed) -> dict[str, Any]:
     return {
         "prunezero": version("prunezero"),
         "python": ".".join(platform.python_version_tuple()[:2]),
         **{name: version(name) for name in LIBRARIES},
         **_kernels(testbed),
         **subject(testbed),
-        "settings": vars(testbed.settings).copy(),
     }
 
 
 def subject(testbed: Testbed) -> dict[str, str]:
-    """The model and text of a bench, as they are and not as they are called."""
+    """The model and text of a testbed, as they are and not as they are called."""
     model = testbed.language_model
     return {
         "model": model.fingerprint,
@@ -88,7 +141,7 @@ def machine(testbed: Testbed, threads: int) -> dict[str, Any]:
     without it, so the archive keeps them apart. A search itself may go on elsewhere.
 
     Args:
-        threads: of each judge.
+        threads: of each evaluator.
     """
     device = testbed.language_model.device
     gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
@@ -131,17 +184,6 @@ def _ids(testbed: Testbed, split: str) -> str:
         return "too short"
 
 
-def further(task: Task) -> dict[str, Any]:
-    """Words of further regimes, number of draws, patterns of layers; where there are any."""
-    told = {
-        "also": [budget.word for budget in task.also],
-        "draws": task.draws if task.draws > 1 else None,
-        "targets": list(task.targets),
-        "ignore": list(task.ignore),
-    }
-    return {key: value for key, value in told.items() if value}
-
-
 def further_models(also_testbeds: Sequence[Testbed]) -> dict[str, list[Any]]:
     """Fingerprints, dtypes and token ids of further models, where there are any."""
     if not also_testbeds:
@@ -168,10 +210,11 @@ def _kernels(testbed: Testbed) -> dict[str, str]:
     return {"triton": version("triton") if has_triton else "none"}
 
 
-def _plugged(task: Task) -> dict[str, str]:
+def _plugged(config: SearchConfig) -> dict[str, str]:
     """What operators of other packages mean that this search may use."""
-    written = [*task.space.terminals, *(rule.criterion for rule in task.seeds)]
+    space = config.space_content
+    written = [*space.terminals, *(rule.criterion for rule in config.rules)]
     inside = {step.operator.name for criterion in written for step in steps(criterion)}
-    words = inside.union(task.space.operators) - set(OPERATORS.own)
+    words = inside.union(space.operators) - set(OPERATORS.own)
     meanings = OPERATORS.plugged() if words else {}
     return {f"operator {word}": meanings[word] for word in sorted(words & set(meanings))}

@@ -1,6 +1,6 @@
-"""On which models and draws of calibration text must a rule be good? Each has a bench of its own.
+"""Testbeds of a search: one for each model and draw of calibration text that a rule has to serve.
 
-All benches have the same text and sizes, so that a window of one stands for a window of the other,
+All testbeds have the same text and sizes, so that a window of one stands for a window of the other,
 and every rule has to fit every model. What does not fit is refused before the long work.
 """
 
@@ -20,11 +20,13 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe
 from prunezero.pruning.testbed import Testbed, with_choices
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 
 
 def beside(testbed: Testbed, names: Sequence[str], *, device: str) -> tuple[Testbed, ...]:
-    """Benches of further models, on the text of the first and in the dtype that it has.
+    """Testbeds of further models, on the text of the first and in the dtype that it has.
 
     Raises:
         SearchError: a model is named twice.
@@ -49,11 +51,8 @@ def _refuse_twice(names: Sequence[str]) -> None:
             raise SearchError(f"model {name} is named twice; name every model once")
 
 
-def fitted(task: Task, testbeds: Sequence[Testbed], baselines: Sequence[Recipe]) -> Task:
-    """The task on these models, once it is known that each can take it.
-
-    Args:
-        rivals: recipes that will be measured beside those of the task.
+def fitted(task: Task, testbeds: Sequence[Testbed]) -> Task:
+    """The task on these models, once it is known that each can take it and its baselines.
 
     Raises:
         SearchError: one model stands there twice, or they share no text, settings or device.
@@ -64,9 +63,11 @@ def fitted(task: Task, testbeds: Sequence[Testbed], baselines: Sequence[Recipe])
     for testbed in testbeds:
         with about(testbed, testbeds):
             model = testbed.language_model.model
-            found.append(find_linears(model, targets=task.targets, ignore=task.ignore))
+            found.append(
+                find_linears(model, targets=task.config.targets, ignore=task.config.ignore)
+            )
             for budget in task.budgets:
-                for recipe in [*_examples(task), *baselines]:
+                for recipe in [*_examples(task), *baselines(task)]:
                     one = with_choices(recipe, pattern=budget.pattern)
                     layers = check_recipe(testbed.language_model, one, budget.sparsity)
                     _check_permutation(testbed.language_model, one, layers)
@@ -76,7 +77,7 @@ def fitted(task: Task, testbeds: Sequence[Testbed], baselines: Sequence[Recipe])
 
 
 def drawn(testbeds: Sequence[Testbed], draws: int) -> tuple[Testbed, ...]:
-    """Each bench on so many draws of calibration text, by seeds that count up from its own."""
+    """Each testbed on so many draws of calibration text, by seeds that count up from its own."""
     return tuple(testbed.drawn(draw) for testbed in testbeds for draw in range(draws))
 
 
@@ -103,7 +104,7 @@ def progress_of(
 
 
 def _place(testbed: Testbed, testbeds: Sequence[Testbed]) -> Iterator[str]:
-    """What tells one bench from the others, in words."""
+    """What tells one testbed from the others, in words."""
     if len({one.language_model.name for one in testbeds}) > 1:
         yield f"model {testbed.language_model.name}"
     if len({one.settings.seed for one in testbeds}) > 1:
@@ -131,7 +132,7 @@ def _refuse_unlike(testbeds: Sequence[Testbed]) -> None:
 
 
 def _shared(testbed: Testbed) -> tuple[object, ...]:
-    """What all benches of a search have in common."""
+    """What all testbeds of a search have in common."""
     return testbed.text.fingerprint, testbed.settings, testbed.language_model.device.type
 
 

@@ -1,14 +1,6 @@
-"""How good is a formula? A ladder from a hash that costs nothing to perplexity that costs seconds.
+"""Proxy for single weights: masks and layer errors of a recipe, on sampled rows of every layer.
 
-    rung 0  the mask on a few rows of a few layers: have we seen it before?
-    rung 1  the gradient-weighted error of the layers' outputs, on sampled rows of every layer
-    rung 2  a glance: KL from the dense model to the pruned one, on a quarter of the search text
-    rung 3  perplexity of the pruned model on all search text
-    rung 4  perplexity on validation text, which no other rung looks at: it says what is best
-
-Each rung only decides who may climb to the next; numbers of different rungs are never compared.
-
-The error of rung 1 is sum_i d_i^2 e_i H e_i' / sum_i d_i^2 w_i H w_i' over the sampled rows i of a
+The layer error is sum_i d_i^2 e_i H e_i' / sum_i d_i^2 w_i H w_i' over the sampled rows i of a
 layer, averaged over layers, with w_i a row of weights, e_i its removed part, H the Gram matrix of
 the inputs and d_i the root mean square of the loss gradient at that output: the Fisher weight that
 K-FAC would give it. It tells good formulas from bad (on the demo model, Kendall's tau with

@@ -1,4 +1,4 @@
-"""On what are masks looked at before they are measured? On some rows of every layer, drawn once.
+"""Samples that masks are looked at on: some rows of every layer, drawn once.
 
 Layers of one shape are kept as a stack, so that a formula is computed on all of them at once.
 """
@@ -155,7 +155,7 @@ def _stacked_features(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tens
 
 
 def rung_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[str]:
-    """Names of the sums over calibration text that the ladder needs for these features."""
+    """Names of the sums over calibration text that the rungs need for these features."""
     return needed_sums(features) | {"gram"} | ({ROW_WEIGHTS} if with_gradients else set())
 
 

@@ -1,4 +1,4 @@
-"""Which formulas may a search write: the words, the numbers, the size; one YAML file each."""
+"""SearchSpace: which formulas a search may write, their words and sizes; one YAML file each."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from prunezero.searching.spaces.space_types import (
 class SearchSpace(BaseModel):
     """The words and sizes of formulas, and how large a generation of a search is.
 
-    `signals` is the dearest signal that a rule may look at, one of SIGNALS in order of cost.
-    Terminals and choices that look at dearer ones are left out when the space is read, and the
+    `signals` is the costliest signal that a rule may look at, one of SIGNALS in order of cost.
+    Terminals and choices that look at costlier ones are left out when the space is read, and the
     space that is kept and shown lacks them: at `activations` no feature of gradients or of Gram
     matrices, no update `obs`, `admm` or `swaps`, and no damping. What the search itself measures
     goes without gradient weights then, and looks at Gram matrices for its layer error all the same.
@@ -48,7 +48,7 @@ class SearchSpace(BaseModel):
     name: str = Field(min_length=1, max_length=100)
     source: str = ""
     note: str = ""
-    # the dearest signal that a rule may look at
+    # the costliest signal that a rule may look at
     signals: Signal = SIGNALS[-1]
     # leaves of a formula: features, or formulas of features
     terminals: Terminals
@@ -140,7 +140,7 @@ class SearchSpace(BaseModel):
 
     @property
     def costliest_signal(self) -> str:
-        """The dearest signal that a rule of the space can look at, whatever it may."""
+        """The costliest signal that a rule of the space can look at, whatever it may."""
         chosen = [signal_of(key, one) for key, values in self.choices.items() for one in values]
         return costliest([*(terminal.signal for terminal in self.terminals), *chosen])
 

@@ -36,13 +36,13 @@ def check_choices(choices: Choices) -> None:
 
 
 def signal_of(key: str, value: Any) -> str:
-    """The dearest signal that a value of a recipe's key looks at, one of SIGNALS."""
+    """The costliest signal that a value of a recipe's key looks at, one of SIGNALS."""
     # It is a share of Gram matrices, and without them it changes nothing.
     return SIGNALS[-1] if key == "damping" else _example_of(key, value).signal
 
 
 def within(choices: Choices, signal: str) -> dict[str, tuple[Any, ...]]:
-    """The choices that look at no dearer signal than this one; keys that keep a value."""
+    """The choices that look at no costlier signal than this one; keys that keep a value."""
     kept = {
         key: tuple(value for value in values if is_within(signal_of(key, value), signal))
         for key, values in choices.items()

@@ -1,6 +1,6 @@
-"""What may the keys of a search space hold? A type for each that is more than a word or a number.
+"""Types of the keys of a search space, for each that is more than a word or a number.
 
-Keys after `signals` in the class see what it says: what looks at dearer signals is left out.
+Keys after `signals` in the class see what it says: what looks at costlier signals is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prunezero.searching.spaces.space_choices import check_choices, is_within, w
 
 
 def _limit(info: ValidationInfo) -> str:
-    """The dearest signal that is allowed; the usual one where that key is at fault itself."""
+    """The costliest signal that is allowed; the usual one where that key is at fault itself."""
     return str(info.data.get("signals", SIGNALS[-1]))
 
 

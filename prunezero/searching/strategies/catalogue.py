@@ -1,4 +1,4 @@
-"""Which strategies can a search be run with? Evolution, and honest controls to compare it with.
+"""Catalogue of strategies that a search can be run with: evolution, and controls beside it.
 
 Other packages add theirs under the entry point group `prunezero.strategies`: a name, and where a
 `Strategy` is found. `contract.py` says whether one keeps its promises.

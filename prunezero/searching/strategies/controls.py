@@ -1,4 +1,4 @@
-"""What would others propose? Genetic programming as Pruner-Zero published it, and Optuna.
+"""Controls, strategies to compare with: genetic programming as Pruner-Zero has it, and Optuna.
 
 A search that is said to be efficient has to be compared with something. These two see the same
 formulas as evolution does; neither knows of published formulas, of skeletons or of kinds.
@@ -17,7 +17,8 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.functions import REDUCTIONS
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import (
@@ -83,7 +84,7 @@ def suggest(task: Task) -> Propose:
     """Optuna's tree-structured Parzen estimator, one categorical choice for each place of a tree.
 
     A generation is asked for together, and is told its layer errors when the next one begins; a
-    mask that was known has the error of its twin, and what ranks nothing is worse than all else:
+    known mask has the error of its duplicate, and what ranks nothing is worse than all else:
     if it had no result, the words that never rank would stay the least known, and be chosen for it.
 
     Source: Bergstra et al. 2011, Algorithms for hyper-parameter optimization.
@@ -123,7 +124,7 @@ def suggest(task: Task) -> Propose:
 def _error(candidate: Candidate | None, errors: dict[str, float | None]) -> float | None:
     if candidate is None or candidate.layer_error is not None:
         return None if candidate is None else candidate.layer_error
-    # A twin in the same generation had no error yet when it was found to be one.
+    # A duplicate in the same generation had no error yet when it was found to be one.
     return errors.get(candidate.mask)
 
 

@@ -1,4 +1,4 @@
-"""Which formulas are there at all? Every one of a space, shortest first.
+"""Enumeration, a strategy: every formula of a space, shortest first.
 
 Long formulas are made of short ones. Of sub-formulas that have the same values on random numbers a
 single one is kept to build with (observational equivalence, Udupa et al. 2013, TRANSIT), and of
@@ -32,7 +32,8 @@ from prunezero.formula.functions import AXES
 from prunezero.formula.vocabulary import OPERATORS, Operator
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import Proposal, Proposals

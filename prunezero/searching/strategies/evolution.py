@@ -1,4 +1,4 @@
-"""Who proposes the next rules: evolution by default; `catalogue.py` lists everybody else.
+"""Evolution, the usual strategy: who proposes the next rules; `catalogue.py` lists the others.
 
 Every draw has its own generator, seeded by (search seed, slot, purpose), and everything else
 follows from the memory, so a search that is resumed proposes exactly what it would have proposed.
@@ -17,7 +17,8 @@ from typing import Any
 from prunezero.errors import CriterionError, RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
 from prunezero.searching.strategies.genetics import as_seen, cross, mutate, random_criterion
 from prunezero.searching.strategies.parents import ParentPool
@@ -31,7 +32,7 @@ _MIGRATION = 0.1
 
 @dataclass(frozen=True)
 class Proposal:
-    """A rule that nobody has judged yet."""
+    """A rule that nobody has measured yet."""
 
     rule: Rule
     origin: str
@@ -55,7 +56,7 @@ class Strategy:
     note: str
     """what it is, in one line"""
     is_screened: bool = True
-    """whether candidates climb the ladder; else all are measured at once, repeated masks too"""
+    """whether candidates climb the rungs; else all are measured at once, repeated masks too"""
     is_exhaustive: bool = False
     """whether it ends by itself when nothing is left, however many known masks come in a row"""
     generation: int | None = None

@@ -1,4 +1,4 @@
-"""How formulas breed: random trees, mutation, crossover, as pure functions of (tree, rng).
+"""Genetic operators on formulas: random trees, mutation, crossover; functions of (tree, rng).
 
 A tree is the criterion's own SymPy expression. A child is built in raw form and becomes a
 `Criterion`, so it is simplified before anyone looks at it; what no mask can see is taken

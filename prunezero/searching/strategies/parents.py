@@ -1,4 +1,4 @@
-"""Who may have children? The best of every skeleton, and the best of every kind.
+"""Parents, selected by tournament: the best of every skeleton, and the best of every kind.
 
 Evolution that keeps only the best soon breeds one family. Here candidates retire with age, and the
 archive of kinds, after MAP-Elites (Mouret & Clune 2015, arXiv:1504.04909), keeps for every size,
@@ -22,7 +22,7 @@ _SIZES = (4, 8, 12)
 # Generations after which a candidate has children only as the best of its kind, or by its KL.
 _RETIRES = 20
 # What a crowd costs: a rank counts 1 + 4 times the fraction of the pool that has its size, so twice
-# where a quarter has it, and never five times: the best still loses to its next few rivals at most.
+# where a quarter has it, and never five times: the best still loses to its next few at most.
 _CROWDING = 4
 
 Kind = tuple[int, str, int]
@@ -44,7 +44,7 @@ class ParentPool:
 
     @classmethod
     def among(cls, history: History, space: SearchSpace, generation: int) -> ParentPool:
-        """The breeders of a generation; places of those that retired go to younger ones."""
+        """The parents of a generation; places of those that retired go to younger ones."""
         best = list(history.best_of_each(kind))
         count, oldest = space.islands, generation - _RETIRES
         islands = tuple(
@@ -63,7 +63,7 @@ class ParentPool:
 
         Args:
             slot: of the child, which says the island; None looks on all of them.
-            glanced: chance that the tournament is among those that were run on the model.
+            quick_kl: chance that the tournament is among those that were run on the model.
         """
         ranked = self.everyone if slot is None else self.islands[slot % len(self.islands)]
         if len(self.quick_kl) > 1 and rng.random() < quick_kl:
@@ -79,7 +79,7 @@ class ParentPool:
 
 
 def kind(candidate: Candidate) -> Kind:
-    """Size, dearest signal, and behaviour of a candidate."""
+    """Size, costliest signal, and behaviour of a candidate."""
     size = sum(candidate.complexity > limit for limit in _SIZES)
     return size, candidate.signal, candidate.behaviour
 

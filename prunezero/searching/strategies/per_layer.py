@@ -1,4 +1,4 @@
-"""Which formulas do some kinds of projection have of their own, and what becomes of them?
+"""Per-layer formulas: kinds of projection that have one of their own, and what becomes of it.
 
 Where all layers compete, scores of two formulas do not compare, so there a kind has the formula of
 the others times a factor, and keeps that factor when the formula changes.
@@ -13,7 +13,8 @@ from prunezero.errors import CriterionError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.searching.experiment.candidate import Candidate
-from prunezero.searching.experiment.task import Rule, Task, factor_of, rescaled, scaled
+from prunezero.searching.experiment.rule import Rule, factor_of, rescaled, scaled
+from prunezero.searching.experiment.task import Task
 from prunezero.searching.strategies.genetics import as_seen, mutate
 from prunezero.searching.strategies.parents import ParentPool
 

@@ -1,7 +1,7 @@
-"""How does a search use many machines? By judges in actors of a Ray cluster.
+"""Workers in actors of a Ray cluster: how a search uses many machines.
 
-An actor loads its model once and answers one question after another. Ray starts actors and says
-when one has died; who replaces it and what becomes of its question is the crew's business.
+An actor loads its model once and answers one request after another. Ray starts actors and says
+when one has died; who replaces it and what becomes of its request is the pool's business.
 Source: Moritz et al. 2018, arXiv:1712.05889.
 """
 
@@ -16,10 +16,10 @@ from typing import Any
 
 from prunezero.errors import SearchError, reason
 from prunezero.files.cache import cache_dir
-from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.workers.pool import DEADLINE, Worker, WorkerPool
 from prunezero.searching.workers.processes import usable_cores
-from prunezero.searching.workers.worker import JudgePlan, Message, WorkerLoop
+from prunezero.searching.workers.worker import EvaluatorPlan, Message, WorkerLoop
 
 # Settings of this process that its workers on other machines must have as well.
 _SHARED = ("HF_HUB_OFFLINE", "HF_HOME", "PRUNEZERO_CACHE_GIB")
@@ -29,14 +29,14 @@ _SECONDS_TO_ANSWER = 10.0
 
 
 def ray_pool(
-    plan: JudgePlan,
+    plan: EvaluatorPlan,
     address: str,
     count: int,
     *,
     threads: int | None = None,
     deadline: float = DEADLINE,
 ) -> WorkerPool:
-    """Judges in actors of a Ray cluster, which is joined; the first question starts the actors.
+    """Evaluators in actors of a Ray cluster, which is joined; the first request starts the actors.
 
     Args:
         address: of a running cluster, "auto" for the one of this machine, or "local" for a new
@@ -44,7 +44,7 @@ def ray_pool(
         count: actors at most, each with a GPU of its own where the model is on one.
         threads: of each actor; None divides the cores. Sums differ in their last bits between
             numbers of threads.
-        deadline: seconds for one question.
+        deadline: seconds for one request.
 
     Raises:
         SearchError: Ray is not installed, the cluster does not answer or is too small.
@@ -133,10 +133,10 @@ def _share(
 
 
 class _Cluster:
-    """A Ray cluster, as an office of a crew."""
+    """A Ray cluster, as a launcher of a pool."""
 
     def __init__(
-        self, ray: Any, plan: JudgePlan, count: int, threads: int, *, is_ours: bool
+        self, ray: Any, plan: EvaluatorPlan, count: int, threads: int, *, is_ours: bool
     ) -> None:
         self._ray = ray
         self._is_ours = is_ours

@@ -1,11 +1,11 @@
-"""How do many judges answer at once, in order, although some of them die or hang?
+"""WorkerPool: many evaluators at once, results in order, although some of them die or hang.
 
-A crew has a number of places, each with one worker or none. Whoever is free gets the next question.
-A question that a worker died over is given to one other worker, then it counts as faulty; one that
+A pool has a number of places, each with one worker or none. Whoever is free gets the next request.
+A request that a worker died over is given to one other worker, then it counts as faulty; one that
 is not answered in time counts as faulty at once. Workers are processes (`workers.py`) or actors of
-a cluster (`cluster.py`); the crew cannot tell the difference.
+a cluster (`cluster.py`); the pool cannot tell the difference.
 
-An answer belongs to the batch that its worker was given the question from. So questions of a batch
+An answer belongs to the batch that its worker was given the request from. So requests of a batch
 that nobody reads any more are answered into the void, and a killed worker cannot answer at all.
 """
 
@@ -18,21 +18,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prunezero.errors import PruneZeroError, SearchError
-from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.workers.worker import Message
 
-# Seconds for one question, where nothing else is asked for.
+# Seconds for one request, where nothing else is asked for.
 DEADLINE = 1800.0
 # Seconds for a worker to get ready.
 _PATIENCE = 1800.0
-# Workers that may die over one question.
+# Workers that may die over one request.
 _ATTEMPTS = 2
 # Workers in a row that may die before one is ready.
 _FALSE_STARTS = 3
 
 
 class Worker(Protocol):
-    """A judge elsewhere that has one thing to say at a time; at first whether it is ready."""
+    """An evaluator elsewhere that has one thing to say at a time; at first whether it is ready."""
 
     @property
     def handle(self) -> Any:
@@ -40,7 +40,7 @@ class Worker(Protocol):
         ...
 
     def ask(self, request: Request) -> bool:
-        """Hand it a question; False if it is known to have died."""
+        """Hand it a request; False if it is known to have died."""
         ...
 
     def hear(self) -> Message:
@@ -93,22 +93,22 @@ class _Slot:
     pid: int | None = None
     """None until it is ready"""
     batch: _Batch | None = None
-    """what its question is from; None for an idle one"""
+    """what its request is from; None for an idle one"""
     number: int = 0
-    """of its question in the batch"""
+    """of its request in the batch"""
 
 
 class WorkerPool:
-    """Workers that answer questions; a `Evaluators`."""
+    """Workers that take requests as one `Evaluator` does."""
 
     def __init__(
         self, launcher: Launcher, count: int, deadline: float = DEADLINE, *, threads: int = 1
     ) -> None:
-        """Begin with nobody: workers are hired when there is something to ask.
+        """Begin with nobody: workers are started when there is something to ask.
 
         Args:
             count: workers at most.
-            deadline: seconds for one question.
+            deadline: seconds for one request.
             threads: on which each computes.
         """
         self.threads = threads
@@ -120,7 +120,7 @@ class WorkerPool:
 
     @property
     def at_work(self) -> dict[int, Request | None]:
-        """By process id, the question that each worker which is ready is at."""
+        """By process id, the request that each worker which is ready is at."""
         return {
             slot.pid: slot.batch.requests[slot.number] if slot.batch else None
             for slot in self._slots.values()
@@ -128,11 +128,11 @@ class WorkerPool:
         }
 
     def results(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
-        """One answer to each question, in their order, each as soon as it can be had.
+        """One answer to each request, in their order, each as soon as it can be had.
 
         Raises:
             SearchError: workers cannot start.
-            PruneZeroError: as the judge.
+            PruneZeroError: as the evaluator.
         """
         batch = _Batch(requests)
         for number in range(len(requests)):
@@ -152,7 +152,7 @@ class WorkerPool:
         self._launcher.close()
 
     def _hand_out(self, batch: _Batch) -> None:
-        """Give questions to whoever is free, and hire for those that are left."""
+        """Give requests to whoever is free, and start workers for those that are left."""
         for place, slot in list(self._slots.items()):
             if batch.waiting and slot.pid is not None and slot.batch is None:
                 if slot.worker.ask(batch.requests[batch.waiting[0]]):
@@ -195,7 +195,7 @@ class WorkerPool:
             slot.batch.found[slot.number], slot.batch = content, None
 
     def _retry(self, slot: _Slot, reason: str) -> None:
-        """Give the question of a worker that died to another one, unless that was the last try."""
+        """Give the request of a worker that died to another one, unless that was the last try."""
         batch = slot.batch
         if batch is None:
             self._false_starts += 1

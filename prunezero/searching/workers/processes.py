@@ -1,4 +1,4 @@
-"""How does a search use all cores and GPUs of one machine? By judges in other processes.
+"""Workers in processes of one machine: how a search uses all its cores and GPUs.
 
 Each process has its model, its pipe and its share of the cores, and ends with its coordinator
 however that ends. The coordinator alone decides what Ctrl-C means.
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from prunezero.errors import SearchError, reason
-from prunezero.searching.evaluation.evaluator import Request
+from prunezero.searching.evaluation.request import Request
 from prunezero.searching.workers.pool import DEADLINE, Worker, WorkerPool
-from prunezero.searching.workers.worker import JudgePlan, Message, Plan, WorkerLoop
+from prunezero.searching.workers.worker import EvaluatorPlan, Message, WorkerLoop
 
-__all__ = ["DEADLINE", "Plan", "process_pool", "usable_cores"]
+__all__ = ["DEADLINE", "EvaluatorPlan", "process_pool", "usable_cores"]
 
 # What a terminal or a batch system sends to every process of a search.
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -32,20 +32,20 @@ _SECONDS_TO_END = 10.0
 
 
 def process_pool(
-    plan: JudgePlan, count: int, *, threads: int | None = None, deadline: float = DEADLINE
+    plan: EvaluatorPlan, count: int, *, threads: int | None = None, deadline: float = DEADLINE
 ) -> WorkerPool:
-    """Judges in processes of this machine; the first question starts them.
+    """Evaluators in processes of this machine; the first request starts them.
 
     Args:
         count: processes at most; where there are GPUs, they take these in turn.
         threads: of each process; None divides the cores. Sums differ in their last bits between
             numbers of threads.
-        deadline: seconds for one question.
+        deadline: seconds for one request.
     """
     each = threads or max(1, usable_cores() // count)
     launcher = _Here(plan, count, each)
     pool = WorkerPool(launcher, count, deadline, threads=each)
-    # Before multiprocessing waits at exit for processes that wait for questions.
+    # Before multiprocessing waits at exit for processes that wait for requests.
     launcher.at_exit = pool.close
     atexit.register(pool.close)
     return pool
@@ -59,9 +59,9 @@ def usable_cores() -> int:
 
 
 class _Here:
-    """This machine, as an office of a crew."""
+    """This machine, as a launcher of a pool."""
 
-    def __init__(self, plan: JudgePlan, count: int, threads: int) -> None:
+    def __init__(self, plan: EvaluatorPlan, count: int, threads: int) -> None:
         self._plan = plan
         self._threads = threads
         self._gpus = _visible_gpus() if plan.device == "cuda" else []
@@ -89,7 +89,7 @@ def _visible_gpus() -> list[str]:
 class _Process:
     """A worker in a process, at the other end of a pipe."""
 
-    def __init__(self, plan: JudgePlan, threads: int, gpu: str | None) -> None:
+    def __init__(self, plan: EvaluatorPlan, threads: int, gpu: str | None) -> None:
         spawning = multiprocessing.get_context("spawn")
         self.handle, theirs = spawning.Pipe()
         self._process = spawning.Process(
@@ -149,7 +149,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Any, plan: JudgePlan, threads: int, gpu: str | None) -> None:
+def _serve(pipe: Any, plan: EvaluatorPlan, threads: int, gpu: str | None) -> None:
     """The whole life of a worker process."""
     threading.Thread(target=_end_with_the_coordinator, daemon=True).start()
     if gpu is not None:

@@ -1,7 +1,4 @@
-"""What does a judge hold of each model and draw of calibration text?
-
-The stand on which it is pruned and measured, and the rows on which masks are looked at.
-"""
+"""SampledTestbed: what an evaluator holds of each model and draw of calibration text."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ _TUNED_ON = 3
 
 
 @dataclass(frozen=True)
-class Post:
-    """One model that is judged on, under one draw of calibration text."""
+class SampledTestbed:
+    """One model under one draw of calibration text: to prune and measure on, and to look at."""
 
     runner: RecipeRunner
     """where it is pruned and measured"""
@@ -41,21 +38,21 @@ class Post:
         progress: Progress | None = None,
         *,
         runner: RecipeRunner | None = None,
-    ) -> Post:
+    ) -> SampledTestbed:
         """Calibrate the model, or find its statistics where an earlier process left them.
 
         Args:
             sums: over calibration text, of every layer that is pruned.
             task: says which those are, what a formula may look at, and which may have one of their
                 own.
-            stand: of the same model under another draw of calibration text.
+            runner: of the same model under another draw of calibration text.
 
         Raises:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
-        space = task.space
+        config, space = task.config, task.space
         layers = find_linears(
-            testbed.language_model.model, targets=task.targets, ignore=task.ignore
+            testbed.language_model.model, targets=config.targets, ignore=config.ignore
         )
         statistics = testbed.statistics(layers, sums, progress)
         if runner is None:

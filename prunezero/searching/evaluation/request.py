@@ -1,0 +1,53 @@
+"""Request: what is asked of an evaluator; plain data, so that it travels and is remembered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+
+# Keys of a recipe that change no result.
+_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of an evaluator; its result is plain data too."""
+
+    splits: tuple[str, ...]
+    """texts to measure the pruned model on; none asks for the layer error"""
+    recipe: Mapping[str, Any] | None
+    """what of the recipe changes results, in its YAML's spelling; None is the dense model"""
+    trials: int = 0
+    """numbers to try in its formula; more than none asks for the best ones"""
+
+    @classmethod
+    def of(cls, recipe: Recipe | None, splits: Sequence[str] = (), *, trials: int = 0) -> Request:
+        """The request what a recipe does, on some texts or to the layers' outputs."""
+        if recipe is None:
+            return cls(tuple(splits), None)
+        fields = recipe.model_dump(
+            mode="json", by_alias=True, exclude=_WORDS_ONLY, exclude_defaults=True
+        )
+        return cls(tuple(splits), fields, trials)
+
+    @property
+    def kind(self) -> str:
+        """The rung that answers it."""
+        if self.trials:
+            return "tuning"
+        return "measurement" if self.splits else "layer error"
+
+    @property
+    def key(self) -> str:
+        """Equal for equal requests."""
+        return json.dumps([self.recipe, self.trials, *self.splits], sort_keys=True)
+
+    @property
+    def named(self) -> Recipe:
+        """The recipe that it is about."""
+        return validated(Recipe, {"name": "candidate", **(self.recipe or {})}, "a request")

@@ -1,0 +1,228 @@
+"""SearchConfig: one search experiment, everything that its results depend on, by name.
+
+The command line builds it, `search.json` holds it, a worker gets it, it heads the journal beside
+the fingerprints of what its names lead to, and recipes and MLflow show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from prunezero.formula.features import SIGNALS
+from prunezero.models.anatomy.patterns import patterns_of
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.requirements import settled_sparsity
+from prunezero.pruning.testbed import Settings, Testbed
+from prunezero.searching.experiment.budgets import Budget, read_budgets
+from prunezero.searching.experiment.rule import Rule
+from prunezero.searching.spaces.space import SearchSpace
+
+# A value that leaves the choice to the machine.
+OPEN = "auto"
+
+
+def _words(value: object) -> object:
+    """A text with commas, as the command line and older files have it, or a list, as a tuple."""
+    if isinstance(value, str):
+        return patterns_of(value)
+    return () if value is None else tuple(value) if isinstance(value, list) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+class StartingRule(BaseModel):
+    """A rule to start from, as it was when the search was asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    formula: str
+    """its criterion"""
+    choices: dict[str, Any] = {}
+    """values of recipe keys, as their YAML spells them"""
+
+
+class SearchConfig(BaseModel):
+    """One search experiment. Fields are called as the options of `prunezero search`.
+
+    Fields that only say where something is (models, text, device, names of the space and of what it
+    starts from) may change when a search goes on elsewhere; fingerprints tell whether it is the
+    same.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    model: str = "demo"
+    """as `load_model` takes it"""
+    also_model: Words = ()
+    """further models that rules have to be good on"""
+    text: str = "demo"
+    """as `load_text` takes it"""
+    sparsity: float | None = None
+    """fraction of the weights to remove; None where the pattern says it"""
+    pattern: str = "free"
+    """free or N:M"""
+    also: Words = ()
+    """other budgets that rules have to serve, such as 0.7 and 2:4"""
+    draws: int = 1
+    """of calibration text that rules have to be good on"""
+    targets: Words = ()
+    """layers to prune, by pattern; all where there is none"""
+    ignore: Words = ()
+    """layers to leave alone, by pattern"""
+    space: str = "formulas"
+    """name or path of the search space"""
+    signals: str = SIGNALS[-1]
+    """the costliest that a rule may look at, as `space_content` has it"""
+    seed: int = 0
+    """of every draw"""
+    calibration_seed: int | None = None
+    """of the calibration text; None: the same"""
+    from_scratch: bool = False
+    """whether it starts without published formulas"""
+    start_from: Words = ()
+    """searches and recipes whose rules it starts from"""
+    strategy: str = "evolution"
+    """who proposes rules, see `strategies/catalogue.py`"""
+    sequence_length: int = 256
+    """tokens in a window"""
+    calibration_tokens: int = 8192
+    """tokens that statistics are made from"""
+    evaluation_tokens: int = 4096
+    """tokens of search and of validation text"""
+    test_tokens: int = 8192
+    """tokens of test text"""
+    dtype: str = OPEN
+    """of the weights"""
+    device: str = OPEN
+    """where the model is"""
+    space_content: SearchSpace
+    """the search space itself"""
+    start: tuple[StartingRule, ...] = ()
+    """the rules that `start_from` leads to"""
+
+    @classmethod
+    def of(cls, **named: Any) -> SearchConfig:
+        """The experiment of these fields; the space is read by its name where it is not given.
+
+        Raises:
+            RecipeError: a field holds what it may not, there is no such search space, or nothing is
+                left of it under these signals.
+        """
+        if "space_content" not in named:
+            name = named.get("space", "formulas")
+            named["space_content"] = SearchSpace.load(name, signals=named.pop("signals", None))
+        space = named["space_content"]
+        return validated(cls, {"space": space.name, **named, "signals": space.signals}, "search")
+
+    @property
+    def settings(self) -> Settings:
+        """How much of the text is used."""
+        seed = self.seed if self.calibration_seed is None else self.calibration_seed
+        return Settings(
+            self.sequence_length,
+            self.calibration_tokens,
+            self.evaluation_tokens,
+            self.test_tokens,
+            seed,
+        )
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """All that a rule has to serve; that of `sparsity` and `pattern` first.
+
+        Raises:
+            PruneZeroError: sparsity and pattern do not go together, or a word is no budget.
+        """
+        own = Budget(settled_sparsity(self.pattern, self.sparsity), self.pattern)
+        return own, *read_budgets(",".join(self.also))
+
+    @property
+    def rules(self) -> list[Rule]:
+        """The rules of `start`."""
+        return [Rule.read(one.formula, one.choices) for one in self.start]
+
+    @classmethod
+    def on(cls, testbed: Testbed, also: Sequence[Testbed] = (), **named: Any) -> SearchConfig:
+        """The experiment on models that are loaded already; `named` are other fields."""
+        settings, model = testbed.settings, testbed.language_model
+        seed = named.get("seed", 0)
+        return cls.of(
+            **named,
+            model=model.name,
+            also_model=tuple(one.language_model.name for one in also),
+            text=testbed.text.name,
+            calibration_seed=None if settings.seed == seed else settings.seed,
+            sequence_length=settings.sequence_length,
+            calibration_tokens=settings.calibration_tokens,
+            evaluation_tokens=settings.evaluation_tokens,
+            test_tokens=settings.test_tokens,
+            dtype=model.dtype_word,
+            device=model.device.type,
+        )
+
+    def settled(self, testbed: Testbed) -> SearchConfig:
+        """The same without what was left to the machine and to the pattern."""
+        model = testbed.language_model
+        found = {
+            "dtype": model.dtype_word,
+            "device": model.device.type if self.device == OPEN else self.device,
+            "sparsity": self.budgets[0].sparsity,
+            "also": tuple(budget.word for budget in self.budgets[1:]),
+        }
+        return self.model_copy(update=found)
+
+    def answered_under(self) -> dict[str, Any]:
+        """What the answer to any request depends on, beside models and text, as JSON."""
+        further = {
+            "also": [budget.word for budget in self.budgets[1:]],
+            "draws": self.draws if self.draws > 1 else None,
+            "targets": list(self.targets),
+            "ignore": list(self.ignore),
+        }
+        return {
+            "settings": vars(self.settings).copy(),
+            "sparsity": self.budgets[0].sparsity,
+            **{key: value for key, value in further.items() if value},
+        }
+
+    def decided_by(self) -> dict[str, Any]:
+        """What decides how the search goes, beside its answers, as JSON."""
+        return {
+            "space": self.space_content.model_dump(mode="json"),
+            "pattern": self.pattern,
+            "seed": self.seed,
+            "strategy": self.strategy,
+        }
+
+    def shown(self) -> dict[str, Any]:
+        """What a person is told of it: in the recipe that it found, and in MLflow."""
+        further = {
+            **{"also_models": list(self.also_model), "also": list(self.also)},
+            **{"draws": self.draws if self.draws > 1 else None},
+            **{"targets": list(self.targets), "ignore": list(self.ignore)},
+        }
+        return {
+            "model": self.model,
+            "text": self.text,
+            "space": self.space_content.name,
+            "signals": self.space_content.costliest_signal,
+            "strategy": self.strategy,
+            "sparsity": self.budgets[0].sparsity,
+            "pattern": self.pattern,
+            **{key: value for key, value in further.items() if value},
+            "seed": self.seed,
+            "calibration_tokens": self.calibration_tokens,
+            "sequence_length": self.sequence_length,
+            "dtype": self.dtype,
+        }
+
+
+def starting_rules(rules: Sequence[Rule]) -> tuple[StartingRule, ...]:
+    """The rules as an experiment keeps them."""
+    return tuple(
+        StartingRule(formula=one.criterion.text, choices=dict(one.choices)) for one in rules
+    )

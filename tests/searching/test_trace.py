@@ -1,0 +1,28 @@
+"""A seeded search goes as it went: its stored trace tells what a change of the code changes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.searching.trace import NUMBERS, PATH, WORDS, trace
+
+
+def test_a_seeded_search_goes_as_its_stored_trace_says() -> None:
+    stored, now = json.loads(PATH.read_text()), trace()
+    told = "\n".join(
+        f"{one}\n  now {other}"
+        for one, other in zip(stored, now, strict=False)
+        if {key: one[key] for key in WORDS} != {key: other[key] for key in WORDS}
+    )
+    assert not told and len(now) == len(stored), f"{told}\npython -m tests.searching.trace"
+    for one, other in zip(stored, now, strict=True):
+        numbers = {key: other[key] for key in NUMBERS if key in other}
+        assert numbers == pytest.approx({key: one[key] for key in NUMBERS if key in one}, rel=1e-4)
+
+
+def test_the_stored_trace_shows_every_rung_and_every_origin_of_a_small_search() -> None:
+    stored = json.loads(PATH.read_text())
+    assert {key for step in stored for key in NUMBERS if key in step} == set(NUMBERS)
+    assert {"seed", "mutate", "cross", "choose", "tune"} <= {step["origin"] for step in stored}
