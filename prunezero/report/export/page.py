@@ -17,10 +17,11 @@ from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.export.page_lines import SUM_LINES, feature_lines
+from prunezero.report.export.page_lines import feature_lines, sum_lines
 from prunezero.report.export.page_text import check_page, exchange, parts
 from prunezero.report.quoting import python_docstring, python_string, python_strings
 from prunezero.report.tracking.search_records import shown
+from prunezero.scoring.statistics import LETTERS, SUMS
 from prunezero.searching.experiment.budgets import seeds_of, windows_of
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
@@ -108,7 +109,7 @@ def _score_lines(criterion: Criterion) -> list[str]:
 
 def _listen_body(sums: frozenset[str]) -> list[str]:
     """The body of `listen`: hooks for the wanted sums alone."""
-    added = {source: _added(source, sums) for source in SUM_LINES}
+    added = {source: sum_lines(source, sums) for source in LETTERS}
     has_gradients = bool(added["gradient"] or added["output gradients"])
     lines = ["hooks: list[Any] = []"]
     if added["inputs"] or added["outputs"]:
@@ -131,7 +132,7 @@ def _listen_body(sums: frozenset[str]) -> list[str]:
         lines.append("hooks.append(module.weight.register_post_accumulate_grad_hook(add_gradient))")
     if added["output gradients"]:
         body = []
-        if "token_gradient_square_sum" in sums:
+        if any(SUMS[name].with_inputs for name in sums):
             body.append("x = inputs.detach().reshape(-1, inputs.shape[-1])")
         body += ["d = gradient.reshape(-1, gradient.shape[-1])", *added["output gradients"]]
         lines += _hook("add_output_gradient", "gradient: Tensor, inputs: Tensor", body)
@@ -142,12 +143,6 @@ def _listen_body(sums: frozenset[str]) -> list[str]:
     return [*lines, "return hooks"]
 
 
-def _added(source: str, sums: frozenset[str]) -> list[str]:
-    """The lines that add to the wanted sums what some values of a source give."""
-    wanted = {name: text for name, text in SUM_LINES[source].items() if name in sums}
-    return [f'add(stats, "{source}", "{name}", {text})' for name, text in wanted.items()]
-
-
 def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
     return ["", f"def {name}({arguments}) -> None:", *(f"    {line}" for line in body), ""]
 
@@ -155,9 +150,10 @@ def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
 def _read_body(sums: frozenset[str]) -> list[str]:
     """The body of `read`: a forward pass, one with a backward pass, or both."""
     lines = []
-    if not sums or sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
+    sources = {SUMS[name].source for name in sums}
+    if not sums or sources & {"inputs", "outputs"}:
         lines += ["with torch.no_grad():", "    model(ids, use_cache=False)"]
-    if sums & {*SUM_LINES["gradient"], *SUM_LINES["output gradients"]}:
+    if sources & {"gradient", "output gradients"}:
         lines += [
             "with torch.enable_grad():",
             "    logits = model(ids, use_cache=False).logits[0, :-1].float()",
