@@ -20,7 +20,7 @@ FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero", "obd", "fisher")
 PIPELINES = ("sparsegpt", "admm")
 PUBLISHED, AROUND, FOUND = "published", "around", "found"
 # What a recipe says of itself and does not do, and the formulas.
-_TOLD = ("name", "source", "published", "note", "command", "provenance")
+_TOLD = ("name", "source", "published", "note", "provenance")
 _FORMULAS = ("criterion", "criteria")
 # Updates that look at scores, not only at which weights go first.
 _LOOK_AT_SCORES = {"swaps", "dsnot"}

@@ -27,7 +27,7 @@ HOMES = {
     "typer": {"cli"},
     "rich": {"cli"},
     "yaml": {"pruning", "report"},
-    "pydantic": {"pruning", "searching"},
+    "pydantic": {"pruning", "searching", "report"},
     "scipy": {"pruning", "searching"},
     "ray": {"searching"},
 }

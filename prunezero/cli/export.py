@@ -57,7 +57,6 @@ def export(
     from prunezero.pruning.testbed import with_choices
     from prunezero.report.export.kernel import refuse_several, write_kernel
     from prunezero.report.export.page import write_pruner
-    from prunezero.report.runs.folder import pruner_fields
 
     check_statistics(statistics)
     if output is None and kernel is None:
@@ -67,15 +66,15 @@ def export(
     check_apart({"--output": output, "--kernel": kernel})
     found = runs_dir / recipe / "recipe.yaml"
     chosen = Recipe.load(found if os.path.isfile(found) else recipe)
-    fields = pruner_fields(with_choices(chosen, pattern=pattern, statistics=statistics))
+    chosen = with_choices(chosen, pattern=pattern, statistics=statistics)
     # What one file cannot follow is told before the other is written.
     if kernel is not None:
-        refuse_several(fields)
+        refuse_several(chosen)
     if output is not None:
-        write_pruner(fields, output)
-        say(f"wrote {output}: {fields.text}")
-        fraction = "--sparsity 0.5 " if fields.pattern == "free" else ""
+        write_pruner(chosen, output)
+        say(f"wrote {output}: {chosen.text}")
+        fraction = "--sparsity 0.5 " if chosen.pattern == "free" else ""
         say(f"run it: python {shell_word(output)} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")
     if kernel is not None:
-        write_kernel(fields, kernel)
-        say(f"wrote {kernel}: {fields.criterion.text} as score(weight, ...) in Triton")
+        write_kernel(chosen, kernel)
+        say(f"wrote {kernel}: {chosen.criterion.text} as score(weight, ...) in Triton")

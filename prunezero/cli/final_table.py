@@ -87,10 +87,9 @@ def _on_all_texts(
 def _say_files(recipe: Recipe, folder: Path) -> None:
     from prunezero.cli.tables import say
     from prunezero.report.export.page import no_page
-    from prunezero.report.runs.folder import pruner_fields
 
     say(f"recipe: {folder / 'recipe.yaml'}")
-    reason = no_page(pruner_fields(recipe))
+    reason = no_page(recipe)
     say(f"no pruner page: {reason}" if reason else f"pruner: {folder / 'pruner.py'}")
 
 

@@ -66,9 +66,7 @@ class Feature:
     @cached_property
     def inputs(self) -> tuple[str, ...]:
         """The names that the torch text reads."""
-        nodes = ast.walk(ast.parse(self.torch, mode="eval"))
-        names = (node.id for node in nodes if isinstance(node, ast.Name))
-        return tuple(sorted({name for name in names if name != "torch"}))
+        return names_in(self.torch)
 
     @property
     def sums(self) -> tuple[str, ...]:
@@ -76,6 +74,13 @@ class Feature:
         if "upper" in self.inputs:
             return ("gram",)
         return tuple(sorted({*self.inputs} - {"weight", "tokens", "sequences"}))
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names that torch text reads, torch itself aside, in the order of the alphabet."""
+    nodes = ast.walk(ast.parse(text, mode="eval"))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return tuple(sorted(names - {"torch"}))
 
 
 def _symbol(name: str, *, nonnegative: bool) -> sympy.Symbol:

@@ -43,8 +43,6 @@ class Operator:
     triton: str | None = None
     # the sign of the result, one of SIGNS
     sign: str = "any"
-    # the unit of the result: "as argument", "product", "none" (a plain number) ...
-    unit: str = "as argument"
 
 
 def elementwise(
@@ -54,7 +52,6 @@ def elementwise(
     meaning: str,
     triton: str | None = None,
     sign: str = "any",
-    unit: str = "none",
 ) -> Operator:
     """The row of a function that sees one value at a time, such as a sigmoid.
 
@@ -65,4 +62,4 @@ def elementwise(
         sign: what a formula may be simplified by, one of SIGNS. Claim no more than is true.
     """
     build = elementwise_function(name, sign)
-    return Operator(name, 1, f"{name}(x)", meaning, build, torch, triton, sign=sign, unit=unit)
+    return Operator(name, 1, f"{name}(x)", meaning, build, torch, triton, sign=sign)

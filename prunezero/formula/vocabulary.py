@@ -53,11 +53,9 @@ def _subtract(x: Any, y: Any) -> Any:
 
 
 _ARITHMETIC = (
-    Operator("add", 2, "x + y", "sum", algebra.add, "{0} + {1}", "{0} + {1}", unit="common"),
-    Operator("sub", 2, "x - y", "difference", _subtract, "{0} - {1}", "{0} - {1}", unit="common"),
-    Operator(
-        "mul", 2, "x * y", "product", algebra.multiply, "{0} * {1}", "{0} * {1}", unit="product"
-    ),
+    Operator("add", 2, "x + y", "sum", algebra.add, "{0} + {1}", "{0} + {1}"),
+    Operator("sub", 2, "x - y", "difference", _subtract, "{0} - {1}", "{0} - {1}"),
+    Operator("mul", 2, "x * y", "product", algebra.multiply, "{0} * {1}", "{0} * {1}"),
     Operator(
         "div",
         2,
@@ -67,7 +65,6 @@ _ARITHMETIC = (
         # By infinity instead of by 0; where y is one row or column, that is quick to write.
         "{0} / torch.where({1} == 0, torch.inf, {1})",
         'tl.div_rn({0}, tl.where({1} == 0, float("inf"), {1}))',
-        unit="quotient",
     ),
     Operator(
         "power",
@@ -78,7 +75,6 @@ _ARITHMETIC = (
         "torch.pow({0}, {1})",
         "tl.exp({1} * tl.log({0}))",
         sign="nonnegative",
-        unit="power",
     ),
 )
 
@@ -110,7 +106,6 @@ _ELEMENTWISE = (
         "torch.square({0})",
         "{0} * {0}",
         sign="nonnegative",
-        unit="square",
     ),
     Operator(
         "sqrt",
@@ -121,7 +116,6 @@ _ELEMENTWISE = (
         "torch.sqrt({0})",
         "tl.sqrt_rn({0})",
         sign="nonnegative",
-        unit="root",
     ),
     Operator(
         "log",
@@ -131,7 +125,6 @@ _ELEMENTWISE = (
         algebra.logarithm,
         "torch.log(torch.clamp({0}, min=1e-12))",
         "tl.log(tl.maximum({0}, 1e-12))",
-        unit="none",
     ),
     Operator(
         "exp",
@@ -142,7 +135,6 @@ _ELEMENTWISE = (
         "torch.exp(torch.clamp({0}, max=80.0))",
         "tl.exp(tl.minimum({0}, 80.0))",
         sign="nonnegative",
-        unit="none",
     ),
     Operator(
         "tanh",
@@ -153,7 +145,6 @@ _ELEMENTWISE = (
         "torch.tanh({0})",
         _TANH,
         sign="as argument",
-        unit="none",
     ),
     Operator("skip", 1, "skip(x)", "the value itself", _identity, sign="as argument"),
 )
@@ -194,7 +185,6 @@ _WHOLE_MATRIX = (
         "{0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), torch.inf, "
         "{0}.amax((-2, -1), keepdim=True) - {0}.amin((-2, -1), keepdim=True))",
         sign="nonnegative",
-        unit="none",
     ),
     Operator(
         "zscore",
@@ -205,7 +195,6 @@ _WHOLE_MATRIX = (
         "({0} - {0}.mean((-2, -1), keepdim=True, dtype=torch.float64).float()) / torch.where("
         "{0}.amax((-2, -1), keepdim=True) == {0}.amin((-2, -1), keepdim=True), torch.inf, "
         "{0}.double().std((-2, -1), correction=0, keepdim=True).float())",
-        unit="none",
     ),
     Operator(
         "divide_by_norm",
@@ -213,7 +202,6 @@ _WHOLE_MATRIX = (
         "divide_by_norm(x, y)",
         "x divided by the L2 norm of the whole of y: what Pruner-Zero's code calls div",
         _divide_by_norm,
-        unit="quotient",
     ),
 )
 

@@ -112,7 +112,7 @@ class Selected:
     """What the kernels say of one matrix; it may only be used without faults."""
 
     kept: torch.Tensor
-    """True = keep; bool [out, in], or uint8 [out, ceil(in / 8)] with the first weight lowest"""
+    """True = keep; bool [out, in]"""
     extremes: torch.Tensor
     """int32 [programs, 2]: the lowest and the highest score that a program met, as keys"""
     tied: torch.Tensor
@@ -147,8 +147,6 @@ def selected(
     weight: torch.Tensor,
     features: Mapping[str, torch.Tensor],
     request: Pattern | int,
-    *,
-    is_packed: bool = False,
 ) -> Selected:
     """The mask of one matrix by its rows, for requests that are known to fit.
 
@@ -156,7 +154,6 @@ def selected(
         criterion, weight, features: as for `fused_mask`; at least one weight.
         request: a pattern as wide as `launches.WIDEST_PATTERN` at most, or how many weights of a
             row go.
-        is_packed: write eight weights into a byte.
 
     Raises:
         StatisticsError: a feature is missing.
@@ -168,11 +165,9 @@ def selected(
     planned = plan(criterion)
     kernels = import_kernels(planned.source, kernel_folder())
     arguments = _arguments(criterion, weight, features)
-    width = -(-columns // 8) if is_packed else columns
-    dtype = torch.uint8 if is_packed else torch.bool
-    kept = torch.empty(weight.shape[0], width, dtype=dtype, device=weight.device)
+    kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
     with on_device_of(weight):
-        return Selected(kept, *fill(kernels, planned.size, kept, columns, request, arguments))
+        return Selected(kept, *fill(kernels, planned.size, kept, request, arguments))
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunezero.errors import StatisticsError, did_you_mean
+from prunezero.formula.features import names_in
+from prunezero.scoring.torch_text import function_of
+
+# What the values of a source are called in the torch text of a sum.
+LETTERS = {"inputs": "x", "outputs": "y", "gradient": "g", "output gradients": "d"}
 
 
 @dataclass(frozen=True)
@@ -22,51 +28,47 @@ class Sum:
     """How one raw sum is stored and what it is made from."""
 
     source: str
-    """what is added up: "inputs", "outputs", "gradient" or "output gradients" """
+    """what is added up: one of `LETTERS`"""
     shape: tuple[str, ...]
     """its axes, each "in" or "out" """
     dtype: torch.dtype
     """of the running sum"""
-    of: Callable[..., Tensor]
-    """the contribution of float values: [tokens, channels], for a gradient [out, in]"""
-    with_inputs: bool = False
-    """whether `of` also takes the layer's inputs for the same tokens, [tokens, in]"""
+    torch: str
+    """what float values add, in the engine and in exported pages: x, y and d are [tokens, channels]
+    and g is [out, in]; beside d it may read x of the same tokens"""
 
+    @cached_property
+    def letters(self) -> tuple[str, ...]:
+        """The values that the torch text reads."""
+        return names_in(self.torch)
 
-def _gram(inputs: Tensor) -> Tensor:
-    inputs = inputs.to(torch.float32)
-    return inputs.T @ inputs
+    @property
+    def with_inputs(self) -> bool:
+        """Whether it also reads the layer's inputs for the same tokens."""
+        return self.letters != (LETTERS[self.source],)
 
-
-def _token_gradient_squares(output_gradients: Tensor, inputs: Tensor) -> Tensor:
-    """A token's gradient of a weight is a product of two numbers, so their squares need no loop."""
-    return output_gradients.to(torch.float32).square().T @ inputs.to(torch.float32).square()
+    @cached_property
+    def of(self) -> Callable[..., Tensor]:
+        """What values add, by letter."""
+        return function_of(self.letters, [f"return {self.torch}"])
 
 
 SUMS: dict[str, Sum] = {
-    "input_sum": Sum("inputs", ("in",), torch.float64, lambda x: x.sum(0, dtype=torch.float64)),
-    "input_square_sum": Sum(
-        "inputs", ("in",), torch.float64, lambda x: x.to(torch.float64).square().sum(0)
-    ),
-    "gram": Sum("inputs", ("in", "in"), torch.float32, _gram),
-    "output_square_sum": Sum(
-        "outputs", ("out",), torch.float64, lambda y: y.to(torch.float64).square().sum(0)
-    ),
-    "gradient_square_sum": Sum(
-        "gradient", ("out", "in"), torch.float32, lambda g: g.to(torch.float32).square()
-    ),
-    "gradient_absolute_sum": Sum(
-        "gradient", ("out", "in"), torch.float32, lambda g: g.to(torch.float32).abs()
-    ),
+    "input_sum": Sum("inputs", ("in",), torch.float64, "x.sum(0, dtype=torch.float64)"),
+    "input_square_sum": Sum("inputs", ("in",), torch.float64, "x.double().square().sum(0)"),
+    "gram": Sum("inputs", ("in", "in"), torch.float32, "x.float().T @ x.float()"),
+    "output_square_sum": Sum("outputs", ("out",), torch.float64, "y.double().square().sum(0)"),
+    "gradient_square_sum": Sum("gradient", ("out", "in"), torch.float32, "g.float().square()"),
+    "gradient_absolute_sum": Sum("gradient", ("out", "in"), torch.float32, "g.float().abs()"),
+    # A token's gradient of a weight is a product of two numbers, so their squares need no loop.
     "token_gradient_square_sum": Sum(
         "output gradients",
         ("out", "in"),
         torch.float32,
-        _token_gradient_squares,
-        with_inputs=True,
+        "d.float().square().T @ x.float().square()",
     ),
     "output_gradient_square_sum": Sum(
-        "output gradients", ("out",), torch.float64, lambda d: d.to(torch.float64).square().sum(0)
+        "output gradients", ("out",), torch.float64, "d.double().square().sum(0)"
     ),
 }
 
@@ -111,10 +113,10 @@ def contribution(
     wanted = [name for name in names if SUMS[name].source == source]
     if inputs is None and any(SUMS[name].with_inputs for name in wanted):
         raise StatisticsError(f"sums of the {source} of {layer} also need its inputs")
+    read = {"x": inputs if inputs is None else _rows(inputs), LETTERS[source]: rows}
     added = {}
     for name in wanted:
-        also = [_rows(inputs)] if inputs is not None and SUMS[name].with_inputs else []
-        added[name] = SUMS[name].of(rows, *also)
+        added[name] = SUMS[name].of(*(read[letter] for letter in SUMS[name].letters))
     if not all(bool(torch.isfinite(value).all()) for value in added.values()):
         raise StatisticsError(
             f"the {source} of {layer} hold NaN or infinite numbers; "

@@ -26,7 +26,7 @@ from prunezero.formula.ranking import ranking_form
 from prunezero.formula.vocabulary import Operator, elementwise
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.export.page import PrunerFields, write_pruner
+from prunezero.report.export.page import write_pruner
 from prunezero.scoring.columns import sees_inputs_alone
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernels.source import plan
@@ -34,6 +34,7 @@ from prunezero.scoring.score import evaluate
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.enumeration import Blocks
 from prunezero.searching.strategies.genetics import cross, mutate, random_criterion, tunable
+from tests.report.recipes import recipe_of
 
 # Triton decides when it is first imported.
 if not torch.cuda.is_available():
@@ -175,7 +176,7 @@ def test_an_exported_page_computes_it_without_either_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.py"
-    write_pruner(PrunerFields("new", Criterion.parse("sigmoid(W)*swish(abs(W))")), page)
+    write_pruner(recipe_of("new", Criterion.parse("sigmoid(W)*swish(abs(W))")), page)
     for package in ("prunezero", "tests"):
         # Python refuses to import what is None there.
         monkeypatch.setitem(sys.modules, package, None)

@@ -82,8 +82,8 @@ def test_a_recipe_says_where_it_comes_from_and_how_to_run_it(name: str) -> None:
     recipe = Recipe.load(name)
     assert recipe.name == name
     assert recipe.source
-    assert recipe.command.startswith(f"prunezero prune --model demo --recipe {name} ")
-    assert (folder("baselines") / f"{name}.yaml").read_text().startswith(f"# {recipe.command}\n")
+    first, *_ = (folder("baselines") / f"{name}.yaml").read_text().splitlines()
+    assert first.startswith(f"# prunezero prune --model demo --recipe {name} ")
     for result in recipe.published:
         assert {"model", "sparsity", "pattern", "sequence_length", "perplexity"} <= set(result)
 

@@ -15,7 +15,6 @@ from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import score
-from prunezero.searching.proxies.samples import sample_rows, stacked
 from tests.scoring.reference import keep_rows
 from tests.tiny_models import tiny_batches, tiny_model
 
@@ -60,23 +59,3 @@ def test_a_formula_is_pruned_by_with_the_damping_of_its_recipe(
         kept = keep_rows(scores, "0.5")
     # At the threshold of a whole model rounding decides.
     assert ((weight != 0).numpy() != kept).sum() <= 2 * (recipe.compare == "model")
-
-
-def test_samples_have_the_features_of_every_damping_that_a_space_offers() -> None:
-    model = tiny_model()
-    layers = find_linears(model.model)
-    statistics = calibrate(model, tiny_batches(), layers, needed_sums(["U", "X"]) | {"gram"})
-    samples = sample_rows(layers, statistics, ("U", "X"), dampings=[0.01, 0.8])
-    for stack in stacked(samples):
-        assert stack.at_damping(0.01) is stack
-        other = stack.at_damping(0.8)
-        assert torch.equal(other.features["X"], stack.features["X"])
-        for place, name in enumerate(stack.names):
-            known = statistics[name]
-            for damping, found in ((0.01, stack), (0.8, other)):
-                expected = diagonal_of_factor(known.sums["gram"], known.sequences, damping)
-                np.testing.assert_allclose(
-                    found.features["U"][place, 0].numpy(), expected, rtol=1e-4
-                )
-        with pytest.raises(KeyError):
-            stack.at_damping(0.3)

@@ -151,3 +151,8 @@ def test_a_tree_of_pruner_zero_is_a_recipe_too(tmp_path: Path) -> None:
             Recipe.load(path)
     with pytest.raises(RecipeError, match="cannot be read"):
         Recipe.load(tmp_path / "nowhere.json")
+
+
+def test_a_file_that_still_has_its_command_as_a_key_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path, "name: mine\ncriterion: abs(W)\ncommand: prunezero prune\n")
+    assert "command" not in Recipe.load(path).to_yaml()

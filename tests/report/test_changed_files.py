@@ -17,7 +17,8 @@ from prunezero.errors import PruneZeroError, RecipeError
 from prunezero.files.checked_lines import line_of
 from prunezero.pruning.recipes.documents import write_document
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.runs.folder import list_runs, pruner_fields
+from prunezero.report.export.page import pruner_page
+from prunezero.report.runs.folder import list_runs
 from prunezero.report.runs.search_file import read_config
 from prunezero.report.runs.summary import read_run, results
 from prunezero.report.runs.verification import claims
@@ -131,7 +132,7 @@ def test_files_with_any_value_changed_are_read_or_refused_in_a_sentence(
             results(run)
             claims(run, 3)
             assert run.recipe is not None
-            pruner_fields(run.recipe)
+            pruner_page(run.recipe)
 
 
 def test_the_files_that_are_changed_here_are_sound_as_they_are(tmp_path: Path) -> None:

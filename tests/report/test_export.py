@@ -7,7 +7,6 @@ import importlib.util
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import with_choices
 from prunezero.report.export import page_parts, pruner_template
 from prunezero.report.export.kernel import write_kernel
-from prunezero.report.export.page import PrunerFields, pruner_page, write_pruner
-from prunezero.report.runs.folder import pruner_fields
+from prunezero.report.export.page import pruner_page, write_pruner
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.selection import select_model
+from tests.report.recipes import recipe_of
 from tests.tiny_models import (
     FAMILIES,
     VOCABULARY,
@@ -52,7 +52,7 @@ FORMULAS = {
 }
 
 
-def page_module(fields: PrunerFields, folder: Path) -> Any:
+def page_module(fields: Recipe, folder: Path) -> Any:
     path = folder / "pruner.py"
     write_pruner(fields, path)
     specification = importlib.util.spec_from_file_location(f"pruner_{folder.name}", path)
@@ -62,7 +62,7 @@ def page_module(fields: PrunerFields, folder: Path) -> Any:
     return module
 
 
-def engine_masks(family: str, fields: PrunerFields, sparsity: float) -> dict[str, torch.Tensor]:
+def engine_masks(family: str, fields: Recipe, sparsity: float) -> dict[str, torch.Tensor]:
     language_model = tiny_model(family)
     layers = find_linears(
         language_model.model, targets=list(fields.targets), ignore=list(fields.ignore)
@@ -88,7 +88,7 @@ def engine_masks(family: str, fields: PrunerFields, sparsity: float) -> dict[str
 
 
 def assert_page_equals_engine(
-    family: str, fields: PrunerFields, folder: Path, sparsity: float = 0.5
+    family: str, fields: Recipe, folder: Path, sparsity: float = 0.5
 ) -> None:
     network = tiny_model(family).model
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -116,7 +116,7 @@ def assert_page_equals_engine(
 def test_page_prunes_the_very_weights_that_the_engine_prunes(
     name: str, family: str, tmp_path: Path
 ) -> None:
-    fields = PrunerFields(name=name, criterion=Criterion.parse(FORMULAS[name]))
+    fields = recipe_of(name=name, criterion=Criterion.parse(FORMULAS[name]))
     assert_page_equals_engine(family, fields, tmp_path)
 
 
@@ -124,11 +124,13 @@ def test_page_prunes_the_very_weights_that_the_engine_prunes(
 def test_page_ranks_some_layers_by_formulas_of_their_own(pattern: str, tmp_path: Path) -> None:
     own = {"down_proj": "abs(W)*sqrt(G)", "re:attn.[kv]_proj": "abs(W)/C1"}
     criteria = {layers: Criterion.parse(text) for layers, text in own.items()}
-    fields = PrunerFields("w", Criterion.parse("abs(W)*X"), criteria, pattern=pattern)
+    fields = recipe_of("w", Criterion.parse("abs(W)*X"), criteria=criteria, pattern=pattern)
     assert_page_equals_engine("llama", fields, tmp_path)
     page = pruner_page(fields).replace("\n", " ")
     assert "`abs(W)*X; down_proj: abs(W)*sqrt(G); re:attn.[kv]_proj: abs(W)/C1`" in page
-    other = page_module(replace(fields, criteria={"mlp.down": criteria["down_proj"]}), tmp_path)
+    other = page_module(
+        with_choices(fields, criteria={"mlp.down": criteria["down_proj"]}), tmp_path
+    )
     with pytest.raises(other.RefusalError, match=r"no layer matches 'mlp.down'"):
         other.prune_(tiny_model().model, torch.split(tiny_batches(), 1), sparsity=0.5)
     with pytest.raises(OutputError, match="formulas of its own for down_proj, re:attn"):
@@ -137,14 +139,14 @@ def test_page_ranks_some_layers_by_formulas_of_their_own(pattern: str, tmp_path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_page_finds_the_layers_of_every_family(family: str, tmp_path: Path) -> None:
-    fields = PrunerFields(name="wanda", criterion=Criterion.parse("abs(W)*X"))
+    fields = recipe_of(name="wanda", criterion=Criterion.parse("abs(W)*X"))
     assert_page_equals_engine(family, fields, tmp_path, sparsity=0.29)
 
 
 @pytest.mark.parametrize("feature", list(FEATURES))
 def test_every_feature_has_the_same_value_in_a_page(feature: str, tmp_path: Path) -> None:
     criterion = Criterion.parse(f"abs(W)*{feature}" if feature != "W" else "W")
-    fields = PrunerFields(name=feature, criterion=criterion, compare="layer")
+    fields = recipe_of(name=feature, criterion=criterion, compare="layer")
     assert_page_equals_engine("llama", fields, tmp_path)
 
 
@@ -164,12 +166,12 @@ def test_page_knows_the_groups_and_patterns(
     compare: str, pattern: str, sparsity: float, tmp_path: Path
 ) -> None:
     criterion = Criterion.parse("abs(W)*X")
-    fields = PrunerFields(name="w", criterion=criterion, compare=compare, pattern=pattern)
+    fields = recipe_of(name="w", criterion=criterion, compare=compare, pattern=pattern)
     assert_page_equals_engine("llama", fields, tmp_path, sparsity)
 
 
 def test_page_prunes_the_layers_that_the_recipe_names(tmp_path: Path) -> None:
-    fields = PrunerFields(
+    fields = recipe_of(
         name="w",
         criterion=Criterion.parse("abs(W)*X"),
         targets=("q_proj", "re:mlp"),
@@ -185,7 +187,7 @@ def test_ties_and_signed_zeros_lose_the_lower_index() -> None:
 
 
 def test_ties_across_layers_lose_the_earlier_layer(tmp_path: Path) -> None:
-    page = page_module(PrunerFields("w", Criterion.parse("W"), compare="model"), tmp_path)
+    page = page_module(recipe_of("w", Criterion.parse("W"), compare="model"), tmp_path)
     weights = {"a": torch.tensor([[1.0, 3.0]]), "b": torch.tensor([[1.0, -0.0], [0.0, 1.0]])}
     kept = page.masks(weights, {"a": {}, "b": {}}, 0.5, "free")
     assert kept["a"].tolist() == [[False, True]]
@@ -193,14 +195,14 @@ def test_ties_across_layers_lose_the_earlier_layer(tmp_path: Path) -> None:
 
 
 def test_page_collects_only_the_sums_of_its_formula() -> None:
-    gradient_page = pruner_page(PrunerFields("g", Criterion.parse("abs(W)*G")))
+    gradient_page = pruner_page(recipe_of("g", Criterion.parse("abs(W)*G")))
     assert "gradient_square_sum" in gradient_page and "input_square_sum" not in gradient_page
-    weight_page = pruner_page(PrunerFields("m", Criterion.parse("abs(W)")))
+    weight_page = pruner_page(recipe_of("m", Criterion.parse("abs(W)")))
     assert "_sum" not in weight_page.split("def prune_")[0]
 
 
 def test_template_is_the_exported_wanda_but_for_its_words() -> None:
-    page = functions_of(pruner_page(PrunerFields("wanda", Criterion.parse("abs(W)*X"))))
+    page = functions_of(pruner_page(recipe_of("wanda", Criterion.parse("abs(W)*X"))))
     files = [Path(str(module.__file__)).read_text() for module in (pruner_template, page_parts)]
     theirs = functions_of(files[0]) | functions_of(files[1])
     assert theirs.keys() - page.keys() == {"inverse_factor", "inverse_of_upper"}
@@ -214,22 +216,22 @@ def functions_of(text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("choice", "value"),
-    [("update", "obs"), ("allocate", "owl"), ("recover", "finetune")],
+    [("update", "obs"), ("allocate", "owl"), ("recover", "tune")],
 )
 def test_recipes_that_a_page_cannot_follow_are_refused(choice: str, value: str) -> None:
-    fields = PrunerFields("mine", Criterion.parse("abs(W)"), **{choice: value})  # type: ignore[arg-type]
+    fields = recipe_of("mine", Criterion.parse("abs(W)"), **{choice: value})
     with pytest.raises(OutputError, match=f"{choice}: {value}, which .* cannot follow"):
         pruner_page(fields)
 
 
 def test_all_that_a_page_cannot_follow_is_told_at_once_and_what_an_option_mends_last() -> None:
-    fields = PrunerFields("mine", Criterion.parse("abs(W)"), update="obs", statistics="sequential")
+    fields = recipe_of("mine", Criterion.parse("abs(W)"), update="obs", statistics="sequential")
     with pytest.raises(OutputError, match="update: obs, which"):
         pruner_page(fields)
     with pytest.raises(OutputError, match="update: obs, permute: heuristic, which"):
-        pruner_page(replace(fields, permute="heuristic"))
+        pruner_page(with_choices(fields, permute="heuristic", pattern="2:4"))
     with pytest.raises(OutputError, match="add --statistics dense"):
-        pruner_page(replace(fields, update="none"))
+        pruner_page(with_choices(fields, update="none"))
 
 
 def network_of(configuration: Any) -> Any:
@@ -249,7 +251,7 @@ def test_layers_that_nothing_calls_are_named_once_and_left_alone(
     sizes = {"state_size": 8, "time_step_rank": 4, "hidden_size": 32, "num_hidden_layers": 2}
     network = network_of(MambaConfig(vocab_size=VOCABULARY, **sizes))
     before = network.backbone.layers[1].mixer.dt_proj.weight.clone()
-    page = page_module(PrunerFields("m", Criterion.parse(formula)), tmp_path)
+    page = page_module(recipe_of("m", Criterion.parse(formula)), tmp_path)
     with pytest.warns(UserWarning, match=r"layers\.0.*dt_proj, .*layers\.1.*dt_proj$") as told:
         report = page.prune_(network, torch.split(tiny_batches(), 1), 0.5)
     assert len([one for one in told if "left alone" in str(one.message)]) == 1
@@ -262,7 +264,7 @@ def test_a_model_that_changes_its_own_weights_is_refused(tmp_path: Path) -> None
 
     sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
     network = network_of(RwkvConfig(vocab_size=VOCABULARY, rescale_every=1, **sizes))
-    page = page_module(PrunerFields("m", Criterion.parse("abs(W)")), tmp_path)
+    page = page_module(recipe_of("m", Criterion.parse("abs(W)")), tmp_path)
     with pytest.raises(page.RefusalError, match="own forward pass changes its weights"):
         page.prune_(network, [], 0.5)
 
@@ -281,7 +283,7 @@ def test_a_model_that_changes_its_own_weights_is_refused(tmp_path: Path) -> None
 def test_page_refuses_text_that_the_model_cannot_be_run_on(
     batches: list[torch.Tensor], sentence: str, tmp_path: Path
 ) -> None:
-    page = page_module(PrunerFields("w", Criterion.parse("abs(W)*X")), tmp_path)
+    page = page_module(recipe_of("w", Criterion.parse("abs(W)*X")), tmp_path)
     with pytest.raises(page.RefusalError, match=sentence):
         page.prune_(tiny_model().model, batches, 0.5)
 
@@ -303,7 +305,7 @@ def test_page_refuses_models_with_numbers_that_are_none(
     with torch.no_grad():
         network.get_submodule(where).weight[:, 0] = float("nan")
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    fields = PrunerFields("w", Criterion.parse(formula), compare="layer")
+    fields = recipe_of("w", Criterion.parse(formula), compare="layer")
     page = page_module(fields, tmp_path)
     with pytest.raises(page.RefusalError, match=sentence):
         page.prune_(network, torch.split(tiny_batches(), 1), 0.001)
@@ -312,14 +314,14 @@ def test_page_refuses_models_with_numbers_that_are_none(
 
 
 def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
-    fields = PrunerFields("m", Criterion.parse("abs(W)"))
+    fields = recipe_of("m", Criterion.parse("abs(W)"))
     with pytest.raises(OutputError, match="cannot be written"):
         write_pruner(fields, tmp_path / "missing" / "pruner.py")
 
 
 def test_page_is_clean_by_our_own_linter(tmp_path: Path) -> None:
     criterion = Criterion.parse("abs(W)*(X + 100*G1)*D + abs(X_mean)*Y + X_var/U + V")
-    write_pruner(PrunerFields("all sums", criterion, source="s " * 90), tmp_path / "pruner.py")
+    write_pruner(recipe_of("all sums", criterion, source="s " * 90), tmp_path / "pruner.py")
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "100"]
     command += ["--select", "E,F,I,UP,B", str(tmp_path / "pruner.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -329,7 +331,7 @@ def test_page_is_clean_by_our_own_linter(tmp_path: Path) -> None:
 def run_page(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
     """The names of the program after it pruned the model `dense` of the folder into `pruned`."""
     (folder / "text.txt").write_text("every cat sat on a warm mat. " * 30)
-    write_pruner(pruner_fields(recipe), folder / "pruner.py")
+    write_pruner(recipe, folder / "pruner.py")
     options = ["--output", "pruned", "--sequences", "4", "--length", "32", *words]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["pruner.py", "dense", "text.txt", *options])
@@ -412,7 +414,7 @@ def test_page_runs_as_a_program_and_saves_the_pruned_model(tmp_path: Path) -> No
 
     save_tiny_model("llama", tmp_path / "dense")
     (tmp_path / "text.txt").write_text("every cat sat on a warm mat. " * 30)
-    write_pruner(PrunerFields("wanda", Criterion.parse("abs(W)*X")), tmp_path / "pruner.py")
+    write_pruner(recipe_of("wanda", Criterion.parse("abs(W)*X")), tmp_path / "pruner.py")
     command = [sys.executable, "pruner.py", "dense", "text.txt", "--output", "pruned"]
     command += ["--sparsity", "0.25", "--sequences", "4", "--length", "32"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

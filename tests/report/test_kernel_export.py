@@ -18,13 +18,12 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.report.export.kernel import kernel_page, write_kernel
-from prunezero.report.export.page import PrunerFields
-from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.fused import fused_score
 from prunezero.scoring.kernels.source import plan
 from prunezero.scoring.score import evaluate
 from tests.report.random_recipes import random_formula
+from tests.report.recipes import recipe_of
 from tests.scoring.compiled import Wish, compile_all
 
 pytest.importorskip("triton")
@@ -95,8 +94,9 @@ def features_of(criterion: Criterion, weight: torch.Tensor) -> dict[str, torch.T
     }
 
 
-def fields_of(name: str, formula: str) -> PrunerFields:
-    return PrunerFields(name=name, criterion=Criterion.parse(formula), source="tests " * 30)
+def fields_of(name: str, formula: str) -> Recipe:
+    criterion = Criterion.parse(formula)
+    return recipe_of(name, criterion, compare="layer", source="tests " * 30)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_the_scores_are_the_bits_of_the_engines_kernel(
             torch.testing.assert_close(found[name][kind], in_torch, rtol=1e-5, atol=1e-6)
 
 
-def wish(fields: PrunerFields) -> Wish:
+def wish(fields: Recipe) -> Wish:
     planned = plan(fields.criterion)
     kinds = {"scores": "*fp32", "columns": "i32"}
     for place, name in enumerate(planned.inputs):
@@ -159,7 +159,7 @@ def wish(fields: PrunerFields) -> Wish:
 def test_published_and_other_formulas_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     published = {
         fields.criterion.text: fields
-        for fields in (pruner_fields(Recipe.load(name)) for name in published_recipes())
+        for fields in (Recipe.load(name) for name in published_recipes())
     }
     assert len(published) > 5
     others = [fields_of(name, text) for name, text in FORMULAS.items() if name in APPROXIMATE]
@@ -193,7 +193,7 @@ def test_the_file_is_clean_by_our_own_linter_and_told_what_it_needs(tmp_path: Pa
 
 
 def test_hostile_words_stay_words() -> None:
-    fields = PrunerFields('x"""\nimport os\n"""$KERNELS', Criterion.parse("abs(W)"), source="\\x41")
+    fields = recipe_of('x"""\nimport os\n"""$KERNELS', Criterion.parse("abs(W)"), source="\\x41")
     tree = ast.parse(kernel_page(fields))
     modules = {
         a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names

@@ -34,7 +34,6 @@ from prunezero.pruning.recipes.words import WORDS
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import with_choices
 from prunezero.report.export.page import no_page, pruner_page
-from prunezero.report.runs.folder import pruner_fields
 from prunezero.scoring.statistics import SUMS, Statistics
 from tests.report.random_recipes import Request, random_recipe, random_request
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model
@@ -197,7 +196,7 @@ def of_sums(statistics: Mapping[str, Statistics], names: frozenset[str]) -> dict
 def exported(recipe: dict[str, Any]) -> Any:
     """The names of a recipe's page; None where the recipe is refused, or no page can follow it."""
     try:
-        fields = pruner_fields(validated(Recipe, recipe, "random"))
+        fields = validated(Recipe, recipe, "random")
     except RecipeError:
         return None
     if no_page(fields):

@@ -227,29 +227,6 @@ def test_only_rows_and_narrow_patterns_are_fused() -> None:
     assert not can_fuse("row", "64:128")
 
 
-@pytest.mark.parametrize("columns", [7, 40, 60, 100])
-@pytest.mark.parametrize("request_", ["rows", "long rows", "2:4", "3:5"])
-def test_eight_weights_in_a_byte_are_the_same_mask(
-    monkeypatch: pytest.MonkeyPatch, columns: int, request_: str
-) -> None:
-    if request_ == "long rows":
-        monkeypatch.setattr(launches, "WIDEST_ROW", 6)
-        monkeypatch.setattr(launches, "_PIECES", {})
-        monkeypatch.setattr(launches, "_WIDE_PIECE", 16)
-    of = int(request_[-1]) if ":" in request_ else 1
-    weight = weights("tied", columns // of * of)
-    one = parse_pattern(request_) if of > 1 else weight.shape[1] // 2
-    assert one is not None
-    plain = fused.selected(PLAIN, weight.to(DEVICE), {}, one)
-    bits = fused.selected(PLAIN, weight.to(DEVICE), {}, one, is_packed=True)
-    assert bits.kept.shape == (2, -(-weight.shape[1] // 8)) and bits.kept.dtype == torch.uint8
-    assert torch.equal(launches.unpacked(bits.kept, weight.shape[1]), plain.kept)
-    assert torch.equal(bits.kept, launches.packed(plain.kept))
-    assert bits.ties == plain.ties
-    ours = np.packbits(plain.kept.cpu().numpy(), axis=1, bitorder="little")
-    np.testing.assert_array_equal(bits.kept.cpu().numpy(), ours)
-
-
 @pytest.mark.parametrize("widest", [64, 6])
 def test_ties_count_where_places_alone_decide(monkeypatch: pytest.MonkeyPatch, widest: int) -> None:
     monkeypatch.setattr(launches, "WIDEST_ROW", widest)

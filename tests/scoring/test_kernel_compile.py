@@ -37,16 +37,16 @@ SPEAKS = {
         "keep": "*i1",
     },
 }
-NARROW = {"PIECE": 512, "PIECES": 2, "PACKED": False}
-PACKED = {"PIECE": 512, "PIECES": 8, "PACKED": True}
-PAIRS = {"OF": 16, "WIDTH": 16, "GROUPS": 16, "PACKED": True}
-ODD = {"OF": 5, "WIDTH": 8, "GROUPS": 64, "PACKED": False}
+NARROW = {"PIECE": 512, "PIECES": 2}
+MIDDLE = {"PIECE": 512, "PIECES": 8}
+PAIRS = {"OF": 16, "WIDTH": 16, "GROUPS": 16}
+ODD = {"OF": 5, "WIDTH": 8, "GROUPS": 64}
 
 
 def of_formula(text: str, kernel: str, constants: dict[str, Any], warps: int = 4) -> Wish:
     planned = plan(Criterion.parse(text))
     kinds = {"scores": "*fp32", "extremes": "*i32", "tied": "*i32", **dict.fromkeys(SIZES, "i32")}
-    kinds["kept"] = "*u8" if constants.get("PACKED") else "*i1"
+    kinds["kept"] = "*i1"
     for place in range(len(planned.inputs)):
         at = f"a{place}"
         # The weights themselves are of 16 bits in most models.
@@ -67,16 +67,16 @@ def machines() -> list[Wish]:
 BUDGETS = [
     (of_formula(EVERY, "score_kernel", {"BLOCK": 1024}), 0),
     (of_formula(EVERY, "row_kernel", NARROW), 0),
-    (of_formula(EVERY, "row_kernel", PACKED, 8), 0),
+    (of_formula(EVERY, "row_kernel", MIDDLE, 8), 0),
     (of_formula(EVERY, "row_kernel", {**NARROW, "PIECE": 4096, "PIECES": 2}, 16), 0),
     (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 512, "PIECES": 8}, 4), 0),
     (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 1024, "PIECES": 11}, 8), 0),
     (of_formula(RATIOS, "row_kernel", {**NARROW, "PIECE": 2048, "PIECES": 7}, 16), 0),
     (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": 1024, "PIECES": 11}, 4), 0),
     (of_formula(LIGHT, "row_kernel", {**NARROW, "PIECE": 4096, "PIECES": 7}, 16), 0),
-    (of_formula("W", "long_row_kernel", {"PIECE": 4096, "PACKED": True}, 8), 0),
-    (of_formula(EVERY, "slot_kernel", {"OF": 4, "SIZE": 1024, "PACKED": False}, 2), 0),
-    (of_formula(EVERY, "slot_kernel", {"OF": 8, "SIZE": 1024, "PACKED": True}, 2), 8),
+    (of_formula("W", "long_row_kernel", {"PIECE": 4096}, 8), 0),
+    (of_formula(EVERY, "slot_kernel", {"OF": 4, "SIZE": 1024}, 2), 0),
+    (of_formula(EVERY, "slot_kernel", {"OF": 8, "SIZE": 1024}, 2), 8),
     (of_formula(EVERY, "pattern_kernel", PAIRS), 24),
     (of_formula(EVERY, "pattern_kernel", ODD), 0),
     *((machine, 0) for machine in machines()),

@@ -128,10 +128,16 @@ class Recipe(BaseModel):
     published: tuple[dict[str, Any], ...] = ()
     # what a reader should know
     note: str = ""
-    # the command that runs it
-    command: str = ""
     # where a found recipe comes from, and what was measured
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_written_before(cls, value: object) -> object:
+        # Files once held the command of their first line under a key as well.
+        if isinstance(value, Mapping):
+            return {key: part for key, part in value.items() if key != "command"}
+        return value
 
     @field_validator("targets", "ignore", "published", mode="before")
     @classmethod

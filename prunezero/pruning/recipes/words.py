@@ -53,7 +53,7 @@ class Word:
     whole_model: str = ""
     # whether recipes that say nothing have it
     is_usual: bool = False
-    # what may be removed beside it: words of a recipe's `unit`
+    # the words of a recipe's `unit` that it speaks of
     units: frozenset[str] = frozenset({"weight"})
     # Of updates: a lower number stands before a higher one.
     order: int = 0
@@ -77,7 +77,8 @@ class Word:
 
 _GRAM = frozenset({"gram"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
-_NEIGHBOURS = "reorders the model as a whole"
+_ALL_BLOCKS = "looks at all blocks before the first is pruned"
+_REORDERS = "reorders the model as a whole"
 
 WORDS: dict[str, dict[str, Word]] = {
     "allocate": {
@@ -93,7 +94,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "allocation:owl",
             "activations",
             frozenset({"input_square_sum"}),
-            whole_model="looks at all blocks before the first is pruned",
+            whole_model=_ALL_BLOCKS,
         ),
         "sensitivity": Word(
             Sensitivity,
@@ -101,13 +102,13 @@ WORDS: dict[str, dict[str, Word]] = {
             "allocation:sensitivity",
             "gradients",
             needs_text=True,
-            whole_model="looks at all blocks before the first is pruned",
+            whole_model=_ALL_BLOCKS,
         ),
         "heavy_tail": Word(
             HeavyTail,
             "blocks with heavier-tailed spectra lose less",
             "allocation:heavy_tail",
-            whole_model="looks at all blocks before the first is pruned",
+            whole_model=_ALL_BLOCKS,
         ),
         "table": Word(Table, "ratios by layer pattern", "allocation:table"),
     },
@@ -167,13 +168,13 @@ WORDS: dict[str, dict[str, Word]] = {
             Permutation,
             "channels are dealt out to groups by importance",
             "permutation:deal_out",
-            whole_model=_NEIGHBOURS,
+            whole_model=_REORDERS,
         ),
         "assignment": Word(
             Permutation,
             "dealt out, then improved by linear sum assignment",
             "permutation:assign",
-            whole_model=_NEIGHBOURS,
+            whole_model=_REORDERS,
         ),
     },
     "schedule": {
@@ -294,7 +295,10 @@ def chain(value: object) -> tuple[Choice, ...]:
 
 
 def _order_of_updates() -> str:
-    """The mask is settled among dense weights, then weights are mended, then biases follow."""
+    """The words in the order in which they may stand, in a sentence.
+
+    The mask is settled among dense weights, then weights are mended, then biases follow.
+    """
     rows = [(row.order, word) for word, row in WORDS["update"].items() if not row.is_usual]
     groups = groupby(sorted(rows, key=lambda row: row[0]), key=lambda row: row[0])
     return ", ".join(" or ".join(word for _, word in group) for _, group in groups)

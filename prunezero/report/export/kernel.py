@@ -18,7 +18,8 @@ from prunezero.files.atomic import write_text
 from prunezero.formula.code import split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, Feature
-from prunezero.report.export.page import PrunerFields, paragraphs
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.report.export.page import paragraphs
 from prunezero.report.export.page_lines import feature_lines
 from prunezero.report.export.page_text import check_page
 from prunezero.scoring.kernels.source import Plan, plan
@@ -100,37 +101,37 @@ _SHAPE_LINES = {
 }
 
 
-def write_kernel(fields: PrunerFields, path: Path) -> None:
+def write_kernel(recipe: Recipe, path: Path) -> None:
     """Write the file, whole or not at all; of the recipe it takes the formula alone.
 
     Raises:
         OutputError: it cannot be written, or the recipe has several formulas.
     """
-    write_text(kernel_page(fields), path)
+    write_text(kernel_page(recipe), path)
 
 
-def refuse_several(fields: PrunerFields) -> None:
+def refuse_several(recipe: Recipe) -> None:
     """Raise OutputError where a recipe has formulas of some layers beside the one of all others."""
-    if fields.criteria:
+    if recipe.criteria:
         raise OutputError(
-            f"{fields.name} has formulas of its own for {', '.join(fields.criteria)}, but a kernel "
+            f"{recipe.name} has formulas of its own for {', '.join(recipe.criteria)}, but a kernel "
             "file holds one; write a recipe of the formula that you want, and export that"
         )
 
 
-def kernel_page(fields: PrunerFields) -> str:
+def kernel_page(recipe: Recipe) -> str:
     """The file's text: it compiles, and it imports nothing of prunezero.
 
     Raises:
         OutputError: the recipe has several formulas.
     """
-    refuse_several(fields)
-    criterion, planned = fields.criterion, plan(fields.criterion)
+    refuse_several(recipe)
+    criterion, planned = recipe.criterion, plan(recipe.criterion)
     given = _given(criterion)
     names = [feature.name for feature in given]
     places = [f"a{place} is {name}" for place, name in enumerate(planned.inputs)]
     new = {
-        "DOCSTRING": _docstring(fields, given),
+        "DOCSTRING": _docstring(recipe, given),
         "KERNELS": "\n\n\n".join(_cut(planned.source)),
         "PARAMETERS": ", ".join(f"{name}: Tensor" for name in ("weight", *names)),
         "GIVEN": ", ".join(f'"{name}": {name}' for name in names),
@@ -193,12 +194,12 @@ def _without_idle_lines(page: str) -> str:
     )
 
 
-def _docstring(fields: PrunerFields, given: list[Feature]) -> str:
+def _docstring(recipe: Recipe, given: list[Feature]) -> str:
     """What the file computes of what, and how it is called, safe between triple quotes."""
     call = ", ".join(["weight", *(feature.name for feature in given)])
     return paragraphs(
-        f"{fields.name}: scores of the criterion `{fields.criterion.text}` by a Triton kernel.",
-        f"Source: {fields.source}" if fields.source else "",
+        f"{recipe.name}: scores of the criterion `{recipe.criterion.text}` by a Triton kernel.",
+        f"Source: {recipe.source}" if recipe.source else "",
         "The arithmetic is float32; sums over a row, a column or the layer are float64 and "
         "computed in torch beforehand. It is given the weight [out, in] of a linear layer, of any "
         f"float dtype and memory layout{', and of the same layer:' if given else '.'}",

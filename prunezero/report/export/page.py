@@ -7,138 +7,99 @@ of `page_parts.py` in, so the rest of the page is read and tested code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 from prunezero.errors import OutputError
 from prunezero.files.atomic import write_text
 from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
-from prunezero.pruning.recipes.recipe import with_patterns
-from prunezero.report.export.page_lines import SUM_LINES, feature_lines
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.report.export.page_lines import feature_lines, sum_lines
 from prunezero.report.export.page_text import check_page, exchange, parts
 from prunezero.report.quoting import python_docstring, python_string, python_strings
+from prunezero.report.tracking.search_records import shown
+from prunezero.scoring.statistics import LETTERS, SUMS
+from prunezero.searching.experiment.budgets import seeds_of, windows_of
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
 
 
-@dataclass(frozen=True)
-class PrunerFields:
-    """What an exported page takes from a recipe."""
-
-    name: str
-    criterion: Criterion
-    criteria: Mapping[str, Criterion] = field(default_factory=dict)
-    """formulas of some layers instead, by pattern"""
-    compare: str = "row"
-    pattern: str = "free"
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    allocate: str = "uniform"
-    statistics: str = "dense"
-    update: str = "none"
-    permute: str = "none"
-    schedule: str = "one-shot"
-    recover: str = "none"
-    damping: float = 0.01
-    source: str = ""
-    """the paper, or the search that found it"""
-    results: tuple[str, ...] = ()
-    """measured results, one sentence each, for the page's docstring"""
-
-    @property
-    def formulas(self) -> tuple[Criterion, ...]:
-        """The criterion, and then those that some layers have instead."""
-        return (self.criterion, *self.criteria.values())
-
-    @property
-    def text(self) -> str:
-        """All formulas on one line."""
-        return "; ".join([self.criterion.text, *with_patterns(self.criteria)])
-
-
-def write_pruner(fields: PrunerFields, path: Path) -> None:
+def write_pruner(recipe: Recipe, path: Path) -> None:
     """Write the page, whole or not at all.
 
     Raises:
         OutputError: the recipe makes a choice that one page cannot follow, or the file cannot be
             written.
     """
-    write_text(pruner_page(fields), path)
+    write_text(pruner_page(recipe), path)
 
 
-def pruner_page(fields: PrunerFields) -> str:
+def pruner_page(recipe: Recipe) -> str:
     """The page's text: it compiles, and it imports nothing of prunezero.
 
     Raises:
         OutputError: the recipe makes a choice that one page cannot follow.
     """
-    refuse_unfit(fields)
+    refuse_unfit(recipe)
     source = TEMPLATE.read_text(encoding="utf-8")
-    features = _features(fields)
+    features = _features(recipe)
     sums = frozenset(name for feature in features for name in FEATURES[feature].sums)
     new = {
-        "score": _score_body(fields),
+        "score": _score_body(recipe),
         "listen": _listen_body(sums),
         "read": _read_body(sums),
-        "COMPARE": python_string(fields.compare),
-        "PATTERN": python_string(fields.pattern),
-        "TARGETS": python_strings(fields.targets),
-        "IGNORE": python_strings(fields.ignore),
-        "OWN": python_strings(tuple(fields.criteria)),
+        "COMPARE": python_string(recipe.compare),
+        "PATTERN": python_string(recipe.pattern),
+        "TARGETS": python_strings(recipe.targets),
+        "IGNORE": python_strings(recipe.ignore),
+        "OWN": python_strings(tuple(recipe.criteria)),
         "SUMS": python_strings(tuple(sorted(sums))),
-        "DAMPING": repr(fields.damping),
-        "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in fields.formulas)),
+        "DAMPING": repr(recipe.damping),
+        "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in recipe.formulas)),
     }
-    page = exchange(source, new, _docstring(fields), parts(features))
+    page = exchange(source, new, _docstring(recipe), parts(features))
     check_page(page)
     return page
 
 
-def refuse_unfit(fields: PrunerFields) -> None:
+def refuse_unfit(recipe: Recipe) -> None:
     """Raise OutputError where a page of one dense pass could not do what the recipe says."""
-    reason = no_page(fields)
+    reason = no_page(recipe)
     if reason:
         raise OutputError(reason)
 
 
-def no_page(fields: PrunerFields) -> str:
+def no_page(recipe: Recipe) -> str:
     """Why no page of one dense pass could do what the recipe says; nothing where one can."""
-    wanted: dict[str, object] = {"allocate": "uniform", "update": "none", "permute": "none"}
-    wanted |= {"schedule": "one-shot", "recover": "none"}
-    found = [
-        f"{choice}: {getattr(fields, choice)}"
-        for choice, needed in wanted.items()
-        if getattr(fields, choice) != needed
-    ]
+    found = [f"{choice.arrow}: {choice.text}" for choice in recipe.extras]
     if found:
         return (
-            f"{fields.name} has {', '.join(found)}, which a one-page pruner cannot follow; use "
+            f"{recipe.name} has {', '.join(found)}, which a one-page pruner cannot follow; use "
             "`prunezero prune` with the recipe"
         )
-    if fields.statistics != "dense":
+    if recipe.statistics != "dense":
         return (
-            f"{fields.name} has statistics: {fields.statistics}, but a one-page pruner looks at "
+            f"{recipe.name} has statistics: {recipe.statistics}, but a one-page pruner looks at "
             "the dense model alone; add --statistics dense to export it so"
         )
     return ""
 
 
-def _features(fields: PrunerFields) -> list[str]:
+def _features(recipe: Recipe) -> list[str]:
     """All that some formula looks at, each once."""
-    return list(dict.fromkeys(name for one in fields.formulas for name in one.features))
+    return list(dict.fromkeys(name for one in recipe.formulas for name in one.features))
 
 
-def _score_body(fields: PrunerFields) -> list[str]:
+def _score_body(recipe: Recipe) -> list[str]:
     """The body of `score`: formulas of some layers first, then that of all others."""
     lines = []
-    for place, own in enumerate(fields.criteria.values()):
+    for place, own in enumerate(recipe.criteria.values()):
         lines.append(f"if fits(OWN[{place}], layer):")
         lines += [f"    {line}" for line in _score_lines(own)]
-    return [*lines, *_score_lines(fields.criterion)]
+    return [*lines, *_score_lines(recipe.criterion)]
 
 
 def _score_lines(criterion: Criterion) -> list[str]:
@@ -148,7 +109,7 @@ def _score_lines(criterion: Criterion) -> list[str]:
 
 def _listen_body(sums: frozenset[str]) -> list[str]:
     """The body of `listen`: hooks for the wanted sums alone."""
-    added = {source: _added(source, sums) for source in SUM_LINES}
+    added = {source: sum_lines(source, sums) for source in LETTERS}
     has_gradients = bool(added["gradient"] or added["output gradients"])
     lines = ["hooks: list[Any] = []"]
     if added["inputs"] or added["outputs"]:
@@ -171,7 +132,7 @@ def _listen_body(sums: frozenset[str]) -> list[str]:
         lines.append("hooks.append(module.weight.register_post_accumulate_grad_hook(add_gradient))")
     if added["output gradients"]:
         body = []
-        if "token_gradient_square_sum" in sums:
+        if any(SUMS[name].with_inputs for name in sums):
             body.append("x = inputs.detach().reshape(-1, inputs.shape[-1])")
         body += ["d = gradient.reshape(-1, gradient.shape[-1])", *added["output gradients"]]
         lines += _hook("add_output_gradient", "gradient: Tensor, inputs: Tensor", body)
@@ -182,12 +143,6 @@ def _listen_body(sums: frozenset[str]) -> list[str]:
     return [*lines, "return hooks"]
 
 
-def _added(source: str, sums: frozenset[str]) -> list[str]:
-    """The lines that add to the wanted sums what some values of a source give."""
-    wanted = {name: text for name, text in SUM_LINES[source].items() if name in sums}
-    return [f'add(stats, "{source}", "{name}", {text})' for name, text in wanted.items()]
-
-
 def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
     return ["", f"def {name}({arguments}) -> None:", *(f"    {line}" for line in body), ""]
 
@@ -195,9 +150,10 @@ def _hook(name: str, arguments: str, body: list[str]) -> list[str]:
 def _read_body(sums: frozenset[str]) -> list[str]:
     """The body of `read`: a forward pass, one with a backward pass, or both."""
     lines = []
-    if not sums or sums & {*SUM_LINES["inputs"], *SUM_LINES["outputs"]}:
+    sources = {SUMS[name].source for name in sums}
+    if not sums or sources & {"inputs", "outputs"}:
         lines += ["with torch.no_grad():", "    model(ids, use_cache=False)"]
-    if sums & {*SUM_LINES["gradient"], *SUM_LINES["output gradients"]}:
+    if sources & {"gradient", "output gradients"}:
         lines += [
             "with torch.enable_grad():",
             "    logits = model(ids, use_cache=False).logits[0, :-1].float()",
@@ -209,13 +165,24 @@ def _read_body(sums: frozenset[str]) -> list[str]:
     return lines
 
 
-def _docstring(fields: PrunerFields) -> str:
+def _docstring(recipe: Recipe) -> str:
     """The page's docstring, safe to stand between triple quotes."""
-    head = f"{fields.name}: prune a language model with the criterion `{fields.text}`."
-    body = f"Source: {fields.source}" if fields.source else ""
+    head = f"{recipe.name}: prune a language model with the criterion `{recipe.text}`."
+    body = f"Source: {recipe.source}" if recipe.source else ""
     zeros = "Zeroes the lowest scores of each group. Zeros alone make no model smaller or faster."
     command = "    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER"
-    return paragraphs(head, body, *fields.results, f"{zeros} Usage:", command)
+    results = map(_sentence, recipe.provenance.get("measured", []))
+    return paragraphs(head, body, *results, f"{zeros} Usage:", command)
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    """A measured result, for the docstring of a page."""
+    validation, test = (shown(row.get(key)) for key in ("validation_perplexity", "test_perplexity"))
+    mean = "geometric mean of " if row.get("regimes") else ""
+    return (
+        f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
+        f"{row['sparsity']:g} ({row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
+    )
 
 
 def paragraphs(head: str, *others: str) -> str:

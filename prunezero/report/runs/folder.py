@@ -12,14 +12,13 @@ from prunezero.errors import OutputError, PruneZeroWarning, RecipeError, SearchE
 from prunezero.files.atomic import replace_text, write_json
 from prunezero.files.places import try_inside
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.export.page import PrunerFields, no_page, write_pruner
+from prunezero.report.export.page import no_page, write_pruner
 from prunezero.report.plots.plots import pareto, progress, proxy_against_truth
 from prunezero.report.runs.candidate_tables import write_candidates
 from prunezero.report.runs.optuna_study import study_journal
 from prunezero.report.runs.search_file import FILE as SEARCH_FILE
 from prunezero.report.runs.search_file import read_config
-from prunezero.report.tracking.search_records import baseline_row, shown
-from prunezero.searching.experiment.budgets import seeds_of, windows_of
+from prunezero.report.tracking.search_records import baseline_row
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.session import Session
 
@@ -145,45 +144,14 @@ def write_winner(recipe: Recipe, rows: Sequence[dict[str, Any]], folder: Path) -
     measured = [{key: row[key] for key in _MEASURED if row.get(key) is not None} for row in rows]
     recipe = recipe.model_copy(update={"provenance": {**recipe.provenance, "measured": measured}})
     recipe.save(folder / "recipe.yaml")
-    page, fields = folder / "pruner.py", pruner_fields(recipe)
-    if no_page(fields):
+    page = folder / "pruner.py"
+    if no_page(recipe):
         # That of an earlier winner.
         page.unlink(missing_ok=True)
     else:
-        write_pruner(fields, page)
+        write_pruner(recipe, page)
     write_json({"rows": list(rows)}, folder / "results.json")
     return recipe
-
-
-def pruner_fields(recipe: Recipe) -> PrunerFields:
-    """What an exported page takes from a recipe."""
-    return PrunerFields(
-        name=recipe.name,
-        criterion=recipe.criterion,
-        criteria=recipe.criteria,
-        compare=recipe.compare,
-        pattern=recipe.pattern,
-        targets=recipe.targets,
-        ignore=recipe.ignore,
-        allocate=recipe.allocate.text,
-        statistics=recipe.statistics,
-        update=", ".join(recipe.updates) or "none",
-        permute=recipe.permute.text,
-        schedule=recipe.schedule.text,
-        recover=recipe.recover.text,
-        damping=recipe.damping,
-        source=recipe.source,
-        results=tuple(_sentence(row) for row in recipe.provenance.get("measured", [])),
-    )
-
-
-def _sentence(row: dict[str, Any]) -> str:
-    validation, test = (shown(row.get(key)) for key in _PERPLEXITIES)
-    mean = "geometric mean of " if row.get("regimes") else ""
-    return (
-        f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
-        f"{row['sparsity']:g} ({row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
-    )
 
 
 def list_runs(runs_dir: Path) -> list[dict[str, Any]]:

@@ -63,7 +63,6 @@ def fill(
     kernels: ModuleType,
     size: int,
     kept: torch.Tensor,
-    columns: int,
     request: Pattern | int,
     arguments: list[Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,17 +71,11 @@ def fill(
     Args:
         kernels: the module of a formula.
         size: of the formula, `Plan.size`.
-        kept: bool [out, columns], or uint8 [out, ceil(columns / 8)].
+        kept: bool [out, columns].
         request: a pattern, or how many weights of a row go.
         arguments: the formula's inputs with their strides, and its constants.
     """
-    rows, is_packed = kept.shape[0], kept.dtype == torch.uint8
-    launch = _launch(size, rows, columns, request)
-    if is_packed and launch.sizes.get("WIDTH", 0) > launch.sizes.get("OF", 0):
-        whole = torch.empty(rows, columns, dtype=torch.bool, device=kept.device)
-        notes = fill(kernels, size, whole, columns, request, arguments)
-        kept.copy_(packed(whole))
-        return notes
+    launch = _launch(size, *kept.shape, request)
     count = math.prod(launch.programs)
     extremes = torch.empty(count, 2, dtype=torch.int32, device=kept.device)
     tied = torch.empty(count, dtype=torch.int32, device=kept.device)
@@ -91,11 +84,10 @@ def fill(
         extremes,
         tied,
         launch.width,
-        kept.shape[1] * 8 if is_packed else columns,
+        kept.shape[1],
         launch.remove,
         *arguments,
         **launch.sizes,
-        PACKED=is_packed,
         num_warps=launch.warps,
         **KERNEL_OPTIONS,
     )
@@ -135,7 +127,6 @@ def _pairs(rows: int, columns: int, pattern: Pattern) -> _Launch:
     width = _next_power_of_two(pattern.of)
     in_row = columns // pattern.of
     groups = min(max(_PAIRS // width**2, 8), _next_power_of_two(in_row))
-    groups = max(groups, -(-8 // width))
     sizes = {"OF": pattern.of, "WIDTH": width, "GROUPS": groups}
     programs = (rows, -(-in_row // groups))
     return _Launch("pattern_kernel", programs, in_row, pattern.of - pattern.keep, sizes, 4)
@@ -145,19 +136,6 @@ def on_device_of(weight: torch.Tensor) -> contextlib.AbstractContextManager[Any]
     """Launch where the weight lies; the interpreter, which tests use, needs no device."""
     on_cuda = weight.device.type == "cuda"
     return torch.cuda.device(weight.device) if on_cuda else contextlib.nullcontext()
-
-
-def packed(kept: torch.Tensor) -> torch.Tensor:
-    """A mask [out, in] as uint8 [out, ceil(in / 8)], eight weights to a byte, the first lowest."""
-    filled = torch.nn.functional.pad(kept.to(torch.uint8), (0, -kept.shape[1] % 8))
-    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return (filled.view(kept.shape[0], -1, 8) << places).sum(2, dtype=torch.uint8)
-
-
-def unpacked(bits: torch.Tensor, columns: int) -> torch.Tensor:
-    """The mask bool [out, columns] of which `packed` makes the bytes."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, :, None] >> places) & 1).view(bits.shape[0], -1)[:, :columns].bool()
 
 
 def _next_power_of_two(count: int) -> int:

@@ -57,7 +57,7 @@ def in_order(slots, SIZE: tl.constexpr, OF: tl.constexpr):
 @triton.jit
 def slot_kernel(
     kept, extremes, tied, columns, stride, remove, $PARAMETERS,
-    OF: tl.constexpr, SIZE: tl.constexpr, PACKED: tl.constexpr,
+    OF: tl.constexpr, SIZE: tl.constexpr,
 ):
     # Groups of four or eight: a thread holds whole groups, and ranks them by all pairs.
     row = tl.program_id(0).to(tl.int64)
@@ -86,13 +86,13 @@ def slot_kernel(
     note_extremes(extremes, program, lowest, highest)
     tl.store(tied + program, ties)
     keep = in_order(marks, SIZE, OF) != 0
-    store(kept, row * stride + column, keep, inside, SIZE, PACKED)
+    tl.store(kept + row * stride + column, keep, mask=inside)
 
 
 @triton.jit
 def pattern_kernel(
     kept, extremes, tied, groups_per_row, stride, remove, $PARAMETERS,
-    OF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, PACKED: tl.constexpr,
+    OF: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr,
 ):
     # Groups of any other size, by a table of all pairs.
     row = tl.program_id(0).to(tl.int64)
@@ -114,11 +114,5 @@ def pattern_kernel(
     program = row * tl.num_programs(1) + tl.program_id(1)
     note_extremes(extremes, program, lowest, highest)
     tl.store(tied + program, tl.sum(tl.max(ties, axis=1), axis=0))
-    place = row * stride + column
-    flat: tl.constexpr = GROUPS * WIDTH
-    if PACKED:
-        keep = tl.reshape(keep, [flat])
-        place = tl.reshape(place, [flat])
-        inside = tl.reshape(inside, [flat])
-    store(kept, place, keep, inside, flat, PACKED)
+    tl.store(kept + row * stride + column, keep, mask=inside)
 """

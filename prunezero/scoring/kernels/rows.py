@@ -60,7 +60,7 @@ def narrowed(low, high, under, upto, below, above, moved, middle, count, remove)
 @triton.jit
 def row_kernel(
     kept, extremes, tied, columns, stride, remove, $PARAMETERS,
-    PIECE: tl.constexpr, PIECES: tl.constexpr, PACKED: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, PIECE)
@@ -114,13 +114,13 @@ def row_kernel(
             seen += tl.sum(equal, axis=0)
         inside = (place < PIECE) if piece < PIECES - 1 else (piece * PIECE + place < columns)
         at = row * stride + piece * PIECE + place
-        store(kept, at, removed == 0, inside, PIECE, PACKED)
+        tl.store(kept + at, removed == 0, mask=inside)
 
 
 @triton.jit
 def long_row_kernel(
     kept, extremes, tied, columns, stride, remove, $PARAMETERS,
-    PIECE: tl.constexpr, PACKED: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     # The same for rows that do not fit one program's registers: every pass reads them in pieces.
     row = tl.program_id(0).to(tl.int64)
@@ -161,5 +161,5 @@ def long_row_kernel(
         goes = (tl.cumsum(equal, axis=0) + seen <= missing) & (equal > 0)
         removed = tl.where(upto == remove, score <= bound, (score < bound) | goes)
         seen += tl.sum(equal, axis=0)
-        store(kept, row * stride + column, removed == 0, inside, PIECE, PACKED)
+        tl.store(kept + row * stride + column, removed == 0, mask=inside)
 """

@@ -158,17 +158,4 @@ def note_extremes(extremes, program, lowest, highest):
     tl.store(extremes + 2 * program + 1, highest)
 
 
-@triton.jit
-def store(kept, place, keep, inside, SIZE: tl.constexpr, PACKED: tl.constexpr):
-    # As bytes of one weight, or of eight, the first in the lowest bit.
-    if PACKED:
-        bits = tl.reshape((keep & inside).to(tl.int32), [SIZE // 8, 8])
-        byte = tl.sum(bits << tl.arange(0, 8)[None, :], axis=1)
-        first = tl.min(tl.reshape(place, [SIZE // 8, 8]), axis=1)
-        some = tl.max(tl.reshape(inside.to(tl.int32), [SIZE // 8, 8]), axis=1) > 0
-        tl.store(kept + first // 8, byte.to(tl.uint8), mask=some)
-    else:
-        tl.store(kept + place, keep, mask=inside)
-
-
 '''

@@ -137,16 +137,19 @@ class Evaluator:
 
         On a GPU, formulas that are asked for their layer errors are scored together.
         """
-        for kind, some in groupby(requests, key=lambda request: request.kind):
-            alike = list(some)
-            yield from (
-                self._layer_errors(alike) if kind == "layer error" else map(self.result, alike)
-            )
+        for (kind, damping), some in groupby(requests, key=lambda one: (one.kind, one.damping)):
+            if kind == "layer error":
+                yield from self._layer_errors(list(some), damping)
+            else:
+                yield from map(self.result, list(some))
 
-    def _layer_errors(self, requests: Sequence[Request]) -> Iterator[dict[str, Any]]:
+    def _layer_errors(
+        self, requests: Sequence[Request], damping: float
+    ) -> Iterator[dict[str, Any]]:
+        """Those of recipes of one damping."""
         waiting = list(requests)
         while waiting:
-            scores = self._scores([request.named.criterion for request in waiting])
+            scores = self._scores([request.named.criterion for request in waiting], damping)
             begin = time.perf_counter()
             while waiting:
                 request = waiting.pop(0)
@@ -186,9 +189,12 @@ class Evaluator:
             return {"fault": "its layer error is not finite"}
         return {"layer_error": error, "seconds": time.perf_counter() - begin}
 
-    def _scores(self, criteria: Sequence[Criterion]) -> Iterator[tuple[list[Tensor], ...]]:
+    def _scores(
+        self, criteria: Sequence[Criterion], damping: float
+    ) -> Iterator[tuple[list[Tensor], ...]]:
         """Of each formula the scores on the samples of each testbed."""
-        of_sampled = [scores_on(one.samples, criteria) for one in self._sampled]
+        damped = [[stack.at_damping(damping) for stack in one.samples] for one in self._sampled]
+        of_sampled = [scores_on(stacks, criteria) for stacks in damped]
         return zip(*of_sampled, strict=True)
 
     def _lost(

@@ -9,9 +9,10 @@ from typing import Any
 
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.scoring.second_order import DAMPING
 
 # Keys of a recipe that change no result.
-_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "command", "provenance"}
+_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Request:
         if self.trials:
             return "tuning"
         return "measurement" if self.splits else "layer error"
+
+    @property
+    def damping(self) -> float:
+        """That of the recipe."""
+        return float((self.recipe or {}).get("damping", DAMPING))
 
     @property
     def key(self) -> str:

@@ -59,6 +59,8 @@ class SampledTestbed:
             runner = RecipeRunner(testbed, statistics, splits=("search", "validation", "test"))
         else:
             runner = runner.redrawn(testbed, statistics)
-        samples = sample_rows(layers, statistics, space.features)
+        offered = [*space.choices.get("damping", ())]
+        offered += [rule.choices["damping"] for rule in task.seeds if "damping" in rule.choices]
+        samples = sample_rows(layers, statistics, space.features, dampings=offered)
         of_some = (samples, samples[::_TUNED_ON], probe_of(samples, kinds=space.criteria))
         return cls(runner, *map(stacked, of_some))

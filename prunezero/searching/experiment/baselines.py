@@ -73,7 +73,7 @@ def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]
 
 def _under(found: Recipe, name: str, criterion: Criterion) -> Recipe:
     kept = found.model_dump(
-        by_alias=True, exclude={"criteria", "source", "published", "note", "command", "provenance"}
+        by_alias=True, exclude={"criteria", "source", "published", "note", "provenance"}
     )
     return validated(Recipe, {**kept, "name": name, "criterion": criterion}, f"recipe {name}")
 

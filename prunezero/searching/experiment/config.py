@@ -111,8 +111,8 @@ class SearchConfig(BaseModel):
         """The experiment of these fields; the space is read by its name where it is not given.
 
         Raises:
-            RecipeError: there is no such field, or it holds what it may not; there is no such search
-                space, or nothing is left of it under these signals.
+            RecipeError: there is no such field, or it holds what it may not; or there is no such
+                search space, or nothing is left of it under these signals.
         """
         for name in named.keys() - cls.model_fields.keys():
             near = did_you_mean(name, cls.model_fields) or "."

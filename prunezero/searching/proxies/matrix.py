@@ -49,6 +49,7 @@ def merged_scores(
     """
     if not stacks:
         return []
+    stacks = [stack.at_damping(recipe.damping) for stack in stacks]
     merged = list(next(scores_on(stacks, [recipe.criterion])) if scores is None else scores)
     for own in dict.fromkeys(recipe.criteria.values()):
         for place, stack in enumerate(stacks):
