@@ -138,7 +138,7 @@ def shown(row: Row, key: str = "test_perplexity") -> str:
 def needs(recipe: Recipe) -> str:
     """What has to be collected for a recipe."""
     symbols = {str(symbol) for one in recipe.formulas for symbol in one.sympy.free_symbols}
-    signals = [FEATURES[name].signal for name in symbols]
+    signals = [FEATURES[name].cost for name in symbols]
     words = [NEEDS[signal] for signal in NEEDS if signal in signals]
     words += ALSO_NEEDS.get(recipe.name, [])
     if "Gram matrices" in words:

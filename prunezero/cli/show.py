@@ -107,7 +107,7 @@ def _about(run: Run) -> dict[str, str]:
         "search": str(run.folder),
         "model": " and ".join(model_names(run.header, config).values()),
         "text": config.text,
-        "sparsity": f"{task.budgets[0].sparsity:g}, pattern {in_words(task.budgets)}",
+        "sparsity": f"{task.budgets[0].amount:g}, pattern {in_words(task.budgets)}",
         "space": f"{task.space.name}, strategy {config.strategy}, seed {config.seed}{start}",
         "signals": f"{task.space.costliest_signal}, the dearest that a rule can look at",
         **({"draws": f"{config.draws} of calibration text"} if config.draws > 1 else {}),

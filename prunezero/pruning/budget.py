@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 
 from prunezero.errors import SelectionError, did_you_mean
-from prunezero.scoring.request import pattern_sparsity, removed_count
+from prunezero.scoring.request import parse_pattern, removed_count
 
 # What an amount may be a fraction of. What a unit costs in each is a matter of its group.
 MEASURES = {
@@ -38,9 +38,9 @@ class Budget:
             SelectionError: it is none, or nothing can be removed so.
         """
         if ":" in word:
-            amount = pattern_sparsity(word)
-            assert amount is not None  # only the pattern free leaves it open
-            return cls(amount, pattern=word)
+            pattern = parse_pattern(word)
+            assert pattern is not None  # only the pattern free is none
+            return cls(pattern.sparsity, pattern=str(pattern))
         number, _, measure = word.strip().partition(" ")
         measure = measure.strip() or "weights"
         if measure not in MEASURES:

@@ -72,7 +72,7 @@ def make_task(config: SearchConfig) -> Task:
         raise SearchError(
             f"--also {','.join(config.also)}: a budget stands there twice, or is the search's own"
         )
-    if not all(budget.sparsity for budget in task.budgets):
+    if not all(budget.amount for budget in task.budgets):
         raise SearchError("at sparsity 0 all formulas are alike; give one above 0, such as 0.5")
     start = config.rules
     begun = _writable(task, start)

@@ -81,7 +81,7 @@ def test_an_older_folder_tells_its_experiment_baselines_and_winner() -> None:
     assert (run.config.dtype, run.config.device, run.config.draws) == ("float32", "cpu", 1)
     assert vars(run.config.settings) == header_of(OLDER)["settings"]
     assert run.config.space_content == run.task.space == SearchSpace.load("formulas")
-    assert [(one.sparsity, one.pattern) for one in run.task.budgets] == [(0.5, "free")]
+    assert [(one.amount, one.pattern) for one in run.task.budgets] == [(0.5, "free")]
     assert [rule.text for rule in run.task.seeds] == header_of(OLDER)["seeds"]
     assert [row["recipe"] for row in run.baselines] == BASELINES
     assert run.header["baselines"] == header_of(OLDER)["rivals"]

@@ -11,10 +11,11 @@ import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.experiment.baselines import published_equivalent
-from prunezero.searching.experiment.budgets import Budget, geometric_mean, read_budgets
+from prunezero.searching.experiment.budgets import geometric_mean, read_budgets
 from prunezero.searching.experiment.provenance import comparable
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.search import search
@@ -49,7 +50,7 @@ def recipe_in(session: Session) -> Recipe:
 
 def test_regimes_are_read_from_words_and_told_by_them() -> None:
     assert read_budgets("") == ()
-    assert read_budgets("0.7, 2:4") == (Budget(0.7), Budget(0.5, "2:4"))
+    assert read_budgets("0.7, 2:4") == (Budget(0.7), Budget(0.5, pattern="2:4"))
     assert [budget.word for budget in read_budgets("0.7,1:4")] == ["0.7", "1:4"]
     # What is told reads back to the same regime, to the last digit.
     assert read_budgets("0.4374996")[0].word == "0.4374996"
@@ -59,7 +60,7 @@ def test_regimes_are_read_from_words_and_told_by_them() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("0.7,dense", "'dense' is no regime"),
+        ("0.7,dense", "'dense' is no budget"),
         ("1.5", "1.5"),
         ("5:4", "5:4"),
         ("0.5", "twice"),

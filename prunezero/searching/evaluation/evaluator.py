@@ -22,6 +22,7 @@ from torch import Tensor
 from prunezero.errors import FactorizationError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.observing.calibration import Progress
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.compare import finite_row, rounding
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
@@ -30,7 +31,7 @@ from prunezero.searching.evaluation.request import Request
 from prunezero.searching.evaluation.sampled_testbed import SampledTestbed
 from prunezero.searching.evaluation.tuning import tune
 from prunezero.searching.experiment.baselines import baselines
-from prunezero.searching.experiment.budgets import Budget, geometric_mean, over_budgets
+from prunezero.searching.experiment.budgets import geometric_mean, over_budgets
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.experiment.testbeds import about, drawn, progress_of
 from prunezero.searching.proxies.matrix import (
@@ -221,7 +222,7 @@ class Evaluator:
         """The masks of all samples under each budget, one after the other."""
         merged = merged_scores(samples, recipe, scores)
         for budget in self.task.budgets:
-            yield masks_on(samples, recipe, budget.sparsity, budget.pattern, scores=merged)
+            yield masks_on(samples, recipe, budget.amount, budget.pattern, scores=merged)
 
     def _tuned(self, request: Request) -> dict[str, Any]:
         recipe = request.named
@@ -261,7 +262,7 @@ class Evaluator:
                 runner = one.runner.reversed(recipe) if is_reversed else one.runner
                 for budget in self.task.budgets:
                     asked = with_choices(recipe, pattern=budget.pattern)
-                    rows.append(runner.row(asked, budget.sparsity, splits))
+                    rows.append(runner.row(asked, budget.amount, splits))
         return over_budgets(self.task.budgets, rows, self._places())
 
     def _places(self) -> list[dict[str, Any]]:

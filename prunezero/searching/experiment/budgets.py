@@ -10,56 +10,27 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from prunezero.errors import SearchError
-from prunezero.pruning.requirements import settled_sparsity
+from prunezero.errors import SelectionError
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.testbed import beginning
-from prunezero.scoring.request import parse_pattern
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much a rule has to remove, and in which pattern."""
-
-    sparsity: float
-    """fraction of the weights to remove"""
-    pattern: str = "free"
-    """free or N:M"""
-
-    @classmethod
-    def read(cls, word: str) -> Budget:
-        """The budget of a word such as `0.7` or `2:4`.
-
-        Raises:
-            SearchError: the word is neither.
-            SelectionError: nothing can be removed so.
-        """
-        if ":" in word:
-            pattern = str(parse_pattern(word))
-            return cls(settled_sparsity(pattern, None), pattern)
-        try:
-            fraction = float(word)
-        except ValueError:
-            raise SearchError(
-                f"'{word}' is no regime; write a sparsity such as 0.7, or a pattern such as 2:4"
-            ) from None
-        return cls(settled_sparsity("free", fraction))
-
-    @property
-    def word(self) -> str:
-        """What `read` makes it from."""
-        return repr(self.sparsity) if self.pattern == "free" else self.pattern
 
 
 def read_budgets(words: str) -> tuple[Budget, ...]:
     """Budgets of words with commas between them, such as `0.7,2:4`; none of no words.
 
     Raises:
-        PruneZeroError: one of them is no budget.
+        SelectionError: one of them is no budget, or none of weights.
     """
-    return tuple(Budget.read(word.strip()) for word in words.split(",") if word.strip())
+    found = tuple(Budget.read(word.strip()) for word in words.split(",") if word.strip())
+    for budget in found:
+        if budget.measure != "weights":
+            raise SelectionError(
+                f"a search removes a share of the weights, but '{budget.word}' is one of "
+                f"{budget.measure}; write a fraction alone, such as 0.7"
+            )
+    return found
 
 
 def in_words(budgets: Sequence[Budget]) -> str:
@@ -111,7 +82,8 @@ def over_budgets(
     first["regimes"] = [
         {
             **place,
-            **asdict(budget),
+            "sparsity": budget.amount,
+            "pattern": budget.pattern,
             **{key: row[key] for key in means},
         }
         for (place, budget), row in zip(itertools.product(places, budgets), rows, strict=True)

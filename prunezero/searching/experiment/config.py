@@ -14,10 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 from prunezero.errors import RecipeError, did_you_mean
 from prunezero.formula.features import SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.pruning.testbed import Settings, Testbed
-from prunezero.searching.experiment.budgets import Budget, read_budgets
+from prunezero.searching.experiment.budgets import read_budgets
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.spaces.space import SearchSpace
 
@@ -144,7 +145,7 @@ class SearchConfig(BaseModel):
         Raises:
             PruneZeroError: sparsity and pattern do not go together, or a word is no budget.
         """
-        own = Budget(settled_sparsity(self.pattern, self.sparsity), self.pattern)
+        own = Budget(settled_sparsity(self.pattern, self.sparsity), pattern=self.pattern)
         return own, *read_budgets(",".join(self.also))
 
     @property
@@ -179,7 +180,7 @@ class SearchConfig(BaseModel):
         found = {
             "dtype": model.dtype_word,
             "device": model.device.type if self.device == OPEN else self.device,
-            "sparsity": self.budgets[0].sparsity,
+            "sparsity": self.budgets[0].amount,
             "also": tuple(budget.word for budget in self.budgets[1:]),
         }
         return self.model_copy(update=found)
@@ -194,7 +195,7 @@ class SearchConfig(BaseModel):
         }
         return {
             "settings": vars(self.settings).copy(),
-            "sparsity": self.budgets[0].sparsity,
+            "sparsity": self.budgets[0].amount,
             **{key: value for key, value in further.items() if value},
         }
 
@@ -220,7 +221,7 @@ class SearchConfig(BaseModel):
             "space": self.space_content.name,
             "signals": self.space_content.costliest_signal,
             "strategy": self.strategy,
-            "sparsity": self.budgets[0].sparsity,
+            "sparsity": self.budgets[0].amount,
             "pattern": self.pattern,
             **{key: value for key, value in further.items() if value},
             "seed": self.seed,

@@ -11,9 +11,9 @@ from typing import Any
 from prunezero.errors import ModelError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.linears import Linear, matching
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.searching.experiment.budgets import Budget
 from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.experiment.rule import Rule, rescaled
 from prunezero.searching.spaces.space import SearchSpace

@@ -74,7 +74,7 @@ def fitted(task: Task, testbeds: Sequence[Testbed]) -> Task:
             for budget in task.budgets:
                 for recipe in [*_examples(task), *baselines(task)]:
                     one = with_choices(recipe, pattern=budget.pattern)
-                    layers = check_recipe(testbed.language_model, one, budget.sparsity)
+                    layers = check_recipe(testbed.language_model, one, budget.amount)
                     _check_permutation(testbed.language_model, one, layers)
             for split in SPLITS:
                 testbed.windows(split)
