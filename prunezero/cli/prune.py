@@ -236,7 +236,7 @@ def _folder_of_steps(recipe: Recipe, output: Path | None) -> Path | None:
     """
     from prunezero.cli.tables import say
 
-    is_quick = recipe.schedule.word == "one-shot" and recipe.recover.word == "none"
+    is_quick = recipe.schedule.is_usual and recipe.recover.is_usual
     if output is None or is_quick:
         return None
     folder = output.absolute().with_name(f"{output.absolute().name}.partial")
