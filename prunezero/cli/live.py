@@ -183,10 +183,10 @@ class SearchView:
     def _counted(self) -> str:
         counts = self._counts
         proposed = counts["new"] + counts["known"] + counts["invalid"]
-        glanced = sum(one.kl is not None for one in self._raced.values())
+        quick = sum(one.kl is not None for one in self._raced.values())
         return (
             f"{proposed} proposed, {counts['known']} already known, {counts['invalid']} invalid, "
-            f"{counts['new']} screened, {glanced} glanced at, "
+            f"{counts['new']} screened, {quick} by quick KL, "
             f"{counts['measured']} measured"
         )
 

@@ -86,9 +86,9 @@ def search(
 ) -> None:
     """Search for a criterion that prunes this model better than the published ones.
 
-    Candidates are screened by their layer error and the best are measured on search text; the best
-    of those are judged on validation text, and the winner is reported on test text, which nothing
-    was chosen by. Ctrl-C and SIGTERM keep everything; `--resume` goes on, under the options of
+    Candidates are screened by their layer error and the best are measured on search text, the best
+    of those on validation text, and the winner on test text, which nothing was chosen by; beside it
+    stand published recipes, as they are and with its own choices around their formulas. Ctrl-C and SIGTERM keep everything; `--resume` goes on, under the options of
     before.
 
     Examples:
@@ -208,7 +208,7 @@ def _opened(
 def _run(
     session: Session, tracker: Tracker, folder: Path, budget: int | None, seconds: float | None
 ) -> list[dict[str, Any]]:
-    """Search, then judge; rows of results, the winner's last, none when it was interrupted."""
+    """Search, then measure; rows of results, the winner's last, none when it was interrupted."""
     from prunezero.cli.final_table import measured_finally
     from prunezero.cli.tables import say
     from prunezero.report.runs.folder import write_run

@@ -68,7 +68,7 @@ Also = Annotated[
 Signals = Annotated[
     str | None,
     typer.Option(
-        help="The dearest that a rule may look at: `none` (weights alone), `activations`, "
+        help="The costliest that a rule may look at: `none` (weights alone), `activations`, "
         "`gradients` or `second order` (Gram matrices), in order of cost. Terminals and choices of "
         "the space that need more are left out: with `gradients` the features H, V and U, the "
         "updates obs, admm and swaps, and damping; with `activations` also G, G1, F, D and the "
@@ -101,17 +101,17 @@ StrategyWord = Annotated[
     ),
 ]
 Workers = Annotated[
-    int, typer.Option(help="Processes or actors that judge candidates.", min=1, max=MOST_HANDS)
+    int, typer.Option(help="Processes or actors that evaluate candidates.", min=1, max=MOST_HANDS)
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
-        help="Of each who judges; the cores divided by --workers if left out.",
+        help="Of each worker; the cores divided by --workers if left out.",
         min=1,
         max=MOST_HANDS,
     ),
 ]
 Cluster = Annotated[
     str | None,
-    typer.Option(help="Judge on Ray: address of a cluster, or `local`; see docs/scaling.md."),
+    typer.Option(help="Evaluate on Ray: address of a cluster, or `local`; see docs/scaling.md."),
 ]

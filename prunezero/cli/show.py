@@ -20,7 +20,7 @@ _FRONT = {
     "complexity": "words",
     "search_perplexity": "search",
     "validation_perplexity": "validation",
-    "kl": "KL at a glance",
+    "kl": "quick KL",
     "signal": "needs",
     "formula": "formula",
     "choices": "choices",
@@ -109,7 +109,7 @@ def _about(run: Run) -> dict[str, str]:
         "text": config.text,
         "sparsity": f"{task.budgets[0].amount:g}, pattern {in_words(task.budgets)}",
         "space": f"{task.space.name}, strategy {config.strategy}, seed {config.seed}{start}",
-        "signals": f"{task.space.costliest_signal}, the dearest that a rule can look at",
+        "signals": f"{task.space.costliest_signal}, the costliest that a rule can look at",
         **({"draws": f"{config.draws} of calibration text"} if config.draws > 1 else {}),
         **{key: ", ".join(value) for key, value in layers.items() if value},
         "windows": f"{config.sequence_length} tokens each; {config.calibration_tokens} "

@@ -99,7 +99,7 @@ def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
         {
             "on each model": part.get("model", ""),
             "under each draw": f"seed {part['seed']}" if "seed" in part else "",
-            "in each regime": (
+            "under each budget": (
                 f"{100 * part['sparsity']:g} %" if part["pattern"] == "free" else part["pattern"]
             ),
         }

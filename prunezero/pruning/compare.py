@@ -25,6 +25,7 @@ from prunezero.scoring.statistics import Statistics
 SPLITS = ("validation", "test")
 # A first look at a recipe: the first quarter of the search text, with the distance to the dense
 # model, of which few tokens tell more than of perplexity.
+# Called so in journals.
 QUICK_KL = "glance"
 
 
@@ -117,7 +118,7 @@ class RecipeRunner:
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """One flat row of results: perplexity on each split; KL on validation text or GLANCE.
+        """One flat row of results: perplexity on each split; KL on validation text or QUICK_KL.
 
         Args:
             keep: leave the model pruned, unless something failed.

@@ -3,7 +3,7 @@
 The recipe's kind of unit (`kinds.py`) finds the groups and says which of their units stay; updates
 work with the masks of weight matrices that follow, whatever the units are.
 
-With dense statistics every layer is judged by what it saw in the dense model. With sequential
+With dense statistics every layer is scored by what it saw in the dense model. With sequential
 statistics each block sees what the already pruned blocks before it make of the calibration text,
 as Wanda and SparseGPT do it. Gradients always come from the dense model.
 """

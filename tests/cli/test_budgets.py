@@ -22,11 +22,11 @@ def test_a_search_over_regimes_reports_shows_and_verifies_geometric_means(
     parts = [budget["test_perplexity"] for budget in winner["regimes"]]
     assert len(parts) == 3
     assert math.isclose(winner["test_perplexity"], math.prod(parts) ** (1 / 3), rel_tol=1e-9)
-    assert "perplexity on test text in each regime" in result.output
+    assert "perplexity on test text under each budget" in result.output
     assert "geometric mean of the perplexities" in result.output
     shown = run("show all")
     assert "pattern free, 0.7, 2:4" in shown.output
-    assert "perplexity on test text in each regime" in shown.output
+    assert "perplexity on test text under each budget" in shown.output
     assert run("verify all --top 1").exit_code == 0
     assert run("search --name all --resume --budget 6").exit_code == 0
     assert run("search --name all --resume --budget 6 --also 0.70,02:4").exit_code == 0

@@ -110,7 +110,7 @@ def test_a_strategy_that_screens_nothing_is_watched_and_judged_like_others(run: 
     options = "--sparsity 0.5 --space small.yaml --strategy plain-gp --budget 12 --name plain"
     result = run(f"search MODEL {options} --json o.json")
     assert result.exit_code == 0, result.exception
-    assert "0 glanced at" in result.output
+    assert "0 by quick KL" in result.output
     assert json.loads(Path("o.json").read_text())["rows"][-1]["recipe"] == "plain"
     shown = run("show plain")
     assert "strategy plain-gp" in shown.output and "12 proposed" in shown.output

@@ -36,7 +36,7 @@ def test_a_finished_search_is_shown_with_its_counts_front_and_winner(run: Run, m
     known = sum(row["status"] == "known" for row in rows)
     measured = sum(row["search_perplexity"] is not None for row in rows)
     assert f"{len(rows)} proposed, {known} known" in result.output
-    assert f"12 screened, {data['counts']['glanced at']} glanced at, {measured} measured" in (
+    assert f"12 screened, {data['counts']['by quick KL']} by quick KL, {measured} measured" in (
         result.output
     )
     recipe = Recipe.load(mine / "recipe.yaml")

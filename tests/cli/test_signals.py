@@ -47,7 +47,7 @@ def test_a_search_without_gradients_makes_none_and_remembers_it(
 
 @pytest.mark.parametrize(
     ("signals", "sentence"),
-    [("activation", "did you mean 'activations'"), ("none", "allow dearer signals")],
+    [("activation", "did you mean 'activations'"), ("none", "allow costlier signals")],
 )
 def test_signals_that_leave_nothing_are_one_sentence(signals: str, sentence: str, run: Run) -> None:
     small_space(Path("small.yaml"), terminals=["abs(W)*X", "G"])

@@ -49,5 +49,5 @@ def test_of_several_models_each_is_doubted_by_itself() -> None:
         {"model": "llama", "test_perplexity": 5.0},
         {"model": "other", "test_perplexity": 99.0},
     ]
-    (told,) = doubts(22.0, [one, other], budgets=parts)
+    (told,) = doubts(22.0, [one, other], regimes=parts)
     assert "of other on test text is 99.00" in told

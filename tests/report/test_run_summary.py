@@ -61,7 +61,7 @@ def test_counts_are_those_of_the_ladder() -> None:
         "known": 2,
         "invalid": 1,
         "screened": 3,
-        "glanced at": 2,
+        "by quick KL": 2,
         "measured": 1,
     }
 

@@ -1,4 +1,4 @@
-"""Which text is a model calibrated, searched and judged on?
+"""Splits of text: what a model is calibrated, searched, validated and tested on.
 
 A text is a set of documents, each in exactly one split: no sentence that a criterion was tuned on
 can turn up in what measures it. The same name gives the same documents in the same splits on every

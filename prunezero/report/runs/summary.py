@@ -225,7 +225,7 @@ def counted(candidates: Sequence[Row]) -> dict[str, int]:
         "known": statuses["known"],
         "invalid": statuses["invalid"],
         "screened": statuses["new"],
-        "glanced at": sum(row["kl"] is not None for row in own),
+        "by quick KL": sum(row["kl"] is not None for row in own),
         "measured": sum(row["search_perplexity"] is not None for row in own),
     }
 
@@ -279,7 +279,7 @@ def results(run: Run) -> list[Row]:
     Raises:
         RecipeError: the recipe of the winner holds rows that are none.
     """
-    searched = {row["recipe"]: row["search_perplexity"] for row in run.baselines}
+    searched = {row["recipe"]: row.get("search_perplexity") for row in run.baselines}
     winner = best_row(run)
     if not run.measured:
         return [dict(row) for row in run.baselines]

@@ -47,11 +47,11 @@ def tune(
         ]
         numbers = [factor * value for factor, value in zip(factors, values, strict=True)]
         found = _criterion(filled, numbers)
-        judged = None if found is None else error(found)
-        if found is None or judged is None:
+        lost = None if found is None else error(found)
+        if found is None or lost is None:
             raise optuna.TrialPruned
         trial.set_user_attr("formula", found.text)
-        return judged
+        return lost
 
     study.optimize(objective, n_trials=trials)
     done = [trial for trial in study.trials if "formula" in trial.user_attrs]

@@ -43,7 +43,7 @@ def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tupl
     if not any(terminal.shape == "element" for terminal in kept):
         raise ValueError(
             f"none that varies by weight looks at '{limit}' or less, so no formula could rank "
-            "weights; allow dearer signals, or add abs(W)"
+            "weights; allow costlier signals, or add abs(W)"
         )
     return kept
 
