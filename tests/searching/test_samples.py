@@ -87,7 +87,7 @@ def test_layers_that_read_the_same_inputs_share_one_short_gram_matrix() -> None:
 
 def requests() -> list[Request]:
     task = make_task(tiny_space(), 0.5)
-    texts = ["abs(W)*X", "layer_mean(X)", "W**2*minmax(G)", "abs(W)*G"]  # one ranks nothing
+    texts = ["abs(W)*X", "matrix_mean(X)", "W**2*minmax(G)", "abs(W)*G"]  # one ranks nothing
     asked = [Request.of(task.recipe(Criterion.parse(text), "it")) for text in texts]
     return [*asked[:3], Request.of(Recipe.load("wanda"), ("search",)), asked[3]]
 

@@ -85,7 +85,7 @@ def test_a_candidate_whose_mask_is_known_is_never_scored_again(tmp_path: Path) -
         ("abs(W)*X", "W**2*X**2"),
         ("abs(W)*X", "minmax(abs(W)*X)"),
         ("abs(W)*X", "abs(W)*X/R1"),
-        ("abs(W)*X", "abs(W)*X*layer_norm(W)"),
+        ("abs(W)*X", "abs(W)*X*matrix_norm(W)"),
     ],
 )
 def test_monotone_wrappers_scalings_and_row_factors_have_the_same_mask(
