@@ -12,7 +12,7 @@ from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
 from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.request import Request
-from prunezero.searching.proxies.matrix import layer_error, masks_on, scores_on
+from prunezero.searching.proxies.layer_error import layer_error, masks_on, scores_on
 from prunezero.searching.proxies.samples import Sample, grams_of, rung_sums, sample_rows, stacked
 from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
