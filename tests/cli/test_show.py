@@ -43,7 +43,7 @@ def test_a_finished_search_is_shown_with_its_counts_front_and_winner(run: Run, m
     assert f"criterion: {recipe.criterion.text}" in result.output
     assert "seed 3" in result.output and "strategy evolution" in result.output
     assert [row["recipe"] for row in data["rows"]] == (
-        ["dense", "magnitude", "wanda", "ria", "gblm", "pruner_zero", "mine"]
+        ["dense", "magnitude", "wanda", "ria", "gblm", "pruner_zero", "fisher", "mine"]
     )
     assert all(row["search_perplexity"] and row["test_perplexity"] for row in data["rows"])
     assert data["finished"] and data["config"]["seed"] == 3

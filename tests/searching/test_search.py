@@ -226,6 +226,7 @@ def test_the_winner_is_judged_on_text_that_the_search_never_saw(tmp_path: Path) 
         "ria",
         "gblm",
         "pruner_zero",
+        "fisher",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.testbed import with_choices
@@ -14,35 +15,28 @@ from prunezero.searching.experiment.task import Task
 
 # How the names of baselines on the terms of a found recipe end.
 SAME_TERMS = " +"
-# What every search is compared with, in this order: formulas by the same dense statistics.
-FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero")
-# What a search that may mend weights is compared with as well, each as its paper has it.
-PIPELINES = ("sparsegpt", "admm")
 
 
 def baselines(task: Task) -> list[Recipe]:
     """The published recipes that a search is compared with, under the search's conditions.
 
-    A search that uses no gradients is not compared with recipes that would need them collected.
+    Formulas by the same dense statistics come first; recipes that mend weights, each as its paper
+    has it, where the search may mend them too. A search that uses no gradients is not compared with
+    recipes that would need them collected.
     """
     has_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
-    layers = {"targets": task.config.targets, "ignore": task.config.ignore}
-    formulas = [
-        with_choices(
-            Recipe.load(name), pattern=task.budgets[0].pattern, statistics="dense", **layers
-        )
-        for name in FORMULAS
-    ]
-    mending = PIPELINES if "update" in task.options else ()
-    pipelines = [
-        with_choices(Recipe.load(name), pattern=task.budgets[0].pattern, **layers)
-        for name in mending
-    ]
-    return [
-        recipe
-        for recipe in (*formulas, *pipelines)
-        if has_gradients or recipe.criterion.signal != "gradients"
-    ]
+    same = {
+        "pattern": task.budgets[0].pattern,
+        "targets": task.config.targets,
+        "ignore": task.config.ignore,
+    }
+    found = []
+    for published in map(Recipe.load, UNITS["weight"].baselines):
+        if not published.extras:
+            found.append(with_choices(published, statistics="dense", **same))
+        elif "update" in task.options:
+            found.append(with_choices(published, **same))
+    return [one for one in found if has_gradients or one.criterion.signal != "gradients"]
 
 
 def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]]:
