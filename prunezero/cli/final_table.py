@@ -16,10 +16,10 @@ def measured_finally(
     session: Session, tracker: Tracker, folder: Path, candidates: list[Candidate]
 ) -> list[dict[str, Any]]:
     """Measure the finalists on validation text, the winner and its baselines on test text."""
-    from prunezero.cli.tables import print_results, say, say_conditions
+    from prunezero.cli.tables import print_results, say, say_conditions, say_same_terms
     from prunezero.report.runs.folder import write_winner
     from prunezero.report.tracking.search_records import tracked_rows, tracked_winner
-    from prunezero.searching.experiment.baselines import choices_in_words, published_equivalent
+    from prunezero.searching.experiment.baselines import published_equivalent
     from prunezero.searching.session import found_recipe
 
     name, task = folder.name, session.task
@@ -33,8 +33,7 @@ def measured_finally(
     tracker.record(tracked_winner(recipe, winner, session, name, folder))
     print_results(rows, f"search {name}", best="test_perplexity")
     say_conditions(rows, session.models, session.testbeds)
-    if any(map(_is_on_same_terms, rows)):
-        say(f"+: a published formula with the choices of the winner: {choices_in_words(recipe)}")
+    say_same_terms(rows, recipe)
     for row in faults:
         say(f"{row['recipe']} cannot be measured: {row['fault']}")
     say(f"found: {best.rule.text}", style="bold")
@@ -145,7 +144,12 @@ def _shared(winner: dict[str, Any], fair: dict[str, Any], published: dict[str, A
     gain, own = (row["test_perplexity"] - winner["test_perplexity"] for row in (published, fair))
     if gain <= 0:
         return f"{published['recipe']} as published is not beaten"
+    beaten = f"the {gain:.2f} that it gains over {published['recipe']} as published"
+    if own <= 0:
+        return f"nothing of {beaten} is left on the same terms: it is what the choices around gain"
+    if own >= gain:
+        return f"all of {beaten} is left on the same terms: it is the formula's"
     return (
-        f"of the {gain:.2f} that it gains over {published['recipe']} as published, {own:.2f} "
-        f"({own / gain:.0%}) are left on the same terms: those are the formula's"
+        f"of {beaten}, {own:.2f} ({own / gain:.0%}) are left on the same terms: those are the "
+        "formula's"
     )

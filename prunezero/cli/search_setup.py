@@ -61,11 +61,11 @@ def config_of(typed: Mapping[str, Any], folder: Path | None, runs_dir: Path) -> 
     Raises:
         PruneZeroError: options that are faulty, or other than those the search was begun under.
     """
-    from prunezero.report.runs.search_file import continued, read_config
+    from prunezero.report.runs.search_file import continued, headed, read_config
     from prunezero.report.runs.warm_start import rules_of
     from prunezero.searching.experiment.config import SearchConfig, starting_rules
 
-    before = None if folder is None else read_config(folder)
+    before = None if folder is None else read_config(folder) or headed(folder)
     if folder is None or before is None:
         rules = [rule for name in typed.get("start_from", ()) for rule in rules_of(name, runs_dir)]
         config = SearchConfig.of(**typed, start=starting_rules(rules))

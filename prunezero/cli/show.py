@@ -70,7 +70,7 @@ def show(
 
 
 def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
-    from prunezero.cli.tables import console, print_results, say
+    from prunezero.cli.tables import console, print_results, say, say_same_terms
     from prunezero.report.runs.folder import STUDY
     from prunezero.report.runs.summary import results
 
@@ -81,6 +81,7 @@ def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
     if rows:
         shown = "test_perplexity" if run.measured else "validation_perplexity"
         print_results(rows, "measured", best=shown)
+        say_same_terms(rows, run.recipe)
     if front:
         console.print(_front_table(front, each))
     if (run.folder / STUDY).is_file():

@@ -15,6 +15,7 @@ from prunezero.cli.fitting import Table
 from prunezero.errors import printable
 
 if TYPE_CHECKING:
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.testbed import Testbed
 
 # Names of models, files and recipes may hold brackets and colons, which are no markup here.
@@ -199,6 +200,14 @@ def _about_model(testbed: Testbed) -> str:
         f"{loaded.name}: {type(loaded.model).__name__}, {count / 1e6:.1f} M parameters, "
         f"{layers} prunable layers, {loaded.dtype_word} on {loaded.device}{left}"
     )
+
+
+def say_same_terms(rows: Sequence[Mapping[str, Any]], found: Recipe | None) -> None:
+    """Under a table, what a + behind a name means, where one stands there."""
+    from prunezero.searching.experiment.baselines import SAME_TERMS, choices_in_words
+
+    if found is not None and any(str(row["recipe"]).endswith(SAME_TERMS) for row in rows):
+        say(f"+: a published formula with the choices of the winner: {choices_in_words(found)}")
 
 
 def say_conditions(rows: Sequence[dict[str, Any]], model: str, testbeds: Sequence[Testbed]) -> None:

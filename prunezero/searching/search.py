@@ -17,7 +17,7 @@ from typing import Any
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.compare import QUICK_KL
 from prunezero.searching.evaluation.promotion import to_measure, to_quick_kl, to_validate
-from prunezero.searching.evaluation.rungs import Rungs
+from prunezero.searching.evaluation.rungs import Rungs, shown_by_mask
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.history import History, skeleton
 from prunezero.searching.strategies.catalogue import find_strategy
@@ -75,7 +75,7 @@ class _Run:
         self._strategy = strategy
         self._propose = strategy.start(rungs.task)
         self._stop = stop
-        self._tuned: set[tuple[str, str]] = set()
+        self._tuned: set[tuple[str, str, str]] = set()
         self._value_of_mask: dict[str, float | None] = {}
         self._wanda = rungs.probe(_usual(rungs.task.space.features))
 
@@ -202,9 +202,11 @@ class _Run:
         yield from (one for one in found if one.status != "new")
         yield from self._screened([one for one in found if one.status == "new"])
 
-    def _family(self, candidate: Candidate) -> tuple[str, str]:
+    def _family(self, candidate: Candidate) -> tuple[str, str, str]:
         """What is tuned once: other numbers may be the best where other weights compete."""
-        return skeleton(candidate.criterion), self._rungs.task.competing(candidate.choices)
+        competing = self._rungs.task.competing(candidate.choices)
+        damping = str(shown_by_mask(candidate.rule).get("damping", ""))
+        return skeleton(candidate.criterion), competing, damping
 
     def _measured_on(
         self, split: str, candidates: Sequence[Candidate], field: str

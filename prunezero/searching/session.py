@@ -137,7 +137,8 @@ def open_session(
     """
     if archive is not None:
         check_archive(archive)
-    task = fitted(task, testbeds)
+    # What is left to the machine and to the pattern is the same when the search goes on.
+    task = replace(fitted(task, testbeds), config=task.config.settled(testbeds[0]))
     # Opened before the long work, so that a wrong name or setting is known at once.
     journal = Journal(folder / "journal.jsonl", header(task, testbeds), resume=resume)
     try:
@@ -168,7 +169,7 @@ def measure_on_same_terms(
     recipes, refused = on_terms_of(found, session.task)
     yield from ({"recipe": name, "fault": why} for name, why in refused.items())
     for recipe, row in zip(recipes, session.rungs.rows(recipes, splits), strict=True):
-        yield {"recipe": recipe.name, **row}
+        yield {"recipe": recipe.name, **row, "choices": recipe.effect}
 
 
 def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -225,7 +226,7 @@ def find(
     *,
     folder: str | Path,
     also_testbeds: Sequence[Testbed] = (),
-    start: Sequence[Rule] = (),
+    start: Sequence[Rule | Criterion | str] = (),
     budget: int | None = None,
     resume: bool = False,
     **named: Any,
@@ -239,7 +240,7 @@ def find(
         folder: where the journal is kept.
         also_testbeds: of further models that a rule has to be good on, with the same text and
             settings.
-        start: rules to begin with, beside published formulas.
+        start: rules or formulas to begin with, beside published formulas.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         named: other fields of `SearchConfig`: pattern, also, draws, targets, ignore, seed,
             from_scratch, strategy.
@@ -247,6 +248,8 @@ def find(
     Raises:
         PruneZeroError: model, text and task do not go together, or the journal belongs to others.
     """
+    if named.get("start_from"):
+        raise SearchError("give the rules themselves to start=, as `prunezero search` finds them")
     chosen = space if isinstance(space, SearchSpace) else SearchSpace.load(space)
     config = SearchConfig.on(
         testbed,

@@ -5,9 +5,9 @@ One class for each word that has numbers; `words.WORDS` says where they belong.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from prunezero.pruning.recipes.documents import MOST_WORDS, LayerPattern, LayerPatterns
@@ -122,6 +122,14 @@ class Permutation(Options):
         description="layers to permute, as in `targets`; all whose order neighbours can follow, if "
         "empty",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_simulation(cls, numbers: Any) -> Any:
+        """Older recipes may say that nothing is simulated; simulating is no more."""
+        if isinstance(numbers, dict) and numbers.get("simulate") is False:
+            return {key: value for key, value in numbers.items() if key != "simulate"}
+        return numbers
 
 
 class Iterative(Options):

@@ -22,6 +22,7 @@ from prunezero.report.export.page_text import check_page, exchange, parts
 from prunezero.report.quoting import python_docstring, python_string, python_strings
 from prunezero.report.tracking.search_records import shown
 from prunezero.scoring.statistics import LETTERS, SUMS
+from prunezero.searching.experiment.baselines import SAME_TERMS
 from prunezero.searching.experiment.budgets import seeds_of, windows_of
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
@@ -180,9 +181,16 @@ def _sentence(row: dict[str, Any]) -> str:
     validation, test = (shown(row.get(key)) for key in ("validation_perplexity", "test_perplexity"))
     mean = "geometric mean of " if row.get("regimes") else ""
     return (
-        f"{row['recipe']}: {mean}test perplexity {test}, validation {validation}, at sparsity "
+        f"{_named(row)}: {mean}test perplexity {test}, validation {validation}, at sparsity "
         f"{row['sparsity']:g} ({row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
     )
+
+
+def _named(row: dict[str, Any]) -> str:
+    """What was measured; of a published formula on the terms of the recipe, that it was."""
+    name = str(row["recipe"])
+    is_on_same_terms = name.endswith(SAME_TERMS)
+    return f"{name.removesuffix(SAME_TERMS)} with these choices" if is_on_same_terms else name
 
 
 def paragraphs(head: str, *others: str) -> str:

@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from prunezero.errors import PruneZeroError, SearchError, differences, reason
 from prunezero.files.atomic import write_json
 from prunezero.models.anatomy.patterns import patterns_of
+from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.experiment.budgets import read_budgets
 from prunezero.searching.experiment.config import OPEN, SearchConfig
+from prunezero.searching.experiment.provenance import config_of
 from prunezero.searching.spaces.space import SearchSpace
 
 FILE = "search.json"
@@ -71,10 +73,10 @@ def _contradiction(before: SearchConfig, key: str, value: Any) -> str:
         return _other_space(before, SearchSpace.load(value, signals=before.signals), told)
     if key in ("targets", "ignore"):
         now = patterns_of(value)
-        return "" if now == was else f"{option} {','.join(was)}, now {value}"
+        return "" if now == was else f"{option} {_listed(was)}, now {value or 'nothing'}"
     if key == "also":
         is_same = read_budgets(value) == read_budgets(",".join(was))
-        return "" if is_same else f"{option} {','.join(was)}, now {value}"
+        return "" if is_same else f"{option} {_listed(was)}, now {value or 'nothing'}"
     if key == "device":
         # Which of several GPUs it is changes no result.
         was, value = was.partition(":")[0], value.partition(":")[0]
@@ -139,6 +141,13 @@ def read_config(folder: Path) -> SearchConfig | None:
             f"{path} cannot be read ({_in_words(error)}); take it away, and type the options of "
             "the search"
         ) from error
+
+
+def headed(folder: Path) -> SearchConfig | None:
+    """The experiment that heads the journal in a folder, where no `search.json` tells it."""
+    with suppress(PruneZeroError, LookupError, ValueError):
+        return config_of(read_journal(folder / "journal.jsonl")[0]["header"])
+    return None
 
 
 def _in_words(error: Exception) -> str:

@@ -114,10 +114,11 @@ def read_run(folder: Path) -> Run:
     known = {(one["kind"], one["key"]): one["result"] for one in records[1:]}
     try:
         header = comparable(whole)
+        _check_header(header)
         config = _config_of(whole, header)
         task = make_task(config)
-    except PruneZeroError as error:
-        raise SearchError(f"{folder}: {error}") from error
+    except (PruneZeroError, LookupError, TypeError, ValueError) as error:
+        raise SearchError(f"{folder}: {reason(error)}") from error
     asked = read_config(folder)
     if asked is not None:
         # Whatever was moved since is named there.
@@ -145,7 +146,6 @@ def _config_of(whole: Mapping[str, Any], header: Mapping[str, Any]) -> SearchCon
     if "config" in whole:
         return config_of(whole)
     try:
-        _check_header(header)
         also = ("also", "draws", "targets", "ignore", "strategy")
         return SearchConfig.of(
             model=header["model"],

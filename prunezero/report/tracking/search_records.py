@@ -40,6 +40,8 @@ def tracked_rows(
         words += [f"{word} {row[word]}" for word in ("targets", "ignore") if word in row]
         # Numbers of other text, versions or formulas are no news of the same run.
         rule = [str(row.get(key)) for key in ("formula", "criteria", "compare", "update")]
+        # Of a formula with the choices of a winner, all of these.
+        rule += [json.dumps(row["choices"], sort_keys=True)] if "choices" in row else []
         words += [joined_digest([around, *rule])[:16]]
         key = "/".join(str(part) for part in ["baseline", row["recipe"], *words])
         name = (

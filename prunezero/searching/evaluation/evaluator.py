@@ -27,6 +27,7 @@ from prunezero.pruning.compare import finite_row, rounding
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Testbed, with_choices
+from prunezero.scoring.second_order import DAMPING
 from prunezero.searching.evaluation.request import Request
 from prunezero.searching.evaluation.sampled_testbed import SampledTestbed
 from prunezero.searching.evaluation.tuning import tune
@@ -117,11 +118,16 @@ class Evaluator:
         return {model.fingerprint: model.name for model in models}
 
     def _probed(
-        self, criterion: Criterion, compare: str, own: tuple[tuple[str, Criterion], ...] = ()
+        self,
+        criterion: Criterion,
+        compare: str,
+        own: tuple[tuple[str, Criterion], ...] = (),
+        damping: float = DAMPING,
     ) -> ProbeMask | None:
         """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
         try:
-            recipe = Recipe(name="it", criterion=criterion, criteria=dict(own), compare=compare)
+            fields: dict[str, Any] = {"compare": compare, "damping": damping}
+            recipe = Recipe(name="it", criterion=criterion, criteria=dict(own), **fields)
             masks = [
                 mask
                 for one in self._sampled

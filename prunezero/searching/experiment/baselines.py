@@ -11,6 +11,7 @@ from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.testbed import with_choices
+from prunezero.scoring.second_order import DAMPING
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
 
@@ -74,6 +75,10 @@ def _under(found: Recipe, name: str, criterion: Criterion) -> Recipe:
 def choices_in_words(found: Recipe) -> str:
     """What a found recipe chooses around its formula."""
     updates = ", ".join(found.updates) or "none"
+    usual = {
+        **{"allocate": "uniform", "update": "none", "permute": "none", "recover": "none"},
+        **{"schedule": "one-shot", "statistics": "dense", "damping": DAMPING},
+    }
     told = {
         "compare": found.compare,
         "allocate": found.allocate.text,
@@ -81,9 +86,9 @@ def choices_in_words(found: Recipe) -> str:
         "permute": found.permute.text,
         "schedule": found.schedule.text,
         "recover": found.recover.text,
+        "statistics": found.statistics,
+        "damping": found.damping,
     }
-    usual = {"allocate": "uniform", "update": "none", "permute": "none", "recover": "none"}
-    usual["schedule"] = "one-shot"
     return ", ".join(f"{key} {word}" for key, word in told.items() if usual.get(key) != word)
 
 

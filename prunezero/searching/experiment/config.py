@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from prunezero.errors import RecipeError, did_you_mean
+from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.budget import Budget
@@ -120,11 +121,16 @@ class SearchConfig(BaseModel):
             raise RecipeError(
                 f"'{name}' is no option of a search{near} Known: {', '.join(cls.model_fields)}"
             )
-        if "space_content" not in named:
-            name = named.get("space", "formulas")
-            named["space_content"] = SearchSpace.load(name, signals=named.pop("signals", None))
-        space = named["space_content"]
-        return validated(cls, {"space": space.name, **named, "signals": space.signals}, "search")
+        space, signals = named.get("space_content"), named.get("signals")
+        if space is None:
+            space = SearchSpace.load(named.get("space", "formulas"), signals=signals)
+        elif not isinstance(space, SearchSpace):
+            raise RecipeError(f"space_content must be a SearchSpace but is {space!r:.60}")
+        elif signals is not None:
+            limited = {**space.model_dump(mode="json"), "signals": signals}
+            space = validated(SearchSpace, limited, f"search space {space.name}")
+        found = {"space": space.name, **named, "space_content": space, "signals": space.signals}
+        return validated(cls, found, "search")
 
     @property
     def settings(self) -> Settings:
@@ -157,22 +163,28 @@ class SearchConfig(BaseModel):
     def on(
         cls, testbed: Testbed, also_testbeds: Sequence[Testbed] = (), **named: Any
     ) -> SearchConfig:
-        """The experiment on models that are loaded already; `named` are other fields."""
+        """The experiment on models that are loaded already; `named` are other fields.
+
+        Raises:
+            RecipeError: as `of`, or a field is what the testbed says.
+        """
         settings, model = testbed.settings, testbed.language_model
         seed = named.get("seed", 0)
-        return cls.of(
-            **named,
-            model=model.name,
-            also_model=tuple(one.language_model.name for one in also_testbeds),
-            text=testbed.text.name,
-            calibration_seed=None if settings.seed == seed else settings.seed,
-            sequence_length=settings.sequence_length,
-            calibration_tokens=settings.calibration_tokens,
-            evaluation_tokens=settings.evaluation_tokens,
-            test_tokens=settings.test_tokens,
-            dtype=model.dtype_word,
-            device=model.device.type,
-        )
+        fixed: dict[str, Any] = {
+            "model": model.name,
+            "also_model": tuple(one.language_model.name for one in also_testbeds),
+            "text": testbed.text.name,
+            "calibration_seed": None if settings.seed == seed else settings.seed,
+            "sequence_length": settings.sequence_length,
+            "calibration_tokens": settings.calibration_tokens,
+            "evaluation_tokens": settings.evaluation_tokens,
+            "test_tokens": settings.test_tokens,
+            "dtype": model.dtype_word,
+            "device": model.device.type,
+        }
+        for name in named.keys() & fixed.keys():
+            raise RecipeError(f"'{name}' is what the testbed says; set it up with another one")
+        return cls.of(**named, **fixed)
 
     def settled(self, testbed: Testbed) -> SearchConfig:
         """The same without what was left to the machine and to the pattern."""
@@ -231,8 +243,14 @@ class SearchConfig(BaseModel):
         }
 
 
-def starting_rules(rules: Sequence[Rule]) -> tuple[StartingRule, ...]:
-    """The rules as an experiment keeps them."""
+def starting_rules(rules: Sequence[Rule | Criterion | str]) -> tuple[StartingRule, ...]:
+    """Rules, or formulas alone, as an experiment keeps them.
+
+    Raises:
+        CriterionError: a formula cannot be read.
+    """
+    formulas = [Criterion.parse(one) if isinstance(one, str) else one for one in rules]
+    found = [Rule(one) if isinstance(one, Criterion) else one for one in formulas]
     return tuple(
-        StartingRule(formula=one.criterion.text, choices=dict(one.choices)) for one in rules
+        StartingRule(formula=one.criterion.text, choices=dict(one.choices)) for one in found
     )
