@@ -72,7 +72,10 @@ def small_space(path: Path, **changes: object) -> None:
 def finished_search(
     tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a search that ended; to look at, not to change."""
+    """The folder of a search that ended; to look at, not to change.
+
+    What it printed stands beside its runs folder, in `output`.
+    """
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -82,6 +85,7 @@ def finished_search(
         command = "search MODEL --sparsity 0.5 --space small.yaml --budget 12 --name mine --seed 3"
         result = typing(tiny_files)(command)
     assert result.exit_code == 0, result.output
+    (folder / "output").write_text(result.output)
     return folder / "runs" / "mine"
 
 
