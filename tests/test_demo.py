@@ -40,7 +40,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a small search of the demo model has finished."""
     folder = tmp_path_factory.mktemp("demo")
     printed = prunezero(
-        f"search --model demo --sparsity 0.5 --budget 40 --name small --json out.json {SIZES}",
+        f"search --model demo --sparsity 0.5 --budget 16 --name small --json out.json {SIZES}",
         folder,
     )
     assert "210 prunable layers" in printed
@@ -108,7 +108,7 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
 def test_the_same_search_resumed_ends_at_once_with_the_same_result(searched: Path) -> None:
     before = json.loads((searched / "out.json").read_text())
     command = (
-        f"search --model demo --sparsity 0.5 --budget 40 --name small --json again.json {SIZES}"
+        f"search --model demo --sparsity 0.5 --budget 16 --name small --json again.json {SIZES}"
     )
     prunezero(f"{command} --resume", searched)
     after = json.loads((searched / "again.json").read_text())

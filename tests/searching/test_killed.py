@@ -133,7 +133,7 @@ def later(seconds: float, number: signal.Signals, pid: int) -> threading.Timer:
 
 
 class Told:
-    """Judges in this process that draw as `Drawing` does, and fail where they are told to."""
+    """Evaluators in this process that draw as `Drawing` does, and fail where they are told to."""
 
     threads = 1
 
@@ -178,7 +178,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
             time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGSTOP)
             # It wakes shortly before or after its time is up; what it then says is late or just
-            # in time, and the crew may or may not have looked.
+            # in time, and the pool may or may not have looked.
             timers.append(later(DEADLINE + rng.uniform(-0.1, 0.1), signal.SIGCONT, pid))
 
     candidates, results = searched(tmp_path / "stopped", task, processes, stop_one)

@@ -1,4 +1,4 @@
-"""Judges in other processes: the same search, whoever dies, hangs or answers first."""
+"""Evaluators in other processes: the same search, whoever dies, hangs or answers first."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.tiny_models import save_tiny_model
 
 
 class Obedient:
-    """A judge that does as the first split of a question says."""
+    """An evaluator that does as the first split of a question says."""
 
     def result(self, request: Request) -> dict[str, Any]:
         word, *others = request.splits
@@ -73,7 +73,7 @@ ORDERS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Stub:
-    """The plan of a judge that needs no model."""
+    """The plan of an evaluator that needs no model."""
 
     kind: str = "obedient"
     device: str = "cpu"
@@ -83,7 +83,7 @@ class Stub:
 
 
 class Drawing:
-    """A judge whose numbers are drawn from the question, in the time that a small one takes."""
+    """An evaluator whose numbers are drawn from the question, in the time that a small one takes."""
 
     def result(self, request: Request) -> dict[str, Any]:
         time.sleep(0.02)
@@ -101,7 +101,7 @@ def _missing() -> None:
 
 
 class Drawn:
-    """The drawing judge in this process."""
+    """The drawing evaluator in this process."""
 
     threads = 1
 
@@ -183,7 +183,7 @@ def searched(
     max_candidates: int = 12,
     disturb: Callable[[], None] = lambda: None,
 ) -> tuple[list[tuple[object, ...]], bytes, list[tuple[str, str]]]:
-    """What must not depend on who judges: candidates, the journal's header, and its order."""
+    """What must not depend on who evaluates: candidates, the journal's header, and its order."""
     evaluator = Evaluator(task, [testbed])
     journal = Journal(folder / "journal.jsonl", header(task, [testbed]), resume=False)
     rungs = Rungs(evaluator, journal, evaluators)
@@ -214,7 +214,7 @@ def test_one_two_and_four_workers_search_as_this_process_does(
         assert not processes.at_work
 
 
-def test_a_plan_builds_the_judge_again_without_calibrating(
+def test_a_plan_builds_the_evaluator_again_without_calibrating(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     testbed, task = testbed_of(files), task_on(files)
@@ -232,7 +232,7 @@ def test_a_plan_builds_the_judge_again_without_calibrating(
             assert mine == other and "fault" not in mine
 
 
-def test_a_worker_that_finds_another_model_refuses_to_judge(
+def test_a_worker_that_finds_another_model_refuses_to_measure(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     testbed, task = testbed_of(files), task_on(files)
@@ -296,7 +296,7 @@ def test_a_batch_that_nobody_reads_to_its_end_leaves_nothing_behind(pair: Worker
         assert [one["said"] for one in found] == expected
 
 
-def test_an_error_of_the_judge_is_raised_in_its_turn_and_the_worker_goes_on(
+def test_an_error_of_the_evaluator_is_raised_in_its_turn_and_the_worker_goes_on(
     pair: WorkerPool,
 ) -> None:
     results = pair.results([asked("wait", "0.1"), asked("fail", "ours")])
@@ -350,7 +350,7 @@ def test_a_question_that_hangs_is_a_fault_at_its_deadline_and_others_go_on() -> 
     processes.close()
 
 
-def test_a_worker_that_cannot_build_its_judge_ends_the_search_in_one_sentence() -> None:
+def test_a_worker_that_cannot_build_its_evaluator_ends_the_search_in_one_sentence() -> None:
     processes = process_pool(Stub("missing"), 2, threads=1)  # type: ignore[arg-type]
     with pytest.raises(SearchError, match="cannot start: model 'gone' cannot be loaded"):
         list(processes.results([asked("say")] * 4))
