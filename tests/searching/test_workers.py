@@ -83,7 +83,7 @@ class Stub:
 
 
 class Drawing:
-    """An evaluator whose numbers are drawn from the question, in the time that a small one takes."""
+    """An evaluator that draws numbers from the question, in the time that a small one takes."""
 
     def result(self, request: Request) -> dict[str, Any]:
         time.sleep(0.02)
