@@ -25,9 +25,8 @@ from prunezero.searching.experiment.provenance import header
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.workers.pool import WorkerPool
-from prunezero.searching.workers.processes import process_pool
 from tests.searching.test_search import outcome, session_in
-from tests.searching.test_workers import Drawing, Stub, asked, fill, is_running, until
+from tests.searching.test_workers import Drawing, asked, fill, is_running, stub_pool, until
 from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 BUDGET = 40
@@ -167,7 +166,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
     tmp_path: Path,
 ) -> None:
     task, rng = make_task(tiny_space(), 0.5), random.Random(5)
-    processes = process_pool(Stub("drawing"), 2, threads=1, deadline=DEADLINE)  # type: ignore[arg-type]
+    processes = stub_pool("drawing", 2, deadline=DEADLINE)
     fill(processes, 2, Request(("search",), None))
     timers: list[threading.Timer] = []
 
@@ -193,7 +192,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
 
 @pytest.fixture(scope="module")
 def sleepy() -> Iterator[WorkerPool]:
-    processes = process_pool(Stub(), 2, threads=1, deadline=2.0)  # type: ignore[arg-type]
+    processes = stub_pool("obedient", 2, deadline=2.0)
     yield processes
     processes.close()
 
