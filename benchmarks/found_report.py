@@ -93,6 +93,11 @@ class Found:
         """Whether every rival was measured with the choices of the found one, or refused."""
         return all(AROUND in roles or name in self.refused for name, roles in self.rivals.items())
 
+    @property
+    def has_rivals_around(self) -> bool:
+        """Whether any rival was measured with the choices of the found one."""
+        return any(AROUND in roles for roles in self.rivals.values())
+
     def best(self, *roles: str) -> Standing:
         """The best rival on validation text, of those in these roles."""
         standings = [
@@ -130,7 +135,7 @@ def summary(found: list[Found]) -> list[str]:
     lines = [
         "Test perplexity, means over draws; the best rivals are those on validation text. The "
         "whole gain is over the best rival as published, the formula's own over the best one with "
-        "the same choices; - where rivals were not measured with those choices.",
+        "the same choices, at most so much where some rivals were not measured with those.",
         "",
         "| recipe | formula | target | model, draws, statistics from | found | best as published "
         "| best with the same choices | whole gain | the formula's own | share |",
@@ -160,10 +165,13 @@ def shortened(formula: str) -> str:
 
 def own_cells(found: Found) -> list[str]:
     """The best rival with the same choices, the gain over it, and its share of the whole gain."""
-    if not found.is_fair:
+    if not found.has_rivals_around:
         return ["-"] * 3
     best = found.best(AROUND)
-    return [f"{best.name} {best.shown('test')}", f"{own_gain(found):.1f}", share(found)]
+    cells = [f"{best.name} {best.shown('test')}", f"{own_gain(found):.1f}", share(found)]
+    # A rival that was not measured so may be better than the best of those that were.
+    bounds = [cell if cell == "none" else f"at most {cell}" for cell in cells[1:]]
+    return cells if found.is_fair else [cells[0], *bounds]
 
 
 def whole_gain(found: Found) -> float:
@@ -181,7 +189,7 @@ def share(found: Found) -> str:
     whole, own = whole_gain(found), own_gain(found)
     if whole <= 0 or own <= 0:
         return "none"
-    return f"{own / whole:.0%}" if own < whole else "all"
+    return f"{100 * own / whole:.0f} %" if own < whole else "all"
 
 
 def gathered(rows: list[Row]) -> list[Found]:
@@ -293,15 +301,22 @@ def verdict(found: Found) -> Iterator[str]:
         f"{found.recipe.test:.1f} against {best.test:.1f} ({change:+.1%}; chance of no gain "
         f"{chance:.1g})."
     )
-    if found.is_fair:
+    yield (
+        f"The whole gain over the best as published ({found.best(PUBLISHED).name}) is "
+        f"{whole_gain(found):.1f}."
+    )
+    if found.has_rivals_around:
+        _, own, part = own_cells(found)
         yield (
-            f"The whole gain over the best as published ({found.best(PUBLISHED).name}) is "
-            f"{whole_gain(found):.1f}; over the best with the same choices "
-            f"({found.best(AROUND).name}) it is {own_gain(found):.1f}, the formula's own share: "
-            f"{share(found)}."
+            f"Over the best with the same choices ({found.best(AROUND).name}) it is {own}, the "
+            f"formula's own share: {part}."
         )
-    else:
-        missing = [name for name, roles in found.rivals.items() if AROUND not in roles]
+    missing = [
+        name
+        for name, roles in found.rivals.items()
+        if AROUND not in roles and name not in found.refused
+    ]
+    if missing:
         yield f"Not measured with these choices: {', '.join(missing)}."
     for name, reason in found.refused.items():
         yield f"{name} cannot take these choices: {reason}."

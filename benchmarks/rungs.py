@@ -24,7 +24,7 @@ from prunezero.pruning.compare import QUICK_KL, RecipeRunner
 from prunezero.pruning.testbed import Settings, set_up
 from prunezero.searching.evaluation.rung_correlation import kendall_tau
 from prunezero.searching.experiment.config import SearchConfig
-from prunezero.searching.proxies.matrix import layer_error, mask_digest, masks_on
+from prunezero.searching.proxies.layer_error import layer_error, mask_digest, masks_on
 from prunezero.searching.proxies.samples import probe_of, rung_sums, sample_rows, stacked
 from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace

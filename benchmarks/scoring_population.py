@@ -21,7 +21,7 @@ from prunezero.errors import CriterionError, ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.score import evaluate, refuse_unusable
-from prunezero.searching.proxies.matrix import layer_error, masks_on, scores_on
+from prunezero.searching.proxies.layer_error import layer_error, masks_on, scores_on
 from prunezero.searching.proxies.samples import Stack, grams_of
 
 # How many formulas go at once; one after the other, so many as to even out what they cost.

@@ -49,7 +49,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_search_of_the_demo_model_ends_in_a_table_with_test_perplexities(searched: Path) -> None:
     rows = {row["recipe"]: row for row in json.loads((searched / "out.json").read_text())["rows"]}
-    published = ["magnitude", "wanda", "ria", "gblm", "pruner_zero"]
+    published = ["magnitude", "wanda", "ria", "gblm", "pruner_zero", "fisher"]
     on_same_terms = [name for name in rows if name.endswith(" +")]
     assert set(on_same_terms) <= {f"{name} +" for name in published}
     assert list(rows) == ["dense", *published, *on_same_terms, "small"]

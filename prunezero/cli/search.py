@@ -88,8 +88,8 @@ def search(
 
     Candidates are screened by their layer error and the best are measured on search text, the best
     of those on validation text, and the winner on test text, which nothing was chosen by; beside it
-    stand published recipes, as they are and with its own choices around their formulas. Ctrl-C and SIGTERM keep everything; `--resume` goes on, under the options of
-    before.
+    stand published recipes, as they are and with the winner's choices around their formulas. Ctrl-C
+    and SIGTERM keep everything; `--resume` goes on, under the options of before.
 
     Examples:
 

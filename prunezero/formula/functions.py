@@ -26,8 +26,8 @@ AXES: dict[str, tuple[bool, bool]] = {
     "scalar": (False, False),
 }
 SHAPES = {axes: shape for shape, axes in AXES.items()}
-# What a reduction leaves: one number per row, per column, or per layer.
-LEAVES = {"row": AXES["row"], "col": AXES["column"], "layer": AXES["scalar"]}
+# What a reduction leaves: one number per row, per column, or per matrix.
+LEAVES = {"row": AXES["row"], "col": AXES["column"], "matrix": AXES["scalar"]}
 KINDS = ("sum", "mean", "max", "norm")
 
 

@@ -15,7 +15,7 @@ from prunezero.errors import CriterionError, did_you_mean
 from prunezero.formula.canonical import combine, feature_symbol
 from prunezero.formula.constants import MAX_CONSTANT, number
 from prunezero.formula.features import FEATURES
-from prunezero.formula.vocabulary import OPERATORS
+from prunezero.formula.vocabulary import OPERATORS, current_word
 
 MAX_LENGTH = 512
 MAX_DEPTH = 16
@@ -109,6 +109,7 @@ def _expression(node: ast.expr, depth: int) -> Any:
 
 
 def _call(name: str, arguments: list[ast.expr], depth: int) -> Any:
+    name = current_word(name)
     operator = OPERATORS.get(name)
     if name in FEATURES:
         raise CriterionError(

@@ -41,7 +41,7 @@ def _divide(x: Any, y: Any) -> Any:
 
 
 def _divide_by_norm(x: Any, y: Any) -> Any:
-    return _divide(x, algebra.applied(REDUCTIONS["layer_norm"], y))
+    return _divide(x, algebra.applied(REDUCTIONS["matrix_norm"], y))
 
 
 def _identity(x: Any) -> Any:
@@ -156,8 +156,8 @@ _SUMMED = {
     "norm": "torch.linalg.vector_norm({0}, dim={dims}, keepdim=True, dtype=torch.float64).float()",
 }
 # From the end, so that layers of one shape may be stacked.
-_DIMS = {"row": "(-1,)", "col": "(-2,)", "layer": "(-2, -1)"}
-_LEFT = {"row": "every row", "col": "every column", "layer": "the whole layer"}
+_DIMS = {"row": "(-1,)", "col": "(-2,)", "matrix": "(-2, -1)"}
+_LEFT = {"row": "every row", "col": "every column", "matrix": "the whole matrix"}
 
 
 def _reduction(name: str) -> Operator:
@@ -206,3 +206,11 @@ _WHOLE_MATRIX = (
 )
 
 OPERATORS = Vocabulary({row.name: row for row in (*_ARITHMETIC, *_ELEMENTWISE, *_WHOLE_MATRIX)})
+
+# Words of formulas that were saved before: a layer, in this field, is a block.
+_OLDER = {f"layer_{kind}": f"matrix_{kind}" for kind in _SUMMED}
+
+
+def current_word(word: str) -> str:
+    """The word that an operator has now; other words stay as they are."""
+    return _OLDER.get(word, word)

@@ -117,7 +117,11 @@ _ROWS = (
             "N columns": ("output", "input"),
             "N:M": ("input",),
         },
-        baselines=("magnitude", "wanda", "ria", "gblm", "pruner_zero", "sparsegpt", "admm"),
+        # Fisher is the strongest formula where all layers compete.
+        baselines=(
+            *("magnitude", "wanda", "ria", "gblm", "pruner_zero", "fisher"),
+            *("sparsegpt", "admm"),
+        ),
         reference="abs(W)*X",
         finder="prunezero.models.anatomy.groups:weight_groups",
         selector="prunezero.pruning.selecting:select_weights",

@@ -88,7 +88,7 @@ def test_search_leaves_a_recipe_a_pruner_tables_and_pictures_then_resumes(run: R
     assert str(Path("runs/mine/pruner.py")) in result.output
     first = json.loads(Path("o.json").read_text())
     names = [row["recipe"] for row in first["rows"]]
-    published = ["magnitude", "wanda", "ria", "gblm", "pruner_zero"]
+    published = ["magnitude", "wanda", "ria", "gblm", "pruner_zero", "fisher"]
     assert [name for name in names if not name.endswith(" +")] == ["dense", *published, "mine"]
     recipe = Recipe.load(Path("runs/mine/recipe.yaml"))
     assert recipe.provenance["measured"][-1]["recipe"] == "mine"

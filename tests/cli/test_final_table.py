@@ -18,7 +18,7 @@ from prunezero.report.export.page import pruner_page
 from prunezero.searching import session
 from tests.cli.conftest import Run, flat, small_space
 
-PUBLISHED = ["magnitude", "wanda", "ria", "gblm", "pruner_zero"]
+PUBLISHED = ["magnitude", "wanda", "ria", "gblm", "pruner_zero", "fisher"]
 ON_SAME_TERMS = [f"{name} +" for name in PUBLISHED]
 SPLITS = ("validation", "test")
 

@@ -42,7 +42,7 @@ def test_a_finished_search_is_shown_with_its_counts_front_and_winner(run: Run, m
     recipe = Recipe.load(mine / "recipe.yaml")
     assert f"criterion: {recipe.criterion.text}" in result.output
     assert "seed 3" in result.output and "strategy evolution" in result.output
-    published = ["magnitude", "wanda", "ria", "gblm", "pruner_zero"]
+    published = ["magnitude", "wanda", "ria", "gblm", "pruner_zero", "fisher"]
     on_same_terms = [f"{name} +" for name in published]
     names = [row["recipe"] for row in data["rows"]]
     assert names == ["dense", *published, *on_same_terms, "mine"]

@@ -103,7 +103,7 @@ def _computed(node: ast.expr, features: dict[str, Array]) -> Value:
             return BINARY[type(op)](_computed(left, features), _computed(right, features))
         case ast.Call(func=ast.Name(id="divide_by_norm"), args=[left, right]):
             x, y = (_computed(argument, features) for argument in (left, right))
-            return divide(x, reduce(y, "layer", "norm"))
+            return divide(x, reduce(y, "matrix", "norm"))
         case ast.Call(func=ast.Name(id=name), args=[inner]):
             return call(name, _computed(inner, features))
     raise ValueError(ast.unparse(node))
@@ -176,7 +176,7 @@ ELEMENTWISE: dict[str, Callable[[Value], Value]] = {
     "log": logarithm,
     "tanh": lambda x: value(np.tanh(x.number), np.minimum(x.error, 2), x),
 }
-AXIS: dict[str, Any] = {"row": 1, "col": 0, "layer": (0, 1)}
+AXIS: dict[str, Any] = {"row": 1, "col": 0, "matrix": (0, 1)}
 
 
 def reduce(x: Value, left: str, kind: str) -> Value:

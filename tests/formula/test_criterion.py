@@ -68,7 +68,7 @@ def test_text_and_sympy_both_read_back_to_the_same_criterion(seed: int) -> None:
         ("row_max(row_sum(abs(W))) * W", "W*row_sum(abs(W))"),
         ("-(W + X) * Y", "(-W - X)*Y"),
         ("2 * (W + X) / Y", "(2*W + 2*X)/Y"),
-        ("divide_by_norm(W, G)", "W/layer_norm(G)"),
+        ("divide_by_norm(W, G)", "W/matrix_norm(G)"),
         ("W**(1/3)", "abs(W)**(1/3)"),
     ],
 )
@@ -117,7 +117,7 @@ def test_shapes_follow_from_features_and_reductions() -> None:
         "R1*X": "element",
         "X": "column",
         "Y": "row",
-        "layer_max(W)": "scalar",
+        "matrix_max(W)": "scalar",
     }
     shapes |= {"row_sum(W)": "row", "col_sum(W*X)": "column", "row_sum(X)": "scalar"}
     assert {text: Criterion.parse(text).shape for text in shapes} == shapes
@@ -132,7 +132,7 @@ def test_pruner_zeros_published_tree_loads_with_the_meaning_of_its_code() -> Non
     criterion = Criterion.from_pruner_zero({**tree, "right": gradient})
     assert criterion.text == "W**2*minmax(100*G)"
     divided = {"data": "div", "left": weight, "right": {"data": "X"}}
-    assert Criterion.from_pruner_zero(divided).text == "abs(W)/layer_norm(X**2)"
+    assert Criterion.from_pruner_zero(divided).text == "abs(W)/matrix_norm(X**2)"
     logged = {"data": "log", "left": {"data": "X"}}
     assert Criterion.from_pruner_zero(logged).text == "log(0.001 + X**2)"
 

@@ -53,9 +53,9 @@ def scores(criterion: Criterion, features: dict[str, torch.Tensor]) -> torch.Ten
         ("abs(W) * X / R1 + Y", "row", "abs(W)*X"),
         ("abs(W) * X / R1", "layer", "abs(W)*X/R1"),
         ("abs(W) * X / R1", "128 columns", "abs(W)*X/R1"),
-        ("minmax(W**2) * layer_sum(abs(W))", "layer", "abs(W)"),
+        ("minmax(W**2) * matrix_sum(abs(W))", "layer", "abs(W)"),
         ("minmax(W**2)", "model", "minmax(W**2)"),
-        ("2 * abs(W) * layer_sum(abs(W))", "model", "abs(W)*layer_sum(abs(W))"),
+        ("2 * abs(W) * matrix_sum(abs(W))", "model", "abs(W)*matrix_sum(abs(W))"),
         ("-3 * X", "row", "-X"),
         ("W * X_mean * 2", "row", "W*X_mean"),
         ("abs(W)*R1 + abs(W)*X*R1", "row", "abs(W)*(1 + X)"),
@@ -81,7 +81,7 @@ def test_formulas_that_rank_nothing_in_a_group_are_refused() -> None:
     with pytest.raises(CriterionError, match="ranks none"):
         form("R1 * Y", "row")
     with pytest.raises(CriterionError, match="ranks none"):
-        form("layer_sum(X)", "layer")
+        form("matrix_sum(X)", "layer")
     assert form("R1 * Y", "layer") == "R1*Y"
 
 

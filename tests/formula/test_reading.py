@@ -10,6 +10,7 @@ import pytest
 
 from prunezero.errors import CriterionError
 from prunezero.formula import Criterion
+from prunezero.searching.spaces.space import SearchSpace
 
 CANARY = Path("/tmp/prunezero-canary")
 
@@ -167,3 +168,20 @@ def test_a_formula_that_was_built_is_refused_when_its_own_text_could_not_be_read
         Criterion.from_sympy(long)
     short = Criterion.from_sympy(sum(symbols))
     assert Criterion.parse(short.text) == short
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "max", "norm"])
+def test_words_of_formulas_that_were_saved_before_are_read(kind: str) -> None:
+    before = Criterion.parse(f"abs(W)/layer_{kind}(W**2)")
+    assert before == Criterion.parse(f"abs(W)/matrix_{kind}(W**2)")
+    assert before.text == f"abs(W)/matrix_{kind}(W**2)"
+
+
+def test_a_search_space_that_was_saved_before_is_read() -> None:
+    fields = {"name": "older", "terminals": ["abs(W)"], "glanced": 3}
+    older = SearchSpace.model_validate(
+        {**fields, "operators": ["mul", "exp", "layer_norm"], "forbid": {"exp": ["layer_norm"]}}
+    )
+    assert older.operators == ("mul", "exp", "matrix_norm") and older.quick_kl == 3
+    assert older.forbid == {"exp": ("matrix_norm",)}
+    assert "glanced" not in older.model_dump()

@@ -131,7 +131,7 @@ def test_the_formulas_own_gain_is_that_over_the_best_rival_with_the_same_choices
     ]
     (found,) = report.gathered(rows)
     assert found.is_fair and report.whole_gain(found) == 60 - 40
-    assert report.own_gain(found) == 48 - 40 and report.share(found) == "40%"
+    assert report.own_gain(found) == 48 - 40 and report.share(found) == "40 %"
     page = "\n".join(report.report(rows))
     assert "Better than gblm with these choices, the strongest rival on validation text" in page
     # Each rival by the stronger of its two: Wanda as published, GBLM with the same choices.
@@ -149,7 +149,13 @@ def test_what_was_not_measured_or_refused_is_said_by_name() -> None:
     ]
     (found,) = report.gathered(rows)
     assert not found.is_fair
-    assert "Not measured with these choices: wanda, gblm." in "\n".join(report.report(rows))
+    page = "\n".join(report.report(rows))
+    assert "Not measured with these choices: wanda, gblm." in page and "share:" not in page
+    # Of what was measured in part, a bound is known.
+    (found,) = report.gathered([*rows, rows_of("around", "gblm", 45.0, [24.0, 24.0])])
+    assert not found.is_fair
+    assert report.own_cells(found) == ["gblm 48.0", "at most 8.0", "at most 40 %"]
+    assert "Not measured with these choices: wanda." in "\n".join(report.verdict(found))
     refused = [
         rows_of("around", "wanda", 45.0, [24.0, 24.0]),
         rows_of("around", "gblm", 0.0, []) | {"refused": "it has no rows"},

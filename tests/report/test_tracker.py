@@ -22,9 +22,9 @@ import pytest
 from prunezero.errors import OutputError
 from prunezero.report.tracking import tracker as track
 from prunezero.report.tracking.database import is_network_disk
+from prunezero.report.tracking.mlflow_store import MlflowStore
 from prunezero.report.tracking.records import RunRecord, run_record
 from prunezero.report.tracking.spool import Spool, read_record
-from prunezero.report.tracking.store import MlflowStore
 from prunezero.report.tracking.tracker import Tracker, tracking_uri, ui_command
 from prunezero.report.tracking.views import VIEW_TAG, VIEWS
 

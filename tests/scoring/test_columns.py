@@ -25,7 +25,7 @@ MIXED = [
     "minmax(abs(W)) * X",
     "zscore(W**2) + tanh(X)",
     "abs(W) * minmax(X)",
-    "abs(W) * layer_mean(X) + R2",
+    "abs(W) * matrix_mean(X) + R2",
     "row_max(col_norm(W)) * abs(W) * G1",
     "log(abs(W) * C2) * D",
     "exp(-abs(W)) * Y",
@@ -109,7 +109,7 @@ def test_a_sum_over_rows_sees_the_columns_beside_and_a_product_does_not() -> Non
         ("minmax(abs(W))", False),
         ("zscore(W) * X", False),
         ("abs(W) / col_norm(W)", False),
-        ("abs(W) * layer_max(X)", False),
+        ("abs(W) * matrix_max(X)", False),
     ],
 )
 def test_formulas_of_a_weight_and_its_channel_alone_are_told_apart(

@@ -337,7 +337,7 @@ def test_a_layers_mask_is_one_kernel_and_refused_as_in_torch(
     assert torch.equal(kept.cpu(), expected) and not scored
     for criterion, bad, words in (
         (MAGNITUDE, float("nan"), "NaN or infinite"),
-        (Criterion.parse("layer_mean(abs(W))"), 1.0, "the same score"),
+        (Criterion.parse("matrix_mean(abs(W))"), 1.0, "the same score"),
     ):
         weight[1, 7] = bad
         with pytest.raises(ScoreError, match=words):

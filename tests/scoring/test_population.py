@@ -12,7 +12,7 @@ from prunezero.scoring import population
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select
-from prunezero.searching.proxies.matrix import masks_on
+from prunezero.searching.proxies.layer_error import masks_on
 from prunezero.searching.proxies.samples import stacked
 from tests.scoring.test_machine import EVERY, stack
 from tests.searching.test_samples import FORMULAS, samples_of

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from prunezero.formula import Criterion
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.searching.experiment import baselines as experiment
 from prunezero.searching.experiment.baselines import (
-    FORMULAS,
     baselines,
     choices_in_words,
     on_terms_of,
@@ -24,6 +24,7 @@ from prunezero.searching.session import (
 )
 from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
+FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero", "fisher")
 MENDING = {"update": [["none"], ["admm"]]}
 
 
@@ -116,7 +117,8 @@ def test_a_baseline_that_excludes_the_winners_choices_is_refused_by_name(
 ) -> None:
     mine = Recipe(name="of_rows", criterion=Criterion.parse("R2"), compare="layer")
     mine.save(tmp_path / "of_rows.yaml")
-    monkeypatch.setattr(experiment, "FORMULAS", ("wanda", str(tmp_path / "of_rows.yaml")))
+    chosen = ("wanda", str(tmp_path / "of_rows.yaml"))
+    monkeypatch.setitem(UNITS, "weight", replace(UNITS["weight"], baselines=chosen))
     task = make_task(tiny_space(), 0.5)
     session = open_session([tiny_testbed()], task, tmp_path / "run")
     try:

@@ -15,7 +15,7 @@ from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.experiment.task import Task
-from prunezero.searching.proxies.matrix import merged_scores
+from prunezero.searching.proxies.layer_error import merged_scores
 from prunezero.searching.proxies.samples import sample_rows, stacked
 from tests.searching.testbed import tiny_space, tiny_testbed
 from tests.tiny_models import tiny_batches, tiny_model

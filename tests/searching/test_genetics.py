@@ -55,7 +55,7 @@ def test_children_are_formulas_of_the_space(name: str) -> None:
 # Nobody else to take a formula from.
 ALONE = ParentPool((), [], [], 1)
 # With factors and summands that are the same in each row, and others of a whole layer.
-DRESSED = ("abs(W)*X/R1", "abs(W)*X + R1", "abs(W)*X*layer_norm(W)", "abs(W)*X**0.5*exp(R2)")
+DRESSED = ("abs(W)*X/R1", "abs(W)*X + R1", "abs(W)*X*matrix_norm(W)", "abs(W)*X**0.5*exp(R2)")
 
 
 def task_of(pattern: str = "free", also: tuple[str, ...] = (), seed: int = 0, **space: Any) -> Task:
@@ -128,7 +128,7 @@ def test_a_child_shows_all_to_the_group_that_its_mother_chose() -> None:
 
 def test_a_rule_that_changes_who_competes_loses_what_is_no_longer_seen() -> None:
     task = task_of(compare="row")
-    parent = parent_of("abs(W)*X*layer_norm(W)/R1", compare="model")
+    parent = parent_of("abs(W)*X*matrix_norm(W)/R1", compare="model")
     found = [_chosen(task, parent, ALONE, random.Random(seed)) for seed in range(30)]
     rules = {one.rule.choices["compare"]: one.rule.criterion.text for one in found if one}
     assert rules == {"row": "abs(W)*X", "layer": "abs(W)*X/R1"}

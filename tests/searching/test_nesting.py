@@ -188,6 +188,6 @@ def test_words_that_arithmetic_makes_of_others_may_be_forbidden_where_they_are_n
     assert "sqr" not in space.operators
     assert not space.holds(Criterion.parse("sqrt(W*W + X)"))
     pruner_zero = SearchSpace.load("pruner_zero").model_dump(mode="json")
-    fields = pruner_zero | {"forbid": {"exp": ["layer_norm"]}}
+    fields = pruner_zero | {"forbid": {"exp": ["matrix_norm"]}}
     space = validated(SearchSpace, fields, "mine.yaml")
     assert not space.holds(Criterion.parse("exp(divide_by_norm(abs(W), X))"))

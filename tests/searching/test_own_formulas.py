@@ -22,7 +22,7 @@ from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.rule import Rule, factor_of, scaled
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
-from prunezero.searching.proxies.matrix import masks_on
+from prunezero.searching.proxies.layer_error import masks_on
 from prunezero.searching.proxies.samples import Sample, probe_of
 from prunezero.searching.session import find, open_session
 from prunezero.searching.spaces.space import SearchSpace

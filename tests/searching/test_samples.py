@@ -12,7 +12,7 @@ from prunezero.scoring.score import evaluate
 from prunezero.scoring.selection import select, select_model
 from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.request import Request
-from prunezero.searching.proxies.matrix import layer_error, masks_on, scores_on
+from prunezero.searching.proxies.layer_error import layer_error, masks_on, scores_on
 from prunezero.searching.proxies.samples import Sample, grams_of, rung_sums, sample_rows, stacked
 from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
@@ -87,7 +87,7 @@ def test_layers_that_read_the_same_inputs_share_one_short_gram_matrix() -> None:
 
 def requests() -> list[Request]:
     task = make_task(tiny_space(), 0.5)
-    texts = ["abs(W)*X", "layer_mean(X)", "W**2*minmax(G)", "abs(W)*G"]  # one ranks nothing
+    texts = ["abs(W)*X", "matrix_mean(X)", "W**2*minmax(G)", "abs(W)*G"]  # one ranks nothing
     asked = [Request.of(task.recipe(Criterion.parse(text), "it")) for text in texts]
     return [*asked[:3], Request.of(Recipe.load("wanda"), ("search",)), asked[3]]
 

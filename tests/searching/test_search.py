@@ -85,7 +85,7 @@ def test_a_candidate_whose_mask_is_known_is_never_scored_again(tmp_path: Path) -
         ("abs(W)*X", "W**2*X**2"),
         ("abs(W)*X", "minmax(abs(W)*X)"),
         ("abs(W)*X", "abs(W)*X/R1"),
-        ("abs(W)*X", "abs(W)*X*layer_norm(W)"),
+        ("abs(W)*X", "abs(W)*X*matrix_norm(W)"),
     ],
 )
 def test_monotone_wrappers_scalings_and_row_factors_have_the_same_mask(
@@ -226,6 +226,7 @@ def test_the_winner_is_measured_on_text_that_the_search_never_saw(tmp_path: Path
         "ria",
         "gblm",
         "pruner_zero",
+        "fisher",
     ]
 
 

@@ -26,7 +26,7 @@ from prunezero.searching.evaluation.evaluator import ProbeMask
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.history import History
-from prunezero.searching.proxies.matrix import mask_digest, masks_on
+from prunezero.searching.proxies.layer_error import mask_digest, masks_on
 from prunezero.searching.proxies.samples import Sample, stacked
 from prunezero.searching.search import search
 from prunezero.searching.session import find

@@ -83,6 +83,10 @@ Formula = Annotated[
 ]
 
 
+# Keys that change no result.
+_TOLD_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
+
+
 class Recipe(BaseModel):
     """How to prune a model: a criterion and the choices around it."""
 
@@ -259,6 +263,13 @@ class Recipe(BaseModel):
     def updates(self) -> tuple[str, ...]:
         """The words of the updates, in their order; none is no word."""
         return tuple(choice.word for choice in self.update if not choice.is_usual)
+
+    @property
+    def effect(self) -> dict[str, Any]:
+        """What of it changes results, in the spelling of its YAML; what is usual is left out."""
+        return self.model_dump(
+            mode="json", by_alias=True, exclude=_TOLD_ONLY, exclude_defaults=True
+        )
 
     @property
     def mends(self) -> bool:

@@ -41,7 +41,7 @@ def view_links(runs_dir: Path, *, port: int = 5000) -> dict[str, str]:
     """
     from mlflow import MlflowClient
 
-    from prunezero.report.tracking.store import EXPERIMENT
+    from prunezero.report.tracking.mlflow_store import EXPERIMENT
     from prunezero.report.tracking.views import MODES, VIEWS
 
     uri = tracking_uri(runs_dir)

@@ -29,7 +29,7 @@ from prunezero.report.tracking.records import (
 from prunezero.report.tracking.spool import Spool, read_record
 
 if TYPE_CHECKING:
-    from prunezero.report.tracking.store import MlflowStore
+    from prunezero.report.tracking.mlflow_store import MlflowStore
 
 __all__ = [
     "RunRecord",
@@ -186,7 +186,7 @@ class Tracker:
         return self._failures[run.key] >= FAILURES_OF_ONE_RECORD and self._store.is_alive()
 
     def _connect(self) -> MlflowStore:
-        from prunezero.report.tracking.store import MlflowStore
+        from prunezero.report.tracking.mlflow_store import MlflowStore
 
         return MlflowStore(self.uri, self.runs_dir)
 

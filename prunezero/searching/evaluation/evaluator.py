@@ -34,7 +34,7 @@ from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.budgets import geometric_mean, over_budgets
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.experiment.testbeds import about, drawn, progress_of
-from prunezero.searching.proxies.matrix import (
+from prunezero.searching.proxies.layer_error import (
     layer_error,
     mask_digest,
     masks_on,

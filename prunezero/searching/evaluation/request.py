@@ -11,9 +11,6 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.second_order import DAMPING
 
-# Keys of a recipe that change no result.
-_WORDS_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
-
 
 @dataclass(frozen=True)
 class Request:
@@ -31,10 +28,7 @@ class Request:
         """The request what a recipe does, on some texts or to the layers' outputs."""
         if recipe is None:
             return cls(tuple(splits), None)
-        fields = recipe.model_dump(
-            mode="json", by_alias=True, exclude=_WORDS_ONLY, exclude_defaults=True
-        )
-        return cls(tuple(splits), fields, trials)
+        return cls(tuple(splits), recipe.effect, trials)
 
     @property
     def kind(self) -> str:

@@ -1,7 +1,7 @@
 """Rungs: candidates climb from cheap measurements to costly ones, and nothing is computed twice.
 
     rung 0  the mask on a few rows of a few layers: have we seen it before?
-    rung 1  the layer error: gradient-weighted, on sampled rows of every layer (`proxies/matrix.py`)
+    rung 1  the layer error: gradient-weighted, on sampled rows of every layer (`proxies/`)
     rung 2  a quick KL from the dense model to the pruned one, on a quarter of the search text
     rung 3  perplexity of the pruned model on all search text
     rung 4  perplexity on validation text, which no other rung looks at: it says what is best

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.testbed import with_choices
-from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
 
 # How the names of baselines on the terms of a found recipe end.
 SAME_TERMS = " +"
-# What every search is compared with, in this order: formulas by the same dense statistics.
-FORMULAS = ("magnitude", "wanda", "ria", "gblm", "pruner_zero")
-# What a search that may mend weights is compared with as well, each as its paper has it.
-PIPELINES = ("sparsegpt", "admm")
 
 
 def baselines(task: Task) -> list[Recipe]:
     """The published recipes that a search is compared with, under the search's conditions.
 
-    A search that uses no gradients is not compared with recipes that would need them collected.
+    Formulas by the same dense statistics come first; recipes that mend weights, each as its paper
+    has it, where the search may mend them too. A search that uses no gradients is not compared with
+    recipes that would need them collected.
     """
     has_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
-    layers = {"targets": task.config.targets, "ignore": task.config.ignore}
-    formulas = [
-        with_choices(
-            Recipe.load(name), pattern=task.budgets[0].pattern, statistics="dense", **layers
-        )
-        for name in FORMULAS
-    ]
-    mending = PIPELINES if "update" in task.options else ()
-    pipelines = [
-        with_choices(Recipe.load(name), pattern=task.budgets[0].pattern, **layers)
-        for name in mending
-    ]
-    return [
-        recipe
-        for recipe in (*formulas, *pipelines)
-        if has_gradients or recipe.criterion.signal != "gradients"
-    ]
+    same = {
+        "pattern": task.budgets[0].pattern,
+        "targets": task.config.targets,
+        "ignore": task.config.ignore,
+    }
+    found = []
+    for published in map(Recipe.load, UNITS["weight"].baselines):
+        if not published.extras:
+            found.append(with_choices(published, statistics="dense", **same))
+        elif "update" in task.options:
+            found.append(with_choices(published, **same))
+    return [one for one in found if has_gradients or one.criterion.signal != "gradients"]
 
 
 def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]]:
@@ -55,7 +50,7 @@ def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]
     Returns:
         The recipes, and by name of those that exclude such choices why they do.
     """
-    known = {_measured_as(recipe, task) for recipe in baselines(task)}
+    known = [_measured_by(recipe, task) for recipe in baselines(task)]
     recipes: list[Recipe] = []
     refused: dict[str, str] = {}
     for recipe in baselines(task):
@@ -65,16 +60,14 @@ def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]
         except RecipeError as error:
             refused[name] = str(error)
             continue
-        if _measured_as(under, task) not in known:
-            known.add(_measured_as(under, task))
+        if _measured_by(under, task) not in known:
+            known.append(_measured_by(under, task))
             recipes.append(under)
     return recipes, refused
 
 
 def _under(found: Recipe, name: str, criterion: Criterion) -> Recipe:
-    kept = found.model_dump(
-        by_alias=True, exclude={"criteria", "source", "published", "note", "provenance"}
-    )
+    kept = {key: value for key, value in found.effect.items() if key != "criteria"}
     return validated(Recipe, {**kept, "name": name, "criterion": criterion}, f"recipe {name}")
 
 
@@ -94,12 +87,11 @@ def choices_in_words(found: Recipe) -> str:
     return ", ".join(f"{key} {word}" for key, word in told.items() if usual.get(key) != word)
 
 
-def _measured_as(recipe: Recipe, task: Task) -> str:
+def _measured_by(recipe: Recipe, task: Task) -> dict[str, Any]:
     """Equal for recipes that are measured alike in this search."""
-    if not task.competes_freely:
-        # An N:M pattern says itself who competes.
-        recipe = recipe.model_copy(update={"compare": "row"})
-    return Request.of(recipe).key
+    # An N:M pattern says itself who competes.
+    alike = {} if task.competes_freely else {"compare": "row"}
+    return recipe.effect | alike
 
 
 def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:

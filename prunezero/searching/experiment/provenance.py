@@ -24,7 +24,6 @@ from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.text.splits import SPLITS
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.testbed import Testbed
-from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.proxies.samples import ROW_WEIGHTS, rung_sums
@@ -64,10 +63,7 @@ def fingerprints(config: SearchConfig, testbeds: Sequence[Testbed]) -> dict[str,
 
 def header(task: Task, testbeds: Sequence[Testbed]) -> dict[str, Any]:
     """What heads the journal of a search: its experiment, and fingerprints beside it, as JSON."""
-    written = {
-        "seeds": [rule.text for rule in task.seeds],
-        "baselines": [recipe.criterion.text for recipe in baselines(task)],
-    }
+    written = {"seeds": [rule.text for rule in task.seeds]}
     return {
         "config": task.config.model_dump(mode="json"),
         "fingerprints": fingerprints(task.config, testbeds) | written,
@@ -106,7 +102,8 @@ def _older(header: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(header)
     if "space" in found:
         found["space"] = SearchSpace.model_validate(found["space"]).model_dump(mode="json")
-    found["baselines"] = found.pop("rivals", [])
+    # What a search is compared with decides nothing of how it goes.
+    found.pop("rivals", None)
     return found
 
 

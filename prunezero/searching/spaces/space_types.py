@@ -15,7 +15,7 @@ from prunezero.errors import PruneZeroError, did_you_mean
 from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import SIGNALS
-from prunezero.formula.vocabulary import OPERATORS
+from prunezero.formula.vocabulary import OPERATORS, current_word
 from prunezero.models.anatomy.patterns import check_pattern
 from prunezero.pruning.recipes.documents import MOST_WORDS, Words
 from prunezero.pruning.recipes.recipe import Formula
@@ -60,18 +60,20 @@ def _cheap_weights(value: bool, info: ValidationInfo) -> bool:
 
 
 def _known_operators(value: tuple[str, ...]) -> tuple[str, ...]:
-    for word in value:
+    now = tuple(map(current_word, value))
+    for word in now:
         _check_operator(word)
-    return value
+    return now
 
 
 def _known_nestings(value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    value = {current_word(word): tuple(map(current_word, held)) for word, held in value.items()}
     for word in itertools.chain(value, *value.values()):
         _check_operator(word)
         if OPERATORS[word].torch is None:
             raise ValueError(
                 f"'{word}' becomes other words before a formula is computed, so it is never "
-                "found in one; name those (divide_by_norm becomes div and layer_norm)"
+                "found in one; name those (divide_by_norm becomes div and matrix_norm)"
             )
     return value
 
