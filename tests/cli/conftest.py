@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from prunezero.cli import app
 from prunezero.pruning.recipes.documents import write_document
+from prunezero.report.tracking import database
 from prunezero.searching import search as searching
 from prunezero.searching.spaces.space import SearchSpace
 from tests.tiny_models import save_tiny_model
@@ -37,9 +39,39 @@ def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return save_tiny_model("llama", folder / "model"), text
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database in which MLflow has made its tables, which takes it seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client, _ = database.open_client(f"sqlite:///{path}", path.parent)
+    client.search_experiments(max_results=1)
+    # What is still beside it would not be copied.
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    return path
+
+
 @pytest.fixture
-def run(tiny_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command as a user would type it; `MODEL` stands for the tiny model and its sizes."""
+def run(
+    tiny_files: tuple[Path, Path],
+    empty_database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    """Run a command as a user would type it; `MODEL` stands for the tiny model and its sizes.
+
+    Databases begin as copies; `finished_search` and tests of processes let MLflow make its own.
+    """
+    prepare = database.prepare_database
+
+    def copied(path: Path) -> None:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(empty_database, path)
+        prepare(path)
+
+    monkeypatch.setattr(database, "prepare_database", copied)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return typing(tiny_files)
@@ -72,7 +104,10 @@ def small_space(path: Path, **changes: object) -> None:
 def finished_search(
     tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The folder of a search that ended; to look at, not to change."""
+    """The folder of a search that ended; to look at, not to change.
+
+    What it printed stands beside its runs folder, in `output`.
+    """
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -82,6 +117,7 @@ def finished_search(
         command = "search MODEL --sparsity 0.5 --space small.yaml --budget 12 --name mine --seed 3"
         result = typing(tiny_files)(command)
     assert result.exit_code == 0, result.output
+    (folder / "output").write_text(result.output)
     return folder / "runs" / "mine"
 
 

@@ -1,4 +1,4 @@
-"""A search over several regimes, as a user runs it."""
+"""A search over several budgets, as a user runs it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from tests.cli.conftest import Run, small_space
+from tests.cli.conftest import Run, flat, small_space
 
 
-def test_a_search_over_regimes_reports_shows_and_verifies_geometric_means(
+def test_a_search_over_budgets_reports_shows_and_verifies_geometric_means(
     run: Run, tmp_path: Path
 ) -> None:
     small_space(tmp_path / "small.yaml")
@@ -22,11 +22,11 @@ def test_a_search_over_regimes_reports_shows_and_verifies_geometric_means(
     parts = [budget["test_perplexity"] for budget in winner["regimes"]]
     assert len(parts) == 3
     assert math.isclose(winner["test_perplexity"], math.prod(parts) ** (1 / 3), rel_tol=1e-9)
-    assert "perplexity on test text under each budget" in result.output
+    assert "perplexity on test text under each budget" in flat(result.output)
     assert "geometric mean of the perplexities" in result.output
     shown = run("show all")
     assert "pattern free, 0.7, 2:4" in shown.output
-    assert "perplexity on test text under each budget" in shown.output
+    assert "perplexity on test text under each budget" in flat(shown.output)
     assert run("verify all --top 1").exit_code == 0
     assert run("search --name all --resume --budget 6").exit_code == 0
     assert run("search --name all --resume --budget 6 --also 0.70,02:4").exit_code == 0
@@ -35,7 +35,7 @@ def test_a_search_over_regimes_reports_shows_and_verifies_geometric_means(
     assert "--also 0.7,2:4, now 0.7" in str(refused.exception)
 
 
-def test_a_search_of_a_version_without_regimes_goes_on(run: Run, mine: Path) -> None:
+def test_a_search_of_a_version_without_other_budgets_goes_on(run: Run, mine: Path) -> None:
     path = mine / "search.json"
     before = json.loads(path.read_text())
     del before["also"]

@@ -109,7 +109,7 @@ def test_a_reader_that_leaves_ends_no_work_and_needs_no_sentence(
 
 def test_closed_outputs_are_told_of_where_one_is_left() -> None:
     program = "from prunezero.cli import main; main()"
-    command = f"{sys.executable} -c '{program}' list strategies"
+    command = f"{sys.executable} -c '{program}' list spaces"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     for closed, code in ((">&-", 1), ("2>&- >/dev/null", 0), ("<&-", 0)):
         shell = ["sh", "-c", f"{command} {closed}"]

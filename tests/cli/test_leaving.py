@@ -23,13 +23,13 @@ PROGRAM = textwrap.dedent(
     import signal, sys, time
     from prunezero.cli import main
     from prunezero.searching import session
-    from prunezero.searching.evaluation.rungs import Ladder
+    from prunezero.searching.evaluation.rungs import Rungs
     place, *words = sys.argv[1:]
     owner, name = {
-        "calibration": (session, "Judge"),
-        "rivals": (Ladder, "measure"),
-        "candidates": (Ladder, "rows"),
-        "finalists": (session, "judge"),
+        "calibration": (session, "Evaluator"),
+        "baselines": (Rungs, "measure"),
+        "candidates": (Rungs, "rows"),
+        "finalists": (session, "measure_finalist"),
     }[place]
     def waits(*args, **kwargs):
         print("it is there", flush=True)
@@ -85,7 +85,7 @@ def unended() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("place", "number"), [("rivals", signal.SIGINT), ("finalists", signal.SIGTERM)]
+    ("place", "number"), [("baselines", signal.SIGINT), ("finalists", signal.SIGTERM)]
 )
 def test_a_search_that_has_results_keeps_them_and_names_the_way_on(
     place: str, number: signal.Signals, run: Run, tiny_files: tuple[Path, Path]

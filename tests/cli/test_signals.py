@@ -35,7 +35,7 @@ def test_a_search_without_gradients_makes_none_and_remembers_it(
     assert not {"G", "G1", "F", "D"} & set(asked["space_content"]["terminals"])
     rows = read_candidates(Path("runs/few")) or []
     assert {row["signal"] for row in rows} <= {"none", "activations"}
-    assert "signals   activations, the dearest" in run("show few").output
+    assert "signals   activations, the costliest" in run("show few").output
     with sqlite3.connect("runs/mlflow.db") as database:
         (told,) = database.execute("select value from params where key = 'signals'").fetchall()
     assert told == ("activations",)

@@ -61,7 +61,7 @@ def test_a_search_starts_from_another_goes_on_and_keeps_what_that_had_found(
     result = run(f"{command} --from-scratch --start-from old")
     assert result.exit_code == 0, (result.output, result.exception)
     header = read_journal(Path("runs/new/journal.jsonl"))[0]["header"]
-    assert set(header["seeds"]) == begun
+    assert set(header["fingerprints"]["seeds"]) == begun
     told = json.loads(Path("runs/new/search.json").read_text())
     assert told["start_from"] == ["old"] and len(told["start"]) >= len(begun)
     # The other search may be gone by then.

@@ -70,7 +70,7 @@ def test_a_search_of_some_layers_is_told_resumed_shown_verified_and_exported(run
     assert result.exit_code == 0, (result.output, result.exception)
     folder = Path("runs/some")
     asked = json.loads((folder / "search.json").read_text())
-    assert asked["targets"] == "q_proj,mlp.up_proj"
+    assert asked["targets"] == ["q_proj", "mlp.up_proj"]
     recipe = Recipe.load(folder / "recipe.yaml")
     assert recipe.targets == ("q_proj", "mlp.up_proj") and recipe.ignore == ("re:layers\\.0\\.",)
     page = (folder / "pruner.py").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as parquet
@@ -15,6 +16,9 @@ from prunezero.report.runs.verification import Check
 from prunezero.searching.evaluation.journal import Journal, read_journal
 from tests.cli.conftest import Run
 from tests.tiny_models import save_tiny_model
+
+# What the version before left of a search.
+OLDER = Path(__file__).parents[1] / "report" / "older_run"
 
 
 def rewritten(journal: Path) -> None:
@@ -114,7 +118,13 @@ def test_another_model_or_text_is_refused(
     assert f"({changed}: " in str(result.exception) and "put back" in str(result.exception)
 
 
-def test_a_search_from_before_is_told_how_to_become_verifiable(run: Run, mine: Path) -> None:
+def test_the_journal_tells_what_search_json_would(run: Run, mine: Path) -> None:
     (mine / "search.json").unlink()
-    result = run("verify mine")
+    assert run("verify mine --top 1").exit_code == 0
+
+
+def test_a_search_from_before_is_told_how_to_become_verifiable(run: Run) -> None:
+    shutil.copytree(OLDER, "runs/older")
+    Path("runs/older/search.json").unlink()
+    result = run("verify older")
     assert isinstance(result.exception, SearchError) and "search.json" in str(result.exception)

@@ -59,8 +59,8 @@ def test_gradient_sums_equal_those_of_plain_autograd(family: str) -> None:
     model, ids = tiny_model(family), tiny_batches(3, 12)
     layers = find_linears(model.model)
     collected = calibrate(model, ids, layers, GRADIENT_SUMS)
-    twin = tiny_model(family).model
-    for name, expected in reference(twin, find_linears(twin), ids).items():
+    other = tiny_model(family).model
+    for name, expected in reference(other, find_linears(other), ids).items():
         for sum_name, value in zip(GRADIENT_SUMS, expected, strict=True):
             have = collected[name].sums[sum_name].float()
             torch.testing.assert_close(have, value.detach(), rtol=1e-3, atol=1e-12)

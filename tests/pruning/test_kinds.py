@@ -36,7 +36,7 @@ def recipe(**choices: object) -> Recipe:
 
 
 @pytest.mark.parametrize("kind", UNITS.values(), ids=lambda kind: kind.word)
-def test_every_kind_finds_its_groups_its_edit_and_its_rivals(kind: UnitKind) -> None:
+def test_every_kind_finds_its_groups_its_edit_and_its_baselines(kind: UnitKind) -> None:
     assert UNITS[kind.word] is kind and kind.meaning
     assert kind.domain is DOMAINS[kind.domain.name]
     assert set(kind.baselines) <= set(published_recipes())

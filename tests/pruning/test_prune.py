@@ -81,7 +81,7 @@ def test_sequential_statistics_see_what_pruned_blocks_make_of_the_text() -> None
     prune(sequential_model, sequential, 0.5, windows=BATCHES)
     pairs = zip(find_linears(dense_model.model), find_linears(sequential_model.model), strict=True)
     equal = [(one.block, torch.equal(one.weight, other.weight)) for one, other in pairs]
-    # Nothing before the first block was pruned, so it is judged alike.
+    # Nothing before the first block was pruned, so it is scored alike.
     assert all(same for block, same in equal if block == 0)
     assert not all(same for block, same in equal if block == 1)
 

@@ -159,7 +159,7 @@ def reference_sgd(model: LanguageModel, batches: list[Tensor], rates: list[float
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_steps_are_those_of_the_equations(family: str) -> None:
-    model, twin = pruned(family), pruned(family)
+    model, other = pruned(family), pruned(family)
     # One window alone, so that the order cannot matter; 3 + 3 + 1 sequences.
     windows = tiny_batches(1, 9)
     choices = options(optimizer="sgd", learning_rate=2.0, sequences=7, batch=3)
@@ -167,8 +167,8 @@ def test_steps_are_those_of_the_equations(family: str) -> None:
     # Three steps: a warm-up of one, then linearly to 0 behind the last.
     rates = [2.0, 2.0 * 2 / 3, 2.0 * 1 / 3]
     batches = [windows.expand(size, -1) for size in (3, 3, 1)]
-    reference_sgd(twin, batches, rates)
-    for layer, expected in zip(layers_of(model), layers_of(twin), strict=True):
+    reference_sgd(other, batches, rates)
+    for layer, expected in zip(layers_of(model), layers_of(other), strict=True):
         torch.testing.assert_close(layer.weight, expected.weight, rtol=1e-4, atol=1e-6)
 
 

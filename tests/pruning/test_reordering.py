@@ -85,17 +85,17 @@ def retained(scores: Tensor) -> float:
 def moved_only(
     model: LanguageModel, chosen: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Statistics]:
-    """A pruning that removes nothing; what it would have judged each layer by."""
-    judged: dict[str, Statistics] = {}
+    """A pruning that removes nothing; what it would have scored each layer by."""
+    scored_by: dict[str, Statistics] = {}
 
     def noting(works: Sequence[Work]) -> None:
-        judged.update({work.layer.name: work.statistics for work in works if work.statistics})
+        scored_by.update({work.layer.name: work.statistics for work in works if work.statistics})
 
     with monkeypatch.context() as patch:
         patch.setattr("prunezero.pruning.prune.mend", noting)
         patch.setattr("prunezero.pruning.prune.check_reached", lambda *arguments: None)
         pruned(model, chosen)
-    return judged
+    return scored_by
 
 
 @pytest.mark.parametrize("word", ["heuristic", "assignment"])
@@ -107,13 +107,13 @@ def test_a_permuted_model_computes_the_same_and_would_keep_more(
 ) -> None:
     dense, model = model_of(family), model_of(family)
     chosen = recipe(criterion, permute=word, statistics=statistics)
-    judged = moved_only(model, chosen, monkeypatch)
+    scored_by = moved_only(model, chosen, monkeypatch)
     torch.testing.assert_close(logits_of(model), logits_of(dense), rtol=1e-4, atol=1e-5)
 
     # Statistics moved along with the channels: they are those that the moved model shows.
     seen = statistics_of(model, chosen)
-    assert judged.keys() == seen.keys()
-    for name, known in judged.items():
+    assert scored_by.keys() == seen.keys()
+    for name, known in scored_by.items():
         assert known.sums.keys() == seen[name].sums.keys()
         for key, value in seen[name].sums.items():
             torch.testing.assert_close(known.sums[key], value, rtol=1e-3, atol=1e-5)
@@ -122,7 +122,7 @@ def test_a_permuted_model_computes_the_same_and_would_keep_more(
     gained = {}
     for old, new in zip(find_linears(dense.model), find_linears(model.model), strict=True):
         kept_before = retained(score(chosen.criterion, old.weight, before[old.name]))
-        kept_now = retained(score(chosen.criterion, new.weight, judged[new.name]))
+        kept_now = retained(score(chosen.criterion, new.weight, scored_by[new.name]))
         gained[new.block, new.kind] = kept_now / kept_before - 1
     consumers = {(block, kind) for block in range(BLOCKS) for kind in CONSUMERS[family]}
     assert {layer for layer, gain in gained.items() if gain > 1e-4} <= consumers

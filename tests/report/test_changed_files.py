@@ -48,10 +48,10 @@ CONFIG = {
     "space_content": HEADER["config"]["space_content"],
     "start": [{"formula": "W", "choices": {}}],
 }
-RIVAL = Request.of(baselines(TASK)[0], ("search", "validation"))
+BASELINE = Request.of(baselines(TASK)[0], ("search", "validation"))
 RECORDS = [
     {"header": HEADER},
-    {"kind": RIVAL.kind, "key": RIVAL.key, "result": {**ROW, "search_perplexity": 9.0}},
+    {"kind": BASELINE.kind, "key": BASELINE.key, "result": {**ROW, "search_perplexity": 9.0}},
 ]
 RECIPE = {
     "schema_version": 1,

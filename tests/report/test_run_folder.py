@@ -51,7 +51,7 @@ def test_a_new_runs_folder_is_tried_and_not_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rival_without_a_perplexity_does_not_stop_the_winner_from_being_written(
+def test_a_baseline_without_a_perplexity_does_not_stop_the_winner_from_being_written(
     tmp_path: Path,
 ) -> None:
     broken = row(recipe="magnitude", validation_perplexity=None, test_perplexity=None)

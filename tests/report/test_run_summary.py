@@ -47,7 +47,7 @@ def test_the_rule_of_a_candidate_is_read_back_from_its_row(
     assert rule_of(row) == one.rule
 
 
-def test_counts_are_those_of_the_ladder() -> None:
+def test_counts_are_those_of_the_rungs() -> None:
     rows = [
         candidate(0, layer_error=0.1, kl=0.2, search_perplexity=9.0).row(),
         candidate(1, layer_error=0.2, kl=0.3).row(),

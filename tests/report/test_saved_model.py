@@ -23,7 +23,7 @@ WANDA = Recipe.load("wanda")
 
 
 def pruned(testbed: Testbed) -> list[dict[str, object]]:
-    """Prune the model on the bench by Wanda, and keep it so."""
+    """Prune the model on the testbed by Wanda, and keep it so."""
     layers = find_linears(testbed.language_model.model)
     runner = RecipeRunner(testbed, testbed.statistics(layers, dense_sums([WANDA])))
     return [runner.dense_row(("test",)), runner.row(WANDA, 0.5, ("test",), keep=True)]

@@ -23,7 +23,7 @@ from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 
 def records(folder: Path, also: list[Testbed]) -> list[RunRecord]:
-    """The records of a search, of a candidate, of the winner, and of the rivals."""
+    """The records of a search, of a candidate, of the winner, and of the baselines."""
     testbeds = [tiny_testbed(), *also]
     task = make_task(tiny_space(), 0.5, testbeds=testbeds)
     session = open_session(testbeds, task, folder)
@@ -41,7 +41,7 @@ def records(folder: Path, also: list[Testbed]) -> list[RunRecord]:
     ]
 
 
-def test_records_name_all_models_and_rivals_of_one_model_keep_theirs(tmp_path: Path) -> None:
+def test_records_name_all_models_and_baselines_of_one_model_keep_theirs(tmp_path: Path) -> None:
     alone = records(tmp_path / "alone", [])
     both = records(tmp_path / "both", [tiny_testbed("gpt2"), tiny_testbed("opt")])
     assert not any("also_models" in record.params for record in alone)

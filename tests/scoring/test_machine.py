@@ -105,12 +105,12 @@ def test_formulas_are_computed_in_a_process_that_has_done_nothing_else() -> None
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_a_thousand_new_formulas_need_one_kernel() -> None:
+def test_hundreds_of_new_formulas_need_one_kernel() -> None:
     _, together = stack()
-    texts = [f"abs(W)**{1 + place / 1000} * sqrt(X) + {place + 1} * G" for place in range(500)]
-    texts += [f"tanh(abs(W) * {place + 1}) / (X + {place + 1})" for place in range(500)]
+    texts = [f"abs(W)**{1 + place / 1000} * sqrt(X) + {place + 1} * G" for place in range(150)]
+    texts += [f"tanh(abs(W) * {place + 1}) / (X + {place + 1})" for place in range(150)]
     criteria = [Criterion.parse(text) for text in texts]
     one_row = {name: value[:1, :1] for name, value in together.items()}
-    for start in range(0, 1000, 100):
+    for start in range(0, 300, 100):
         scores_of(criteria[start : start + 100], one_row, (1, 1, 40))
     assert len(list(kernel_folder().glob("*.py"))) == 1

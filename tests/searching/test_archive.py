@@ -78,7 +78,7 @@ def test_what_one_search_measured_another_one_is_given(tmp_path: Path) -> None:
 
 
 def normalized_testbed() -> Testbed:
-    """The tiny bench, whose tokenizer has the same vocabulary and reads another letter for one."""
+    """The tiny testbed; its tokenizer has the same vocabulary, and reads another letter for one."""
     testbed = tiny_testbed()
     testbed.language_model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "b")
     return testbed

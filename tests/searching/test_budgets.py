@@ -1,4 +1,4 @@
-"""Several regimes at once: a rule is worth the geometric mean of what it is worth in each."""
+"""Several budgets at once: a rule is worth the geometric mean of what it is worth in each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def opened(folder: Path, sparsity: float, pattern: str = "free", also: str = "")
 
 @pytest.fixture
 def sessions(tmp_path: Path) -> Iterator[list[Session]]:
-    """One for each of two regimes, and one for both."""
+    """One for each of two budgets, and one for both."""
     found = [
         opened(tmp_path / "half", 0.5),
         opened(tmp_path / "pattern", 0.5, "2:4"),
@@ -48,11 +48,11 @@ def recipe_in(session: Session) -> Recipe:
     return session.task.recipe(WANDA, "wanda")
 
 
-def test_regimes_are_read_from_words_and_told_by_them() -> None:
+def test_budgets_are_read_from_words_and_told_by_them() -> None:
     assert read_budgets("") == ()
     assert read_budgets("0.7, 2:4") == (Budget(0.7), Budget(0.5, pattern="2:4"))
     assert [budget.word for budget in read_budgets("0.7,1:4")] == ["0.7", "1:4"]
-    # What is told reads back to the same regime, to the last digit.
+    # What is told reads back to the same budget, to the last digit.
     assert read_budgets("0.4374996")[0].word == "0.4374996"
     assert read_budgets("02:04") == read_budgets("2:4")
 
@@ -68,7 +68,7 @@ def test_regimes_are_read_from_words_and_told_by_them() -> None:
         ("0", "at sparsity 0"),
     ],
 )
-def test_a_word_that_is_no_regime_is_told(words: str, told: str) -> None:
+def test_a_word_that_is_no_budget_is_told(words: str, told: str) -> None:
     with pytest.raises(PruneZeroError, match=told):
         make_task(tiny_space(), 0.5, also=words)
 
@@ -79,7 +79,7 @@ def test_the_mean_of_one_number_is_that_number_to_the_last_bit() -> None:
     assert math.isnan(geometric_mean([0.0, math.nan]))
 
 
-def test_the_layer_error_is_the_geometric_mean_over_regimes(sessions: list[Session]) -> None:
+def test_the_layer_error_is_the_geometric_mean_over_budgets(sessions: list[Session]) -> None:
     half, pattern, both = (
         next(session.rungs.errors([Rule(WANDA)]))["layer_error"] for session in sessions
     )
@@ -87,14 +87,14 @@ def test_the_layer_error_is_the_geometric_mean_over_regimes(sessions: list[Sessi
     assert both == pytest.approx(math.sqrt(half * pattern))
 
 
-def test_a_mask_is_known_only_if_it_is_in_every_regime(sessions: list[Session]) -> None:
+def test_a_mask_is_known_only_if_it_is_so_under_every_budget(sessions: list[Session]) -> None:
     half, pattern, both = (session.rungs.probe(WANDA) for session in sessions)
     assert half and pattern and both
     assert len(both.bits) == len(half.bits) + len(pattern.bits)
     assert len({half.digest, pattern.digest, both.digest}) == 3
 
 
-def test_a_row_holds_geometric_means_and_each_regime_by_itself(sessions: list[Session]) -> None:
+def test_a_row_holds_geometric_means_and_each_budget_by_itself(sessions: list[Session]) -> None:
     splits = ("search", "validation", "test")
     half, pattern, both = (
         session.rungs.measure(recipe_in(session), splits) for session in sessions
@@ -111,13 +111,13 @@ def test_a_row_holds_geometric_means_and_each_regime_by_itself(sessions: list[Se
     assert math.exp(sum(losses) / len(losses)) == pytest.approx(both["test_perplexity"])
 
 
-def test_rivals_are_measured_in_the_same_regimes(sessions: list[Session]) -> None:
+def test_baselines_are_measured_under_the_same_budgets(sessions: list[Session]) -> None:
     rows = list(measure_baselines(sessions[2], ("validation",)))
     assert rows[0]["recipe"] == "dense"
     assert all(len(row["regimes"]) == 2 for row in rows[1:])
 
 
-def test_what_is_left_open_is_usable_in_every_regime() -> None:
+def test_what_is_left_open_is_usable_under_every_budget() -> None:
     choices = {
         "compare": ("row", "layer"),
         "allocate": ("uniform", "owl"),
@@ -131,7 +131,7 @@ def test_what_is_left_open_is_usable_in_every_regime() -> None:
     assert set(make_task(space, 0.5, also="0.7").options) == {"compare", "allocate"}
 
 
-def test_a_twin_competes_alike_where_that_matters() -> None:
+def test_an_equivalent_recipe_competes_alike_where_that_matters() -> None:
     magnitude = Criterion.parse("abs(W)")
     space = tiny_space(compare="row")
     assert published_equivalent(make_task(space, None, pattern="2:4"), magnitude) == "magnitude"
@@ -140,7 +140,7 @@ def test_a_twin_competes_alike_where_that_matters() -> None:
     )
 
 
-def test_a_search_over_regimes_is_resumed_and_refuses_others(tmp_path: Path) -> None:
+def test_a_search_over_budgets_is_resumed_and_refuses_others(tmp_path: Path) -> None:
     def words(also: str, *, resume: bool = False) -> list[Any]:
         found = find(
             tiny_testbed(),
@@ -158,12 +158,12 @@ def test_a_search_over_regimes_is_resumed_and_refuses_others(tmp_path: Path) -> 
         words("0.7", resume=True)
 
 
-def test_a_worker_judges_in_the_same_regimes() -> None:
+def test_a_worker_measures_under_the_same_budgets() -> None:
     task = make_task(tiny_space(), 0.5, also="0.7,2:4")
     assert EvaluatorPlan.of(task.config, [tiny_testbed()]).config.budgets == task.budgets
 
 
-def test_a_search_over_one_regime_asks_and_answers_as_it_did_before(tmp_path: Path) -> None:
+def test_a_search_over_one_budget_asks_and_answers_as_it_did_before(tmp_path: Path) -> None:
     session = opened(tmp_path / "one", 0.5)
     try:
         row = session.rungs.measure(recipe_in(session), ("validation",))

@@ -86,7 +86,9 @@ def test_a_row_holds_geometric_means_and_each_draw_by_itself(sessions: list[Sess
     assert math.exp(sum(losses) / len(losses)) == pytest.approx(both["test_perplexity"])
 
 
-def test_the_dense_model_and_rivals_are_measured_under_all_draws(sessions: list[Session]) -> None:
+def test_the_dense_model_and_baselines_are_measured_under_all_draws(
+    sessions: list[Session],
+) -> None:
     first, second, both = (list(measure_baselines(session, SPLITS)) for session in sessions)
     for alone, other, row in zip(first, second, both, strict=True):
         mean = math.sqrt(alone["test_perplexity"] * other["test_perplexity"])
@@ -94,7 +96,7 @@ def test_the_dense_model_and_rivals_are_measured_under_all_draws(sessions: list[
         assert [part["seed"] for part in row["regimes"]] == [3, 4]
 
 
-def test_every_model_is_judged_under_every_draw_in_every_regime(tmp_path: Path) -> None:
+def test_every_model_is_measured_under_every_draw_and_budget(tmp_path: Path) -> None:
     both, last = [testbed_with(3), testbed_with(3, "opt")], [testbed_with(4, "opt")]
     task = make_task(tiny_space(), 0.5, also="2:4", draws=2, testbeds=both)
     session = open_session(both, task, tmp_path / "all")
@@ -133,7 +135,7 @@ def test_draws_of_one_model_share_its_dense_weights_and_leave_it_dense() -> None
         assert all(one.equal(known[name]) for name, one in model.state_dict().items())
 
 
-def test_one_draw_is_judged_under_the_conditions_of_before(tmp_path: Path) -> None:
+def test_one_draw_is_measured_under_the_conditions_of_before(tmp_path: Path) -> None:
     testbed = testbed_with(3)
     alone, both = (
         conditions(config_of(tiny_space(), 0.5, draws=draws, testbeds=[testbed]), [testbed])
@@ -196,7 +198,7 @@ def test_an_error_says_under_which_draw(families: list[str], told: str) -> None:
         raise ScoreError("it fails")
 
 
-def test_a_plan_builds_the_judge_of_all_draws_again(files: tuple[Path, Path, Path]) -> None:
+def test_a_plan_builds_the_evaluator_of_all_draws_again(files: tuple[Path, Path, Path]) -> None:
     testbed = set_up(str(files[0]), files[2], SETTINGS, dtype="float32", device="cpu")
     task = make_task(tiny_space(), 0.5, draws=2, testbeds=[testbed])
     evaluator, again = (

@@ -39,7 +39,7 @@ def answering(result: dict[str, Any]) -> Any:
         ({"layer_error": None}, "its layer error is not finite"),
     ],
 )
-def test_the_words_of_a_judge_are_kept(
+def test_the_words_of_an_evaluator_are_kept(
     result: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Rungs, "errors", answering(result))

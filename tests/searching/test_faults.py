@@ -121,7 +121,7 @@ def test_an_error_that_is_not_for_lack_of_memory_is_no_fault_of_the_candidate(
 
 @dataclass
 class Faulty:
-    """Judges that answer all but the questions of one kind that they are told to fail on."""
+    """Evaluators that answer all but the questions of one kind that they are told to fail on."""
 
     evaluator: Evaluator
     kind: str
@@ -165,7 +165,7 @@ def test_a_fault_on_any_rung_costs_that_candidate_alone_and_is_not_met_again_on_
     assert not again.asked
 
 
-def test_the_dense_model_and_rivals_are_tried_again_on_resume_where_memory_was_short(
+def test_the_dense_model_and_baselines_are_tried_again_on_resume_where_memory_was_short(
     opened: Callable[..., Session], tmp_path: Path
 ) -> None:
     session = opened(tmp_path / "run")

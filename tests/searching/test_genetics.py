@@ -88,7 +88,7 @@ def shows_all_to(group: str, proposals: list[Proposal], space: SearchSpace) -> b
     return all(as_seen(formula, space, group) == formula for formula in formulas)
 
 
-def test_who_competes_is_what_the_rule_says_unless_every_regime_is_a_pattern() -> None:
+def test_who_competes_is_what_the_rule_says_unless_every_budget_is_a_pattern() -> None:
     free, pattern = task_of(), task_of("2:4")
     mixed = task_of("2:4", also=("0.7",))
     assert free.space.widest_group == "model" and free.space.compare == "row"

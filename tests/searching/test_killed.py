@@ -25,9 +25,8 @@ from prunezero.searching.experiment.provenance import header
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.search import search
 from prunezero.searching.workers.pool import WorkerPool
-from prunezero.searching.workers.processes import process_pool
 from tests.searching.test_search import outcome, session_in
-from tests.searching.test_workers import Drawing, Stub, asked, fill, is_running, until
+from tests.searching.test_workers import Drawing, asked, fill, is_running, stub_pool, until
 from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
 BUDGET = 40
@@ -133,7 +132,7 @@ def later(seconds: float, number: signal.Signals, pid: int) -> threading.Timer:
 
 
 class Told:
-    """Judges in this process that draw as `Drawing` does, and fail where they are told to."""
+    """Evaluators in this process that draw as `Drawing` does, and fail where they are told to."""
 
     threads = 1
 
@@ -167,7 +166,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
     tmp_path: Path,
 ) -> None:
     task, rng = make_task(tiny_space(), 0.5), random.Random(5)
-    processes = process_pool(Stub("drawing"), 2, threads=1, deadline=DEADLINE)  # type: ignore[arg-type]
+    processes = stub_pool("drawing", 2, deadline=DEADLINE)
     fill(processes, 2, Request(("search",), None))
     timers: list[threading.Timer] = []
 
@@ -178,7 +177,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
             time.sleep(rng.uniform(0, 0.02))
             os.kill(pid, signal.SIGSTOP)
             # It wakes shortly before or after its time is up; what it then says is late or just
-            # in time, and the crew may or may not have looked.
+            # in time, and the pool may or may not have looked.
             timers.append(later(DEADLINE + rng.uniform(-0.1, 0.1), signal.SIGCONT, pid))
 
     candidates, results = searched(tmp_path / "stopped", task, processes, stop_one)
@@ -193,7 +192,7 @@ def test_workers_that_sleep_over_their_deadline_cost_their_own_question_alone(
 
 @pytest.fixture(scope="module")
 def sleepy() -> Iterator[WorkerPool]:
-    processes = process_pool(Stub(), 2, threads=1, deadline=2.0)  # type: ignore[arg-type]
+    processes = stub_pool("obedient", 2, deadline=2.0)
     yield processes
     processes.close()
 

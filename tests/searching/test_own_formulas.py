@@ -247,7 +247,7 @@ def test_its_size_and_signal_are_those_of_all_formulas() -> None:
     assert candidate("abs(W)*X", 0).complexity == words[0]
 
 
-def test_it_is_no_twin_of_a_published_recipe() -> None:
+def test_it_is_no_equivalent_of_a_published_recipe() -> None:
     task = task_of()
     assert published_equivalent(task, Rule(WANDA)) == "wanda"
     assert published_equivalent(task, Rule(WANDA, {"criteria": OWN})) is None

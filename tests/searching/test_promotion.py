@@ -1,4 +1,4 @@
-"""Who climbs: the best, some by luck, and of those that do nearly the same only one."""
+"""Who climbs: the best, some at random, and of those that do nearly the same only one."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.searching.testbed import bare_task, tiny_space
 
 # Probed weights; masks that differ on fewer than 20 of them do nearly the same.
 PROBED = 1000
-# Of whom a third climbs by luck.
+# Of whom a third climbs at random.
 QUICK = 6
 
 
 class Probed:
-    """A ladder that knows masks alone, those of formulas by their texts."""
+    """Rungs that know masks alone, those of formulas by their texts."""
 
     def __init__(self, masks: Mapping[str, set[int]], *, seed: int = 0) -> None:
         self.task = bare_task(tiny_space(quick_kl=QUICK, measured=QUICK), seed=seed)
@@ -50,7 +50,7 @@ def near(mask: set[int], *, by: int) -> set[int]:
 def race(
     masks: Sequence[set[int]], errors: Sequence[float], *, seed: int = 0, **changes: Any
 ) -> tuple[Any, History]:
-    """A ladder and a memory of candidates with these masks and layer errors, in order of slots.
+    """Rungs and a history of candidates with these masks and layer errors, in order of slots.
 
     Args:
         changes: further fields, each a dict from slot to value.
@@ -75,7 +75,7 @@ def rising(count: int, step: float = 0.001) -> list[float]:
     return [0.1 + step * place for place in range(count)]
 
 
-def test_what_a_search_starts_from_is_glanced_at_whatever_the_layer_error_says_of_it() -> None:
+def test_what_a_search_starts_from_gets_a_quick_kl_whatever_the_layer_error_says_of_it() -> None:
     masks = apart(30)
     masks[29] = near(masks[27], by=10)
     seeds = dict.fromkeys(range(20, 30), "seed")
@@ -85,7 +85,7 @@ def test_what_a_search_starts_from_is_glanced_at_whatever_the_layer_error_says_o
     assert slots(to_quick_kl(rungs, history, 1)) == [*range(4)]
 
 
-def test_the_best_climb_and_a_third_by_luck_from_those_that_come_near() -> None:
+def test_the_best_climb_and_a_third_at_random_from_those_that_come_near() -> None:
     # the last ten are beyond 1.3 times the best
     errors = [*rising(20), *rising(10, step=0.01)[::-1]]
     errors[20:] = [error + 0.1 for error in errors[20:]]
@@ -101,7 +101,7 @@ def test_the_best_climb_and_a_third_by_luck_from_those_that_come_near() -> None:
     assert max(at_random) > 15
 
 
-def test_luck_is_a_function_of_the_seed_and_of_the_generation() -> None:
+def test_who_climbs_at_random_is_a_function_of_the_seed_and_of_the_generation() -> None:
     def found(seed: int, generation: int) -> list[int]:
         rungs, history = race(apart(30), rising(30), seed=seed)
         return slots(to_quick_kl(rungs, history, generation))
@@ -110,7 +110,7 @@ def test_luck_is_a_function_of_the_seed_and_of_the_generation() -> None:
     assert found(3, 0) != found(4, 0) and found(3, 0) != found(3, 1)
 
 
-def test_luck_falls_on_this_generation_first() -> None:
+def test_who_climbs_at_random_is_of_this_generation_first() -> None:
     rungs, history = race(apart(30), rising(30), generation={25: 7, 28: 7})
     found = slots(to_quick_kl(rungs, history, 7))
     assert found[:4] == [0, 1, 2, 3] and set(found[4:]) == {25, 28}
@@ -126,14 +126,14 @@ def test_the_best_that_do_nearly_the_same_do_not_both_climb(by: int, is_seen: bo
     assert is_seen or found[:4] == [0, 2, 3, 4]
 
 
-def test_one_that_does_what_was_glanced_at_before_does_not_climb() -> None:
+def test_one_that_does_what_had_a_quick_kl_before_does_not_climb() -> None:
     masks = apart(30)
     masks[0] = near(masks[20], by=5)
     rungs, history = race(masks, rising(30), kl={20: 0.5})
     assert slots(to_quick_kl(rungs, history, 0))[:4] == [1, 2, 3, 4]
 
 
-def test_luck_passes_over_those_that_do_what_the_best_do() -> None:
+def test_none_that_does_what_the_best_do_climbs_at_random() -> None:
     masks = apart(4)
     # all others but two do nearly what one of the best does
     masks += [near(masks[place % 4], by=5) for place in range(20)]
@@ -144,7 +144,7 @@ def test_luck_passes_over_those_that_do_what_the_best_do() -> None:
         assert found[:4] == [0, 1, 2, 3] and set(found[4:]) == {24, 25}
 
 
-def test_luck_falls_once_on_those_that_do_nearly_the_same() -> None:
+def test_of_those_that_do_nearly_the_same_one_climbs_at_random() -> None:
     masks = apart(4)
     masks += [set(range(500, 530)) | {600 + place} for place in range(20)]
     for seed in range(5):

@@ -66,7 +66,7 @@ def test_the_layer_error_is_asked_only_about_what_it_sees() -> None:
     assert rung_correlation(measured, "kl", "search_perplexity").count == 17
 
 
-def test_a_ladder_is_narrow_where_its_rung_is_right_and_wide_where_it_errs() -> None:
+def test_rungs_are_narrow_where_the_one_before_is_right_and_wide_where_it_errs() -> None:
     assert width(6, RungCorrelation(0.9, 1.0, 20)) == 3
     assert width(6, RungCorrelation(0.5, 0.5, 20)) == 6
     assert width(6, RungCorrelation(0.1, 0.0, 20)) == 12
@@ -75,7 +75,7 @@ def test_a_ladder_is_narrow_where_its_rung_is_right_and_wide_where_it_errs() -> 
     assert width(1, RungCorrelation(0.9, 1.0, 20)) == 1
 
 
-def test_a_gain_on_every_window_is_no_luck_and_one_on_half_of_them_may_be() -> None:
+def test_a_gain_on_every_window_is_not_by_chance_and_one_on_half_of_them_may_be() -> None:
     others = [3.0 + place / 100 for place in range(16)]
     assert chance_of_no_gain([loss - 0.1 - loss / 1000 for loss in others], others) < 1e-3
     mixed = [loss + (-1) ** place * (0.1 + place / 1000) for place, loss in enumerate(others)]

@@ -1,4 +1,4 @@
-"""Layers of one shape are judged in a stack, as each by itself."""
+"""Layers of one shape are measured in a stack, as each by itself."""
 
 from __future__ import annotations
 

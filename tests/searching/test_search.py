@@ -206,7 +206,7 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path: Pat
         session_in(tmp_path / "file" / "run")
 
 
-def test_the_winner_is_judged_on_text_that_the_search_never_saw(tmp_path: Path) -> None:
+def test_the_winner_is_measured_on_text_that_the_search_never_saw(tmp_path: Path) -> None:
     session = session_in(tmp_path / "a")
     candidates = list({one.slot: one for one in search(session.rungs, max_candidates=12)}.values())
     final = finalists(candidates)

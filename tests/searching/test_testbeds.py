@@ -118,7 +118,7 @@ def test_a_row_holds_geometric_means_and_each_model_by_itself(sessions: list[Ses
     assert math.exp(sum(losses) / len(losses)) == pytest.approx(both["test_perplexity"])
 
 
-def test_the_dense_models_and_rivals_are_measured_on_all_models(sessions: list[Session]) -> None:
+def test_the_dense_models_and_baselines_are_measured_on_all_models(sessions: list[Session]) -> None:
     first, second, both = (list(measure_baselines(session, SPLITS)) for session in sessions)
     assert [row["recipe"] for row in both] == [row["recipe"] for row in first]
     for alone, other, row in zip(first, second, both, strict=True):
@@ -128,7 +128,9 @@ def test_the_dense_models_and_rivals_are_measured_on_all_models(sessions: list[S
     assert [part["sparsity"] for part in both[0]["regimes"]] == [0.0, 0.0]
 
 
-def test_every_model_is_judged_in_every_regime(sessions: list[Session], tmp_path: Path) -> None:
+def test_every_model_is_measured_under_every_budget(
+    sessions: list[Session], tmp_path: Path
+) -> None:
     session = opened([tiny_testbed(), other_testbed()], tmp_path / "all", also="0.7,2:4")
     try:
         row = session.rungs.measure(recipe_in(session), ("test",))
@@ -144,7 +146,7 @@ def test_every_model_is_judged_in_every_regime(sessions: list[Session], tmp_path
     assert row["pattern"] == "free, 0.7, 2:4"
 
 
-def test_one_model_is_judged_under_the_conditions_of_before(tmp_path: Path) -> None:
+def test_one_model_is_measured_under_the_conditions_of_before(tmp_path: Path) -> None:
     testbed, task = tiny_testbed(), make_task(tiny_space(), 0.5)
     alone = conditions(task.config, [testbed])
     assert not [key for key in alone if key.startswith("also")]
@@ -342,7 +344,7 @@ def timeless(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in ("seconds", "elapsed")}
 
 
-def test_a_plan_builds_the_judge_of_all_models_again(
+def test_a_plan_builds_the_evaluator_of_all_models_again(
     files: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files[0].parent)
@@ -364,7 +366,7 @@ def test_a_plan_builds_the_judge_of_all_models_again(
 
 
 @pytest.mark.parametrize("what", ["another", "none", "gone"])
-def test_a_worker_that_finds_another_second_model_refuses_to_judge(
+def test_a_worker_that_finds_another_second_model_refuses_to_measure(
     what: str, files: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
     testbeds = loaded(files)
