@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,11 +15,14 @@ from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.score import evaluate, features_of
 from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.request import Request
+from prunezero.searching.evaluation.rungs import shown_by_mask
 from prunezero.searching.experiment.config import SearchConfig
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.proxies.layer_error import merged_scores
 from prunezero.searching.proxies.samples import sample_rows, stacked
-from tests.searching.testbed import tiny_space, tiny_testbed
+from prunezero.searching.session import open_session
+from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 from tests.tiny_models import tiny_batches, tiny_model
 
 FORMULA, OWN = Criterion.parse("abs(W)/U*X"), Criterion.parse("W**2/V")
@@ -66,3 +71,22 @@ def test_layer_errors_follow_the_damping_together_as_alone() -> None:
     together = [result["layer_error"] for result in evaluator.results(requests)]
     assert together == [evaluator.result(request)["layer_error"] for request in requests]
     assert together[0] == together[2] != together[1]
+
+
+def test_rungs_ask_with_the_damping_of_a_rule_whose_formula_looks_at_a_factor(
+    tmp_path: Path,
+) -> None:
+    space = tiny_space(terminals=["abs(W)", "U", "X"], choices={"damping": [0.01, 0.8]})
+    session = open_session([tiny_testbed()], make_task(space, 0.5), tmp_path)
+    try:
+        usual, other = (Rule(FORMULA, {"damping": damping}) for damping in (0.01, 0.8))
+        errors = [one["layer_error"] for one in session.rungs.errors([usual, other])]
+        assert errors[0] != errors[1]
+        probes = [session.rungs.probe(rule) for rule in (usual, other)]
+        assert probes[0] is not None and probes[1] is not None
+        assert probes[0].digest != probes[1].digest
+        # A formula that looks at none is asked about once.
+        plain = [Rule(Criterion.parse("abs(W)*X"), rule.choices) for rule in (usual, other)]
+        assert {str(shown_by_mask(rule)) for rule in plain} == {"{}"}
+    finally:
+        session.rungs.close()
