@@ -75,6 +75,14 @@ _ROWS = (
         reductions=_WHOLE,
         is_run_time=False,
     ),
+    # One member of a group of units, turned so that its rows are units.
+    Domain(
+        "unit",
+        axes=("unit", "part"),
+        shapes=("row",),
+        reductions=_WHOLE,
+        is_run_time=False,
+    ),
 )
 
 DOMAINS: dict[str, Domain] = {row.name: row for row in _ROWS}

@@ -1,7 +1,8 @@
-"""What a formula may look at: one row per feature of a weight matrix.
+"""What a formula may look at: one row per feature of a weight matrix, or of units that may go.
 
 Notation: the weight is `W [out, in]`, `x` an input vector of its layer, `y = W x` the output, and
-`g` the gradient of one calibration sequence's mean token cross-entropy with respect to `W`.
+`g` the gradient of one calibration sequence's mean token cross-entropy with respect to `W`. On
+units `W` is a member turned so that its rows are units, and `x` what the consumer reads of each.
 
 A row holds all that is known of a feature. The engine, its kernels and exported pages run the torch
 text of its value as it stands. What the text may read: `weight`; raw sums over calibration text, by
@@ -48,7 +49,7 @@ class Feature:
     cost: str = "none"
     # whether it is never negative
     nonnegative: bool = True
-    # of which matrices: "matrix" is the weight of a linear map
+    # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit
     domains: tuple[str, ...] = ("matrix",)
     # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
     kinds: tuple[str, ...] = ()
@@ -89,7 +90,16 @@ def _symbol(name: str, *, nonnegative: bool) -> sympy.Symbol:
 
 
 _ROWS = (
-    Feature("W", "element", "the weight itself, signed", "W", "w", "weight", nonnegative=False),
+    Feature(
+        "W",
+        "element",
+        "the weight itself, signed",
+        "W",
+        "w",
+        "weight",
+        nonnegative=False,
+        domains=("matrix", "unit"),
+    ),
     Feature(
         "R1",
         "row",
@@ -242,6 +252,43 @@ _ROWS = (
         "upper.diagonal()",
         "second order",
     ),
+    # What a unit hands on is an input channel of its consumer: X, X_mean and X_var of that.
+    Feature(
+        "A",
+        "row",
+        "L2 norm of a unit's activation: root of (sum over tokens of x^2, per sequence)",
+        r"\lVert A_u\rVert_2",
+        "x",
+        "(input_square_sum / sequences).sqrt()",
+        "activations",
+        domains=("unit",),
+    ),
+    Feature(
+        "A_mean",
+        "row",
+        "mean of a unit's activation over tokens, signed",
+        r"\overline{A_u}",
+        "x",
+        "(input_sum / tokens)",
+        "activations",
+        nonnegative=False,
+        domains=("unit",),
+    ),
+    Feature(
+        "A_var",
+        "row",
+        "variance of a unit's activation over tokens",
+        r"\operatorname{var}(A_u)",
+        "x^2",
+        "(input_square_sum / tokens - (input_sum / tokens).square()).clamp(min=0.0)",
+        "activations",
+        domains=("unit",),
+    ),
 )
 
 FEATURES: dict[str, Feature] = {row.name: row for row in _ROWS}
+
+
+def features_of_domain(name: str) -> tuple[str, ...]:
+    """Names of the features that say something of a table, in the order of the vocabulary."""
+    return tuple(row.name for row in _ROWS if name in row.domains)

@@ -80,6 +80,35 @@ def score(
     return scores
 
 
+def score_units(
+    criterion: Criterion,
+    part: Tensor,
+    statistics: Statistics | None = None,
+    *,
+    damping: float = DAMPING,
+    group: str = "",
+    kind: str = "unit",
+) -> Tensor:
+    """How much each unit matters by its part of one matrix, float32 `[units]`: the lowest go first.
+
+    Args:
+        criterion: of one value for each row.
+        part: `[units, rest]`, of any floating dtype.
+        statistics: of the matrix that reads what the units hand on, one input channel each.
+        damping: of the features that look at an inverse.
+        group: its name, for error messages.
+        kind: what a unit is called there.
+
+    Raises:
+        ScoreError: a score is NaN or infinite, or all scores are equal.
+        StatisticsError: a sum that a feature needs was not collected.
+    """
+    features = features_of(criterion, part, statistics, damping=damping, layer=group)
+    scores = evaluate(criterion, features, part.shape)[:, :1]
+    refuse_unusable(scores, criterion, part, group, kind=kind)
+    return scores[:, 0]
+
+
 def evaluate(criterion: Criterion, features: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     """The value of a criterion on given features, float32, expanded to `shape`; unchecked.
 
@@ -99,7 +128,9 @@ def evaluate(criterion: Criterion, features: Mapping[str, Tensor], shape: Sequen
         return scores
 
 
-def refuse_unusable(scores: Tensor, criterion: Criterion, weight: Tensor, layer: str) -> None:
+def refuse_unusable(
+    scores: Tensor, criterion: Criterion, weight: Tensor, layer: str, *, kind: str = "weight"
+) -> None:
     """Refuse scores that must not become a mask, by the names of formula and layer.
 
     Equal scores pass where the weights themselves are all zero: then any mask is right.
@@ -112,12 +143,12 @@ def refuse_unusable(scores: Tensor, criterion: Criterion, weight: Tensor, layer:
     if not (lowest > float("-inf") and highest < float("inf")):
         broken = int((~torch.isfinite(scores)).sum())
         raise ScoreError(
-            f"criterion {criterion.text} gives {broken} of {scores.numel()} weights {where} a "
+            f"criterion {criterion.text} gives {broken} of {scores.numel()} {kind}s {where} a "
             "score that is NaN or infinite; such scores never become a mask"
         )
     if lowest == highest and scores.numel() > 1 and bool(weight.any()):
         raise ScoreError(
-            f"criterion {criterion.text} gives every weight {where} the same score {lowest:g}; "
+            f"criterion {criterion.text} gives every {kind} {where} the same score {lowest:g}; "
             "it ranks nothing there"
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunezero.formula.features import features_of_domain
 from prunezero.formula.vocabulary import FEATURES, OPERATORS
 from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import GROUPS
@@ -32,7 +33,8 @@ class Request:
 def random_formula(rng: random.Random) -> str:
     """A formula that varies by element, by row, by column, or not at all."""
     shape = rng.choice([*["element"] * 6, "row", "column", "column", "scalar"])
-    names = [row.name for row in FEATURES.values() if shape in ("element", "scalar", row.shape)]
+    known = [FEATURES[name] for name in features_of_domain("matrix")]
+    names = [row.name for row in known if shape in ("element", "scalar", row.shape)]
     text = _formula(rng, names, rng.choice([0, 1, 2, 2, 3]))
     if shape == "element" and rng.random() < 0.7:
         text = f"abs(W)*({text})"

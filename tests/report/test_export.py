@@ -15,7 +15,7 @@ import torch
 
 from prunezero.errors import OutputError
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.vocabulary import FEATURES
+from prunezero.formula.features import features_of_domain
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.anatomy.patterns import fitting
 from prunezero.models.loading.load import load_model
@@ -143,7 +143,7 @@ def test_page_finds_the_layers_of_every_family(family: str, tmp_path: Path) -> N
     assert_page_equals_engine(family, fields, tmp_path, sparsity=0.29)
 
 
-@pytest.mark.parametrize("feature", list(FEATURES))
+@pytest.mark.parametrize("feature", features_of_domain("matrix"))
 def test_every_feature_has_the_same_value_in_a_page(feature: str, tmp_path: Path) -> None:
     criterion = Criterion.parse(f"abs(W)*{feature}" if feature != "W" else "W")
     fields = recipe_of(name=feature, criterion=criterion, compare="layer")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunezero.errors import StatisticsError
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import FEATURES
+from prunezero.formula.features import features_of_domain
 from prunezero.formula.functions import REDUCTIONS
 from prunezero.scoring.columns import ColumnScores, sees_inputs_alone
 from prunezero.scoring.score import evaluate, features_of, score
@@ -16,7 +16,7 @@ from prunezero.scoring.statistics import SUMS, Statistics
 
 ROWS, COLUMNS = 6, 24
 PARTS = [(0, 4), (4, 5), (7, 19), (20, 24), (0, 24)]
-OF_FEATURES = [name if name == "W" else f"abs(W) * {name}" for name in FEATURES]
+OF_FEATURES = [name if name == "W" else f"abs(W) * {name}" for name in features_of_domain("matrix")]
 OF_REDUCTIONS = [f"abs(W) / {name}(abs(W) * X)" for name in REDUCTIONS]
 MIXED = [
     "W**2 / U**2",

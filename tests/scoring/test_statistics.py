@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
+from prunezero.formula.features import features_of_domain
 from prunezero.formula.vocabulary import FEATURES, SIGNALS
 from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.statistics import SUMS, Statistics, contribution
 
+MATRIX, UNIT = features_of_domain("matrix"), features_of_domain("unit")
 OUT, IN = 3, 2
 WEIGHT = torch.tensor([[1.0, -2.0], [0.0, 4.0], [3.0, -4.0]])
 # Two sequences of two tokens.
@@ -54,11 +56,16 @@ def expected_features() -> dict[str, np.ndarray]:
         "H": np.diag(gram)[None],
         "V": np.diag(inverse)[None],
         "U": np.diag(np.linalg.cholesky(inverse).T)[None],
+        # What a unit hands on is one input channel of its consumer.
+        "A": np.sqrt((x**2).sum(0)[:, None] / 2),
+        "A_mean": x.mean(0)[:, None],
+        "A_var": x.var(0)[:, None],
     }
 
 
 def test_every_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
     assert set(expected_features()) == set(FEATURES)
+    assert {*MATRIX, *UNIT} == set(FEATURES)
 
 
 def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
@@ -69,25 +76,35 @@ def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
         assert (row.cost == "none") == (not row.sums)
 
 
-@pytest.mark.parametrize("name", sorted(FEATURES))
+@pytest.mark.parametrize("name", sorted(MATRIX))
 def test_a_feature_equals_its_definition_in_numpy(name: str) -> None:
     value = feature(name, WEIGHT, filled())
     assert value.dtype == torch.float32
     np.testing.assert_allclose(value.numpy(), expected_features()[name], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(FEATURES))
+@pytest.mark.parametrize("name", sorted(MATRIX))
 def test_a_feature_has_the_shape_that_the_vocabulary_says(name: str) -> None:
     shapes = {"element": (OUT, IN), "row": (OUT, 1), "column": (1, IN), "scalar": ()}
     assert tuple(feature(name, WEIGHT, filled()).shape) == shapes[FEATURES[name].shape]
 
 
-@pytest.mark.parametrize("name", sorted(FEATURES))
+@pytest.mark.parametrize("name", sorted(MATRIX))
 def test_a_feature_needs_no_more_sums_than_the_vocabulary_names(name: str) -> None:
     all_sums = filled()
     some = {wanted: all_sums.sums[wanted] for wanted in FEATURES[name].sums}
     few = Statistics(all_sums.tokens, all_sums.sequences, some)
     assert torch.equal(feature(name, WEIGHT, few), feature(name, WEIGHT, all_sums))
+
+
+@pytest.mark.parametrize("name", sorted(set(UNIT) - {"W"}))
+def test_a_feature_of_units_equals_its_definition_in_numpy(name: str) -> None:
+    turned = WEIGHT.T
+    value = feature(name, turned, filled())
+    assert value.dtype == torch.float32 and tuple(value.shape) == (IN, 1)
+    np.testing.assert_allclose(value.numpy(), expected_features()[name], rtol=1e-6)
+    with pytest.raises(StatisticsError, match=f"feature {name} has shape"):
+        feature(name, WEIGHT, filled())
 
 
 def test_the_gram_matrix_is_the_sum_of_outer_products_over_tokens() -> None:

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from prunezero.errors import PruneZeroError, did_you_mean
+from prunezero.errors import CriterionError, PruneZeroError, did_you_mean
 from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.domains import DOMAINS
 from prunezero.formula.features import SIGNALS
 from prunezero.formula.vocabulary import OPERATORS, current_word
 from prunezero.models.anatomy.patterns import check_pattern
@@ -36,6 +37,11 @@ def _known_signal(value: str) -> str:
 
 
 def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tuple[Criterion, ...]:
+    for terminal in value:
+        try:
+            DOMAINS["matrix"].refuse(terminal)
+        except CriterionError as error:
+            raise ValueError(str(error)) from error
     if not any(terminal.shape == "element" for terminal in value):
         raise ValueError("none varies by weight, so no formula could rank weights")
     limit = _limit(info)
