@@ -74,6 +74,19 @@ def _gemma3(**changes: Any) -> Any:
     return Gemma3TextConfig(**{**known, **changes})
 
 
+def _phi3(**changes: Any) -> Any:
+    from transformers import Phi3Config
+
+    known = {**_shared(), "intermediate_size": 64, "num_key_value_heads": 2, "pad_token_id": 2}
+    return Phi3Config(**{**known, **changes})
+
+
+def _gpt_neox(**changes: Any) -> Any:
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(**{**_shared(), "intermediate_size": 64, **changes})
+
+
 CONFIGURATIONS: dict[str, Callable[..., Any]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -83,6 +96,9 @@ CONFIGURATIONS: dict[str, Callable[..., Any]] = {
     "gemma3": _gemma3,
 }
 FAMILIES = tuple(CONFIGURATIONS)
+# Fused gates and queries, and attention beside the MLP: for tests of how matrices hang together.
+CONFIGURATIONS |= {"phi3": _phi3, "gpt_neox": _gpt_neox}
+LAYOUTS = tuple(CONFIGURATIONS)
 
 
 def tiny_network(family: str, *, seed: int = 0, **changes: Any) -> torch.nn.Module:

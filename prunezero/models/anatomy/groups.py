@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from prunezero.errors import SelectionError
 
 if TYPE_CHECKING:
     from prunezero.models.anatomy.linears import Linear
+    from prunezero.models.loading.language_model import LanguageModel
 
 # What a matrix does for the units of a group: their rows make them, or their columns read them.
 Role = Literal["producer", "consumer"]
@@ -55,6 +57,17 @@ class Member:
     def oriented(self, values: Tensor) -> Tensor:
         """Values [out, in] of the matrix, turned so that each unit is a row: [units, rest]."""
         return self._turned(values).reshape(self.units, self.rest)
+
+    def kept_rows(self, kept: Tensor) -> Tensor:
+        """Which rows or columns of the matrix stay, bool [rows] or [columns] along `axis`.
+
+        Args:
+            kept: bool [units], True = stays.
+        """
+        stays = torch.ones(self.linear.weight.shape[self.axis], dtype=torch.bool)
+        parts = kept.cpu().repeat_interleave(self.width)
+        stays[self.start : self.start + len(parts)] = parts
+        return stays
 
     def mask(self, kept: Tensor) -> Tensor:
         """The mask of the matrix, bool [out, in], in which the parts of units stay or go.
@@ -102,6 +115,11 @@ class Group:
         """How many units it has."""
         return math.prod(self.shape)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether a unit is whole rows and columns of its members, which can be taken out."""
+        return len(self.shape) == 1
+
     def cost_of(self, measure: str) -> float:
         """What one unit costs in a measure.
 
@@ -123,7 +141,9 @@ def linears_of(groups: Sequence[Group]) -> list[Linear]:
     return list({linear.name: linear for linear in found}.values())
 
 
-def weight_groups(linears: Sequence[Linear]) -> list[Group]:
+def weight_groups(
+    linears: Sequence[Linear], language_model: LanguageModel | None = None
+) -> list[Group]:
     """Each matrix as a group whose units are its single weights."""
     return [
         Group(

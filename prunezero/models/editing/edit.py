@@ -21,6 +21,11 @@ class Edit:
     removal: Callable[[LanguageModel, Selection], None] | str
     """makes the tensors smaller; or, in one sentence, why that cannot be"""
 
+    @property
+    def makes_smaller(self) -> bool:
+        """Whether units can be taken out for good."""
+        return not isinstance(self.removal, str)
+
     def remove(self, language_model: LanguageModel, selection: Selection) -> None:
         """Make the model really smaller.
 

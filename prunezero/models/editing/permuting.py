@@ -60,6 +60,8 @@ class PermutableChannels:
     heads: Heads | None
     """None: any order of all channels; else any order within a head, the same for all query heads
     of one key-value head"""
+    mixes_tokens: bool = False
+    """whether a channel of one token depends on what the producers make of another"""
 
     @property
     def channels(self) -> int:
@@ -199,8 +201,20 @@ def _permutable_of_copy(
     for heads in _layouts(channels, produced):
         permutable = PermutableChannels(probe.layers[name], producers, heads)
         if _is_free(permutable, probe, trace, generator):
-            return permutable
+            # Anew, since weights were moved.
+            return replace(permutable, mixes_tokens=_mixes_tokens(permutable, probe.run()))
     return CHANGED
+
+
+def _mixes_tokens(permutable: PermutableChannels, trace: Trace) -> bool:
+    """Whether late tokens of the consumer's inputs depend on early tokens of its producers."""
+    inputs = trace.inputs[permutable.consumer.name]
+    outputs = [trace.outputs[layer.name] for layer, _ in permutable.producers]
+    half = inputs.shape[-2] // 2
+    gradients = torch.autograd.grad(
+        inputs[..., half:, :].sum(), outputs, allow_unused=True, materialize_grads=True
+    )
+    return any(bool(gradient[..., :half, :].any()) for gradient in gradients)
 
 
 def _starts(trace: Trace, name: str, first: int, second: int) -> list[tuple[str, int]]:

@@ -37,6 +37,10 @@ class Selection:
         parts = [(group, kept) for group, kept in self if group.name in names]
         return Selection(*map(tuple, zip(*parts, strict=True)))
 
+    def with_rows(self) -> Selection:
+        """The part of it whose units are whole rows and columns, which can be taken out."""
+        return self.of([group for group in self.groups if group.has_rows])
+
     def undecided(self, groups: Sequence[Group]) -> list[Group]:
         """Those of the groups that it does not speak of."""
         names = {group.name for group in self.groups}

@@ -42,14 +42,29 @@ class DenseWeights:
                 linear.bias.copy_(bias if bias is not None else torch.zeros_like(linear.bias))
 
 
+def clear_biases(selection: Selection) -> None:
+    """Set to zero, in place, the biases of the rows that made units which go.
+
+    What reads a unit keeps its bias, which is no part of the unit.
+    """
+    for group, kept in selection:
+        if not group.has_rows:
+            continue
+        for member in group.members:
+            bias = member.linear.bias
+            if member.role == "producer" and bias is not None:
+                bias.masked_fill_(~member.kept_rows(kept).to(bias.device), 0.0)
+
+
 @contextmanager
 def zeroed(language_model: LanguageModel, selection: Selection) -> Iterator[None]:
-    """Within it all weights of the units that go are 0.0; leaving it brings them back."""
+    """Within it all weights and biases of the units that go are 0.0; leaving it undoes that."""
     linears = linears_of(selection.groups)
     with DenseWeights(linears):
         masks = selection.matrix_masks()
         for linear in linears:
             clear(linear.weight, masks[linear.name])
+        clear_biases(selection)
         yield
 
 
