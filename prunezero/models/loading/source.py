@@ -7,7 +7,7 @@ file, to the last bit; another one is rounded once to the dtype of the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,19 @@ class Source:
         """
         return self.shards.read(self.names[name])
 
-    def saved(self, name: str, weight: Tensor) -> Tensor:
+    def saved(
+        self, name: str, weight: Tensor, part: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """What a file will hold of a tensor of the model: in the stored dtype, on the CPU.
+
+        Args:
+            part: of the stored tensor, what the model still has; None where it has all of it.
 
         Raises:
             ModelError: a file is damaged, the shape is another one, or a number that was changed
                 is too large for the stored dtype.
         """
-        stored = self.read(name)
+        stored = self.read(name) if part is None else part(self.read(name))
         weight = weight.detach().cpu()
         if stored.shape != weight.shape:
             raise ModelError(

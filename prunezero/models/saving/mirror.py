@@ -1,8 +1,8 @@
 """How are safetensors files written again, with other numbers in the same places?
 
-Headers are copied, so names, order, dtypes, shapes and metadata stay as they are. Tensors are put
-in their places one by one in any order, from memory or straight from the source, so memory holds
-one of them at a time; what is not put yet is zero.
+Headers are copied, so names, order, dtypes, shapes and metadata stay as they are, but for tensors
+that became smaller. Tensors are put in their places one by one in any order, from memory or
+straight from the source, so memory holds one of them at a time; what is not put yet is zero.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class _File:
     """first byte and number of bytes by tensor name, counted from the end of the head"""
     source_head_bytes: int
     """what stands before the numbers in the source"""
+    source_places: Mapping[str, tuple[int, int]]
+    """places in the source"""
 
     @property
     def size(self) -> int:
@@ -50,7 +52,12 @@ class Mirror:
     """The safetensors files of a checkpoint in another folder, in the making."""
 
     def __init__(
-        self, source: Shards, folder: Path, *, added: Mapping[str, StoredTensor] | None = None
+        self,
+        source: Shards,
+        folder: Path,
+        *,
+        added: Mapping[str, StoredTensor] | None = None,
+        reshaped: Mapping[str, StoredTensor] | None = None,
     ) -> None:
         """Plan the files; nothing is written yet.
 
@@ -58,6 +65,7 @@ class Mirror:
             source: whose files are written again.
             folder: where.
             added: more tensors by name, each at the end of the file that it names.
+            reshaped: tensors of the source, by name, that have another shape now.
 
         Raises:
             ModelError: a file of the source is damaged.
@@ -65,10 +73,12 @@ class Mirror:
         self.folder = folder
         self._source = source
         self._added = dict(added or {})
+        self._reshaped = dict(reshaped or {})
         self._files: dict[str, _File] = {}
         for file in dict.fromkeys(stored.file for stored in source.tensors.values()):
             more = {name: one for name, one in self._added.items() if one.file == file}
-            self._files[file] = _planned(source.folder / file, more)
+            other = {name: one for name, one in self._reshaped.items() if one.file == file}
+            self._files[file] = _planned(source.folder / file, more, other)
         self._file_of = {name: one.file for name, one in {**source.tensors, **self._added}.items()}
         self._index = None if set(self._files) == {SINGLE} else source.folder / INDEX
         self._unsynced: set[str] = set()
@@ -121,7 +131,7 @@ class Mirror:
             OutputError: a file cannot be read or written.
         """
         file = self._files[self._file_of[name]]
-        start, left = file.places[name]
+        start, left = file.source_places[name]
         origin = self._source.folder / self._file_of[name]
         with self._place(name) as (target, _), origin.open("rb") as source:
             source.seek(file.source_head_bytes + start)
@@ -148,7 +158,10 @@ class Mirror:
             return
         with self._writing(INDEX):
             content = self._index.read_bytes()
-            (self.folder / INDEX).write_bytes(_with_added(content, self._added))
+            less = sum(
+                self._source.tensors[name].bytes - one.bytes for name, one in self._reshaped.items()
+            )
+            (self.folder / INDEX).write_bytes(_with_added(content, self._added, less))
 
     @contextmanager
     def _place(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -171,7 +184,9 @@ class Mirror:
             ) from error
 
 
-def _planned(path: Path, added: Mapping[str, StoredTensor]) -> _File:
+def _planned(
+    path: Path, added: Mapping[str, StoredTensor], reshaped: Mapping[str, StoredTensor]
+) -> _File:
     """A file as it will be, from the header of the one that it is written after."""
     try:
         with path.open("rb") as file:
@@ -187,13 +202,33 @@ def _planned(path: Path, added: Mapping[str, StoredTensor]) -> _File:
         raise ModelError(
             f"{path} is damaged or missing ({reason(error)}); get the file again"
         ) from error
+    sources = dict(places)
+    if reshaped:
+        _close_up(header, places, reshaped)
     end = max((sum(place) for place in places.values()), default=0)
     for name, one in added.items():
         header[name] = _entry(one, end)
         places[name] = end, one.bytes
         end += one.bytes
-    head = _head(header) if added else first + text
-    return _File(head, places, len(first) + len(text))
+    head = _head(header) if added or reshaped else first + text
+    return _File(head, places, len(first) + len(text), sources)
+
+
+def _close_up(
+    header: dict[str, Any],
+    places: dict[str, tuple[int, int]],
+    reshaped: Mapping[str, StoredTensor],
+) -> None:
+    """Let tensors follow one another without a gap, in their order, some in another shape."""
+    end = 0
+    for name, (_, size) in sorted(places.items(), key=lambda place: place[1]):
+        if name in reshaped:
+            header[name] = _entry(reshaped[name], end)
+            size = reshaped[name].bytes
+        else:
+            header[name]["data_offsets"] = [end, end + size]
+        places[name] = end, size
+        end += size
 
 
 def _entry(tensor: StoredTensor, start: int) -> dict[str, Any]:
@@ -211,15 +246,15 @@ def _head(header: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _with_added(content: bytes, added: Mapping[str, StoredTensor]) -> bytes:
-    """An index that names more tensors; without any the bytes stay."""
-    if not added:
+def _with_added(content: bytes, added: Mapping[str, StoredTensor], less: int = 0) -> bytes:
+    """An index that names more tensors, some by `less` bytes smaller; else the bytes stay."""
+    if not added and not less:
         return content
     index = json.loads(content)
     index["weight_map"] |= {name: one.file for name, one in added.items()}
     known = index.get("metadata")
     if isinstance(known, dict) and isinstance(known.get("total_size"), int):
-        known["total_size"] += sum(one.bytes for one in added.values())
+        known["total_size"] += sum(one.bytes for one in added.values()) - less
     return json.dumps(index, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

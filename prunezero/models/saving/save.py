@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from prunezero.files.atomic import follow_umask
 from prunezero.files.places import try_folder
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import note_opened_biases
+from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.slicing import Slices, sliced
 from prunezero.models.loading.language_model import LanguageModel, quiet
 from prunezero.models.loading.shards import STORED_DTYPES, Shards, StoredTensor
 from prunezero.models.loading.source import Source, holds, names_in_files
-from prunezero.models.saving.companions import copy_companions
+from prunezero.models.saving.companions import copy_companions, edit_configuration
 from prunezero.models.saving.mirror import Mirror
 
 
@@ -62,7 +64,11 @@ def saved_bytes(language_model: LanguageModel) -> int:
 
 
 def save_model(
-    language_model: LanguageModel, folder: str | Path, *, files: Mapping[str, str] | None = None
+    language_model: LanguageModel,
+    folder: str | Path,
+    *,
+    files: Mapping[str, str] | None = None,
+    smaller: Selection | None = None,
 ) -> Path:
     """Write a folder that opens wherever the model's own files opened.
 
@@ -78,18 +84,23 @@ def save_model(
         folder: new or empty.
         files: more text files to put beside, text by file name. A file of the source with such a
             name is kept beside as `NAME.source.ENDING`.
+        smaller: units that stay; what is saved lacks the others, with smaller tensors and a
+            configuration that says so. The model in memory keeps its size.
 
     Raises:
         OutputError: the folder is not empty or cannot be written.
-        ModelError: the model no longer fits its files, or these are damaged.
+        ModelError: the model no longer fits its files, or these are damaged; or no configuration
+            has the widths that are left.
     """
     path = check_writable(folder)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        if language_model.source is None:
-            _save_by_library(language_model, unfinished)
-        else:
-            _save_as_source(language_model, language_model.source, unfinished, files or {})
+        with sliced(language_model, smaller or Selection()) as slices:
+            source = language_model.source
+            if source is None:
+                _save_by_library(language_model, unfinished)
+            else:
+                _save_as_source(language_model, source, unfinished, files or {}, slices)
         for name, text in (files or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
         follow_umask(unfinished)
@@ -113,19 +124,35 @@ def _save_by_library(language_model: LanguageModel, folder: Path) -> None:
 
 
 def _save_as_source(
-    language_model: LanguageModel, source: Source, folder: Path, ours: Collection[str]
+    language_model: LanguageModel,
+    source: Source,
+    folder: Path,
+    ours: Collection[str],
+    slices: Slices,
 ) -> None:
     model = language_model.model
     tensors = model.state_dict()
     check_names(language_model)
     added = _new_biases(model, source)
-    mirror = Mirror(source.shards, folder, added={one.name: one.stored for one in added})
+    parts = {name: cut.of for name, cut in slices.cuts.items() if name in source.names}
+    reshaped = {
+        source.names[name]: replace(
+            source.shards.tensors[source.names[name]], shape=tuple(tensors[name].shape)
+        )
+        for name in parts
+    }
+    mirror = Mirror(
+        source.shards,
+        folder,
+        added={one.name: one.stored for one in added},
+        reshaped=reshaped,
+    )
     mirror.begin()
     model_names = {stored: name for name, stored in source.names.items()}
     for stored, tensor in source.shards.tensors.items():
         if stored in model_names and tensor.dtype in STORED_DTYPES:
             name = model_names[stored]
-            mirror.write(stored, source.saved(name, tensors[name]))
+            mirror.write(stored, source.saved(name, tensors[name], parts.get(name)))
         else:
             mirror.copy(stored)
     for bias in added:
@@ -133,6 +160,29 @@ def _save_as_source(
     mirror.sync()
     copy_companions(source.folder, folder, ours=ours)
     note_opened_biases(model.config, folder)
+    if slices.setting:
+        _note_widths(model.config, slices.setting, folder)
+
+
+def _note_widths(configuration: Any, setting: Mapping[str, int], folder: Path) -> None:
+    """Say in a folder's config.json how wide its layers are, and change nothing else.
+
+    Raises:
+        ModelError: transformers reads another width from it.
+    """
+    from transformers import AutoConfig
+
+    is_part = configuration.get_text_config() is not configuration
+    edit_configuration(folder, setting, part="text_config" if is_part else "")
+    with quiet():
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    for key, width in setting.items():
+        if getattr(found, key) != width:
+            raise ModelError(
+                f"config.json of '{configuration.model_type}' says {key} {getattr(found, key)} "
+                f"even when it is told {width}, so a smaller model cannot be saved beside it; load "
+                "the model once, save it by its own save_pretrained, and prune that folder"
+            )
 
 
 @dataclass(frozen=True)
