@@ -45,7 +45,7 @@ def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) ->
         "pattern": recipe.pattern,
         "statistics": recipe.statistics,
         **measured,
-        "sparsity_reached": outcome.sparsity_reached,
+        **_removed(recipe, outcome),
         "seconds": outcome.seconds,
         "formula": recipe.criterion.text,
         "criteria": "; ".join(with_patterns(recipe.criteria)),
@@ -55,6 +55,21 @@ def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) ->
         "allocate": recipe.allocate.text,
         "update": ", ".join(recipe.updates) or "none",
         **layers_told(recipe.targets, recipe.ignore),
+    }
+
+
+def _removed(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
+    """What went, in columns: zeros among weights are one thing, units another."""
+    if not outcome.selection.groups:
+        return {"sparsity_reached": outcome.sparsity_reached}
+    total, removed = outcome.selection.total(), outcome.selection.removed()
+    return {
+        "sparsity_reached": None,
+        "removed": outcome.sparsity_reached,
+        "removed_of": f"{outcome.measure} of {recipe.unit.word}s",
+        "unit": recipe.unit.word,
+        "units": round(total),
+        "units_removed": round(removed),
     }
 
 
@@ -94,6 +109,8 @@ class RecipeRunner:
             for split, ids in self._windows.items()
             if split in ("validation", QUICK_KL)
         }
+        self.outcome: Outcome | None = None
+        """of the last pruning"""
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
         self._dense = DenseWeights(find_linears(testbed.language_model.model))
 
@@ -130,7 +147,7 @@ class RecipeRunner:
         """
         with ExitStack() as edit:
             edit.enter_context(self._dense)
-            outcome = prune(
+            self.outcome = outcome = prune(
                 self.testbed.language_model,
                 recipe,
                 sparsity,
@@ -209,10 +226,12 @@ def compare(
     sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`,
     `windows_begin_with` where the tokenizer does so by itself, and the formula, those of some
     layers, the words of all of them and the costliest signal they look at, their comparison group,
-    allocation and updates, and where some layers are chosen, `targets` and `ignore`. Perplexity is
-    exp of the mean nats per token, kl is in nats per token on validation text, seconds are those of
-    pruning alone; `window_losses` holds the nats per token of each window by split, so that recipes
-    can be compared in pairs.
+    allocation and updates, and where some layers are chosen, `targets` and `ignore`. Where units
+    are removed, `sparsity_reached` is None; `removed` is the fraction of what `removed_of` says,
+    and `unit`, `units` and `units_removed` stand beside it. Perplexity is exp of the mean nats per
+    token, kl is in nats per token on validation text, seconds are those of pruning alone;
+    `window_losses` holds the nats per token of each window by split, so that recipes can be
+    compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.

@@ -4,29 +4,33 @@
 
 Whatever goes, weights or whole parts of a network, goes this way; a row says what is particular to
 one kind: the table that its formulas see, how its groups are found in a model, who competes with
-whom, who chooses, and how the chosen are taken out. No torch here, so that recipes can be read and
-listed without it: the three functions of a row are named, and found when they are first called.
+whom, who scores and who chooses, and how the chosen are taken out. No torch here, so that recipes
+can be read and listed without it: the functions of a row are named, and found when first called.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
+from prunezero.pruning.recipes.word_options import Neurons, Options
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prunezero.formula.criterion import Criterion
     from prunezero.models.anatomy.groups import Group
     from prunezero.models.anatomy.linears import Linear
     from prunezero.models.editing.edit import Edit
     from prunezero.models.editing.selection import Selection
+    from prunezero.models.loading.language_model import LanguageModel
     from prunezero.pruning.budget import Budget
+    from prunezero.scoring.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,67 @@ class UnitKind:
     """the formula that stands for them all where one is enough"""
     finder: str
     """module:function of `groups`"""
+    checker: str
+    """module:function of `check`"""
+    scorer: str
+    """module:function of `scores`"""
     selector: str
     """module:function of `select`"""
     editor: str
     """module:name of `edit`"""
+    measure: str = "weights"
+    """what a share to remove is a share of"""
+    options: type[Options] = Options
+    """the numbers that go with the word in a recipe"""
+    whole_model: str = ""
+    """why the whole model has to be in memory; nothing where one block at a time is enough"""
 
-    def groups(self, linears: Sequence[Linear]) -> list[Group]:
-        """The groups of such units in some linear maps of a model, in the order of the model."""
-        find: Callable[[Sequence[Linear]], list[Group]] = _found(self.finder)
-        return find(linears)
+    def groups(
+        self,
+        linears: Sequence[Linear],
+        language_model: LanguageModel,
+        options: Options | None = None,
+    ) -> list[Group]:
+        """The groups of such units in some linear maps of a model, in the order of the model.
+
+        Raises:
+            ModelError: there are none, or some linear maps have a part in units of others.
+        """
+        find: Callable[..., list[Group]] = _found(self.finder)
+        limits = (options or self.options()).limits
+        return [replace(group, **limits) for group in find(linears, language_model)]
+
+    def check(self, groups: Sequence[Group], budget: Budget, *, compare: str) -> None:
+        """Refuse a budget that no selection fits, before anything is computed.
+
+        Raises:
+            SelectionError: says of which group it asks too much.
+        """
+        refuse: Callable[..., None] = _found(self.checker)
+        refuse(groups, budget, compare=compare)
+
+    def scores(
+        self,
+        group: Group,
+        criterion: Criterion,
+        statistics: Mapping[str, Statistics],
+        *,
+        damping: float,
+        options: Options,
+    ) -> Tensor:
+        """How much each unit of a group matters, of the group's shape; the lowest go first.
+
+        Args:
+            statistics: by the name of a linear map.
+            damping: of the features that look at an inverse.
+            options: the numbers of the word.
+
+        Raises:
+            ScoreError: a score is NaN or infinite, or all are equal.
+            StatisticsError: a sum that the formula needs was not collected.
+        """
+        value: Callable[..., Tensor] = _found(self.scorer)
+        return value(group, criterion, statistics, damping=damping, options=options)
 
     def select(
         self,
@@ -124,8 +180,26 @@ _ROWS = (
         ),
         reference="abs(W)*X",
         finder="prunezero.models.anatomy.groups:weight_groups",
+        checker="prunezero.pruning.selecting:check_weights",
+        scorer="prunezero.pruning.unit_scores:weight_scores",
         selector="prunezero.pruning.selecting:select_weights",
         editor="prunezero.models.editing.zeroing:ZEROS",
+    ),
+    UnitKind(
+        word="neuron",
+        meaning="a channel inside an MLP: rows that make it, the column that reads it",
+        domain=DOMAINS["unit"],
+        compare={"group": ("unit",), "model": ("unit",)},
+        baselines=("neuron_magnitude", "wanda_sp", "flap"),
+        reference="A*row_mean(abs(W))",
+        finder="prunezero.models.anatomy.mlp:neuron_groups",
+        checker="prunezero.pruning.selecting:check_units",
+        scorer="prunezero.pruning.unit_scores:row_scores",
+        selector="prunezero.pruning.selecting:select_units",
+        editor="prunezero.models.editing.slicing:SMALLER",
+        measure="parameters",
+        options=Neurons,
+        whole_model="takes rows and columns out of several matrices together",
     ),
 )
 

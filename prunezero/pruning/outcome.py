@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prunezero.errors import SelectionError
 from prunezero.models.anatomy.groups import Group
+from prunezero.models.editing.selection import Selection
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.request import group_columns, removed_count
 
@@ -25,10 +26,16 @@ class Outcome:
     """weights of the pruned layers"""
     seconds: float
     """elapsed, calibration of sequential statistics included"""
+    selection: Selection = field(default_factory=Selection)
+    """units that stay, where units can be taken out; none for single weights"""
+    measure: str = "weights"
+    """what `sparsity` is a fraction of"""
 
     @property
     def sparsity_reached(self) -> float:
-        """The fraction of the layers' weights that are zero."""
+        """The fraction that went: of weights, those that are zero; of units, what they cost."""
+        if self.selection.groups:
+            return self.selection.removed(self.measure) / self.selection.total(self.measure)
         return self.zeros / self.total
 
 
@@ -36,8 +43,12 @@ def check_reached(
     outcome: Outcome, recipe: Recipe, groups: Sequence[Group], ratios: Mapping[str, float]
 ) -> None:
     """A sparsity that was not reached is an error of ours, and never passes in silence."""
-    wanted = sum(expected_zeros(group.shape, recipe, ratios[group.name]) for group in groups)
-    if recipe.compare == "model" and recipe.pattern == "free":
+    if outcome.selection.groups:
+        masks = outcome.selection.matrix_masks().values()
+        wanted = sum(int((~mask).sum()) for mask in masks)
+    else:
+        wanted = sum(expected_zeros(group.shape, recipe, ratios[group.name]) for group in groups)
+    if recipe.compare == "model" and recipe.pattern == "free" and not outcome.selection.groups:
         wanted = removed_count(outcome.total, outcome.sparsity)
     if outcome.zeros < wanted:
         raise SelectionError(

@@ -20,30 +20,30 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.models.anatomy.groups import Group, linears_of
+from prunezero.models.anatomy.groups import Group, linears_of, weight_groups
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import open_biases
 from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.zeroing import clear_biases
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import round_as_stored
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
-from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
-    check_recipe,
     check_text,
+    checked_groups,
     layer_sums,
     settled_sparsity,
 )
 from prunezero.pruning.stages import Stages
+from prunezero.pruning.unit_scores import weight_scores
 from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.masking import count_zeros
-from prunezero.scoring.score import score
 from prunezero.scoring.second_order import forget_factors, share_gram
 from prunezero.scoring.statistics import Statistics
 
@@ -60,7 +60,8 @@ def prune(
 ) -> Outcome:
     """Prune a model in place.
 
-    Weights that are zero already count towards the sparsity like any other weight.
+    Weights that are zero already count towards the sparsity like any other weight. Units that go
+    become zeros too: the outcome says which, and tensors become smaller when the model is saved.
 
     Args:
         language_model: modified; after an error some of its layers may be pruned already.
@@ -83,8 +84,8 @@ def prune(
     """
     begin = time.perf_counter()
     fraction = settled_sparsity(recipe.pattern, sparsity)
-    layers = check_recipe(language_model, recipe, fraction)
-    groups = UNITS[recipe.unit].groups(layers)
+    groups = checked_groups(language_model, recipe, fraction)
+    layers = linears_of(groups)
     check_text(recipe, windows)
     reordering = Reordering(language_model, recipe, layers)
     if recipe.needs_biases:
@@ -97,6 +98,8 @@ def prune(
         sum(count_zeros(layer.weight) for layer in layers),
         sum(layer.weight.numel() for layer in layers),
         time.perf_counter() - begin,
+        job.selection,
+        recipe.unit.row.measure,
     )
     check_reached(outcome, recipe, groups, ratios)
     return outcome
@@ -178,6 +181,8 @@ class _Job:
     windows: Tensor | None
     known: dict[str, Statistics] = field(default_factory=dict, init=False)
     """of the dense model and, block by block, of the model as pruned so far"""
+    selection: Selection = field(default_factory=Selection, init=False)
+    """units that stay, where they are rows and columns that can be taken out"""
 
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
@@ -188,7 +193,9 @@ class _Job:
         ratios = [self._allocated(share, evidence) for share in shares]
         # All layers: a permutation also moves rows of layers that are not pruned.
         every = find_linears(self.language_model.model)
-        stages = Stages(folder, self._request(sparsity), every)
+        # Weights alone do not say which units stay, and such a pruning is one quick step.
+        kept = folder if self.recipe.unit.is_usual else None
+        stages = Stages(kept, self._request(sparsity), every)
         for step, share in enumerate(shares):
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
@@ -244,9 +251,12 @@ class _Job:
             self.reordering.move(block, self._score, self.known)
             selection = together.of(groups)
             for group in selection.undecided(groups):
-                selection |= self._selected([group], ratios[group.name])
+                # All members of a group lose the same share.
+                selection |= self._selected([group], ratios[group.members[0].linear.name])
             masks = selection.matrix_masks()
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
+            clear_biases(selection)
+            self.selection |= selection.with_rows()
             settle(self.language_model, inside)
             if walk is not None:
                 # The Gram matrices of all blocks together are larger than the model.
@@ -257,20 +267,23 @@ class _Job:
 
     def _selected(self, groups: Sequence[Group], share: float) -> Selection:
         """What stays of groups that lose a share together, as far as it is chosen beforehand."""
-        budget = Budget(share, pattern=self.recipe.pattern)
-        kind = UNITS[self.recipe.unit]
+        kind = self.recipe.unit.row
+        budget = Budget(share, measure=kind.measure, pattern=self.recipe.pattern)
         return kind.select(groups, self._scores_of, budget, compare=self.recipe.compare)
 
     def _scores_of(self, group: Group) -> Tensor:
-        """The scores of single weights: their group is one matrix."""
-        (linear,) = linears_of([group])
-        return self._score(linear)
+        recipe = self.recipe
+        # All layers of a group have one formula.
+        criterion = recipe.criterion_of(group.members[0].linear.name)
+        return recipe.unit.row.scores(
+            group, criterion, self.known, damping=recipe.damping, options=recipe.unit.options
+        )
 
     def _score(self, layer: Linear) -> Tensor:
-        known = self.known.get(layer.name)
+        """The scores of the weights of one matrix."""
         criterion = self.recipe.criterion_of(layer.name)
-        damping = self.recipe.damping
-        return score(criterion, layer.weight, known, damping=damping, layer=layer.name)
+        (group,) = weight_groups([layer])
+        return weight_scores(group, criterion, self.known, damping=self.recipe.damping)
 
     def _walk(self) -> BlockWalk | None:
         sums = layer_sums(self.recipe) & FORWARD_SUMS

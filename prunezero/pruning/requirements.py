@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from prunezero.errors import ModelError, RecipeError, SelectionError
+from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.anatomy.linears import Linear, find_linears, matching
 from prunezero.models.editing.biases import refuse_without_bias
+from prunezero.models.editing.slicing import width_setting
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.selecting import left_of
 from prunezero.scoring.feature_values import needed_sums
-from prunezero.scoring.request import check_request, pattern_sparsity, removed_count
+from prunezero.scoring.request import pattern_sparsity, removed_count
 
 
 def settled_sparsity(pattern: str, sparsity: float | None) -> float:
@@ -77,30 +81,56 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
     """The layers that a recipe prunes, after every check that needs no computation.
 
     Raises:
+        PruneZeroError: as `checked_groups`.
+    """
+    return linears_of(checked_groups(language_model, recipe, sparsity))
+
+
+def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Group]:
+    """The groups of units that a recipe prunes, after every check that needs no computation.
+
+    Raises:
         RecipeError: choices that exclude each other, or two formulas for one layer.
-        ModelError: `targets`, `ignore`, `criteria` or ratios match nothing, or a bias cannot be
-            had.
-        SelectionError: the sparsity, group or pattern fits no mask of some layer.
+        ModelError: `targets`, `ignore`, `criteria` or ratios match nothing, a bias cannot be had,
+            or the model has no such units.
+        SelectionError: the sparsity, group or pattern fits no selection of some group.
     """
     if recipe.compare == "model" and recipe.statistics == "sequential":
         raise RecipeError(
             f"recipe {recipe.name}: compare 'model' ranks all layers before the first is pruned, "
             "so it needs statistics 'dense'"
         )
-    layers = find_linears(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
-    for layer in layers:
-        try:
-            check_request(
-                layer.weight.shape[1], sparsity, compare=recipe.compare, pattern=recipe.pattern
-            )
-        except SelectionError as error:
-            raise SelectionError(f"layer {layer.name}: {error}") from error
+    kind = recipe.unit.row
+    found = find_linears(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
+    groups = kind.groups(found, language_model, recipe.unit.options)
+    budget = Budget(sparsity, measure=kind.measure, pattern=recipe.pattern)
+    kind.check(groups, budget, compare=recipe.compare)
+    layers = linears_of(groups)
     for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
         matching(pattern, layers)
     _refuse_two_formulas(recipe, layers)
     if recipe.needs_biases:
         refuse_without_bias(language_model, layers)
-    return layers
+    return groups
+
+
+def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> None:
+    """Refuse to make a model smaller that plain transformers could not load then.
+
+    Raises:
+        RecipeError: how many units stay in each layer is known only when all have been scored.
+        ModelError: no configuration has the widths that will be left.
+    """
+    if recipe.compare == "model":
+        raise RecipeError(
+            f"recipe {recipe.name}: with compare 'model' layers keep unequal numbers of "
+            f"{recipe.unit.word}s, and no plain transformers class loads them; use compare 'group' "
+            "or save zeros at full size (--padded)"
+        )
+    groups = checked_groups(language_model, recipe, sparsity)
+    width_setting(
+        language_model, groups, {group.name: left_of(group, sparsity) for group in groups}
+    )
 
 
 def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Linear]) -> None:

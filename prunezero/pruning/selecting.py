@@ -1,15 +1,32 @@
-"""Which units stay: one function for each kind of unit, from scores to a selection."""
+"""Which units stay: for each kind of unit a function from scores to a selection, and its checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from prunezero.errors import SelectionError
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
 from prunezero.pruning.budget import Budget
-from prunezero.scoring.selection import select_model
+from prunezero.scoring.request import check_request, removed_count
+from prunezero.scoring.selection import refuse_non_finite, select_model
+
+
+def check_weights(groups: Sequence[Group], budget: Budget, *, compare: str) -> None:
+    """Refuse a sparsity, group or pattern that fits no mask of some matrix.
+
+    Raises:
+        SelectionError: names the matrix.
+    """
+    for group in groups:
+        columns = group.shape[1]
+        try:
+            check_request(columns, budget.amount, compare=compare, pattern=budget.pattern)
+        except SelectionError as error:
+            raise SelectionError(f"layer {group.name}: {error}") from error
 
 
 def select_weights(
@@ -34,3 +51,111 @@ def select_weights(
         return Selection()
     kept = select_model([scores_of(group) for group in groups], budget.amount)
     return Selection(tuple(groups), tuple(kept))
+
+
+def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> None:
+    """Refuse a budget under which more would go than may.
+
+    Raises:
+        SelectionError: names the group, or says what all of them together can lose.
+    """
+    removed_count(1, budget.amount)
+    for group in groups:
+        group.cost_of(budget.measure)
+        left = group.units - removed_count(group.units, budget.amount)
+        if compare == "group" and left < group.least:
+            raise SelectionError(
+                f"{budget.amount:g} of the {group.units} {group.kind}s of {group.name} leaves "
+                f"{left}, but at least {group.least} have to stay; remove less"
+            )
+    free = sum(group.cost_of(budget.measure) * (group.units - group.least) for group in groups)
+    if compare == "model" and free < _allowance(groups, budget):
+        raise SelectionError(
+            f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
+            f"some of each group have to stay; at most {free / _total(groups, budget):.4f} can"
+        )
+
+
+def left_of(group: Group, share: float) -> int:
+    """How many units stay of a group that loses a share by itself."""
+    return _rounded_up(group, group.units - removed_count(group.units, share))
+
+
+def _rounded_up(group: Group, left: int) -> int:
+    """At least so many units, of which kernels can make use; all, where that is more."""
+    multiple = group.multiple_of
+    return min(group.units, -(-left // multiple) * multiple)
+
+
+def select_units(
+    groups: Sequence[Group],
+    scores_of: Callable[[Group], Tensor],
+    budget: Budget,
+    *,
+    compare: str,
+) -> Selection:
+    """The units that stay of groups that have one budget together; the lowest scores go.
+
+    In a group by itself a share of its units goes, rounded down. Where the groups of the model
+    compete, units go in the order of their scores while what they cost stays within the share of
+    what all cost; a group keeps its least. Where a number of units must be a multiple, the best of
+    those that would go come back. Ties go to the earlier group, then to the lower index.
+
+    Args:
+        compare: "group" or "model".
+
+    Raises:
+        SelectionError: as `check_units`.
+        ScoreError: a score is NaN or infinite.
+    """
+    check_units(groups, budget, compare=compare)
+    scores = [scores_of(group).float().cpu() for group in groups]
+    for values in scores:
+        refuse_non_finite(values)
+    if compare == "model":
+        removed = _removed_of_all(groups, scores, budget)
+    else:
+        removed = [removed_count(group.units, budget.amount) for group in groups]
+    kept = [_kept(*one) for one in zip(groups, scores, removed, strict=True)]
+    devices = [group.members[0].linear.weight.device for group in groups]
+    placed = (one.to(device) for one, device in zip(kept, devices, strict=True))
+    return Selection(tuple(groups), tuple(placed))
+
+
+def _kept(group: Group, scores: Tensor, removed: int) -> Tensor:
+    """Bool [units]: all but the lowest, so many that they are a multiple of what they must be."""
+    left = _rounded_up(group, group.units - removed)
+    kept = torch.ones(group.units, dtype=torch.bool)
+    kept[_ascending(scores)[: group.units - left]] = False
+    return kept
+
+
+def _removed_of_all(groups: Sequence[Group], scores: Sequence[Tensor], budget: Budget) -> list[int]:
+    """How many units of each group are among the lowest of all that fit into the budget."""
+    # The best of each group stay whatever others score.
+    free = [
+        _ascending(values)[: group.units - group.least]
+        for group, values in zip(groups, scores, strict=True)
+    ]
+    owners = torch.cat([torch.full_like(one, place) for place, one in enumerate(free)])
+    values = torch.cat([one[places] for one, places in zip(scores, free, strict=True)])
+    order = _ascending(values)
+    costs = torch.tensor([group.cost_of(budget.measure) for group in groups], dtype=torch.float64)
+    spent = costs[owners[order]].cumsum(0)
+    gone = owners[order][spent <= _allowance(groups, budget)]
+    return torch.bincount(gone, minlength=len(groups)).tolist()
+
+
+def _ascending(values: Tensor) -> Tensor:
+    """Places from the lowest to the highest; of equal values the lower place comes first."""
+    # Adding zero makes -0.0 equal 0.0.
+    return torch.sort(values + 0.0, stable=True).indices
+
+
+def _total(groups: Sequence[Group], budget: Budget) -> float:
+    return sum(group.cost_of(budget.measure) * group.units for group in groups)
+
+
+def _allowance(groups: Sequence[Group], budget: Budget) -> int:
+    """What may go together, in the budget's measure."""
+    return removed_count(round(_total(groups, budget)), budget.amount)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError, RecipeError
+from prunezero.models.anatomy.groups import weight_groups
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
 from prunezero.models.saving.resumable import ResumableCheckpoint
@@ -25,7 +26,6 @@ from prunezero.models.streaming.memory import MemoryNeed, PeakMemory, mebibytes,
 from prunezero.models.streaming.streamed_model import StreamedModel
 from prunezero.models.text.windows import check_windows, windows_fingerprint
 from prunezero.pruning.allocation import Evidence
-from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.prune import prune_layers, settle
 from prunezero.pruning.recipes.recipe import Recipe
@@ -221,6 +221,8 @@ def checked_sums(recipe: Recipe, windows: Tensor | None) -> frozenset[str]:
         "compare 'model' ranks the weights of all blocks together": recipe.compare == "model",
     }
     found = [fault for fault, applies in faults.items() if applies]
+    if recipe.unit.row.whole_model:
+        found.append(f"unit {recipe.unit.word} {recipe.unit.row.whole_model}")
     for choice in recipe.choices:
         if choice.row.whole_model:
             found.append(f"{choice.arrow} {choice.word} {choice.row.whole_model}")
@@ -281,5 +283,6 @@ def _finish(
         )
     seconds = time.perf_counter() - begin
     outcome = Outcome(plan.sparsity, recipe.pattern, saved.zeros, saved.total, seconds)
-    check_reached(outcome, recipe, UNITS[recipe.unit].groups(plan.layers), plan.ratios)
+    groups = weight_groups(plan.layers)
+    check_reached(outcome, recipe, groups, plan.ratios)
     return outcome

@@ -10,7 +10,7 @@ from typing import Any
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.recipes.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, published_of
 from prunezero.pruning.testbed import Testbed, beginning
 from prunezero.searching.evaluation.archive import Archive, check_archive
 from prunezero.searching.evaluation.evaluator import Evaluator
@@ -81,7 +81,7 @@ def make_task(config: SearchConfig) -> Task:
             f"none of the {len(start)} rules to start from can be written in search space "
             f"'{task.space.name}'; leave them out, or choose another space"
         )
-    published = [Recipe.load(name).criterion for name in published_recipes()]
+    published = [recipe.criterion for recipe in published_of("weight")]
     # Simplest first: of formulas with equal masks the first one stands for all.
     published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
     first = [] if config.from_scratch else [Rule(criterion) for criterion in published]

@@ -23,7 +23,7 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import GROUPS
-from tests.tiny_models import FAMILIES, tiny_network
+from tests.tiny_models import FAMILIES, tiny_model, tiny_network
 
 WEIGHT = UNITS["weight"]
 # A domain in which rows alone are ranked, and a word may look at nothing but the sum of one.
@@ -40,10 +40,11 @@ def test_every_kind_finds_its_groups_its_edit_and_its_baselines(kind: UnitKind) 
     assert UNITS[kind.word] is kind and kind.meaning
     assert kind.domain is DOMAINS[kind.domain.name]
     assert set(kind.baselines) <= set(published_recipes())
-    assert all(Recipe.load(name).unit == kind.word for name in kind.baselines)
+    assert all(Recipe.load(name).unit.word == kind.word for name in kind.baselines)
     kind.domain.refuse(Criterion.parse(kind.reference))
     assert isinstance(kind.edit, Edit)
-    groups = kind.groups(find_linears(tiny_network("llama")))
+    model = tiny_model("llama")
+    groups = kind.groups(find_linears(model.model), model)
     assert groups and all(group.kind == kind.word for group in groups)
     assert all(set(group.cost) <= set(MEASURES) for group in groups)
     for axes in kind.compare.values():

@@ -85,7 +85,7 @@ def test_plain_yaml_reads_as_it_looks(tmp_path: Path) -> None:
         ("name: ''\n", "name"),
         ("name: x\ntargets: q_proj\n", "targets"),
         ("name: x\ntargets: [q_proj, 3]\n", "targets"),
-        ("name: x\nunit: neuron\n", "unit"),
+        ("name: x\nunit: nerve\n", "unit"),
         ("name: x\nprovenance: text\n", "provenance"),
     ],
 )

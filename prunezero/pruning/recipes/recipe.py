@@ -30,13 +30,11 @@ from prunezero.errors import (
     CriterionError,
     PruneZeroError,
     RecipeError,
-    did_you_mean,
     reason,
 )
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES, costliest
 from prunezero.models.anatomy.patterns import fitting
-from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
     MOST_WORDS,
@@ -56,8 +54,11 @@ from prunezero.pruning.recipes.words import (
     Permute,
     Recover,
     Schedule,
+    Unit,
+    UnitWord,
     Update,
     chosen,
+    chosen_unit,
 )
 from prunezero.scoring.request import parse_pattern
 
@@ -106,9 +107,9 @@ class Recipe(BaseModel):
     criterion: Formula
     # formulas of some layers instead: full name, last parts of it, or re:PATTERN; none fits two
     criteria: Annotated[dict[LayerPattern, Formula], MOST_WORDS] = Field(default_factory=dict)
-    # what may be removed, one of UNITS
-    unit: str = "weight"
-    # which weights compete: row, layer, model or N columns
+    # what may be removed, one of UNITS, with its numbers
+    unit: UnitWord = chosen_unit("weight")
+    # which weights compete: row, layer, model or N columns; of units: group or model
     compare: str = "row"
     # how much each layer loses
     allocate: Allocate = chosen("allocate", "uniform")
@@ -154,19 +155,14 @@ class Recipe(BaseModel):
         check_provenance(value)
         return value
 
-    @field_validator("unit")
-    @classmethod
-    def _known_unit(cls, value: str) -> str:
-        if value not in UNITS:
-            near = did_you_mean(value, UNITS) or "."
-            raise ValueError(f"'{value}' is no kind of unit{near} Known: {', '.join(UNITS)}")
-        return value
-
     @field_validator("compare")
     @classmethod
     def _known_group(cls, value: str, info: ValidationInfo) -> str:
-        kind = UNITS.get(info.data.get("unit", ""))
-        return value if kind is None else checked(partial(kind.axes_of, pattern="free"), value)
+        unit = info.data.get("unit")
+        if not isinstance(unit, Unit):
+            # It was refused already.
+            return value
+        return checked(partial(unit.row.axes_of, pattern="free"), value)
 
     @field_validator("pattern")
     @classmethod
@@ -175,7 +171,12 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _fits_its_unit(self) -> Recipe:
-        kind = UNITS[self.unit]
+        kind = self.unit.row
+        if self.criteria and kind.domain.name != "matrix":
+            raise ValueError(
+                f"criteria: they rank single weights of some layers, so unit: {kind.word} has one "
+                "criterion for all"
+            )
         try:
             competing = kind.axes_of(self.compare, self.pattern)
             for criterion in self.formulas:
@@ -196,16 +197,16 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _speaks_of_its_unit(self) -> Recipe:
         for choice in self.choices:
-            if self.unit not in choice.row.units:
+            if self.unit.word not in choice.row.units:
                 raise ValueError(
                     f"{choice.arrow}: {choice.word} is for unit {', '.join(choice.row.units)}, not "
-                    f"for {self.unit}"
+                    f"for {self.unit.word}"
                 )
         for name in dict.fromkeys(name for one in self.formulas for name in one.features):
             kinds = FEATURES[name].kinds
-            if kinds and self.unit not in kinds:
+            if kinds and self.unit.word not in kinds:
                 raise ValueError(
-                    f"feature {name} is for unit {', '.join(kinds)}, not for {self.unit}"
+                    f"feature {name} is for unit {', '.join(kinds)}, not for {self.unit.word}"
                 )
         return self
 
@@ -352,6 +353,12 @@ def folder(name: Literal["baselines", "search_spaces"]) -> Path:
     package = Path(__file__).resolve().parents[2]
     installed = package / name
     return installed if installed.is_dir() else package.parent / name
+
+
+def published_of(unit: str) -> list[Recipe]:
+    """The recipes of `baselines/` that remove such units, in the order of their names."""
+    found = map(Recipe.load, published_recipes())
+    return [recipe for recipe in found if recipe.unit.word == unit]
 
 
 def published_recipes() -> dict[str, Path]:

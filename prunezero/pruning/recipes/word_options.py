@@ -23,10 +23,40 @@ class Options(BaseModel):
     def _list_as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What they say of every group of units, by the fields of `Group`."""
+        return {}
+
     @classmethod
     def described(cls) -> list[str]:
         """One line for each number: its usual value, its range, and what it does."""
         return [_described(name, field) for name, field in cls.model_fields.items()]
+
+
+class Neurons(Options):
+    """How the neurons of one MLP are scored, and how many stay."""
+
+    members: Literal["consumer", "producers", "all"] = Field(
+        default="consumer",
+        description="matrices whose part of a unit is scored: the one that reads it, those that "
+        "make it, or all",
+    )
+    combine: Literal["sum", "mean", "max"] = Field(
+        default="sum", description="how scores of several matrices become one"
+    )
+    least: int = Field(default=1, ge=1, le=10**6, description="units of a group that stay anyway")
+    multiple_of: int = Field(
+        default=1,
+        ge=1,
+        le=10**6,
+        description="units that stay are a multiple of this, so fewer go",
+    )
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """How many units of each group stay anyway, and of what they are a multiple."""
+        return {"least": self.least, "multiple_of": self.multiple_of}
 
 
 class Owl(Options):

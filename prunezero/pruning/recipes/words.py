@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator, PlainSerializer, ValidationError, WithJsonSchema
 from pydantic.fields import FieldInfo
 
 from prunezero.errors import did_you_mean
+from prunezero.pruning.kinds import UNITS, UnitKind
 from prunezero.pruning.recipes.documents import fault_in_words
 from prunezero.pruning.recipes.word_options import (
     Admm,
@@ -75,6 +76,8 @@ class Word:
         return found
 
 
+# Words that mean the same whatever is removed.
+_EVERY = frozenset(UNITS)
 _GRAM = frozenset({"gram"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
 _ALL_BLOCKS = "looks at all blocks before the first is pruned"
@@ -87,6 +90,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "every layer loses the same fraction",
             "allocation:uniform",
             is_usual=True,
+            units=_EVERY,
         ),
         "owl": Word(
             Owl,
@@ -114,7 +118,11 @@ WORDS: dict[str, dict[str, Word]] = {
     },
     "update": {
         "none": Word(
-            Options, "weights that stay are not changed", "updates.mend:keep", is_usual=True
+            Options,
+            "weights that stay are not changed",
+            "updates.mend:keep",
+            is_usual=True,
+            units=_EVERY,
         ),
         "obs": Word(
             Options,
@@ -144,6 +152,7 @@ WORDS: dict[str, dict[str, Word]] = {
             order=3,
             sees_dense=True,
             needs_biases=True,
+            units=_EVERY,
         ),
         "swaps": Word(
             Swaps,
@@ -163,7 +172,13 @@ WORDS: dict[str, dict[str, Word]] = {
         ),
     },
     "permute": {
-        "none": Word(Options, "channels stay in their order", "permutation:stay", is_usual=True),
+        "none": Word(
+            Options,
+            "channels stay in their order",
+            "permutation:stay",
+            is_usual=True,
+            units=_EVERY,
+        ),
         "heuristic": Word(
             Permutation,
             "channels are dealt out to groups by importance",
@@ -178,7 +193,9 @@ WORDS: dict[str, dict[str, Word]] = {
         ),
     },
     "schedule": {
-        "one-shot": Word(Options, "one pruning step", "schedule:one_shot", is_usual=True),
+        "one-shot": Word(
+            Options, "one pruning step", "schedule:one_shot", is_usual=True, units=_EVERY
+        ),
         "iterative": Word(
             Iterative,
             "several pruning steps of growing sparsity",
@@ -187,7 +204,7 @@ WORDS: dict[str, dict[str, Word]] = {
         ),
     },
     "recover": {
-        "none": Word(Options, "no training", "recovery:no_training", is_usual=True),
+        "none": Word(Options, "no training", "recovery:no_training", is_usual=True, units=_EVERY),
         "tune": Word(
             Tune,
             "short fine-tuning with the mask held",
@@ -202,7 +219,7 @@ WORDS: dict[str, dict[str, Word]] = {
 
 # Choices that are a word or a number alone, for those who ask what there is.
 PLAIN_WORDS = {
-    "compare": GROUPS,
+    "compare": {**GROUPS, "group": "units of one place, such as the neurons of one MLP"},
     "pattern": {
         "free": "zeros may stand anywhere",
         "N:M": "N of every M neighbouring weights are kept, such as 2:4",
@@ -239,9 +256,45 @@ class Choice:
     @property
     def text(self) -> str:
         """The word, and in brackets the numbers that are not the usual ones."""
-        changed = self.options.model_dump(exclude_defaults=True)
-        numbers = ", ".join(f"{key} {value}" for key, value in changed.items())
-        return f"{self.word} ({numbers})" if numbers else self.word
+        return _with_numbers(self.word, self.options)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a recipe removes, with its numbers."""
+
+    word: str
+    options: Options
+
+    @property
+    def row(self) -> UnitKind:
+        """All that is known of such units."""
+        return UNITS[self.word]
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is what recipes have that say nothing."""
+        return self == Unit("weight", Options())
+
+    @property
+    def text(self) -> str:
+        """The word, and in brackets the numbers that are not the usual ones."""
+        return _with_numbers(self.word, self.options)
+
+
+def _with_numbers(word: str, options: Options) -> str:
+    changed = options.model_dump(exclude_defaults=True)
+    numbers = ", ".join(f"{key} {value}" for key, value in changed.items())
+    return f"{word} ({numbers})" if numbers else word
+
+
+class _Row(Protocol):
+    """A row of a table of words, as far as reading one needs to know it."""
+
+    @property
+    def options(self) -> type[Options]:
+        """The numbers that go with the word."""
+        ...
 
 
 def chosen(arrow: str, value: object) -> Choice:
@@ -252,6 +305,20 @@ def chosen(arrow: str, value: object) -> Choice:
     """
     if isinstance(value, Choice):
         return value
+    return Choice(arrow, *_read(value, WORDS[arrow], "not a known word"))
+
+
+def chosen_unit(value: object) -> Unit:
+    """The unit that a recipe spells.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    return value if isinstance(value, Unit) else Unit(*_read(value, UNITS, "no kind of unit"))
+
+
+def _read(value: object, rows: Mapping[str, _Row], what: str) -> tuple[str, Options]:
+    """The word and the numbers that a value spells."""
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
@@ -260,18 +327,18 @@ def chosen(arrow: str, value: object) -> Choice:
             f"but got {value!r}"
         )
     ((word, numbers),) = value.items()
-    if word not in WORDS[arrow]:
-        near = did_you_mean(str(word), WORDS[arrow]) or "."
-        raise ValueError(f"'{word}' is not a known word{near} Known: {', '.join(WORDS[arrow])}")
+    if word not in rows:
+        near = did_you_mean(str(word), rows) or "."
+        raise ValueError(f"'{word}' is {what}{near} Known: {', '.join(rows)}")
     try:
-        return Choice(arrow, word, WORDS[arrow][word].options.model_validate(numbers or {}))
+        return word, rows[word].options.model_validate(numbers or {})
     except ValidationError as error:
-        known = WORDS[arrow][word].options.model_fields
+        known = rows[word].options.model_fields
         faults = "; ".join(_fault(word, fault, known) for fault in error.errors())
         raise ValueError(faults) from error
 
 
-def spelled(choice: Choice) -> str | dict[str, Any]:
+def spelled(choice: Choice | Unit) -> str | dict[str, Any]:
     """How a recipe file spells a choice."""
     numbers = choice.options.model_dump(mode="json", exclude_defaults=True)
     return {choice.word: numbers} if numbers else choice.word
@@ -329,4 +396,5 @@ Allocate = Annotated[Choice, *_field(lambda value: chosen("allocate", value), sp
 Permute = Annotated[Choice, *_field(lambda value: chosen("permute", value), spelled)]
 Schedule = Annotated[Choice, *_field(lambda value: chosen("schedule", value), spelled)]
 Recover = Annotated[Choice, *_field(lambda value: chosen("recover", value), spelled)]
+UnitWord = Annotated[Unit, *_field(chosen_unit, spelled)]
 Update = Annotated[tuple[Choice, ...], *_field(chain, spelled_chain)]

@@ -111,7 +111,15 @@ def write_kernel(recipe: Recipe, path: Path) -> None:
 
 
 def refuse_several(recipe: Recipe) -> None:
-    """Raise OutputError where a recipe has formulas of some layers beside the one of all others."""
+    """Raise OutputError where a recipe has formulas of some layers beside the one of all others.
+
+    Or where its formula is not one of single weights.
+    """
+    if not recipe.unit.is_usual:
+        raise OutputError(
+            f"{recipe.name} has unit: {recipe.unit.text}, but a kernel file scores single weights; "
+            "use `prunezero prune` with the recipe"
+        )
     if recipe.criteria:
         raise OutputError(
             f"{recipe.name} has formulas of its own for {', '.join(recipe.criteria)}, but a kernel "

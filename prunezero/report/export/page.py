@@ -75,7 +75,8 @@ def refuse_unfit(recipe: Recipe) -> None:
 
 def no_page(recipe: Recipe) -> str:
     """Why no page of one dense pass could do what the recipe says; nothing where one can."""
-    found = [f"{choice.arrow}: {choice.text}" for choice in recipe.extras]
+    units = [] if recipe.unit.is_usual else [f"unit: {recipe.unit.text}"]
+    found = units + [f"{choice.arrow}: {choice.text}" for choice in recipe.extras]
     if found:
         return (
             f"{recipe.name} has {', '.join(found)}, which a one-page pruner cannot follow; use "

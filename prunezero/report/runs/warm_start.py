@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prunezero.errors import RecipeError
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.report.runs.summary import find_run, front, read_run, rule_of
 from prunezero.searching.experiment.rule import Rule
@@ -28,6 +29,11 @@ def rules_of(source: str, runs_dir: Path) -> list[Rule]:
 
 
 def _rule_of(recipe: Recipe) -> Rule:
+    if recipe.unit.word != "weight":
+        raise RecipeError(
+            f"recipe {recipe.name} removes units of kind {recipe.unit.word}, but a search writes "
+            "formulas of single weights; start from a recipe of those"
+        )
     fields = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     choices = {key: fields[key] for key in (*CHOOSABLE, "criteria") if key in fields}
     return Rule(recipe.criterion, choices)

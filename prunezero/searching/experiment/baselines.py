@@ -9,7 +9,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.ranking import ranking_form
 from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
-from prunezero.pruning.recipes.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import Recipe, published_of
 from prunezero.pruning.testbed import with_choices
 from prunezero.scoring.second_order import DAMPING
 from prunezero.searching.experiment.rule import Rule
@@ -109,10 +109,9 @@ def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:
         return None
     compare = task.competing({"compare": own.compare})
     mine = ranking_form(own.criterion.sympy, compare)
-    for name in published_recipes():
-        recipe = Recipe.load(name)
+    for recipe in published_of("weight"):
         competes_alike = not task.competes_freely or recipe.compare == compare
         if competes_alike and not recipe.extras:
             if ranking_form(recipe.criterion.sympy, compare) == mine:
-                return name
+                return recipe.name
     return None
