@@ -78,29 +78,42 @@ def _recipes(runs_dir: Path) -> Rows:
 def _around(recipe: Recipe) -> list[str]:
     """What a recipe chooses beside its formula and group, where it is not the usual."""
     walk = ["sequential"] if recipe.statistics == "sequential" else []
-    return [*(choice.text for choice in recipe.extras), *walk]
+    unit = [] if recipe.unit.is_usual else [f"unit {recipe.unit.text}"]
+    return [*unit, *(choice.text for choice in recipe.extras), *walk]
 
 
 def _choices(runs_dir: Path) -> Rows:
     from prunezero.pruning.kinds import UNITS
     from prunezero.pruning.recipes.words import PLAIN_WORDS, WORDS
 
-    units = {word: kind.meaning for word, kind in UNITS.items()}
     plain = [
         {"key": key, "word": word, "meaning": meaning, "numbers": ""}
-        for key, words in {"unit": units, **PLAIN_WORDS}.items()
+        for key, words in PLAIN_WORDS.items()
         for word, meaning in words.items()
     ]
-    return plain + [
+    units = [
         {
-            "key": key,
+            "key": "unit",
             "word": word,
-            "meaning": row.meaning,
-            "numbers": "\n".join(row.options.described()),
+            "meaning": kind.meaning,
+            "numbers": "\n".join(kind.options.described()),
         }
-        for key, words in WORDS.items()
-        for word, row in words.items()
+        for word, kind in UNITS.items()
     ]
+    return (
+        units
+        + plain
+        + [
+            {
+                "key": key,
+                "word": word,
+                "meaning": row.meaning,
+                "numbers": "\n".join(row.options.described()),
+            }
+            for key, words in WORDS.items()
+            for word, row in words.items()
+        ]
+    )
 
 
 def _spaces(runs_dir: Path) -> Rows:
@@ -134,6 +147,7 @@ def _features(runs_dir: Path) -> Rows:
             "meaning": row.meaning,
             "shape": row.shape,
             "unit": row.unit,
+            "of": " or ".join(row.domains),
             "needs": row.cost,
         }
         for row in FEATURES.values()

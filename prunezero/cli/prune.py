@@ -33,11 +33,13 @@ from prunezero.errors import OutputError
 
 if TYPE_CHECKING:
     from prunezero.models.anatomy.linears import Linear
+    from prunezero.models.editing.selection import Selection
     from prunezero.models.saving.save import SavedSparsity
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.testbed import Testbed
 
 PATTERN_LINE = "Zeros do not make a model smaller or faster unless its kernels use the pattern."
+PADDED_LINE = "Zeros in the place of units take as much room and time as what stood there."
 FIRST_LINE = "Free-form zeros do not make a model smaller or faster by themselves."
 
 
@@ -65,6 +67,12 @@ def prune(
             help="Such as 900MiB: prune from files to files, one block in memory.",
         ),
     ] = None,
+    padded: Annotated[
+        bool,
+        typer.Option(
+            "--padded", help="Save units that go as zeros, tensors at the size of the dense model."
+        ),
+    ] = False,
     json_file: JsonFile = None,
     sequence_length: SequenceLength = 256,
     calibration_tokens: CalibrationTokens = 8192,
@@ -76,7 +84,9 @@ def prune(
     r"""Prune a model by a recipe, measure it, and save it as a plain transformers folder.
 
     The folder holds dense safetensors with exact zeros, so every loader takes it, a model card,
-    the recipe and a report. Its sparsity is counted again from the files.
+    the recipe and a report. Its sparsity is counted again from the files. Recipes that remove
+    neurons make tensors smaller instead; where layers would differ in width, which plain
+    transformers cannot load, `--padded` saves zeros at full size.
 
     With a memory limit, weights are read and written block by block; what a stopped run has done
     waits beside the output, and the same command goes on there. So it is with recipes of several
@@ -90,6 +100,8 @@ def prune(
         prunezero prune --model demo --recipe runs/first/recipe.yaml --pattern 2:4 --output pruned
 
         prunezero prune --model demo --recipe ria --sparsity 0.5 --ignore "re:layers\.0\."
+
+        prunezero prune --model demo --recipe wanda_sp --sparsity 0.2 --output smaller
 
         prunezero prune --model ./7b --recipe wanda --sparsity 0.5 --memory-limit 6GiB --output out
     """
@@ -122,7 +134,7 @@ def prune(
     if limit is None:
         with waiting(f"loading {model}"):
             testbed = set_up(model, text, settings, dtype=dtype, device=device)
-        row = _prune_in_memory(testbed, chosen, fraction, output, faults)
+        row = _prune_in_memory(testbed, chosen, fraction, output, faults, padded=padded)
     else:
         from prunezero.cli.streamed import open_files, prune_files
 
@@ -131,7 +143,10 @@ def prune(
         with waiting(f"opening {model}"):
             streamed, testbed = open_files(model, text, settings, dtype=dtype, device=device)
         row = prune_files(streamed, testbed, chosen, fraction, output, limit)
-    say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
+    if chosen.unit.is_usual:
+        say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
+    elif padded:
+        say(PADDED_LINE)
     with _noted(faults):
         options.write_json({"model": model, "text": text, **row}, json_file)
     if faults:
@@ -144,6 +159,8 @@ def _prune_in_memory(
     sparsity: float,
     output: Path | None,
     faults: list[OutputError],
+    *,
+    padded: bool,
 ) -> dict[str, Any]:
     """Prune, measure, print, and save where an output is named; returns the pruned row.
 
@@ -161,13 +178,16 @@ def _prune_in_memory(
     from prunezero.models.saving.save import check_names, saved_bytes
     from prunezero.pruning.compare import SPLITS, RecipeRunner
     from prunezero.pruning.reordering import Reordering
-    from prunezero.pruning.requirements import check_recipe, dense_sums
+    from prunezero.pruning.requirements import check_recipe, dense_sums, refuse_unequal_widths
 
     name = testbed.language_model.name
     say_about([testbed])
     layers = check_recipe(testbed.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
     reordering = Reordering(testbed.language_model, recipe, layers)
+    is_smaller = output is not None and recipe.unit.row.edit.makes_smaller and not padded
+    if is_smaller:
+        refuse_unequal_widths(testbed.language_model, recipe, sparsity)
     if output is not None:
         check_names(testbed.language_model, moves=reordering.moves)
         check_room(output, saved_bytes(testbed.language_model), "the pruned model")
@@ -184,8 +204,13 @@ def _prune_in_memory(
     console.print(results_table(rows, f"{recipe.name} on {name}"))
     say_conditions(rows, name, [testbed])
     if output is not None:
+        selection = runner.outcome.selection if is_smaller and runner.outcome else None
         with _noted(faults):
-            rows[-1]["sparsity_reached"] = _save(testbed, recipe, rows, layers, output)
+            if selection is None:
+                reached = _save(testbed, recipe, rows, layers, output)
+                rows[-1] |= {"sparsity_reached": reached} if recipe.unit.is_usual else {}
+            else:
+                _save_smaller(testbed, recipe, rows, selection, output)
             if steps is not None:
                 shutil.rmtree(steps, ignore_errors=True)
     return rows[-1]
@@ -217,6 +242,36 @@ def _save(
         "are zero, counted from the files"
     )
     return saved.sparsity
+
+
+def _save_smaller(
+    testbed: Testbed,
+    recipe: Recipe,
+    rows: Sequence[dict[str, Any]],
+    selection: Selection,
+    output: Path,
+) -> None:
+    """Save what is on the testbed without the units that went, and print what became smaller.
+
+    Raises:
+        OutputError: it is not in the output; the message says where it is.
+    """
+    from prunezero.cli.rescue import saved_or_kept
+    from prunezero.cli.tables import say
+    from prunezero.models.saving.save import saved_bytes
+    from prunezero.report.export.saved_model import SavedUnits, save_smaller
+
+    def save(folder: Path) -> SavedUnits:
+        return save_smaller(testbed, recipe, rows, selection, folder)
+
+    saved = saved_or_kept(save, output, saved_bytes(testbed.language_model))
+    row = rows[-1]
+    say(
+        f"saved to {output}: {row['units_removed']} of {row['units']} {row['unit']}s are gone; "
+        f"{saved.stored:,} numbers in the files, {saved.costs.parameters:,} of "
+        f"{saved.dense.parameters:,} parameters and {saved.costs.flops / saved.dense.flops:.1%} of "
+        "the FLOPs are left"
+    )
 
 
 @contextmanager

@@ -42,6 +42,7 @@ SECONDS_OF_SILENCE = 30.0
 _COLUMNS = {
     "recipe": "recipe",
     "sparsity_reached": "sparsity",
+    "removed": "removed",
     "search_perplexity": "search",
     "validation_perplexity": "validation",
     "test_perplexity": "test",
@@ -52,7 +53,7 @@ _COLUMNS = {
 
 def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "") -> Table:
     """Rows of results; the best pruned one on split `best` is bold."""
-    shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
+    shown = [key for key in _COLUMNS if _is_told(key, rows)]
     table = Table(title=title)
     for key in shown:
         table.add_column(_COLUMNS[key], justify="left" if key == "recipe" else "right")
@@ -62,6 +63,13 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
         style = "bold" if row is winner else None
         table.add_row(*(_with_rounding(key, row) for key in shown), style=style)
     return table
+
+
+def _is_told(key: str, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether some row says something; of the dense model nothing is worth saying of what went."""
+    pruned = [row for row in rows if row["recipe"] != "dense"]
+    asked = pruned if key == "sparsity_reached" and pruned else rows
+    return any(row.get(key) is not None for row in asked)
 
 
 def _with_rounding(key: str, row: Mapping[str, Any]) -> str:
@@ -137,7 +145,7 @@ def cell(key: str, value: Any) -> str:
         return "-"
     if key.endswith("perplexity"):
         return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
-    if key == "sparsity_reached":
+    if key in ("sparsity_reached", "removed"):
         return f"{100 * value:.2f} %"
     if key == "kl":
         return f"{value:.4f}"

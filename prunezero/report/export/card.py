@@ -12,6 +12,8 @@ COLUMNS = {
     "model": "Model",
     "method": "Method",
     "sparsity": "Sparsity",
+    "removed": "Removed",
+    "removed_of": "Of",
     "pattern": "Pattern",
     "sequence_length": "Sequence length (tokens)",
     "windows_begin_with": "Windows begin with",
@@ -21,6 +23,10 @@ COLUMNS = {
     "search_perplexity": "Search perplexity",
     "kl": "KL to dense (nats)",
 }
+ZEROS_TAKE_ROOM = (
+    "Zeros do not make a model smaller or faster by themselves: the files keep the size of the "
+    "dense model, and ordinary kernels multiply by the zeros."
+)
 # A hub id has one slash and these letters; anything else is a folder of the author's machine.
 HUB_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./")
 
@@ -34,6 +40,8 @@ def model_card(
     recipe: str = "",
     license_id: str = "",
     note: str = "",
+    size: str = ZEROS_TAKE_ROOM,
+    unit: str = "weight",
 ) -> str:
     """The card's text: front matter of the model hub, then the report.
 
@@ -45,13 +53,15 @@ def model_card(
         recipe: the recipe's YAML, shown whole.
         license_id: the base model's license when it is known, such as "apache-2.0".
         note: Markdown to add at the end.
+        size: what pruning makes of the size of the files, in a sentence or two.
+        unit: what was removed.
     """
+    what = "are exact zeros" if size == ZEROS_TAKE_ROOM else "are gone"
     parts = [
-        _front_matter(base_model, license_id),
-        "Zeros do not make a model smaller or faster by themselves: the files keep the size of the "
-        "dense model, and ordinary kernels multiply by the zeros.",
+        _front_matter(base_model, license_id, is_sparse=unit == "weight"),
+        size,
         f"# {markdown_text(base_model.rstrip('/').split('/')[-1])}, pruned\n\n"
-        "Pruned by prunezero: the weights with the lowest value of this formula are exact zeros."
+        f"Pruned by prunezero: the {unit}s with the lowest value of this formula {what}."
         f"\n\n$$ {criterion.latex} $$\n\nAs text: {markdown_code(criterion.text)}",
     ]
     parts += [
@@ -74,13 +84,13 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _front_matter(base_model: str, license_id: str) -> str:
+def _front_matter(base_model: str, license_id: str, *, is_sparse: bool) -> str:
     import yaml
 
     fields: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pruned", "sparse", "prunezero"],
+        "tags": ["pruned", *(["sparse"] if is_sparse else []), "prunezero"],
     }
     if is_hub_id(base_model):
         fields = {"base_model": base_model, **fields}
@@ -106,6 +116,8 @@ def _cell(key: str, value: Any) -> str:
         return f"{value:.2f}"
     if key == "kl":
         return f"{value:.4f}"
+    if key == "removed":
+        return f"{value:.2%}"
     return (
         f"{value:.0%}"
         if key == "sparsity" and round(value * 100, 6) % 1 == 0

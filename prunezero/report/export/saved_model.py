@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import yaml
 
 from prunezero.errors import OutputError
 from prunezero.models.anatomy.linears import Linear
+from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.slicing import cuts_of, refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
-from prunezero.models.loading.source import Source
+from prunezero.models.loading.shards import Shards
+from prunezero.models.loading.source import Source, names_in_files
 from prunezero.models.saving.companions import places_of_companions
 from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
 from prunezero.pruning.compare import finite_row
@@ -21,7 +25,7 @@ from prunezero.pruning.costs import Costs, model_costs
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.streamed import FILES_BESIDE
 from prunezero.pruning.testbed import Testbed
-from prunezero.report.export.card import model_card
+from prunezero.report.export.card import ZEROS_TAKE_ROOM, model_card
 from prunezero.scoring.masking import count_zeros
 
 
@@ -30,6 +34,8 @@ def files_beside(
     recipe: Recipe,
     rows: Sequence[Mapping[str, Any]],
     costs: Costs | None = None,
+    *,
+    dense_costs: Costs | None = None,
 ) -> dict[str, str]:
     """What we put beside the weights of a pruned model, text by the names of `FILES_BESIDE`.
 
@@ -37,12 +43,14 @@ def files_beside(
         language_model: its name and source count; the card keeps the licence of that.
         rows: results of the dense and of the pruned model.
         costs: what the pruned model takes; None where it is not in memory as a whole.
+        dense_costs: what the dense model takes, where the pruned one is really smaller.
     """
     model = language_model.name
     plain = [finite_row(row) for row in rows]
     results = [{**row, "method": row["recipe"], "model": model} for row in plain]
     licence, note = _terms(language_model.source)
-    report = {"rows": plain} | ({} if costs is None else {"costs": asdict(costs)})
+    told = {"costs": costs, "dense_costs": dense_costs}
+    report = {"rows": plain} | {key: asdict(one) for key, one in told.items() if one is not None}
     return {
         "README.md": model_card(
             model,
@@ -52,10 +60,25 @@ def files_beside(
             recipe=recipe.to_yaml(),
             license_id=licence,
             note=note,
+            size=_size(costs, dense_costs),
+            unit=recipe.unit.word,
         ),
         "recipe.yaml": recipe.to_yaml(),
         "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
     }
+
+
+def _size(costs: Costs | None, dense: Costs | None) -> str:
+    """What pruning made of the size of a model, in a sentence or two."""
+    if costs is None or dense is None:
+        return ZEROS_TAKE_ROOM
+    less = 1 - costs.parameters / dense.parameters
+    return (
+        f"This model is smaller than the dense one: {costs.parameters:,} parameters of "
+        f"{dense.parameters:,} ({less:.1%} fewer), {costs.flops / 1e6:,.1f} million floating-point "
+        f"operations for each token of {dense.flops / 1e6:,.1f}. It holds no zeros in the place of "
+        "what went, and any version of transformers that loads the dense model loads it."
+    )
 
 
 def _terms(source: Source | None) -> tuple[str, str]:
@@ -100,3 +123,62 @@ def save_pruned(
             f"model has {in_memory}; please report this"
         )
     return saved
+
+
+@dataclass(frozen=True)
+class SavedUnits:
+    """What a folder holds of a model that is really smaller."""
+
+    costs: Costs
+    """of the saved model"""
+    dense: Costs
+    """of the model before"""
+    stored: int
+    """numbers in the files, counted there"""
+
+
+def save_smaller(
+    testbed: Testbed,
+    recipe: Recipe,
+    rows: Sequence[dict[str, Any]],
+    smaller: Selection,
+    folder: Path,
+) -> SavedUnits:
+    """Save the model on the testbed without the units that went, once it is sure to be the same.
+
+    Args:
+        rows: results of the dense and of the pruned model, whose units are zeros in memory.
+        smaller: units that stay.
+
+    Raises:
+        ModelError: no configuration has such widths, or the smaller model computes otherwise.
+        OutputError: the folder cannot be written, or the files do not hold what they should.
+    """
+    model = testbed.language_model
+    window = testbed.windows("validation")[:1]
+    dense = model_costs(model, window)
+    refuse_other_logits(model, smaller, window.to(model.device))
+    with sliced(model, smaller):
+        costs = model_costs(model, window)
+    files = files_beside(model, recipe, rows, costs, dense_costs=dense)
+    save_model(model, folder, files=files, smaller=smaller)
+    return SavedUnits(costs, dense, _stored(model, smaller, folder))
+
+
+def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
+    """Numbers in the files of a saved model, whose smaller tensors were looked at.
+
+    Raises:
+        OutputError: one is not of the size that it should be.
+    """
+    tensors = Shards(folder).tensors
+    names = names_in_files(model.model, tensors)
+    for name, cut in cuts_of(smaller).items():
+        wanted = list(model.model.get_parameter(name).shape)
+        wanted[cut.axis] = len(cut.kept)
+        have = list(tensors[names[name]].shape) if name in names else None
+        if have != wanted:
+            raise OutputError(
+                f"{folder} holds '{name}' with shape {have}, not {wanted}; please report this"
+            )
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())

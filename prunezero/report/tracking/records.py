@@ -28,6 +28,8 @@ METRIC_NAMES = {
     "kl": "eval/kl",
     "layer_error": "eval/layer_error",
     "sparsity_reached": "mask/sparsity",
+    "removed": "units/removed",
+    "units_removed": "units/count_removed",
     "seconds": "cost/seconds",
     "complexity": "formula/complexity",
 }
@@ -37,6 +39,8 @@ PARAM_NAMES = (
     "fingerprint",
     "complexity",
     "signal",
+    "unit",
+    "removed_of",
     "compare",
     "pattern",
     "allocate",

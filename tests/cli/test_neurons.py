@@ -1,0 +1,116 @@
+"""`prunezero prune` takes neurons out of a model, or says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from prunezero.errors import ModelError, PruneZeroError, RecipeError
+from prunezero.pruning import prune as pruning
+from prunezero.pruning.recipes.recipe import Recipe
+from tests.cli.conftest import Run, flat
+
+
+def test_prune_saves_a_smaller_model_and_says_what_is_gone(run: Run) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = run("prune MODEL --recipe wanda_sp --sparsity 0.2 --output out --json o.json")
+    assert result.exit_code == 0, result.output
+    assert "24 of 128 neurons are gone" in flat(result.output)
+    assert "removed" in result.output and "18.75 %" in result.output
+    assert "sparsity" not in result.output and "zeros do not make" not in result.output.lower()
+    row = json.loads(Path("o.json").read_text())
+    assert (row["removed"], row["units_removed"], row["sparsity_reached"]) == (0.1875, 24, None)
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert model.config.intermediate_size == 52
+    assert Recipe.load(Path("out/recipe.yaml")).name == "wanda_sp"
+
+
+def test_without_an_output_neurons_are_removed_for_the_measurement(run: Run) -> None:
+    result = run("prune MODEL --recipe flap --sparsity 0.2 --json o.json")
+    assert result.exit_code == 0, result.output
+    row = json.loads(Path("o.json").read_text())
+    assert (row["compare"], row["update"], row["units"]) == ("model", "bias", 128)
+    assert row["removed"] == 25 / 128
+
+
+def test_unequal_widths_are_refused_before_the_work_and_saved_at_full_size_on_request(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pruning, "prune_layers", None)
+        refused = run("prune MODEL --recipe flap --sparsity 0.2 --output out")
+        assert isinstance(refused.exception, RecipeError)
+        assert "layers keep unequal numbers of neurons" in str(refused.exception)
+        part = run(
+            "prune MODEL --recipe wanda_sp --sparsity 0.2 --targets re:layers.0. --output out"
+        )
+        assert isinstance(part.exception, ModelError)
+        assert "plain transformers needs one width for all layers" in str(part.exception)
+    assert not os.path.exists("out")
+    result = run("prune MODEL --recipe flap --sparsity 0.2 --padded --output out")
+    assert result.exit_code == 0, result.output
+    assert "take as much room and time" in flat(result.output)
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert model.config.intermediate_size == 64 and model.config.mlp_bias
+    gone = sum(int((block.mlp.gate_proj.weight == 0).all(1).sum()) for block in model.model.layers)
+    assert gone == 25
+    card = Path("out/README.md").read_text()
+    assert "Zeros do not make a model smaller" in card
+    assert "the neurons with the lowest value of this formula are exact zeros" in card
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("prune MODEL --sparsity 0.2 --memory-limit 900MiB --output out", "unit neuron takes rows"),
+        ("prune MODEL --pattern 2:4", "pattern: 2:4 says nothing of unit: neuron"),
+        ("prune MODEL --sparsity 0.2 --allocate owl", "allocate: owl is for unit weight"),
+        ("prune MODEL --sparsity 0.2 --targets q_proj", "is part of an MLP, so no neuron can go"),
+        ("prune MODEL --sparsity 0.2 --ignore up_proj", "takes a part of it along"),
+        ("export --output page.py", "which a one-page pruner cannot follow"),
+        ("export --kernel page.py", "a kernel file scores single weights"),
+    ],
+)
+def test_what_cannot_be_done_to_neurons_is_said_in_one_sentence(
+    command: str, said: str, run: Run
+) -> None:
+    result = run(f"{command} --recipe wanda_sp")
+    assert isinstance(result.exception, PruneZeroError), result.output
+    assert said in str(result.exception)
+    assert not os.listdir()
+
+
+def test_a_search_does_not_start_from_neurons(run: Run) -> None:
+    result = run("search MODEL --sparsity 0.5 --budget 4 --start-from wanda_sp --name it")
+    assert isinstance(result.exception, RecipeError)
+    assert "a search writes formulas of single weights" in str(result.exception)
+
+
+def test_compare_shows_units_and_weights_in_columns_of_their_own(run: Run) -> None:
+    result = run("compare MODEL --recipes wanda,neuron_magnitude --sparsity 0.25 --json o.json")
+    assert result.exit_code == 0, result.output
+    dense, weights, units = json.loads(Path("o.json").read_text())["rows"]
+    assert weights["sparsity_reached"] == 0.25 and "removed" not in weights
+    assert units["removed"] == 0.25 and units["sparsity_reached"] is None
+    assert dense["sparsity_reached"] == 0.0
+    assert "sparsity" in result.output and "removed" in result.output
+
+
+def test_the_lists_tell_of_neurons(run: Run) -> None:
+    choices = run("list choices --json c.json")
+    assert choices.exit_code == 0
+    rows = json.loads(Path("c.json").read_text())["choices"]
+    (neuron,) = (row for row in rows if (row["key"], row["word"]) == ("unit", "neuron"))
+    assert "members" in neuron["numbers"] and "multiple_of" in neuron["numbers"]
+    run("list features --json f.json")
+    features = json.loads(Path("f.json").read_text())["features"]
+    assert {row["name"]: row["of"] for row in features}["A"] == "unit"
+    run("list recipes --json r.json")
+    recipes = json.loads(Path("r.json").read_text())["recipes"]
+    assert "unit neuron" in {row["name"]: row["around it"] for row in recipes}["wanda_sp"]
