@@ -88,18 +88,15 @@ def test_a_changed_space_of_the_same_name_is_refused_with_what_changed(
     assert "tournament: 5, now 7" in str(result.exception)
 
 
-def test_a_search_from_before_goes_on_by_all_its_options_and_then_remembers_them(
+def test_a_search_without_its_file_goes_on_by_its_journal_and_then_has_one(
     run: Run, mine: Path
 ) -> None:
     (mine / "search.json").unlink()
-    small_space(Path("small.yaml"))
-    command = "search MODEL --sparsity 0.5 --space small.yaml --name mine --resume --budget 12"
-    refused = run(command)
-    assert isinstance(refused.exception, PruneZeroError) and "seed: 3, now 0" in str(
-        refused.exception
-    )
+    refused = run("search --name mine --resume --budget 12 --seed 0")
+    assert isinstance(refused.exception, PruneZeroError)
+    assert "--seed 3, now 0" in str(refused.exception)
     assert not (mine / "search.json").exists()
-    result = run(f"{command} --seed 3")
+    result = run("search --name mine --resume --budget 12")
     assert result.exit_code == 0, result.exception
     assert json.loads((mine / "search.json").read_text())["seed"] == 3
 

@@ -72,11 +72,10 @@ def _contradiction(before: SearchConfig, key: str, value: Any) -> str:
     if key == "space":
         return _other_space(before, SearchSpace.load(value, signals=before.signals), told)
     if key in ("targets", "ignore"):
-        now = patterns_of(value)
-        return "" if now == was else f"{option} {_listed(was)}, now {value or 'nothing'}"
+        return "" if patterns_of(value) == was else _words_now(option, was, value)
     if key == "also":
         is_same = read_budgets(value) == read_budgets(",".join(was))
-        return "" if is_same else f"{option} {_listed(was)}, now {value or 'nothing'}"
+        return "" if is_same else _words_now(option, was, value)
     if key == "device":
         # Which of several GPUs it is changes no result.
         was, value = was.partition(":")[0], value.partition(":")[0]
@@ -91,6 +90,10 @@ def _other_space(before: SearchConfig, now: SearchSpace, told: str) -> str:
         return told
     was = before.space_content.model_dump(mode="json")
     return differences(was, now.model_dump(mode="json"))
+
+
+def _words_now(option: str, was: Sequence[str], now: str) -> str:
+    return f"{option} {','.join(was) or 'nothing'}, now {now or 'nothing'}"
 
 
 def _listed(names: Sequence[str]) -> str:
