@@ -91,7 +91,7 @@ def measure(
     """Append the rows of one draw of calibration text that the file does not hold yet."""
     conditions = {key: getattr(arguments, key) for key in CONDITIONS}
     known = {place_of(row): row for row in read(path)}
-    missing = {}
+    missing: dict[tuple[Any, ...], tuple[Contender, Row]] = {}
     for recipe in found:
         for one in contenders(recipe):
             head = head_of(one, recipe, settings.seed) | conditions

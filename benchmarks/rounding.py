@@ -171,11 +171,10 @@ def _cells(draws: dict[int, dict[str, float]], seeds: list[int]) -> list[str]:
     for seed in seeds:
         values = [draws[seed].get(order) for order in ORDERS]
         cells.append(", ".join("-" if value is None else f"{value:.2f}" for value in values))
-    pairs = [tuple(draw.values()) for draw in draws.values() if len(draw) == len(ORDERS)]
-    values = [value for draw in draws.values() for value in draw.values()]
-    changes = [abs(first - second) for first, second in pairs]
+    changes = [_change(draw) for draw in draws.values() if len(draw) == len(ORDERS)]
     change = f" (order: {max(changes):.2f})" if changes else ""
-    return [*cells, f"{statistics.fmean(values):.2f}{change}"]
+    mean = statistics.fmean(value for draw in draws.values() for value in draw.values())
+    return [*cells, f"{mean:.2f}{change}"]
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main() -> None:
         if criterion is None:
             continue
         recipe = task.recipe(criterion, "formula")
-        choices = (budget.sparsity, budget.pattern)
+        choices = (budget.amount, budget.pattern)
         try:
             begin = time.perf_counter()
             digest = mask_digest(masks_on(probe, recipe, *choices))
@@ -79,9 +79,9 @@ def main() -> None:
         if digest in seen or weighted > 0.5:
             continue
         seen.add(digest)
-        quick = runner.row(recipe, budget.sparsity, (QUICK_KL,))
+        quick = runner.row(recipe, budget.amount, (QUICK_KL,))
         compared = time.perf_counter()
-        row = runner.row(recipe, budget.sparsity, ("search",))
+        row = runner.row(recipe, budget.amount, ("search",))
         rows.append(
             {
                 "formula": criterion.text,

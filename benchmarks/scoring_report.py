@@ -241,7 +241,7 @@ def draw(rows: list[Row], path: Path) -> None:
         weight="bold",
         color=INK,
     )
-    drawn = {}
+    drawn: dict[str, Any] = {}
     for axes in panels:
         drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncol=3, frameon=False)

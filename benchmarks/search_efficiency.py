@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from efficiency_report import REFERENCE, STRATEGIES, draw, report
 from rows import append, read
@@ -39,8 +39,10 @@ from prunezero.searching.spaces.space import SearchSpace
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 SCRATCH = "-from-scratch"
-KEYS = ("model", "dtype", "text", "pattern", "sparsity", "strategy", "seed", "limit")
-KEYS += ("evaluation_tokens",)
+KEYS = (
+    *("model", "dtype", "text", "pattern", "sparsity", "strategy", "seed", "limit"),
+    "evaluation_tokens",
+)
 # Rows stand in one report where these are the same.
 SETTINGS = ("model", "dtype", "text", "evaluation_tokens")
 
@@ -130,7 +132,7 @@ def run_pattern(
     testbed = set_up(arguments.model, arguments.text, settings, dtype=arguments.dtype)
     # Holds every feature of the reference's space as well, and answers alike for both.
     task = task_of({**missing[0], "strategy": "evolution", "seed": 0}, testbed)
-    name = f"{pattern}-{task.budgets[0].sparsity:g}-{arguments.dtype}".replace(":", "_")
+    name = f"{pattern}-{task.budgets[0].amount:g}-{arguments.dtype}".replace(":", "_")
     folder = arguments.folder / name
     header = conditions(task.config, [testbed]) | {"features": list(task.space.features)}
     journal = Journal(folder / "journal.jsonl", header, resume=True)
@@ -222,7 +224,7 @@ def points(rungs: Counted, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
     for candidate in search(
-        rungs,
+        cast(Rungs, rungs),
         strategy=head["strategy"].removesuffix(SCRATCH),
         max_candidates=limit if is_reference else None,
         stop=lambda: not is_reference and charged() >= limit,

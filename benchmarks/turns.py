@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -37,14 +38,18 @@ class Times:
     """of one call, by repeat"""
 
 
+def _keep(call: Call, kept: list[Any]) -> None:
+    kept.append(call(0))
+
+
 def in_turn(contenders: Mapping[str, Call], device: torch.device, repeats: int) -> dict[str, Times]:
     """The times of every contender, by name."""
     found: dict[str, Times] = {}
     numbers = {name: count(2) for name in contenders}
     for name, call in contenders.items():
         kept: list[Any] = []
-        first = seconds_of(lambda call=call, kept=kept: kept.append(call(0)), device)
-        again = seconds_of(lambda call=call: call(1), device)
+        first = seconds_of(partial(_keep, call, kept), device)
+        again = seconds_of(partial(call, 1), device)
         calls = min(MOST_CALLS, math.ceil(LONG_ENOUGH / max(again, 1e-9)))
         found[name] = Times(first, kept[0], calls)
     names = list(contenders)
