@@ -90,10 +90,7 @@ def sliced(language_model: LanguageModel, selection: Selection) -> Iterator[Slic
     settings_before = {key: getattr(configuration, key) for key in setting}
     before = [(name, model.get_parameter(name)) for name in cuts]
     try:
-        for name, parameter in before:
-            _put(model, name, cuts[name].of(parameter.detach()))
-        for key, value in setting.items():
-            setattr(configuration, key, value)
+        _slice(model, cuts, setting)
         yield Slices(cuts, setting)
     finally:
         for name, parameter in before:
@@ -110,7 +107,10 @@ def remove(language_model: LanguageModel, selection: Selection) -> None:
     """
     model = language_model.model
     cuts = cuts_of(selection)
-    setting = _setting(model, cuts)
+    _slice(model, cuts, _setting(model, cuts))
+
+
+def _slice(model: Any, cuts: Mapping[str, Cut], setting: Mapping[str, int]) -> None:
     for name, cut in cuts.items():
         _put(model, name, cut.of(model.get_parameter(name).detach()))
     for key, value in setting.items():

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from prunezero.errors import PruneZeroError, SearchError, differences, reason
 from prunezero.files.atomic import write_json
 from prunezero.models.anatomy.patterns import patterns_of
+from prunezero.pruning.recipes.documents import fault_in_words
 from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.experiment.budgets import read_budgets
 from prunezero.searching.experiment.config import OPEN, SearchConfig
@@ -158,5 +159,4 @@ def _in_words(error: Exception) -> str:
         return f"{type(error).__name__}: {reason(error)}"
     fault = error.errors()[0]
     where = ".".join(map(str, fault["loc"]))
-    value = f", but is {fault['input']!r:.40}" if where else ""
-    return f"{where and where + ': '}{fault['msg']}{value}"
+    return f"{where and where + ': '}{fault_in_words(fault)}"

@@ -51,10 +51,11 @@ def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]
     Returns:
         The recipes, and by name of those that exclude such choices why they do.
     """
-    known = [_measured_by(recipe, task) for recipe in baselines(task)]
+    published = baselines(task)
+    known = [_measured_by(recipe, task) for recipe in published]
     recipes: list[Recipe] = []
     refused: dict[str, str] = {}
-    for recipe in baselines(task):
+    for recipe in published:
         name = f"{recipe.name}{SAME_TERMS}"
         try:
             under = _under(found, name, recipe.criterion)
