@@ -9,6 +9,11 @@ text of its value as it stands. What the text may read: `weight`; raw sums over 
 their names in `scoring/statistics.py`, which collects just those; how many `tokens` and `sequences`
 they are of; and, alone, `upper`, the Cholesky factor U of the inverse of the damped Gram matrix,
 H^-1 = U^T U.
+
+Text of a feature of units reads the sums of the matrix that reads what units hand on, cut by units
+(`scoring/unit_features.py`): [units, width] of a sum [in], where a unit has `width` channels, and
+[units, width, width] of `gram`, `inverse` and `centred_inverse`; that matrix itself as `reader`
+[units, width, out]; and what a unit costs, `parameters`, `flops` and `kv_bytes`, [units] each.
 """
 
 from __future__ import annotations
@@ -22,6 +27,14 @@ import sympy
 
 # What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse.
 SIGNALS = ("none", "activations", "gradients", "second order")
+# What a text may read that is no sum, and the sums that it is made from.
+MADE_FROM: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
+    **dict.fromkeys(("parameters", "flops", "kv_bytes"), ()),
+    "upper": ("gram",),
+    "inverse": ("gram",),
+    "centred_inverse": ("gram", "input_sum"),
+}
 # How a value of each shape is laid along the matrix [out, in].
 _PLACED = {"element": "", "row": "[:, None]", "column": "[None]"}
 
@@ -72,9 +85,7 @@ class Feature:
     @property
     def sums(self) -> tuple[str, ...]:
         """The raw sums over calibration text that it is made from."""
-        if "upper" in self.inputs:
-            return ("gram",)
-        return tuple(sorted({*self.inputs} - {"weight", "tokens", "sequences"}))
+        return tuple(sorted({sum for name in self.inputs for sum in MADE_FROM.get(name, (name,))}))
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -197,6 +208,7 @@ _ROWS = (
         "L/w",
         "gradient_square_sum.sqrt()",
         "gradients",
+        domains=("matrix", "unit"),
     ),
     Feature(
         "G1",
@@ -206,6 +218,18 @@ _ROWS = (
         "L/w",
         "gradient_absolute_sum",
         "gradients",
+        domains=("matrix", "unit"),
+    ),
+    Feature(
+        "S",
+        "element",
+        "sum over sequences of g, signed",
+        r"\textstyle\sum g_{ij}",
+        "L/w",
+        "gradient_sum",
+        "gradients",
+        nonnegative=False,
+        domains=("matrix", "unit"),
     ),
     Feature(
         "F",
@@ -215,6 +239,7 @@ _ROWS = (
         "L/w",
         "token_gradient_square_sum.sqrt()",
         "gradients",
+        domains=("matrix", "unit"),
     ),
     Feature(
         "D",
@@ -252,24 +277,24 @@ _ROWS = (
         "upper.diagonal()",
         "second order",
     ),
-    # What a unit hands on is an input channel of its consumer: X, X_mean and X_var of that.
+    # What a unit hands on are input channels of its reader: X, X_mean and X_var of those.
     Feature(
         "A",
         "row",
         "L2 norm of a unit's activation: root of (sum over tokens of x^2, per sequence)",
         r"\lVert A_u\rVert_2",
         "x",
-        "(input_square_sum / sequences).sqrt()",
+        "(input_square_sum / sequences).sum(1).sqrt()",
         "activations",
         domains=("unit",),
     ),
     Feature(
         "A_mean",
         "row",
-        "mean of a unit's activation over tokens, signed",
+        "mean of a unit's activation over tokens, signed; of several channels the sum",
         r"\overline{A_u}",
         "x",
-        "(input_sum / tokens)",
+        "(input_sum / tokens).sum(1)",
         "activations",
         nonnegative=False,
         domains=("unit",),
@@ -277,11 +302,142 @@ _ROWS = (
     Feature(
         "A_var",
         "row",
-        "variance of a unit's activation over tokens",
+        "variance of a unit's activation over tokens; of several channels the sum",
         r"\operatorname{var}(A_u)",
         "x^2",
-        "(input_square_sum / tokens - (input_sum / tokens).square()).clamp(min=0.0)",
+        "(input_square_sum / tokens - (input_sum / tokens).square()).clamp(min=0.0).sum(1)",
         "activations",
+        domains=("unit",),
+    ),
+    Feature(
+        "A1",
+        "row",
+        "mean magnitude of a unit's activation over tokens; of several channels their L2 norm",
+        r"\overline{|A_u|}",
+        "x",
+        "input_magnitudes.mean(0).square().sum(1).sqrt()",
+        "activations",
+        domains=("unit",),
+    ),
+    Feature(
+        "A2",
+        "row",
+        "L2 norm over sequences of the mean magnitude of a unit's activation",
+        r"\lVert\overline{|A_u|}\rVert_2",
+        "x",
+        "input_magnitudes.square().sum((0, 2)).sqrt()",
+        "activations",
+        domains=("unit",),
+    ),
+    # The mask gradient of a sequence is dLoss/dmask, of a factor on what the unit hands on.
+    Feature(
+        "M",
+        "row",
+        "sum over sequences of a unit's mask gradient, signed",
+        r"\textstyle\sum m_u",
+        "L",
+        "mask_gradients.sum((0, 2))",
+        "gradients",
+        nonnegative=False,
+        domains=("unit",),
+    ),
+    Feature(
+        "M1",
+        "row",
+        "sum over sequences of |mask gradient|",
+        r"\lVert m_u\rVert_1",
+        "L",
+        "mask_gradients.sum(2).abs().sum(0)",
+        "gradients",
+        domains=("unit",),
+    ),
+    Feature(
+        "M2",
+        "row",
+        "sum over sequences of (mask gradient)^2: the Fisher diagonal of the mask",
+        r"\lVert m_u\rVert_2^2",
+        "L^2",
+        "mask_gradients.sum(2).square().sum(0)",
+        "gradients",
+        domains=("unit",),
+    ),
+    # By how much the square of the reader's outputs changes, summed over tokens, per sequence.
+    Feature(
+        "L00",
+        "row",
+        "output lost with a unit, squared: nothing makes up for it",
+        r"\mathcal{L}_u",
+        "y^2",
+        "((reader * (gram @ reader)).sum((1, 2)) / sequences)",
+        "second order",
+        domains=("unit",),
+    ),
+    Feature(
+        "L0b",
+        "row",
+        "output lost with a unit, squared, once a bias holds its mean",
+        r"\mathcal{L}_u^{b}",
+        "y^2",
+        "(((reader * (gram @ reader)).sum((1, 2))"
+        " - (reader * input_sum[..., None]).sum(1).square().sum(1) / tokens)"
+        ".clamp(min=0.0) / sequences)",
+        "second order",
+        domains=("unit",),
+    ),
+    Feature(
+        "Lr0",
+        "row",
+        "output lost with a unit, squared, once the columns that stay are refitted",
+        r"\mathcal{L}_u^{r}",
+        "y^2",
+        "(reader * torch.linalg.solve(inverse, reader)).sum((1, 2))",
+        "second order",
+        domains=("unit",),
+    ),
+    Feature(
+        "Lrb",
+        "row",
+        "output lost with a unit, squared, once columns that stay and a bias are refitted",
+        r"\mathcal{L}_u^{rb}",
+        "y^2",
+        "(reader * torch.linalg.solve(centred_inverse, reader)).sum((1, 2))",
+        "second order",
+        domains=("unit",),
+    ),
+    Feature(
+        "PARAMS",
+        "row",
+        "parameters that go with a unit",
+        r"n_u",
+        "1",
+        "parameters",
+        domains=("unit",),
+    ),
+    Feature(
+        "FLOPS",
+        "row",
+        "multiplications and additions for each token that go with a unit",
+        r"f_u",
+        "1",
+        "flops",
+        domains=("unit",),
+    ),
+    Feature(
+        "KV_BYTES",
+        "row",
+        "bytes of keys and values for each token that go with a unit",
+        r"b_u",
+        "1",
+        "kv_bytes",
+        domains=("unit",),
+    ),
+    Feature(
+        "RND",
+        "row",
+        "a random number between 0 and 1, the same in every run",
+        r"\xi_u",
+        "1",
+        "noise",
         domains=("unit",),
     ),
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.word_options import Neurons, Options
+from prunezero.pruning.recipes.word_options import Options, Units
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
@@ -75,12 +75,18 @@ class UnitKind:
     ) -> list[Group]:
         """The groups of such units in some linear maps of a model, in the order of the model.
 
+        What the options say of all groups, the groups say themselves.
+
         Raises:
             ModelError: there are none, or some linear maps have a part in units of others.
         """
+        from prunezero.models.anatomy.linears import find_linears
+
         find: Callable[..., list[Group]] = _found(self.finder)
         limits = (options or self.options()).limits
-        return [replace(group, **limits) for group in find(linears, language_model)]
+        blocks = 1 + max(linear.block for linear in find_linears(language_model.model))
+        found = find(linears, language_model)
+        return [replace(group, **limits(group.block, blocks)) for group in found]
 
     def check(self, groups: Sequence[Group], budget: Budget, *, compare: str) -> None:
         """Refuse a budget that no selection fits, before anything is computed.
@@ -161,6 +167,8 @@ def _found(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+_SEVERAL_MATRICES = "takes rows and columns out of several matrices together"
+
 _ROWS = (
     UnitKind(
         word="weight",
@@ -198,8 +206,40 @@ _ROWS = (
         selector="prunezero.pruning.selecting:select_units",
         editor="prunezero.models.editing.slicing:SMALLER",
         measure="parameters",
-        options=Neurons,
-        whole_model="takes rows and columns out of several matrices together",
+        options=Units,
+        whole_model=_SEVERAL_MATRICES,
+    ),
+    UnitKind(
+        word="kv_group",
+        meaning="a key-value head of attention with all query heads that read it",
+        domain=DOMAINS["unit"],
+        compare={"group": ("unit",), "model": ("unit",)},
+        baselines=("random_units",),
+        reference="M2",
+        finder="prunezero.models.anatomy.attention:kv_groups",
+        checker="prunezero.pruning.selecting:check_units",
+        scorer="prunezero.pruning.unit_scores:row_scores",
+        selector="prunezero.pruning.selecting:select_units",
+        editor="prunezero.models.editing.slicing:SMALLER",
+        measure="parameters",
+        options=Units,
+        whole_model=_SEVERAL_MATRICES,
+    ),
+    UnitKind(
+        word="width",
+        meaning="a neuron or a key-value group: what makes a block narrower",
+        domain=DOMAINS["unit"],
+        compare={"group": ("unit",), "model": ("unit",)},
+        baselines=("random_units",),
+        reference="M2/PARAMS",
+        finder="prunezero.models.anatomy.width:width_groups",
+        checker="prunezero.pruning.selecting:check_units",
+        scorer="prunezero.pruning.unit_scores:row_scores",
+        selector="prunezero.pruning.selecting:select_units",
+        editor="prunezero.models.editing.slicing:SMALLER",
+        measure="parameters",
+        options=Units,
+        whole_model=_SEVERAL_MATRICES,
     ),
 )
 

@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunezero.models.anatomy.groups import Group, linears_of, weight_groups
@@ -27,7 +28,7 @@ from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import clear_biases
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import round_as_stored
-from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
+from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress, calibrate
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
@@ -37,6 +38,7 @@ from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
     check_text,
     checked_groups,
+    dense_sums,
     layer_sums,
     settled_sparsity,
 )
@@ -197,6 +199,8 @@ class _Job:
         kept = folder if self.recipe.unit.is_usual else None
         stages = Stages(kept, self._request(sparsity), every)
         for step, share in enumerate(shares):
+            if step and getattr(recipe.schedule.options, "anew", False):
+                self.dense = self._seen_anew(tell)
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
                 stages.keep(step, "pruned")
@@ -275,9 +279,19 @@ class _Job:
         recipe = self.recipe
         # All layers of a group have one formula.
         criterion = recipe.criterion_of(group.members[0].linear.name)
-        return recipe.unit.row.scores(
+        scores = recipe.unit.row.scores(
             group, criterion, self.known, damping=recipe.damping, options=recipe.unit.options
         )
+        for _, kept in self.selection.of([group]):
+            # What went in an earlier step goes in this one too, whatever the formula says of zeros.
+            scores = scores.masked_fill(~kept.to(scores.device), torch.finfo(scores.dtype).min)
+        return scores
+
+    def _seen_anew(self, tell: Progress) -> dict[str, Statistics]:
+        """Sums of the model as pruned so far, gradients included."""
+        assert self.windows is not None  # check_text refused it; for the type checker
+        needed = dense_sums([self.recipe])
+        return calibrate(self.language_model, self.windows, self.layers, needed, progress=tell)
 
     def _score(self, layer: Linear) -> Tensor:
         """The scores of the weights of one matrix."""

@@ -67,6 +67,8 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
     walks = recipe.statistics == "sequential" and layer_sums(recipe) & FORWARD_SUMS
     needs = ["sequential statistics need"] if walks else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
+    if getattr(recipe.schedule.options, "anew", False):
+        needs.append("statistics that are collected anew need")
     if needs and windows is None:
         raise RecipeError(f"recipe {recipe.name}: {needs[0]} calibration text")
     wanted = recipe.allocate.options.model_dump().get("sequences", 0)
@@ -128,9 +130,8 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
             "or save zeros at full size (--padded)"
         )
     groups = checked_groups(language_model, recipe, sparsity)
-    width_setting(
-        language_model, groups, {group.name: left_of(group, sparsity) for group in groups}
-    )
+    budget = Budget(sparsity, measure=recipe.unit.row.measure)
+    width_setting(language_model, groups, left_of(groups, budget))
 
 
 def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Linear]) -> None:

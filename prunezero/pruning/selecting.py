@@ -60,15 +60,16 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
         SelectionError: names the group, or says what all of them together can lose.
     """
     removed_count(1, budget.amount)
+    share = share_of_each(groups, budget)
     for group in groups:
         group.cost_of(budget.measure)
-        left = group.units - removed_count(group.units, budget.amount)
+        left = group.units - removed_count(group.units, 0 if group.is_protected else share)
         if compare == "group" and left < group.least:
             raise SelectionError(
-                f"{budget.amount:g} of the {group.units} {group.kind}s of {group.name} leaves "
+                f"{share:g} of the {group.units} {group.kind}s of {group.name} leaves "
                 f"{left}, but at least {group.least} have to stay; remove less"
             )
-    free = sum(group.cost_of(budget.measure) * (group.units - group.least) for group in groups)
+    free = sum(group.cost_of(budget.measure) * _free(group) for group in groups)
     if compare == "model" and free < _allowance(groups, budget):
         raise SelectionError(
             f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
@@ -76,9 +77,41 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
         )
 
 
-def left_of(group: Group, share: float) -> int:
-    """How many units stay of a group that loses a share by itself."""
-    return _rounded_up(group, group.units - removed_count(group.units, share))
+def share_of_each(groups: Sequence[Group], budget: Budget) -> float:
+    """What each group loses by itself so that all of them lose the budget, protected ones nothing.
+
+    Raises:
+        SelectionError: those that may lose units do not have as many.
+    """
+    open_ = [group for group in groups if not group.is_protected]
+    if len(open_) == len(groups):
+        return budget.amount
+    if not open_ or _total(open_, budget) < _allowance(groups, budget):
+        raise SelectionError(
+            f"{budget.amount:g} of the {budget.measure} cannot go, since {len(groups) - len(open_)}"
+            f" of {len(groups)} groups are protected; remove less, or protect fewer blocks"
+        )
+    return budget.amount * _total(groups, budget) / _total(open_, budget)
+
+
+def left_of(groups: Sequence[Group], budget: Budget) -> dict[str, int]:
+    """How many units stay of each group by itself, by name.
+
+    Raises:
+        SelectionError: as `share_of_each`.
+    """
+    share = share_of_each(groups, budget)
+    return {
+        group.name: group.units
+        if group.is_protected
+        else _rounded_up(group, group.units - removed_count(group.units, share))
+        for group in groups
+    }
+
+
+def _free(group: Group) -> int:
+    """How many of its units may go."""
+    return 0 if group.is_protected else max(0, group.units - group.least)
 
 
 def _rounded_up(group: Group, left: int) -> int:
@@ -97,9 +130,10 @@ def select_units(
     """The units that stay of groups that have one budget together; the lowest scores go.
 
     In a group by itself a share of its units goes, rounded down. Where the groups of the model
-    compete, units go in the order of their scores while what they cost stays within the share of
-    what all cost; a group keeps its least. Where a number of units must be a multiple, the best of
-    those that would go come back. Ties go to the earlier group, then to the lower index.
+    compete, units go in the order of their scores as far as what they cost stays within the share
+    of what all cost, others after one that no longer fits; a group keeps its least. Where a number
+    of units must be a multiple, the best of those that would go come back. Ties go to the earlier
+    group, then to the lower index.
 
     Args:
         compare: "group" or "model".
@@ -115,7 +149,8 @@ def select_units(
     if compare == "model":
         removed = _removed_of_all(groups, scores, budget)
     else:
-        removed = [removed_count(group.units, budget.amount) for group in groups]
+        left = left_of(groups, budget)
+        removed = [group.units - left[group.name] for group in groups]
     kept = [_kept(*one) for one in zip(groups, scores, removed, strict=True)]
     devices = [group.members[0].linear.weight.device for group in groups]
     placed = (one.to(device) for one, device in zip(kept, devices, strict=True))
@@ -134,16 +169,22 @@ def _removed_of_all(groups: Sequence[Group], scores: Sequence[Tensor], budget: B
     """How many units of each group are among the lowest of all that fit into the budget."""
     # The best of each group stay whatever others score.
     free = [
-        _ascending(values)[: group.units - group.least]
-        for group, values in zip(groups, scores, strict=True)
+        _ascending(values)[: _free(group)] for group, values in zip(groups, scores, strict=True)
     ]
     owners = torch.cat([torch.full_like(one, place) for place, one in enumerate(free)])
     values = torch.cat([one[places] for one, places in zip(scores, free, strict=True)])
     order = _ascending(values)
-    costs = torch.tensor([group.cost_of(budget.measure) for group in groups], dtype=torch.float64)
-    spent = costs[owners[order]].cumsum(0)
-    gone = owners[order][spent <= _allowance(groups, budget)]
-    return torch.bincount(gone, minlength=len(groups)).tolist()
+    costs = [group.cost_of(budget.measure) for group in groups]
+    left, removed = float(_allowance(groups, budget)), [0] * len(groups)
+    # What no longer fits is passed over, so a large unit does not keep small ones from going; of
+    # one group they go in order, since all cost the same.
+    for owner in owners[order].tolist():
+        if costs[owner] <= left:
+            left -= costs[owner]
+            removed[owner] += 1
+        elif left < min(costs):
+            break
+    return removed
 
 
 def _ascending(values: Tensor) -> Tensor:

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.pruning.recipes.word_options import Neurons, Options
+from prunezero.pruning.recipes.word_options import Options, Units
+from prunezero.pruning.rescoring import reader_of, rescored
+from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import score, score_units
 from prunezero.scoring.statistics import Statistics
+from prunezero.scoring.unit_features import unit_feature
 
-# How the scores [members, units] of several matrices become one [units].
+# How scores along the first axis become one: of several matrices [members, units], or of the
+# channels of each unit [channels, units].
 COMBINE: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda scores: scores.sum(0),
     "mean": lambda scores: scores.mean(0),
     "max": lambda scores: scores.amax(0),
+    "product": lambda scores: scores.prod(0),
+    "l2": lambda scores: scores.square().sum(0).sqrt(),
+}
+# What makes the scores [units] of several groups comparable.
+NORMALISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda scores: scores,
+    "zscore": lambda scores: (scores - scores.mean()) / scores.std(correction=0),
+    "mean": lambda scores: scores / scores.mean(),
+    "l2": lambda scores: scores / scores.square().sum().sqrt(),
+    "max": lambda scores: scores / scores.abs().max(),
 }
 
 
@@ -45,31 +62,83 @@ def row_scores(
     statistics: Mapping[str, Statistics],
     *,
     damping: float,
-    options: Neurons,
+    options: Units,
 ) -> Tensor:
     """The scores [units] of units that are rows and columns of several matrices.
 
-    Each matrix that is asked about is scored by itself, turned so that units are rows; what a unit
-    hands on is what its consumer saw. The scores of several are combined as the options say.
+    Each matrix that is asked about is scored by itself, turned so that units are rows, or each of
+    their channels where the options reduce those; what a unit hands on is what its reader saw.
 
     Raises:
-        ScoreError, StatisticsError: as `score_units`.
+        ScoreError, StatisticsError: as `score_units` and `unit_feature`; or nothing can be
+            normalised.
     """
-    (reader,) = (member for member in group.members if member.role == "consumer")
-    scores = [
-        score_units(
-            criterion,
-            member.oriented(member.linear.weight),
-            statistics.get(reader.linear.name),
-            damping=damping,
-            group=group.name,
-            kind=group.kind,
+    try:
+        normalised = _normalised(group, criterion, statistics, damping, options)
+    except StatisticsError as error:
+        raise type(error)(f"{group.name}: {error}") from error
+    if not bool(torch.isfinite(normalised).all()):
+        raise ScoreError(
+            f"criterion {criterion.text}: the scores of {group.name} cannot be normalised by "
+            f"{options.normalise}; use another word at normalise"
         )
+    return normalised
+
+
+def _normalised(
+    group: Group,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    damping: float,
+    options: Units,
+) -> Tensor:
+    """The scores [units] of a group, made comparable."""
+    if options.rescore:
+        return NORMALISE[options.normalise](
+            rescored(group, criterion, statistics, damping=damping, at_once=options.rescore)
+        )
+    scores = [
+        _member_scores(group, member, criterion, statistics, damping, options)
         for member in group.members
         if _is_asked(member, options.members)
     ]
     # One by itself keeps all its bits.
-    return scores[0] if len(scores) == 1 else COMBINE[options.combine](torch.stack(scores))
+    found = scores[0] if len(scores) == 1 else COMBINE[options.combine](torch.stack(scores))
+    return NORMALISE[options.normalise](found)
+
+
+def _member_scores(
+    group: Group,
+    member: Member,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    damping: float,
+    options: Units,
+) -> Tensor:
+    """The scores [units] by one matrix."""
+    known = statistics.get(member.linear.name)
+    by_channel = options.channels != "whole" and member.width > 1
+    reader = reader_of(group, statistics)
+    if by_channel:
+        member = replace(member, units=member.units * member.width, width=1)
+        reader = replace(reader, units=reader.units * reader.width, width=1)
+    features = {}
+    for name in criterion.features:
+        if FEATURES[name].shape == "element":
+            value = feature(name, member.linear.weight, known, damping=damping)
+            features[name] = member.oriented(value)
+            continue
+        if by_channel and reader.units != member.units:
+            raise StatisticsError(
+                f"criterion {criterion.text}: '{member.linear.name}' makes {member.units} channels "
+                f"of {group.name}, and {reader.units} are read, so {name} says nothing of each; "
+                "use members: consumer, or channels: whole"
+            )
+        features[name] = unit_feature(name, reader, damping=damping)
+    part = member.oriented(member.linear.weight)
+    kind = group.kind.replace("_", " ")
+    scores = score_units(criterion, part, features, group=group.name, kind=kind)
+    return COMBINE[options.channels](scores.reshape(group.units, -1).T) if by_channel else scores
 
 
 def _is_asked(member: Member, word: str) -> bool:

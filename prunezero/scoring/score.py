@@ -83,9 +83,8 @@ def score(
 def score_units(
     criterion: Criterion,
     part: Tensor,
-    statistics: Statistics | None = None,
+    features: Mapping[str, Tensor],
     *,
-    damping: float = DAMPING,
     group: str = "",
     kind: str = "unit",
 ) -> Tensor:
@@ -94,16 +93,13 @@ def score_units(
     Args:
         criterion: of one value for each row.
         part: `[units, rest]`, of any floating dtype.
-        statistics: of the matrix that reads what the units hand on, one input channel each.
-        damping: of the features that look at an inverse.
+        features: what the criterion reads, by name; broadcastable to the part.
         group: its name, for error messages.
         kind: what a unit is called there.
 
     Raises:
         ScoreError: a score is NaN or infinite, or all scores are equal.
-        StatisticsError: a sum that a feature needs was not collected.
     """
-    features = features_of(criterion, part, statistics, damping=damping, layer=group)
     scores = evaluate(criterion, features, part.shape)[:, :1]
     refuse_unusable(scores, criterion, part, group, kind=kind)
     return scores[:, 0]

@@ -66,17 +66,55 @@ def inverse_factor(
         StatisticsError: the matrix holds NaN or infinite numbers; no damping mends those.
         FactorizationError: even the largest damping leaves it not positive definite.
     """
-    where = layer or "a layer"
+    upper, dead, added = _damped_upper(gram, damping, sequences, layer or "a layer")
+    features = {name: feature_function(name)(upper=upper) for name in OF_FACTOR}
+    return InverseFactor(upper.float(), features, dead, added)
+
+
+def damped_inverse(
+    gram: Tensor, damping: float = DAMPING, *, sequences: int = 1, layer: str = ""
+) -> Tensor:
+    """The inverse of a Gram matrix, damped as `inverse_factor` does it; float64 `[in, in]`.
+
+    Raises:
+        StatisticsError, FactorizationError: as `inverse_factor`.
+    """
+    upper, _, _ = _damped_upper(gram, damping, sequences, layer or "a layer")
+    return upper.T @ upper
+
+
+def damped_gram(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """A Gram matrix with a share of its mean diagonal added, float64; dead channels count as mean.
+
+    Args:
+        gram: `[in, in]`, symmetric.
+    """
+    matrix = gram.to(torch.float64, copy=True)
+    diagonal, _ = _living_diagonal(matrix)
+    matrix.diagonal().copy_(diagonal + damping * diagonal.mean())
+    return matrix
+
+
+def _living_diagonal(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal with the mean for dead channels, and which channels are dead."""
+    diagonal = matrix.diagonal().clone()
+    dead = diagonal == 0
+    # One, as SparseGPT's code has it, would be in no unit, and would damp small inputs away.
+    diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+    return diagonal, dead
+
+
+def _damped_upper(
+    gram: Tensor, damping: float, sequences: int, where: str
+) -> tuple[Tensor, Tensor, float]:
+    """The factor in float64, which channels are dead, and the damping in the end."""
     if not bool(torch.isfinite(gram).all()):
         raise StatisticsError(
             f"the Gram matrix of {where} holds NaN or infinite numbers; try --dtype float32, or "
             "check that the model itself is sound"
         )
     matrix = gram.to(torch.float64, copy=True).div_(sequences)
-    diagonal = matrix.diagonal().clone()
-    dead = diagonal == 0
-    # One, as SparseGPT's code has it, would be in no unit, and would damp small inputs away.
-    diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+    diagonal, dead = _living_diagonal(matrix)
     tries = [damping]
     while tries[-1] < LARGEST_DAMPING:
         tries.append(min(10 * tries[-1], LARGEST_DAMPING))
@@ -86,8 +124,7 @@ def inverse_factor(
         if upper is not None:
             if added > damping:
                 _log.warning("%s: damping raised from %g to %g", where, damping, added)
-            features = {name: feature_function(name)(upper=upper) for name in OF_FACTOR}
-            return InverseFactor(upper.float(), features, dead, added)
+            return upper, dead, added
     raise FactorizationError(
         f"the Gram matrix of {where} is not positive definite, even with {tries[-1]:g} of its "
         "mean diagonal added; calibrate with more text"

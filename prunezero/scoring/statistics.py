@@ -20,7 +20,13 @@ from prunezero.formula.features import names_in
 from prunezero.scoring.torch_text import function_of
 
 # What the values of a source are called in the torch text of a sum.
-LETTERS = {"inputs": "x", "outputs": "y", "gradient": "g", "output gradients": "d"}
+LETTERS = {
+    "inputs": "x",
+    "outputs": "y",
+    "gradient": "g",
+    "output gradients": "d",
+    "input gradients": "e",
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,12 @@ class Sum:
     source: str
     """what is added up: one of `LETTERS`"""
     shape: tuple[str, ...]
-    """its axes, each "in" or "out" """
+    """its axes, each "in" or "out"; behind "sequence" stands what each sequence adds, one by one"""
     dtype: torch.dtype
     """of the running sum"""
     torch: str
-    """what float values add, in the engine and in exported pages: x, y and d are [tokens, channels]
-    and g is [out, in]; beside d it may read x of the same tokens"""
+    """what float values add, in the engine and in exported pages: x, y, d and e are [tokens,
+    channels] and g is [out, in]; beside d and e it may read x of the same tokens"""
 
     @cached_property
     def letters(self) -> tuple[str, ...]:
@@ -46,6 +52,11 @@ class Sum:
     def with_inputs(self) -> bool:
         """Whether it also reads the layer's inputs for the same tokens."""
         return self.letters != (LETTERS[self.source],)
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether it keeps what each sequence adds: then it is no sum, but a row for each."""
+        return self.shape[0] == "sequence"
 
     @cached_property
     def of(self) -> Callable[..., Tensor]:
@@ -58,6 +69,10 @@ SUMS: dict[str, Sum] = {
     "input_square_sum": Sum("inputs", ("in",), torch.float64, "x.double().square().sum(0)"),
     "gram": Sum("inputs", ("in", "in"), torch.float32, "x.float().T @ x.float()"),
     "output_square_sum": Sum("outputs", ("out",), torch.float64, "y.double().square().sum(0)"),
+    "input_magnitudes": Sum(
+        "inputs", ("sequence", "in"), torch.float64, "x.abs().mean(0, dtype=torch.float64)"
+    ),
+    "gradient_sum": Sum("gradient", ("out", "in"), torch.float32, "g.float()"),
     "gradient_square_sum": Sum("gradient", ("out", "in"), torch.float32, "g.float().square()"),
     "gradient_absolute_sum": Sum("gradient", ("out", "in"), torch.float32, "g.float().abs()"),
     # A token's gradient of a weight is a product of two numbers, so their squares need no loop.
@@ -69,6 +84,10 @@ SUMS: dict[str, Sum] = {
     ),
     "output_gradient_square_sum": Sum(
         "output gradients", ("out",), torch.float64, "d.double().square().sum(0)"
+    ),
+    # How the loss changes with a factor on a channel, at 1: of a unit of several, their sum.
+    "mask_gradients": Sum(
+        "input gradients", ("sequence", "in"), torch.float64, "(x.double() * e.double()).sum(0)"
     ),
 }
 
@@ -113,10 +132,18 @@ def contribution(
     wanted = [name for name in names if SUMS[name].source == source]
     if inputs is None and any(SUMS[name].with_inputs for name in wanted):
         raise StatisticsError(f"sums of the {source} of {layer} also need its inputs")
-    read = {"x": inputs if inputs is None else _rows(inputs), LETTERS[source]: rows}
+    read = (
+        {LETTERS[source]: rows} if inputs is None else {"x": _rows(inputs), LETTERS[source]: rows}
+    )
     added = {}
     for name in wanted:
-        added[name] = SUMS[name].of(*(read[letter] for letter in SUMS[name].letters))
+        row = SUMS[name]
+        parts = [read[letter] for letter in row.letters]
+        if row.by_sequence:
+            cut = zip(*(part.chunk(sequences) for part in parts), strict=True)
+            added[name] = torch.stack([row.of(*one) for one in cut])
+        else:
+            added[name] = row.of(*parts)
     if not all(bool(torch.isfinite(value).all()) for value in added.values()):
         raise StatisticsError(
             f"the {source} of {layer} hold NaN or infinite numbers; "
@@ -165,7 +192,7 @@ class Statistics:
         """
         sums = {}
         for name in sorted(names):
-            size = {"in": in_features, "out": out_features}
+            size = {"in": in_features, "out": out_features, "sequence": 0}
             shape = [size[axis] for axis in _known_sum(name).shape]
             sums[name] = torch.zeros(shape, dtype=SUMS[name].dtype, device=device)
         return cls(tokens=0, sequences=0, sums=sums)
@@ -178,7 +205,11 @@ class Statistics:
             self._is_shared = False
         self.memo = {}
         for name, value in added.values.items():
-            self.sums[name] += value.to(self.sums[name].device)
+            value = value.to(self.sums[name].device)
+            if SUMS[name].by_sequence:
+                self.sums[name] = torch.cat([self.sums[name], value])
+            else:
+                self.sums[name] += value
         tokens, sequences = self._seen.get(added.source, (0, 0))
         self._seen[added.source] = (tokens + added.tokens, sequences + added.sequences)
         self.tokens = max(seen[0] for seen in self._seen.values())
@@ -205,6 +236,17 @@ class Statistics:
             inputs: of the same tokens, [..., in]; for sums that are also made from them.
         """
         added = contribution("output gradients", gradients, self.sums, inputs=inputs, layer=layer)
+        self.add(added)
+
+    def add_input_gradients(
+        self, gradients: Tensor, *, inputs: Tensor, layer: str = "a layer"
+    ) -> None:
+        """Add dLoss/dInput, as far as it comes through this layer: as inputs are added.
+
+        Args:
+            inputs: of the same tokens, [..., in].
+        """
+        added = contribution("input gradients", gradients, self.sums, inputs=inputs, layer=layer)
         self.add(added)
 
     def share(self, other: Statistics, name: str) -> None:

@@ -31,7 +31,7 @@ def groups_of(linears: list[Linear], block: int) -> tuple[Group, Group]:
     heads = (*keys, queries, Member(named["o_proj"], "consumer", units=2, width=16))
     return (
         Group(f"{block}.mlp", block, "neuron", (64,), neurons, unit_cost(neurons)),
-        Group(f"{block}.attn", block, "kv_group", (2,), heads, unit_cost(heads, cached=keys)),
+        Group(f"{block}.attn", block, "kv_group", (2,), heads, unit_cost(heads, cached=16)),
     )
 
 

@@ -217,8 +217,9 @@ def test_counts_are_exact_and_ties_go_to_the_lower_index() -> None:
 def test_a_model_loses_what_units_cost_and_each_group_keeps_its_least() -> None:
     groups = [group_of("cheap", 8, 1), group_of("dear", 4, 10)]
     scores = {"cheap": [float(one) for one in range(10, 18)], "dear": [0.0, 1.0, 20.0, 30.0]}
-    # A quarter of 48 parameters is 12: one dear unit, for a second one would be too much.
-    assert chosen_of(groups, scores, 0.25, "model") == [[], [0]]
+    # A quarter of 48 parameters is 12: one dear unit, for a second one would be too much, and then
+    # the cheap ones for which there is room.
+    assert chosen_of(groups, scores, 0.25, "model") == [[0, 1], [0]]
     assert chosen_of(groups, scores, 0.46, "model") == [[0, 1], [0, 1]]
     limited = [group_of("cheap", 8, 1), group_of("dear", 4, 10, least=4)]
     assert chosen_of(limited, scores, 0.1, "model") == [[0, 1, 2, 3], []]
@@ -266,7 +267,6 @@ def test_scores_that_rank_nothing_are_refused_by_the_name_of_the_mlp() -> None:
         ({"update": "admm"}, "update: admm is for unit weight"),
         ({"update": "dsnot"}, "update: dsnot is for unit weight"),
         ({"permute": "heuristic"}, "permute: heuristic is for unit weight"),
-        ({"schedule": "iterative"}, "schedule: iterative is for unit weight"),
         ({"recover": "tune"}, "recover: tune is for unit weight"),
         ({"unit": {"neuron": {"member": "all"}}}, "did you mean 'members'"),
         ({"unit": {"neuron": {"least": 0}}}, "greater than or equal to 1"),

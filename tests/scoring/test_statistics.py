@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
-from prunezero.formula.features import features_of_domain
+from prunezero.formula.features import MADE_FROM, features_of_domain
 from prunezero.formula.vocabulary import FEATURES, SIGNALS
 from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.statistics import SUMS, Statistics, contribution
@@ -26,6 +26,7 @@ def filled() -> Statistics:
         statistics.add_outputs(outputs[place])
         statistics.add_output_gradients(outputs[place] / 8, inputs=INPUTS[place])
         statistics.add_gradient(gradient)
+        statistics.add_input_gradients(INPUTS[place] - 1, inputs=INPUTS[place])
     return statistics
 
 
@@ -51,27 +52,24 @@ def expected_features() -> dict[str, np.ndarray]:
         "Y": np.sqrt((y**2).sum(0)[:, None] / 2),
         "G": np.sqrt((g**2).sum(0)),
         "G1": np.abs(g).sum(0),
+        "S": g.sum(0),
         "F": np.sqrt(np.einsum("to,ti->oi", (y / 8) ** 2, x**2)),
         "D": np.sqrt(((y / 8) ** 2).mean(0))[:, None],
         "H": np.diag(gram)[None],
         "V": np.diag(inverse)[None],
         "U": np.diag(np.linalg.cholesky(inverse).T)[None],
-        # What a unit hands on is one input channel of its consumer.
-        "A": np.sqrt((x**2).sum(0)[:, None] / 2),
-        "A_mean": x.mean(0)[:, None],
-        "A_var": x.var(0)[:, None],
     }
 
 
 def test_every_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
-    assert set(expected_features()) == set(FEATURES)
+    assert set(expected_features()) == set(MATRIX)
     assert {*MATRIX, *UNIT} == set(FEATURES)
 
 
 def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
-    allowed = {"weight", "tokens", "sequences", *SUMS}
+    allowed = {*MADE_FROM, *SUMS}
     for row in FEATURES.values():
-        assert row.inputs == ("upper",) or {*row.inputs} <= allowed, row.name
+        assert row.inputs == ("upper",) or {*row.inputs} <= allowed - {"upper"}, row.name
         assert {*row.sums} <= {*SUMS} and row.cost in SIGNALS
         assert (row.cost == "none") == (not row.sums)
 
@@ -95,16 +93,6 @@ def test_a_feature_needs_no_more_sums_than_the_vocabulary_names(name: str) -> No
     some = {wanted: all_sums.sums[wanted] for wanted in FEATURES[name].sums}
     few = Statistics(all_sums.tokens, all_sums.sequences, some)
     assert torch.equal(feature(name, WEIGHT, few), feature(name, WEIGHT, all_sums))
-
-
-@pytest.mark.parametrize("name", sorted(set(UNIT) - {"W"}))
-def test_a_feature_of_units_equals_its_definition_in_numpy(name: str) -> None:
-    turned = WEIGHT.T
-    value = feature(name, turned, filled())
-    assert value.dtype == torch.float32 and tuple(value.shape) == (IN, 1)
-    np.testing.assert_allclose(value.numpy(), expected_features()[name], rtol=1e-6)
-    with pytest.raises(StatisticsError, match=f"feature {name} has shape"):
-        feature(name, WEIGHT, filled())
 
 
 def test_the_gram_matrix_is_the_sum_of_outer_products_over_tokens() -> None:

@@ -158,20 +158,19 @@ def weight_groups(
     ]
 
 
-def unit_cost(members: Sequence[Member], *, cached: Sequence[Member] = ()) -> dict[str, float]:
+def unit_cost(members: Sequence[Member], *, cached: int = 0) -> dict[str, float]:
     """What goes for good with one unit of some members, by measure.
 
     Weights; parameters, which are weights and the biases of rows; for each token FLOPs, two for
     each weight, and bytes of keys and values, where there are any.
 
     Args:
-        cached: members whose rows make the keys and values that later tokens read.
+        cached: how many numbers of keys and values it holds for each token.
     """
     weights = sum(member.rest for member in members)
     made = (member for member in members if member.role == "producer")
     biases = sum(member.width for member in made if member.linear.bias is not None)
     cost = {"weights": weights, "parameters": weights + biases, "flops": 2 * weights}
     if cached:
-        held = (member.width * member.linear.weight.element_size() for member in cached)
-        cost["kv bytes"] = sum(held)
+        cost["kv bytes"] = cached * members[0].linear.weight.element_size()
     return {measure: float(amount) for measure, amount in cost.items()}

@@ -127,7 +127,23 @@ def _layer_hooks(layer: Linear, statistics: Statistics) -> list[Any]:
         )
     if "output gradients" in sources:
         handles.append(layer.module.register_forward_hook(_output_hook(layer, statistics)))
+    if "input gradients" in sources:
+        handles.append(layer.module.register_forward_pre_hook(_input_hook(layer, statistics)))
     return handles
+
+
+def _input_hook(layer: Linear, statistics: Statistics) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # A view of its own: others may read the same tensor, and their gradients are not meant.
+        read = args[0].view_as(args[0])
+
+        def add(gradient: Tensor) -> None:
+            statistics.add_input_gradients(gradient, inputs=args[0].detach(), layer=layer.name)
+
+        read.register_hook(add)
+        return (read, *args[1:])
+
+    return hook
 
 
 def _output_hook(

@@ -241,6 +241,18 @@ class Recipe(BaseModel):
             )
         return self
 
+    def on_unit(self, word: str) -> Recipe:
+        """The same recipe for other units; numbers of its own unit go along, where both have them.
+
+        Raises:
+            RecipeError: the recipe says nothing of such units.
+        """
+        if word == self.unit.word:
+            return self
+        numbers = self.unit.options.model_dump(exclude_defaults=True)
+        fields = self.model_dump(by_alias=True) | {"unit": {word: numbers}}
+        return validated(Recipe, fields, f"recipe {self.name}")
+
     @property
     def formulas(self) -> tuple[Criterion, ...]:
         """The criterion, and then those that some layers have instead."""

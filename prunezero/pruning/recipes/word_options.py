@@ -23,9 +23,13 @@ class Options(BaseModel):
     def _list_as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
 
-    @property
-    def limits(self) -> dict[str, Any]:
-        """What they say of every group of units, by the fields of `Group`."""
+    def limits(self, block: int, blocks: int) -> dict[str, Any]:
+        """What they say of the groups of units of a block, by the fields of `Group`.
+
+        Args:
+            block: its index.
+            blocks: how many the model has.
+        """
         return {}
 
     @classmethod
@@ -34,16 +38,24 @@ class Options(BaseModel):
         return [_described(name, field) for name, field in cls.model_fields.items()]
 
 
-class Neurons(Options):
-    """How the neurons of one MLP are scored, and how many stay."""
+class Units(Options):
+    """How the units of one place are scored, and how many stay."""
 
     members: Literal["consumer", "producers", "all"] = Field(
         default="consumer",
         description="matrices whose part of a unit is scored: the one that reads it, those that "
         "make it, or all",
     )
-    combine: Literal["sum", "mean", "max"] = Field(
+    combine: Literal["sum", "mean", "max", "product"] = Field(
         default="sum", description="how scores of several matrices become one"
+    )
+    channels: Literal["whole", "sum", "mean", "max", "l2"] = Field(
+        default="whole",
+        description="whether units of several channels, such as heads, are scored as a whole, or "
+        "each channel by itself, and how those scores become one",
+    )
+    normalise: Literal["none", "zscore", "mean", "l2", "max"] = Field(
+        default="none", description="what scores of a group are made comparable by"
     )
     least: int = Field(default=1, ge=1, le=10**6, description="units of a group that stay anyway")
     multiple_of: int = Field(
@@ -52,11 +64,29 @@ class Neurons(Options):
         le=10**6,
         description="units that stay are a multiple of this, so fewer go",
     )
+    rescore: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="units that go before the others are scored anew, with the columns that stay "
+        "refitted; of fewer than 64 each by itself; 0 is never, and else the formula holds Lr0 or "
+        "Lrb",
+    )
+    protect_first: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the beginning that keep all units"
+    )
+    protect_last: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the end that keep all units"
+    )
 
-    @property
-    def limits(self) -> dict[str, Any]:
-        """How many units of each group stay anyway, and of what they are a multiple."""
-        return {"least": self.least, "multiple_of": self.multiple_of}
+    def limits(self, block: int, blocks: int) -> dict[str, Any]:
+        """How many units of a group stay anyway, and of what they are a multiple."""
+        is_protected = block < self.protect_first or block >= blocks - self.protect_last
+        return {
+            "least": self.least,
+            "multiple_of": self.multiple_of,
+            "is_protected": is_protected,
+        }
 
 
 class Owl(Options):
@@ -144,6 +174,17 @@ class Dsnot(Options):
     )
 
 
+class Refit(Options):
+    """Least squares on the columns that stay, towards the outputs before."""
+
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        le=1000,
+        description="share of the mean Gram diagonal that is added to it",
+    )
+
+
 class Permutation(Options):
     """Which layers' input channels are put into another order before an N:M mask is chosen."""
 
@@ -169,6 +210,10 @@ class Iterative(Options):
     # Cubic: Zhu & Gupta 2017, arXiv:1710.01878.
     shape: Literal["linear", "cubic"] = Field(
         default="cubic", description="share removed after step k of n: k/n, or 1 - (1 - k/n)^3"
+    )
+    anew: bool = Field(
+        default=False,
+        description="whether each step looks at the model as pruned so far, gradients included",
     )
 
 

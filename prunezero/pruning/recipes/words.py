@@ -28,6 +28,7 @@ from prunezero.pruning.recipes.word_options import (
     Options,
     Owl,
     Permutation,
+    Refit,
     Sensitivity,
     Swaps,
     Table,
@@ -78,6 +79,8 @@ class Word:
 
 # Words that mean the same whatever is removed.
 _EVERY = frozenset(UNITS)
+# Words that take columns out of matrices.
+_WIDTH = frozenset({"neuron", "kv_group", "width"})
 _GRAM = frozenset({"gram"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
 _ALL_BLOCKS = "looks at all blocks before the first is pruned"
@@ -143,6 +146,17 @@ WORDS: dict[str, dict[str, Word]] = {
             mends=True,
             sees_dense=True,
         ),
+        "refit": Word(
+            Refit,
+            "least squares on the columns that stay",
+            "updates.mend:refit_columns",
+            "second order",
+            frozenset({"gram", "input_sum"}),
+            order=2,
+            mends=True,
+            sees_dense=True,
+            units=_WIDTH,
+        ),
         "bias": Word(
             Options,
             "biases take over the mean of what was removed",
@@ -200,6 +214,7 @@ WORDS: dict[str, dict[str, Word]] = {
             Iterative,
             "several pruning steps of growing sparsity",
             "schedule:iterative",
+            units=_EVERY,
             whole_model="prunes the model several times",
         ),
     },

@@ -25,6 +25,7 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.updates.admm import refit
 from prunezero.pruning.updates.dsnot import dsnot
 from prunezero.pruning.updates.obs import Choose, sweep
+from prunezero.pruning.updates.refit import refit_columns as least_squares
 from prunezero.pruning.updates.swaps import improve_by_swaps
 from prunezero.scoring.columns import ColumnScores, sees_inputs_alone
 from prunezero.scoring.feature_values import feature
@@ -34,6 +35,7 @@ from prunezero.scoring.score import keep_mask, score
 from prunezero.scoring.second_order import factor_of
 from prunezero.scoring.selection import select, select_pattern
 from prunezero.scoring.statistics import Statistics, sum_of
+from prunezero.scoring.unit_features import centred
 
 
 @dataclass
@@ -196,6 +198,20 @@ def admm(works: Sequence[Work], options: Any) -> None:
         gram = sum_of(work.statistics, "gram")
         with _named(work):
             work.weight.copy_(refit(work.dense_weight, work.settled_mask(), gram, options))
+
+
+def refit_columns(works: Sequence[Work], options: Any) -> None:
+    """Solve for the columns that stay where others go as a whole; biases may take over the mean."""
+    for work in works:
+        kept = work.settled_mask().any(0)
+        gram = sum_of(work.statistics, "gram")
+        with _named(work):
+            if work.recipe.needs_biases:
+                assert work.statistics is not None  # sum_of refused it; for the type checker
+                total = sum_of(work.statistics, "input_sum")
+                gram = centred(gram, total, work.statistics.tokens)
+            mended = least_squares(work.dense_weight, kept, gram, damping=options.damping)
+            work.weight.copy_(mended)
 
 
 def swaps(works: Sequence[Work], options: Any) -> None:

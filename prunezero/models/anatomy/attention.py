@@ -1,0 +1,224 @@
+"""Key-value groups: heads of attention that share keys and values, found and proved by a probe.
+
+A group is a key-value head with all query heads that read it: rows that make its queries, keys and
+values, and the columns that read what comes out. It may leave as one, and nothing but the group is
+missing. Where every query head has keys and values of its own, a group is a head. Which rows belong
+to a group shows on a copy of the block with random weights: those that its channels depend on, and
+no others do. Fused and interleaved matrices give several members, or wide ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from prunezero.errors import ModelError
+from prunezero.models.anatomy.block_probe import BlockProbe, Trace, probe_block
+from prunezero.models.anatomy.channels import by_block, is_among, names_of
+from prunezero.models.anatomy.groups import Group, Member, unit_cost
+from prunezero.models.anatomy.linears import Linear
+from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING
+from prunezero.models.loading.language_model import LanguageModel
+
+# Under this name a model keeps the members of its groups, by block.
+_FOUND = "_prunezero_kv_groups"
+
+
+def kv_groups(linears: Sequence[Linear], language_model: LanguageModel) -> list[Group]:
+    """The key-value groups of each attention that has a part among some linear maps.
+
+    Raises:
+        ModelError: a block has no heads that could be proved to be such; or some matrices of an
+            attention are among the linear maps and others, which go with them, are not.
+    """
+    wanted = {linear.name for linear in linears}
+    groups: list[Group] = []
+    for inside in by_block(linears, language_model):
+        members = _attention_of(language_model, inside)
+        (name,) = names_of([members])
+        group = Group(
+            name=name,
+            block=inside[0].block,
+            kind="kv_group",
+            shape=(members[-1].units,),
+            members=members,
+            cost=unit_cost(members, cached=_cached(members)),
+            least=1,
+        )
+        groups += [group] if is_among(group, wanted) else []
+    if not groups:
+        raise ModelError(
+            "none of the layers that are pruned is part of an attention, so no key-value group "
+            f"can go; choose other targets, such as '{linears[0].name.rsplit('.', 2)[0]}'"
+        )
+    return groups
+
+
+def _cached(members: Sequence[Member]) -> int:
+    """Numbers of keys and values of one group: rows that make it, but for those of its queries."""
+    *makers, reader = members
+    return sum(member.width for member in makers) - reader.width
+
+
+def _attention_of(language_model: LanguageModel, inside: Sequence[Linear]) -> tuple[Member, ...]:
+    """The parts of matrices that go with a key-value group of a block; a model is probed once.
+
+    Raises:
+        ModelError: no such groups could be proved.
+    """
+    known = vars(language_model.model).setdefault(_FOUND, {})
+    block, shapes = inside[0].block, [(linear.name, linear.weight.shape) for linear in inside]
+    if known.get(block, (None,))[0] != shapes:
+        ids = torch.arange(PROBE_TOKENS, device=language_model.device)[None]
+        probe, _ = probe_block(language_model, block, ids)
+        where = f"block {block} of {type(language_model.model).__name__}"
+        originals = {linear.name: linear for linear in inside}
+        members = _found_in_copy(probe, where)
+        known[block] = shapes, [_of(originals, member) for member in members]
+    return tuple(known[block][1])
+
+
+def _found_in_copy(probe: BlockProbe, where: str) -> list[Member]:
+    """What goes with a group, in matrices of the copy, the reader last.
+
+    Raises:
+        ModelError: see `kv_groups`.
+    """
+    trace = probe.run()
+    readers = _readers(trace)
+    if len(readers) != 1:
+        raise ModelError(
+            f"{where} has no attention that is read by one matrix, so no key-value group of it can "
+            "go; this layout is not supported"
+        )
+    reader = probe.layers[readers[0]]
+    channels = trace.inputs[reader.name].shape[-1]
+    width = _width_of_group(trace, reader.name, channels)
+    if channels % width == 0:
+        makers = _makers(probe, trace, reader, channels // width)
+        members = [*makers, Member(reader, "consumer", channels // width, 0, width)]
+        if makers and _are_alone(probe, members):
+            return members
+    raise ModelError(
+        f"the heads that '{reader.name}' reads do not stand side by side in the matrices that make "
+        "them, or something else sees them, so no key-value group can go; this layout is not "
+        "supported"
+    )
+
+
+def _readers(trace: Trace) -> list[str]:
+    """The matrices that read attention: the first behind a place where tokens are mixed."""
+    behind = {name: _mixed_before(trace, name) for name in trace.inputs}
+    mixed = {name: makers for name, (is_mixed, makers) in behind.items() if is_mixed}
+    return [name for name, makers in mixed.items() if not makers & mixed.keys()]
+
+
+def _mixed_before(trace: Trace, name: str) -> tuple[bool, set[str]]:
+    """Whether late inputs of a matrix depend on early outputs of others, and on which others."""
+    inputs = trace.inputs[name]
+    half = inputs.shape[-2] // 2
+    gradients = _gradients(trace, name, inputs[..., half:, :])
+    is_mixed = any(bool(gradient[..., :half, :].any()) for gradient in gradients.values())
+    return is_mixed, {other for other, gradient in gradients.items() if bool(gradient.any())}
+
+
+def _gradients(trace: Trace, name: str, inputs: Tensor) -> dict[str, Tensor]:
+    """How some inputs of a matrix depend on the outputs of the others, by name."""
+    outputs = {other: value for other, value in trace.outputs.items() if other != name}
+    gradients = torch.autograd.grad(
+        inputs.square().sum(),
+        list(outputs.values()),
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(outputs, gradients, strict=True))
+
+
+def _rows_behind(trace: Trace, name: str, start: int, stop: int) -> dict[str, Tensor]:
+    """Which rows of the other matrices some input channels depend on, bool [rows] by name."""
+    gradients = _gradients(trace, name, trace.inputs[name][..., start:stop])
+    return {
+        other: gradient.reshape(-1, gradient.shape[-1]).any(0)
+        for other, gradient in gradients.items()
+    }
+
+
+def _width_of_group(trace: Trace, name: str, channels: int) -> int:
+    """How many neighbouring channels share rows with the first one."""
+    first = _rows_behind(trace, name, 0, 1)
+    shares, shares_not = 0, channels
+    while shares_not - shares > 1:
+        middle = (shares + shares_not) // 2
+        rows = _rows_behind(trace, name, middle, middle + 1)
+        if any(bool((rows[other] & first[other]).any()) for other in rows):
+            shares = middle
+        else:
+            shares_not = middle
+    return shares_not
+
+
+def _makers(probe: BlockProbe, trace: Trace, reader: Linear, groups: int) -> list[Member]:
+    """The parts of matrices whose rows make a group; none where groups do not stand in order."""
+    width = trace.inputs[reader.name].shape[-1] // groups
+    behind = [
+        _rows_behind(trace, reader.name, group * width, (group + 1) * width)
+        for group in range(groups)
+    ]
+    makers: list[Member] = []
+    for name in behind[0]:
+        parts = [
+            Member(probe.layers[name], "producer", groups, start, rows)
+            for start, rows in _runs(behind[0][name].nonzero().flatten().tolist())
+        ]
+        for group, rows in enumerate(behind):
+            places = [part.start + group * part.width for part in parts]
+            expected = torch.zeros_like(rows[name])
+            for part, place in zip(parts, places, strict=True):
+                expected[place : place + part.width] = True
+            if not torch.equal(expected, rows[name]):
+                return []
+        makers += parts
+    return makers
+
+
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbouring rows as (first, count)."""
+    runs: list[tuple[int, int]] = []
+    for row in rows:
+        if runs and row == sum(runs[-1]):
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((row, 1))
+    return runs
+
+
+def _are_alone(probe: BlockProbe, members: Sequence[Member]) -> bool:
+    """Whether nothing but its reader sees the rows of a group: other rows there change nothing.
+
+    The columns that read the last group are zero meanwhile; the copy is not used afterwards.
+    """
+    *makers, reader = members
+    device = reader.linear.weight.device
+    kept = (torch.arange(reader.units) < reader.units - 1).to(device)
+    reader.linear.weight.mul_(reader.mask(kept))
+    before = probe.run().returned
+    generator = torch.Generator().manual_seed(1)
+    for member in makers:
+        rows = (~member.kept_rows(kept)).nonzero().flatten().to(device)
+        noise = torch.randn(len(rows), member.linear.weight.shape[1], generator=generator)
+        member.linear.weight[rows] = noise.to(member.linear.weight)
+    after = probe.run().returned
+    changes = [
+        float((now - then).detach().norm()) / (float(then.detach().norm()) or 1.0)
+        for now, then in zip(after, before, strict=True)
+    ]
+    return all(change <= ROUNDING for change in changes)
+
+
+def _of(linears: Mapping[str, Linear], member: Member) -> Member:
+    """The same part of the matrix of that name."""
+    return replace(member, linear=linears[member.linear.name])

@@ -1,0 +1,83 @@
+"""Channels that a block makes and reads itself: what neurons and heads have in common.
+
+Which of them may be moved, and so may leave, shows on a copy of the block with random weights
+(`prunezero/models/editing/permuting.py`); a model is probed once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+from prunezero.errors import ModelError
+from prunezero.models.anatomy.groups import Group, Member
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.permuting import PermutableChannels, find_permutables
+from prunezero.models.loading.language_model import LanguageModel
+
+# Under this name a model keeps what a probe found of its blocks, whatever its weights become.
+_FOUND = "_prunezero_channels"
+
+
+def by_block(linears: Sequence[Linear], language_model: LanguageModel) -> Iterator[list[Linear]]:
+    """All linear maps of each block that some of the given ones are in, in the order of those."""
+    blocks: dict[int, list[Linear]] = defaultdict(list)
+    for linear in find_linears(language_model.model):
+        blocks[linear.block].append(linear)
+    for block in dict.fromkeys(linear.block for linear in linears):
+        yield blocks[block]
+
+
+def permutables_of(
+    language_model: LanguageModel, inside: Sequence[Linear]
+) -> list[PermutableChannels]:
+    """The permutable channels of a block, see `find_permutables`; a model is probed once.
+
+    Args:
+        inside: all linear maps of the block.
+    """
+    known = vars(language_model.model).setdefault(_FOUND, {})
+    block, shapes = inside[0].block, [(linear.name, linear.weight.shape) for linear in inside]
+    if known.get(block, (None,))[0] != shapes:
+        known[block] = shapes, find_permutables(language_model, inside)
+    found: list[PermutableChannels] = known[block][1]
+    return found
+
+
+def names_of(parts: Sequence[Sequence[Member]]) -> list[str]:
+    """What the members of each group of a block are called together.
+
+    That is the path that their matrices share; the consumer's where that tells too little. The
+    consumer is the last of the members.
+    """
+    shared = []
+    for members in parts:
+        words = zip(*(member.linear.name.split(".") for member in members), strict=False)
+        same = [word for word, *others in words if {word} == {word, *others}]
+        is_block = bool(same) and same[-1].isdigit()
+        shared.append(members[-1].linear.name if is_block else ".".join(same))
+    counts = Counter(shared)
+    return [
+        name if counts[name] == 1 else members[-1].linear.name
+        for name, members in zip(shared, parts, strict=True)
+    ]
+
+
+def is_among(group: Group, wanted: set[str]) -> bool:
+    """Whether a group is to be pruned: all its matrices are, or none.
+
+    Args:
+        wanted: names of the linear maps that are to be pruned.
+
+    Raises:
+        ModelError: some are and others are not.
+    """
+    names = {member.linear.name for member in group.members}
+    left = sorted(names - wanted)
+    if left and len(left) < len(names):
+        word = group.kind.replace("_", " ")
+        raise ModelError(
+            f"'{left[0]}' is not among the layers that are pruned, but a {word} of {group.name} "
+            f"takes a part of it along; choose or ignore {', '.join(sorted(names))} together"
+        )
+    return not left

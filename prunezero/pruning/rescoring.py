@@ -1,0 +1,133 @@
+"""Units that go one after another, while the columns that stay are refitted and scored anew.
+
+What the removal of one unit costs, once the others are refitted (Lr0, and Lrb where a bias is
+refitted too), says little of what the removal of several costs where their channels are correlated.
+So the unit of the lowest score goes, the inverse Gram matrix is downdated, and the others are
+scored by what they then hold.
+
+Source: Kurtic et al. 2023, ZipLM, arXiv:2302.04089, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunezero.errors import ScoreError
+from prunezero.formula.criterion import Criterion
+from prunezero.models.anatomy.groups import Group
+from prunezero.scoring.score import score_units
+from prunezero.scoring.statistics import Statistics
+from prunezero.scoring.unit_features import Reader, full_inverse, unit_feature
+
+# Features that are taken anew, and whether they look at inputs without their mean.
+RESCORED = {"Lr0": False, "Lrb": True}
+# Groups with fewer units lose them one by one.
+_FEW = 64
+
+
+@dataclass
+class _State:
+    """What is left of a matrix while units go."""
+
+    places: Tensor
+    """int64, the units that are left"""
+    inverse: Tensor
+    """[in, in] float64, of their channels alone"""
+    columns: Tensor
+    """[in, out] float64, of their channels, refitted"""
+    width: int
+    """channels of a unit"""
+
+    def losses(self) -> Tensor:
+        """What the outputs lose with each unit, [units]."""
+        units = len(self.places)
+        parts = self.inverse.reshape(units, self.width, units, self.width)
+        blocks = parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        columns = self.columns.reshape(units, self.width, -1)
+        return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+
+    def remove(self, gone: Tensor) -> None:
+        """Take units out, bool [units], and refit the columns that stay."""
+        channels = gone.repeat_interleave(self.width)
+        stays = ~channels
+        across = self.inverse[stays][:, channels]
+        share = torch.linalg.solve(self.inverse[channels][:, channels], across.T).T
+        self.columns = self.columns[stays] - share @ self.columns[channels]
+        self.inverse = self.inverse[stays][:, stays] - share @ across.T
+        self.places = self.places[~gone]
+
+
+def rescored(
+    group: Group,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    *,
+    damping: float,
+    at_once: int,
+) -> Tensor:
+    """Scores [units] whose order is the one in which units go; each is the score it went by.
+
+    A score below one of a unit that went before counts as that one.
+
+    Args:
+        at_once: units that go before the others are scored anew.
+
+    Raises:
+        ScoreError: the formula does not look at one of `RESCORED`, or at both, or ranks nothing.
+        StatisticsError: as `unit_feature`.
+    """
+    found = [name for name in criterion.features if name in RESCORED]
+    if len(found) != 1:
+        raise ScoreError(
+            f"criterion {criterion.text}: rescore scores units anew by what refitted columns lose, "
+            f"so the formula has to hold one of {' and '.join(RESCORED)}"
+        )
+    (name,) = found
+    reader = reader_of(group, statistics)
+    others = {
+        other: unit_feature(other, reader, damping=damping)
+        for other in criterion.features
+        if other != name
+    }
+    columns = reader.weight.double()[:, : reader.units * reader.width].T
+    inverse = full_inverse(reader, damping, is_centred=RESCORED[name])
+    device = columns.device
+    state = _State(torch.arange(group.units, device=device), inverse, columns, reader.width)
+    scores = torch.empty(group.units, dtype=torch.float32, device=device)
+    count, highest = (at_once if group.units >= _FEW else 1), -torch.inf
+    while len(state.places):
+        features = {other: value[state.places] for other, value in others.items()}
+        features[name] = state.losses().float()[:, None]
+        shape = state.columns.reshape(len(state.places), -1)
+        kind = group.kind.replace("_", " ")
+        values = (
+            score_units(criterion, shape, features, group=group.name, kind=kind)
+            if len(state.places) > 1
+            else torch.full((1,), torch.inf, device=device)
+        )
+        lowest = torch.sort(values, stable=True).indices[: max(1, min(count, len(values) - 1))]
+        reached = values[lowest].clamp(min=highest)
+        scores[state.places[lowest]] = reached
+        highest = float(reached.max())
+        gone = torch.zeros(len(values), dtype=torch.bool, device=device)
+        gone[lowest] = True
+        state.remove(gone)
+    # The last one went by no score: it stays, as long as any does.
+    return scores.nan_to_num(posinf=torch.finfo(torch.float32).max)
+
+
+def reader_of(group: Group, statistics: Mapping[str, Statistics]) -> Reader:
+    """What reads the units of a group, and what it saw."""
+    (member,) = (member for member in group.members if member.role == "consumer")
+    return Reader(
+        member.linear.weight,
+        statistics.get(member.linear.name),
+        member.units,
+        member.width,
+        group.cost,
+        group.name,
+    )
