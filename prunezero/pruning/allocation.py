@@ -21,12 +21,16 @@ from torch import Tensor
 from prunezero.errors import RecipeError, StatisticsError
 from prunezero.models.anatomy.linears import Linear, matching
 from prunezero.models.observing.hessian_trace import hessian_traces
+from prunezero.pruning.budget import Budget
+from prunezero.pruning.selecting import shares_of
 from prunezero.pruning.spectra import spectral_exponent
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.statistics import Statistics
 
 if TYPE_CHECKING:
+    from prunezero.models.anatomy.groups import Group
     from prunezero.models.loading.language_model import LanguageModel
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.recipes.word_options import HeavyTail, Options, Owl, Sensitivity, Table
 
 Key = TypeVar("Key", int, str)
@@ -45,6 +49,10 @@ class Evidence:
     """dense"""
     windows: Tensor | None
     """calibration token ids [count, length]"""
+    recipe: Recipe | None = None
+    """whose allocation it is"""
+    groups: Sequence[Group] = ()
+    """of units that it removes"""
     memo: dict[str, Any] = field(default_factory=dict)
     """what an allocation has measured, for the next sparsity of a schedule"""
 
@@ -52,8 +60,22 @@ class Evidence:
 def uniform(
     layers: Sequence[Linear], sparsity: float, options: Options, evidence: Evidence
 ) -> dict[str, float]:
-    """Every layer loses the same fraction: the choice of magnitude, Wanda, RIA and others."""
-    return {layer.name: sparsity for layer in layers}
+    """Every layer loses the same fraction: the choice of magnitude, Wanda, RIA and others.
+
+    Groups of units lose shares that make up for those that cannot, see `shares_of`.
+
+    Raises:
+        SelectionError: they do not have so much.
+    """
+    ratios = {layer.name: sparsity for layer in layers}
+    if any(group.has_rows for group in evidence.groups):
+        assert evidence.recipe is not None  # it comes with its groups; for the type checker
+        budget = Budget(sparsity, measure=evidence.recipe.unit.row.measure)
+        shares = shares_of(evidence.groups, budget)
+        for group in evidence.groups:
+            for member in group.members:
+                ratios[member.linear.name] = shares[group.name]
+    return ratios
 
 
 def owl(

@@ -191,7 +191,7 @@ class _Job:
         recipe = self.recipe
         shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
-        evidence = Evidence(self.dense, self.language_model, self.windows)
+        evidence = Evidence(self.dense, self.language_model, self.windows, self.recipe, self.groups)
         ratios = [self._allocated(share, evidence) for share in shares]
         # All layers: a permutation also moves rows of layers that are not pruned.
         every = find_linears(self.language_model.model)

@@ -15,7 +15,7 @@ from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.selecting import left_of
+from prunezero.pruning.selecting import left_of, shares_of
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import pattern_sparsity, removed_count
 
@@ -50,7 +50,8 @@ def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
     needed: set[str] = set()
     for recipe in recipes:
         sums = layer_sums(recipe)
-        needed |= sums - FORWARD_SUMS if recipe.statistics == "sequential" else sums
+        is_walked = recipe.statistics == "sequential" and not recipe.allocate.row.tries
+        needed |= sums - FORWARD_SUMS if is_walked else sums
         needed |= recipe.allocate.row.sums
     return frozenset(needed)
 
@@ -131,7 +132,9 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
         )
     groups = checked_groups(language_model, recipe, sparsity)
     budget = Budget(sparsity, measure=recipe.unit.row.measure)
-    width_setting(language_model, groups, left_of(groups, budget))
+    shares = shares_of(groups, budget)
+    left = {group.name: left_of(group, shares[group.name]) for group in groups}
+    width_setting(language_model, groups, left)
 
 
 def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Linear]) -> None:

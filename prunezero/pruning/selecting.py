@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -60,53 +61,59 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
         SelectionError: names the group, or says what all of them together can lose.
     """
     removed_count(1, budget.amount)
-    share = share_of_each(groups, budget)
-    for group in groups:
-        group.cost_of(budget.measure)
-        left = group.units - removed_count(group.units, 0 if group.is_protected else share)
-        if compare == "group" and left < group.least:
-            raise SelectionError(
-                f"{share:g} of the {group.units} {group.kind}s of {group.name} leaves "
-                f"{left}, but at least {group.least} have to stay; remove less"
-            )
-    free = sum(group.cost_of(budget.measure) * _free(group) for group in groups)
-    if compare == "model" and free < _allowance(groups, budget):
+    if compare == "group":
+        shares = shares_of(groups, budget)
+        for group in groups:
+            left = group.units - removed_count(group.units, shares[group.name])
+            if left < group.least and not group.is_protected:
+                raise SelectionError(
+                    f"{shares[group.name]:g} of the {group.units} {group.kind}s of {group.name} "
+                    f"leaves {left}, but at least {group.least} have to stay; remove less"
+                )
+    free = sum(_cost(group, budget) * _free(group) for group in groups)
+    is_mixed = len({_cost(group, budget) for group in groups}) > 1
+    if (compare == "model" or is_mixed) and free < _allowance(groups, budget):
         raise SelectionError(
             f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
             f"some of each group have to stay; at most {free / _total(groups, budget):.4f} can"
         )
 
 
-def share_of_each(groups: Sequence[Group], budget: Budget) -> float:
-    """What each group loses by itself so that all of them lose the budget, protected ones nothing.
+def shares_of(groups: Sequence[Group], budget: Budget) -> dict[str, float]:
+    """What each group loses by itself so that together they lose the budget, by name.
+
+    All lose the same share, but for protected ones, which lose nothing. Where units of some groups
+    are so large that rounding down leaves much of it, groups of smaller ones take that over.
 
     Raises:
         SelectionError: those that may lose units do not have as many.
     """
-    open_ = [group for group in groups if not group.is_protected]
-    if len(open_) == len(groups):
-        return budget.amount
-    if not open_ or _total(open_, budget) < _allowance(groups, budget):
+    shares = dict.fromkeys((group.name for group in groups), 0.0)
+    left = [group for group in groups if not group.is_protected]
+    wanted = budget.amount * _total(groups, budget)
+    if not left or _total(left, budget) < math.floor(wanted):
         raise SelectionError(
-            f"{budget.amount:g} of the {budget.measure} cannot go, since {len(groups) - len(open_)}"
-            f" of {len(groups)} groups are protected; remove less, or protect fewer blocks"
+            f"{budget.amount:g} of the {budget.measure} cannot go, since "
+            f"{len(groups) - len(left)} of {len(groups)} groups are protected; remove less, or "
+            "protect fewer blocks"
         )
-    return budget.amount * _total(groups, budget) / _total(open_, budget)
+    if len(left) == len(groups) and len({_cost(group, budget) for group in left}) == 1:
+        return dict.fromkeys(shares, budget.amount)
+    while left:
+        largest = max(_cost(group, budget) for group in left)
+        share = min(1.0, max(0.0, wanted / _total(left, budget)))
+        for group in [group for group in left if _cost(group, budget) == largest]:
+            shares[group.name] = min(share, _free(group) / group.units)
+            gone = group.units - left_of(group, shares[group.name])
+            wanted -= largest * gone
+            left.remove(group)
+    return shares
 
 
-def left_of(groups: Sequence[Group], budget: Budget) -> dict[str, int]:
-    """How many units stay of each group by itself, by name.
-
-    Raises:
-        SelectionError: as `share_of_each`.
-    """
-    share = share_of_each(groups, budget)
-    return {
-        group.name: group.units
-        if group.is_protected
-        else _rounded_up(group, group.units - removed_count(group.units, share))
-        for group in groups
-    }
+def left_of(group: Group, share: float) -> int:
+    """How many units stay of a group that loses a share by itself; all, if it is protected."""
+    gone = 0 if group.is_protected else removed_count(group.units, share)
+    return _rounded_up(group, group.units - gone)
 
 
 def _free(group: Group) -> int:
@@ -142,15 +149,15 @@ def select_units(
         SelectionError: as `check_units`.
         ScoreError: a score is NaN or infinite.
     """
-    check_units(groups, budget, compare=compare)
+    if compare == "model":
+        check_units(groups, budget, compare=compare)
     scores = [scores_of(group).float().cpu() for group in groups]
     for values in scores:
         refuse_non_finite(values)
     if compare == "model":
         removed = _removed_of_all(groups, scores, budget)
     else:
-        left = left_of(groups, budget)
-        removed = [group.units - left[group.name] for group in groups]
+        removed = [group.units - left_of(group, budget.amount) for group in groups]
     kept = [_kept(*one) for one in zip(groups, scores, removed, strict=True)]
     devices = [group.members[0].linear.weight.device for group in groups]
     placed = (one.to(device) for one, device in zip(kept, devices, strict=True))
@@ -193,8 +200,12 @@ def _ascending(values: Tensor) -> Tensor:
     return torch.sort(values + 0.0, stable=True).indices
 
 
+def _cost(group: Group, budget: Budget) -> float:
+    return group.cost_of(budget.measure)
+
+
 def _total(groups: Sequence[Group], budget: Budget) -> float:
-    return sum(group.cost_of(budget.measure) * group.units for group in groups)
+    return sum(_cost(group, budget) * group.units for group in groups)
 
 
 def _allowance(groups: Sequence[Group], budget: Budget) -> int:

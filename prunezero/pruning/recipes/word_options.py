@@ -138,6 +138,45 @@ class Table(Options):
     )
 
 
+class Slopes(Options):
+    """What each group costs by itself, measured by KL to the dense model on calibration text."""
+
+    steps: int = Field(
+        default=16,
+        ge=1,
+        le=10_000,
+        description="parts that the largest group is taken away in, or fewer of a unit each",
+    )
+    windows: int = Field(default=4, ge=1, le=100_000, description="calibration windows to look at")
+
+
+class Evolve(Options):
+    """Level switches by KL, Sieberling et al. 2024, EvoPress, arXiv:2410.14649."""
+
+    steps: int = Field(
+        default=16,
+        ge=1,
+        le=10_000,
+        description="parts that the largest group is taken away in, or fewer of a unit each",
+    )
+    evaluations: int = Field(
+        default=200, ge=2, le=10**6, description="allocations measured, beside each group's own"
+    )
+    offspring: int = Field(default=16, ge=1, le=10_000, description="children of a generation")
+    first_windows: int = Field(
+        default=4, ge=1, le=100_000, description="calibration windows that all of them see"
+    )
+    windows: int = Field(
+        default=16, ge=1, le=100_000, description="calibration windows that the best of them see"
+    )
+    proposals: Literal["fitted", "random"] = Field(
+        default="fitted",
+        description="whether steps move as costs say that are fitted to all measurements, or at "
+        "random",
+    )
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="of chance")
+
+
 class Admm(Options):
     """Re-fit of the kept weights, Boža 2024 (TMLR), arXiv:2401.02938."""
 

@@ -23,6 +23,7 @@ from prunezero.pruning.recipes.documents import fault_in_words
 from prunezero.pruning.recipes.word_options import (
     Admm,
     Dsnot,
+    Evolve,
     HeavyTail,
     Iterative,
     Options,
@@ -30,6 +31,7 @@ from prunezero.pruning.recipes.word_options import (
     Permutation,
     Refit,
     Sensitivity,
+    Slopes,
     Swaps,
     Table,
     Tune,
@@ -57,6 +59,8 @@ class Word:
     is_usual: bool = False
     # the words of a recipe's `unit` that it speaks of
     units: frozenset[str] = frozenset({"weight"})
+    # whether it prunes the dense model on trial, by the recipe's formula and updates
+    tries: bool = False
     # Of updates: a lower number stands before a higher one.
     order: int = 0
     # whether it brings removed weights back, which must still have their values
@@ -118,6 +122,24 @@ WORDS: dict[str, dict[str, Word]] = {
             whole_model=_ALL_BLOCKS,
         ),
         "table": Word(Table, "ratios by layer pattern", "allocation:table"),
+        "slopes": Word(
+            Slopes,
+            "groups that move the model less by themselves lose more",
+            "unit_allocation:slopes",
+            needs_text=True,
+            whole_model=_ALL_BLOCKS,
+            units=_WIDTH,
+            tries=True,
+        ),
+        "evolve": Word(
+            Evolve,
+            "the best of many allocations by KL to the dense model",
+            "unit_allocation:evolve",
+            needs_text=True,
+            whole_model=_ALL_BLOCKS,
+            units=_WIDTH,
+            tries=True,
+        ),
     },
     "update": {
         "none": Word(
