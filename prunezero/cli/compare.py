@@ -25,6 +25,7 @@ from prunezero.cli.options import (
     Sparsity,
     TestTokens,
     TextName,
+    Unit,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +55,11 @@ def compare(
             "windows in reverse order: what then changes is rounding."
         ),
     ] = True,
+    unit: Unit = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="PNG file: perplexity on test text against parameters, all recipes."),
+    ] = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
     runs_dir: RunsDir = Path("runs"),
@@ -80,16 +86,22 @@ def compare(
         prunezero compare --model demo --recipes wanda,sparsegpt --sparsity 0.7 --allocate owl
 
         prunezero compare --model demo --recipes wanda,ria --sparsity 0.5 --ignore down_proj
+
+        prunezero compare --model demo --recipes flap,mask_fisher --sparsity 0.2 --plot sizes.png
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
+    from prunezero.files.places import check_apart, try_file
     from prunezero.models.anatomy.patterns import patterns_of
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.pruning.testbed import set_up, with_choices
+    from prunezero.report.plots.quality import quality_against_size
     from prunezero.report.runs.folder import check_runs_dir
     from prunezero.report.tracking.tracker import Tracker
 
     options.check_statistics(statistics)
     options.check_json(json_file)
+    check_apart({"--json": json_file, "--plot": plot})
+    try_file(plot, "--plot", example="sizes.png")
     chosen = [
         with_choices(
             recipe,
@@ -99,7 +111,7 @@ def compare(
             targets=patterns_of(targets) or None,
             ignore=patterns_of(ignore) or None,
         )
-        for recipe in options.load_recipes(recipes)
+        for recipe in options.on_unit(options.load_recipes(recipes), unit)
     ]
     for recipe in chosen:
         settled_sparsity(recipe.pattern, sparsity)
@@ -114,7 +126,13 @@ def compare(
     tracker = Tracker(runs_dir)
     try:
         for row in _measured(
-            testbed, chosen, sparsity, statistics, tracker, with_rounding=rounding
+            testbed,
+            chosen,
+            sparsity,
+            statistics,
+            tracker,
+            with_rounding=rounding,
+            with_costs=plot is not None,
         ):
             rows.append(row)
     finally:
@@ -124,6 +142,8 @@ def compare(
             console.print(results_table(rows, title, best="validation_perplexity"))
             say_conditions(rows, testbed.language_model.name, [testbed])
             options.write_json({"model": model, "text": text, "rows": rows}, json_file)
+            if plot is not None:
+                quality_against_size([{**row, "name": row["recipe"]} for row in rows], plot)
         if untracked:
             say(f"{untracked} results could not be logged to MLflow yet; they are kept")
 
@@ -136,6 +156,7 @@ def _measured(
     tracker: Tracker,
     *,
     with_rounding: bool,
+    with_costs: bool,
 ) -> Iterator[dict[str, Any]]:
     """The rows as they come, each shown and recorded behind its handing over."""
     from prunezero.cli.tables import Bars, console, one_line, say
@@ -149,6 +170,7 @@ def _measured(
             sparsity,
             statistics=statistics,
             with_rounding=with_rounding,
+            with_costs=with_costs,
             progress=bars,
         )
         for done, row in enumerate(rows, start=1):

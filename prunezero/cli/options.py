@@ -51,8 +51,15 @@ Statistics = Annotated[
 Allocate = Annotated[
     str | None,
     typer.Option(
-        help="How much each layer loses: `uniform`, `owl`, `sensitivity` or `heavy_tail`; "
-        "a `table` of ratios stands in a recipe."
+        help="How much each layer loses: `uniform`, `owl`, `sensitivity` or `heavy_tail`; of units "
+        "`uniform`, `slopes` or `evolve`; a `table` of ratios stands in a recipe."
+    ),
+]
+Unit = Annotated[
+    str | None,
+    typer.Option(
+        help="What recipes of whole units take out instead of their own: `neuron`, `kv_group`, "
+        "`width` or others of `prunezero list choices`."
     ),
 ]
 SEED = typer.Option(
@@ -145,6 +152,22 @@ def load_recipes(names: str) -> list[Recipe]:
     if not words:
         raise RecipeError("--recipes names no recipe; see `prunezero list recipes`")
     return [Recipe.load(word) for word in words]
+
+
+def on_unit(recipes: Sequence[Recipe], word: str | None) -> list[Recipe]:
+    """The recipes, those of whole units for other units; those of single weights as they are.
+
+    Raises:
+        RecipeError: there are no such units, or none of the recipes is of whole units.
+    """
+    if word is None:
+        return list(recipes)
+    if all(recipe.unit.is_usual for recipe in recipes):
+        raise RecipeError(
+            f"--unit {word} is for recipes that remove whole units, and none is named; see "
+            "`prunezero list recipes`"
+        )
+    return [recipe if recipe.unit.is_usual else recipe.on_unit(word) for recipe in recipes]
 
 
 def check_statistics(word: str | None) -> None:

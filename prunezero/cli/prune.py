@@ -27,6 +27,7 @@ from prunezero.cli.options import (
     Statistics,
     TestTokens,
     TextName,
+    Unit,
 )
 from prunezero.cli.quantities import bytes_of
 from prunezero.errors import OutputError
@@ -52,6 +53,7 @@ def prune(
     sparsity: Sparsity = None,
     pattern: Pattern = None,
     allocate: Allocate = None,
+    unit: Unit = None,
     output: Annotated[
         Path | None, typer.Option(help="New folder for the pruned model; without it, only report.")
     ] = None,
@@ -116,8 +118,9 @@ def prune(
     options.check_json(json_file)
     check_apart({"--json": json_file, "--output": output})
     limit = bytes_of(memory_limit)
+    (found,) = options.on_unit([Recipe.load(recipe)], unit)
     chosen = with_choices(
-        Recipe.load(recipe),
+        found,
         pattern=pattern,
         allocate=allocate,
         statistics=statistics,

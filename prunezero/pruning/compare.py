@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from prunezero.formula.features import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.observing.calibration import Progress
+from prunezero.pruning.costs import costs_without
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
@@ -121,9 +124,9 @@ class RecipeRunner:
         other._calibration = testbed.windows("calibration")
         return other
 
-    def dense_row(self, splits: Sequence[str]) -> dict[str, Any]:
+    def dense_row(self, splits: Sequence[str], *, with_costs: bool = False) -> dict[str, Any]:
         """The row of the model before pruning, in the columns of `row`."""
-        return dense_row(self._measured(splits))
+        return dense_row(self._measured(splits) | (self._costs(Selection()) if with_costs else {}))
 
     def row(
         self,
@@ -132,6 +135,7 @@ class RecipeRunner:
         splits: Sequence[str],
         *,
         keep: bool = False,
+        with_costs: bool = False,
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
@@ -139,6 +143,7 @@ class RecipeRunner:
 
         Args:
             keep: leave the model pruned, unless something failed.
+            with_costs: count what the model takes without the units that go.
             folder: keeps finished steps of a pruning of several, see `prune`.
             progress: of the pruning.
 
@@ -157,10 +162,19 @@ class RecipeRunner:
                 progress=progress,
             )
             measured = self._measured(splits)
+            if with_costs:
+                measured |= self._costs(outcome.selection)
             if keep:
                 # An edit that nobody leaves.
                 edit.pop_all()
         return pruned_row(recipe, outcome, measured)
+
+    def _costs(self, selection: Selection) -> dict[str, Any]:
+        """What the model takes without the units that go, as columns."""
+        ids = self._calibration[:1]
+        costs = asdict(costs_without(self.testbed.language_model, selection, ids))
+        # How long the window was is said where FLOPs are explained.
+        return {key: costs[key] for key in costs if key != "context"}
 
     def reversed(self, recipe: Recipe) -> RecipeRunner:
         """The stand of this recipe on the same calibration windows in the opposite order.
@@ -218,6 +232,7 @@ def compare(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     with_rounding: bool = True,
+    with_costs: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure recipes one after another, the dense model first; yields one flat row for each.
@@ -242,6 +257,9 @@ def compare(
         with_rounding: prune by each recipe that mends weights once more, on the calibration windows
             in reverse order; columns `validation_rounding` and `test_rounding` say by how much
             that changes its perplexities. No smaller difference between two rows means anything.
+        with_costs: columns `parameters`, `parameters_without_embeddings`, `flops` (for each token)
+            and `kv_bytes` (for each token of the context) say what each model takes, the units that
+            go taken out; always there where a recipe removes units.
 
     Raises:
         PruneZeroError: some recipe cannot be applied; raised before anything is measured.
@@ -258,9 +276,10 @@ def compare(
         layers |= {layer.name: layer for layer in found}
     every = list(layers.values())
     runner = RecipeRunner(testbed, testbed.statistics(every, dense_sums(changed), progress))
-    yield runner.dense_row(SPLITS)
+    counts = with_costs or any(not recipe.unit.is_usual for recipe in changed)
+    yield runner.dense_row(SPLITS, with_costs=counts)
     for recipe in changed:
-        row = runner.row(recipe, sparsity, SPLITS)
+        row = runner.row(recipe, sparsity, SPLITS, with_costs=counts)
         if with_rounding and recipe.mends:
             row |= rounding(row, runner.reversed(recipe).row(recipe, sparsity, SPLITS), SPLITS)
         yield row

@@ -16,6 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunezero.models.anatomy.groups import Group
+from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel
 
 # Tokens of the window; what attention costs grows with their number.
@@ -59,6 +61,22 @@ def model_costs(language_model: LanguageModel, ids: Tensor) -> Costs:
         kv_bytes=_bytes_held(cache) / context,
         context=context,
     )
+
+
+def costs_without(language_model: LanguageModel, selection: Selection, ids: Tensor) -> Costs:
+    """What the model takes once the units that go are out of it; it keeps its size.
+
+    Args:
+        selection: one of no groups takes nothing out.
+        ids: as for `model_costs`.
+
+    Raises:
+        ModelError: units of this kind do not make the model smaller.
+    """
+    if not selection.groups:
+        return model_costs(language_model, ids)
+    with sliced(language_model, selection):
+        return model_costs(language_model, ids)
 
 
 def group_cost(group: Group, measure: str) -> float:

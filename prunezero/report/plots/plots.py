@@ -72,7 +72,7 @@ def pareto(candidates: Sequence[Row], baselines: Sequence[Row], path: Path) -> N
         [(r["complexity"], _value(r), text, color) for r, text, color in labels if _value(r) < top],
         [*((row["complexity"], _value(row)) for row in shown), *_along(front)],
     )
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def proxy_against_truth(candidates: Sequence[Row], path: Path) -> None:
@@ -93,7 +93,7 @@ def proxy_against_truth(candidates: Sequence[Row], path: Path) -> None:
         plain_log_ticks(axes.xaxis, *axes.get_xlim())
     perplexity_axis(axes, found, keep=[])
     _legend(axes)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def progress(candidates: Sequence[Row], baselines: Sequence[Row], path: Path) -> None:
@@ -126,7 +126,7 @@ def progress(candidates: Sequence[Row], baselines: Sequence[Row], path: Path) ->
     _dense_line(axes, baselines)
     _legend(axes)
     spread(axes, [(_value(row), f"{row['name']}  {_value(row):.2f}") for row in named], BASELINE)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
@@ -147,7 +147,12 @@ def _along(front: Sequence[Row]) -> list[tuple[float, float]]:
     ]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, complete or not at all.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_whole(path, lambda beside: figure.savefig(beside, format="png"))
@@ -174,7 +179,7 @@ def _scatter_by_signal(axes: Any, rows: list[Row], key: str, *, faint: bool = Fa
 def _dense_line(axes: Any, baselines: Sequence[Row]) -> None:
     """The unpruned model as a floor, where it is on the picture or just below it."""
     for row in baselines:
-        if not _is_dense(row) or not _is_number(row.get("search_perplexity")):
+        if not _is_dense(row) or not is_number(row.get("search_perplexity")):
             continue
         low, high = axes.get_ylim()
         if _value(row) < low / 1.5:
@@ -215,10 +220,11 @@ def _columns(rows: Sequence[Row], key: str, *, shift: bool = False) -> tuple[lis
 
 
 def _with_numbers(rows: Sequence[Row], *keys: str) -> list[Row]:
-    return [row for row in rows if all(_is_number(row.get(key)) for key in keys)]
+    return [row for row in rows if all(is_number(row.get(key)) for key in keys)]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
