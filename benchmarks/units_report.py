@@ -28,9 +28,9 @@ def report(rows: list[Row]) -> list[str]:
         "Made by `python benchmarks/units.py`. Each recipe loses the same share of the parameters "
         "of all blocks, as published and with the columns that stay refitted by least squares. A "
         "cell is the mean over draws of calibration text and in brackets the largest minus the "
-        "smallest; without brackets there is one draw. Parameters are those outside of embeddings and head, "
-        "FLOPs those of a token in a window of 128, both beside the dense model's. Nothing was "
-        "chosen by test text.",
+        "smallest; without brackets there is one draw. Parameters are those outside of embeddings "
+        "and head, FLOPs those of a token in a window of 128, both beside the dense model's. "
+        "Nothing was chosen by test text.",
         "",
     ]
     places: dict[tuple[Any, ...], list[Row]] = defaultdict(list)

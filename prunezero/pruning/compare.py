@@ -257,9 +257,8 @@ def compare(
         with_rounding: prune by each recipe that mends weights once more, on the calibration windows
             in reverse order; columns `validation_rounding` and `test_rounding` say by how much
             that changes its perplexities. No smaller difference between two rows means anything.
-        with_costs: columns `parameters`, `parameters_without_embeddings`, `flops` (for each token)
-            and `kv_bytes` (for each token of the context) say what each model takes, the units that
-            go taken out; always there where a recipe removes units.
+        with_costs: columns of `Costs`, of the model without the units that go; always there where
+            a recipe removes units.
 
     Raises:
         PruneZeroError: some recipe cannot be applied; raised before anything is measured.
@@ -267,14 +266,7 @@ def compare(
     choices = {"pattern": pattern, "statistics": statistics, "allocate": allocate}
     layers_chosen = {"targets": targets, "ignore": ignore}
     changed = [with_choices(recipe, **choices, **layers_chosen) for recipe in recipes]
-    layers: dict[str, Linear] = {}
-    for recipe in changed:
-        fraction = settled_sparsity(recipe.pattern, sparsity)
-        found = check_recipe(testbed.language_model, recipe, fraction)
-        # Refuses a permutation that cannot be had.
-        Reordering(testbed.language_model, recipe, found)
-        layers |= {layer.name: layer for layer in found}
-    every = list(layers.values())
+    every = _checked(testbed, changed, sparsity)
     runner = RecipeRunner(testbed, testbed.statistics(every, dense_sums(changed), progress))
     counts = with_costs or any(not recipe.unit.is_usual for recipe in changed)
     yield runner.dense_row(SPLITS, with_costs=counts)
@@ -283,6 +275,20 @@ def compare(
         if with_rounding and recipe.mends:
             row |= rounding(row, runner.reversed(recipe).row(recipe, sparsity, SPLITS), SPLITS)
         yield row
+
+
+def _checked(
+    testbed: Testbed, recipes: Sequence[Recipe], sparsity: float | None
+) -> list[Linear]:
+    """The layers that the recipes prune, once it is sure that all can be applied."""
+    layers: dict[str, Linear] = {}
+    for recipe in recipes:
+        fraction = settled_sparsity(recipe.pattern, sparsity)
+        found = check_recipe(testbed.language_model, recipe, fraction)
+        # Refuses a permutation that cannot be had.
+        Reordering(testbed.language_model, recipe, found)
+        layers |= {layer.name: layer for layer in found}
+    return list(layers.values())
 
 
 def finite_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def select_units(
         SelectionError: as `check_units`.
         ScoreError: a score is NaN or infinite.
     """
-    if compare == "model":
+    if compare == "model" or not any(group.is_protected for group in groups):
         check_units(groups, budget, compare=compare)
     scores = [scores_of(group).float().cpu() for group in groups]
     for values in scores:

@@ -25,7 +25,7 @@ from prunezero.scoring.statistics import Statistics
 from tests.tiny_models import tiny_batches, tiny_model
 
 NOTHING = Evidence({}, None, None)
-ALLOCATIONS = WORDS["allocate"]
+ALLOCATIONS = {word: row for word, row in WORDS["allocate"].items() if "weight" in row.units}
 SPARSITIES = [0.0, 0.3, 0.5, 0.7, 0.95, 0.9995]
 
 
