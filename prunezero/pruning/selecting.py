@@ -61,6 +61,13 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
         SelectionError: names the group, or says what all of them together can lose.
     """
     removed_count(1, budget.amount)
+    free = sum(_cost(group, budget) * _free(group) for group in groups)
+    is_mixed = len({_cost(group, budget) for group in groups}) > 1
+    if (compare == "model" or is_mixed) and free < _allowance(groups, budget):
+        raise SelectionError(
+            f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
+            f"some of each group have to stay; at most {free / _total(groups, budget):.4f} can"
+        )
     if compare == "group":
         shares = shares_of(groups, budget)
         for group in groups:
@@ -70,13 +77,6 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
                     f"{shares[group.name]:g} of the {group.units} {group.kind}s of {group.name} "
                     f"leaves {left}, but at least {group.least} have to stay; remove less"
                 )
-    free = sum(_cost(group, budget) * _free(group) for group in groups)
-    is_mixed = len({_cost(group, budget) for group in groups}) > 1
-    if (compare == "model" or is_mixed) and free < _allowance(groups, budget):
-        raise SelectionError(
-            f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
-            f"some of each group have to stay; at most {free / _total(groups, budget):.4f} can"
-        )
 
 
 def shares_of(groups: Sequence[Group], budget: Budget) -> dict[str, float]:
@@ -157,7 +157,10 @@ def select_units(
     if compare == "model":
         removed = _removed_of_all(groups, scores, budget)
     else:
-        removed = [group.units - left_of(group, budget.amount) for group in groups]
+        # One by itself loses what it was allocated.
+        alone = dict.fromkeys((group.name for group in groups), budget.amount)
+        shares = alone if len(groups) == 1 else shares_of(groups, budget)
+        removed = [group.units - left_of(group, shares[group.name]) for group in groups]
     kept = [_kept(*one) for one in zip(groups, scores, removed, strict=True)]
     devices = [group.members[0].linear.weight.device for group in groups]
     placed = (one.to(device) for one, device in zip(kept, devices, strict=True))

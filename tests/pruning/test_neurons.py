@@ -225,8 +225,12 @@ def test_a_model_loses_what_units_cost_and_each_group_keeps_its_least() -> None:
     assert chosen_of(limited, scores, 0.1, "model") == [[0, 1, 2, 3], []]
     with pytest.raises(SelectionError, match=r"at most 0\.1667 can"):
         chosen_of(limited, scores, 0.25, "model")
-    with pytest.raises(SelectionError, match="leaves 2, but at least 4 have to stay"):
+    # What the dear ones cannot lose the cheap ones do, as long as there are any.
+    assert chosen_of(limited, scores, 0.1, "group") == [[0, 1, 2, 3], []]
+    with pytest.raises(SelectionError, match=r"at most 0\.1667 can"):
         chosen_of(limited, scores, 0.5, "group")
+    with pytest.raises(SelectionError, match="leaves 2, but at least 4 have to stay"):
+        chosen_of(limited[1:], scores, 0.5, "group")
 
 
 @pytest.mark.parametrize("compare", ["group", "model"])

@@ -1,0 +1,209 @@
+"""How many units groups lose: shares add up to the budget, and measured ones beat equal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from prunezero.errors import PruneZeroError, RecipeError, SelectionError
+from prunezero.models.anatomy.groups import Group, linears_of
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.calibration import calibrate
+from prunezero.pruning.allocation import Evidence
+from prunezero.pruning.budget import Budget
+from prunezero.pruning.outcome import Outcome
+from prunezero.pruning.prune import prune
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.word_options import Slopes
+from prunezero.pruning.requirements import checked_groups, dense_sums
+from prunezero.pruning.selecting import check_units, left_of, shares_of
+from prunezero.pruning.trials import Trials
+from prunezero.pruning.unit_allocation import Ladder, _Belief, _cheapest, slopes
+from tests.models.test_mlp import noisy
+from tests.pruning.test_neurons import group_of
+from tests.tiny_models import LAYOUTS, tiny_batches, tiny_model
+
+BATCHES = tiny_batches(6, 16)
+
+
+def recipe(**choices: object) -> Recipe:
+    fields = {"name": "mine", "criterion": "M2", "unit": "width", "compare": "group"}
+    return validated(Recipe, {**fields, **choices}, "mine.yaml")
+
+
+def known_of(model: LanguageModel, chosen: Recipe) -> Any:
+    return calibrate(model, BATCHES, find_linears(model.model), dense_sums([chosen]))
+
+
+def pruned(model: LanguageModel, chosen: Recipe, share: float) -> Outcome:
+    return prune(model, chosen, share, statistics=known_of(model, chosen), windows=BATCHES)
+
+
+def gone(groups: Sequence[Group], shares: dict[str, float]) -> float:
+    return sum(
+        (group.units - left_of(group, shares[group.name])) * group.cost_of("parameters")
+        for group in groups
+    )
+
+
+@pytest.mark.parametrize("amount", [0.1, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("protected", [0, 1])
+def test_groups_of_small_units_make_up_for_those_of_large_ones(
+    amount: float, protected: int
+) -> None:
+    groups = [
+        group_of("heads.0", 3, 100, is_protected=protected > 0, least=1),
+        group_of("heads.1", 3, 100, least=1),
+        group_of("mlp.0", 400, 1, is_protected=protected > 0, least=1),
+        group_of("mlp.1", 400, 1, least=1),
+    ]
+    budget = Budget(amount, measure="parameters")
+    if protected and amount == 0.5:
+        with pytest.raises(SelectionError, match=r"at most 0\.4279 can"):
+            check_units(groups, budget, compare="group")
+        return
+    shares = shares_of(groups, budget)
+    # Each group rounds down, so less than one small unit each is left.
+    assert amount * 1400 - 2 < gone(groups, shares) <= amount * 1400
+    assert not protected or shares["mlp.0"] == shares["heads.0"] == 0.0
+
+
+def test_groups_of_one_kind_lose_the_very_share_that_was_asked_for() -> None:
+    groups = [group_of("a", 10, 3), group_of("b", 7, 3)]
+    assert shares_of(groups, Budget(0.3, measure="parameters")) == {"a": 0.3, "b": 0.3}
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "slopes", "evolve"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_allocation_reaches_the_parameters_asked_for_within_one_unit(
+    layout: str, allocate: str
+) -> None:
+    word: Any = {"evolve": {"evaluations": 6, "windows": 2}} if allocate == "evolve" else allocate
+    model = noisy(tiny_model(layout))
+    outcome = pruned(model, recipe(allocate=word), 0.3)
+    groups = outcome.selection.groups
+    largest = max(group.cost_of("parameters") for group in groups)
+    wanted = 0.3 * outcome.selection.total("parameters")
+    removed = outcome.selection.removed("parameters")
+    # Uniform groups each round down.
+    smallest = min(group.cost_of("parameters") for group in groups)
+    slack = len(groups) * smallest if allocate == "uniform" else largest
+    assert wanted - slack <= removed <= wanted
+
+
+def test_steps_are_of_equal_cost_and_leave_what_has_to_stay() -> None:
+    groups = [group_of("heads", 3, 100, least=1), group_of("mlp", 400, 1, least=50)]
+    ladder = Ladder.of(groups, 0.3, "parameters", 16)
+    # A head is the grain, and an MLP gives three and a half of it.
+    assert ladder.grain == 100 and ladder.total == 2
+    assert [list(one) for one in ladder.counts] == [[0, 1, 2], [0, 100, 200, 300]]
+    with pytest.raises(SelectionError, match="cannot go in steps of 100"):
+        Ladder.of(groups, 0.9, "parameters", 16)
+    kept = Ladder.of([group_of("mlp", 96, 1, multiple_of=32, least=1)], 0.5, "parameters", 4)
+    assert [list(one) for one in kept.counts] == [[0, 0, 32, 64]]
+
+
+def test_the_cheapest_steps_are_those_that_a_search_of_all_finds() -> None:
+    groups = [group_of(name, 5, 1, least=1) for name in "abc"]
+    ladder = Ladder.of(groups, 0.4, "parameters", 5)
+    curves = [np.array([0.0, 1, 4, 9, 16]), np.arange(5) * 1.5, np.arange(5) * 4.0]
+    total = ladder.total
+
+    def cost(taken: tuple[int, ...]) -> float:
+        return float(sum(curve[steps] for curve, steps in zip(curves, taken, strict=True)))
+
+    every = [(a, b, total - a - b) for a in range(5) for b in range(5) if 0 <= total - a - b < 5]
+    assert cost(_cheapest(ladder, curves)) == min(map(cost, every))
+
+
+def test_a_belief_is_drawn_to_what_was_measured() -> None:
+    curves = [np.arange(5) * 1.0, np.arange(5) * 1.0]
+    truth = np.array([1.0, 3.0])
+    known: dict[tuple[int, ...], float] = {(a, 4 - a): float(truth @ [a, 4 - a]) for a in range(5)}
+    belief = _Belief.of(curves, known)
+    assert belief.mean[1] > 1.5 * belief.mean[0]
+
+
+def test_trials_measure_what_pruning_measures_and_leave_no_trace() -> None:
+    from prunezero.models.evaluation import dense_reference, evaluate
+
+    chosen = recipe(update="refit")
+    model = noisy(tiny_model("llama"))
+    before = {linear.name: linear.weight.clone() for linear in find_linears(model.model)}
+    groups = checked_groups(model, chosen, 0.3)
+    reference = dense_reference(model, BATCHES)
+    known = known_of(model, chosen)
+    with Trials(model, chosen, groups, known, BATCHES) as trials:
+        removed = {group.name: (group.units * 3) // 10 for group in groups}
+        tried = trials.kl(removed, len(BATCHES))
+        assert trials.kl({}, len(BATCHES)) == pytest.approx(0.0, abs=1e-9)
+        assert trials.kl(removed, len(BATCHES)) == tried
+    for linear in find_linears(model.model):
+        assert torch.equal(linear.weight, before[linear.name])
+    # What goes of neurons alone is a share that pruning takes by itself.
+    neurons = recipe(unit="neuron", update="refit")
+    prune(model, neurons, 0.3, statistics=known, windows=BATCHES)
+    measured = evaluate(model, BATCHES, reference=reference).kl
+    assert tried == pytest.approx(measured, rel=1e-5)
+
+
+def test_evolution_is_no_worse_than_its_beginning_on_the_text_that_it_saw() -> None:
+    from prunezero.models.evaluation import dense_reference, evaluate
+
+    reached = {}
+    words: dict[str, Any] = {
+        "slopes": {"slopes": {"windows": 6, "steps": 8}},
+        "fitted": {"evolve": {"evaluations": 40, "windows": 6, "first_windows": 6, "steps": 8}},
+    }
+    for name, word in words.items():
+        model = noisy(tiny_model("gpt2"))
+        reference = dense_reference(model, BATCHES)
+        pruned(model, recipe(unit="neuron", update="refit", allocate=word), 0.4)
+        reached[name] = evaluate(model, BATCHES, reference=reference).kl
+    assert reached["fitted"] is not None and reached["slopes"] is not None
+    assert reached["fitted"] <= reached["slopes"] * (1 + 1e-6)
+
+
+def test_the_same_seed_gives_the_same_units() -> None:
+    word = {"evolve": {"evaluations": 10, "windows": 3}}
+    kept = [
+        pruned(noisy(tiny_model("llama")), recipe(allocate=word), 0.3).selection.kept
+        for _ in range(2)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
+
+
+def test_a_measured_allocation_needs_a_model_and_text_and_groups_that_do_not_compete() -> None:
+    model = tiny_model("llama")
+    layers = linears_of(checked_groups(model, recipe(), 0.3))
+    with pytest.raises(RecipeError, match="needs the model and calibration text"):
+        slopes(layers, 0.3, Slopes(), Evidence({}, None, None))
+    with pytest.raises(RecipeError, match="compare: model lets all layers compete"):
+        recipe(compare="model", allocate="slopes")
+    with pytest.raises(RecipeError, match="allocate: evolve is for unit"):
+        validated(Recipe, {"name": "it", "criterion": "abs(W)", "allocate": "evolve"}, "it.yaml")
+    with pytest.raises(PruneZeroError, match="needs calibration text"):
+        prune(model, recipe(allocate="slopes", criterion="row_norm(W)"), 0.3)
+
+
+def test_steps_of_a_schedule_may_see_the_model_as_it_is_by_then() -> None:
+    steps = {"iterative": {"steps": 3, "shape": "linear", "anew": True}}
+    chosen = recipe(schedule=steps, compare="model", criterion="M2/PARAMS")
+    once = pruned(noisy(tiny_model("llama")), recipe(compare="model", criterion="M2/PARAMS"), 0.3)
+    model = noisy(tiny_model("llama"))
+    outcome = pruned(model, chosen, 0.3)
+    assert outcome.selection.removed("parameters") == pytest.approx(
+        once.selection.removed("parameters"), abs=2000
+    )
+    # Nested: what a first step takes is gone in the end as well.
+    first = pruned(noisy(tiny_model("llama")), recipe(compare="model", criterion="M2/PARAMS"), 0.1)
+    for (_, early), (_, late) in zip(first.selection, outcome.selection, strict=True):
+        assert not bool((~early & late).any())
+    with pytest.raises(RecipeError, match="collected anew need calibration text"):
+        prune(noisy(tiny_model("llama")), recipe(schedule=steps, criterion="row_norm(W)"), 0.3)
