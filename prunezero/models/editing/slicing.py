@@ -3,14 +3,17 @@
 A model is sliced within a context, so that what is saved and measured is the smaller model, while
 everything before it works on tensors of full size. The setting of the configuration that stands for
 the width is found by trying: an empty model that is built with it must have just the shapes wanted.
+Where layers differ, each has settings of its own, found by building that layer alone, and a part of
+a layer that loses all of its units is skipped.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +22,14 @@ from torch import Tensor, nn
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.groups import Group
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, block_prefix, find_blocks
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import zeroed
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.unequal.families import layer_settings, parts_of
+from prunezero.models.unequal.layers import NoAttention, NoMLP
 
 # Settings without a value, which then follow from others, whose names hold one of these words.
 _OF_WIDTH = ("inner", "intermediate", "ffn")
@@ -45,13 +50,46 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """How many heads an attention has."""
+
+    name: str
+    """of its module"""
+    queries: int
+    keys: int
+    """heads of keys and values"""
+    size: int
+    """numbers of one head"""
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What a configuration says of them."""
+        return {"num_attention_heads": self.queries, "num_key_value_heads": self.keys}
+
+
+@dataclass(frozen=True)
 class Slices:
     """How a model becomes smaller."""
 
     cuts: Mapping[str, Cut]
     """what stays of each parameter that loses something, by name"""
     setting: Mapping[str, int]
-    """what its configuration says of it"""
+    """what its configuration says of it, where layers are alike"""
+    layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """what it says of single layers, as `per_layer_config` has it, where they are not"""
+    heads: Mapping[int, Heads] = field(default_factory=dict)
+    """of each layer whose attention loses some"""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """modules that go as a whole, by name: attention or mlp"""
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a parameter is part of a module that goes as a whole."""
+        return any(name.startswith(f"{module}.") for module in self.skipped)
+
+    @property
+    def head_size(self) -> int | None:
+        """Numbers of one head, where their count says it no longer."""
+        return next((one.size for one in self.heads.values()), None)
 
 
 def cuts_of(selection: Selection) -> dict[str, Cut]:
@@ -76,45 +114,159 @@ def cuts_of(selection: Selection) -> dict[str, Cut]:
     return cuts
 
 
-@contextmanager
-def sliced(language_model: LanguageModel, selection: Selection) -> Iterator[Slices]:
-    """Within it the model is really smaller, configuration included; leaving it undoes that.
+def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
+    """How a model becomes smaller by a selection.
 
     Raises:
-        ModelError: no configuration of this model has such widths.
+        ModelError: no configuration of this model has such widths, or what loses all of its units
+            cannot be left out.
     """
     model = language_model.model
-    cuts = cuts_of(selection)
-    setting = _setting(model, cuts)
-    configuration = model.config.get_text_config()
-    settings_before = {key: getattr(configuration, key) for key in setting}
-    before = [(name, model.get_parameter(name)) for name in cuts]
-    try:
-        _slice(model, cuts, setting)
-        yield Slices(cuts, setting)
-    finally:
-        for name, parameter in before:
-            _put(model, name, parameter)
-        for key, value in settings_before.items():
-            setattr(configuration, key, value)
+    skipped = _skipped(model, selection)
+    shared = Slices({}, {}, skipped=skipped)
+    cuts = {
+        name: cut for name, cut in cuts_of(selection).items() if not shared.is_left_out(name)
+    }
+    heads = _heads(model, selection, cuts)
+    alike = None if skipped else _setting(model, cuts, heads)
+    if alike is not None:
+        return Slices(cuts, alike, heads=heads)
+    layers = _layer_settings(model, cuts, heads)
+    prefix = block_prefix(model)
+    for name, part in skipped.items():
+        own = layers[_index(prefix, name)]
+        own["skip"] = sorted({*own.get("skip", ()), part})
+    return Slices(cuts, {}, layers, heads, skipped)
+
+
+@contextmanager
+def sliced(language_model: LanguageModel, selection: Selection) -> Iterator[Slices]:
+    """Within it the model is really smaller; leaving it undoes that.
+
+    Its configuration says so too, unless layers differ, which no configuration in memory says.
+
+    Raises:
+        ModelError: as `slices_of`.
+    """
+    slices = slices_of(language_model, selection)
+    with ExitStack() as undo:
+        _slice(language_model.model, slices, undo)
+        yield slices
 
 
 def remove(language_model: LanguageModel, selection: Selection) -> None:
     """Make the model smaller for good.
 
     Raises:
-        ModelError: as `sliced`.
+        ModelError: as `slices_of`, or layers differ, so that its configuration would not say so.
     """
-    model = language_model.model
-    cuts = cuts_of(selection)
-    _slice(model, cuts, _setting(model, cuts))
+    slices = slices_of(language_model, selection)
+    if slices.layers:
+        raise _without_setting(language_model.model, slices.cuts)
+    _slice(language_model.model, slices, ExitStack())
 
 
-def _slice(model: Any, cuts: Mapping[str, Cut], setting: Mapping[str, int]) -> None:
-    for name, cut in cuts.items():
-        _put(model, name, cut.of(model.get_parameter(name).detach()))
-    for key, value in setting.items():
-        setattr(model.config.get_text_config(), key, value)
+def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
+    for name, cut in slices.cuts.items():
+        before = model.get_parameter(name)
+        undo.callback(_put, model, name, before)
+        _put(model, name, cut.of(before.detach()))
+    for index, heads in slices.heads.items():
+        settings = layer_settings(model.config, index)
+        for key, value in _known(settings, heads.settings).items():
+            setattr(settings, key, value)
+        _set_counts(model.get_submodule(heads.name), heads, settings, undo)
+    prefix = block_prefix(model)
+    for name, part in slices.skipped.items():
+        path, _, child = name.rpartition(".")
+        stand_in = NoAttention(_index(prefix, name)) if part == "attention" else NoMLP()
+        _set(model.get_submodule(path), child, stand_in, undo)
+    for key, value in slices.setting.items():
+        _set(model.config.get_text_config(), key, value, undo)
+
+
+def _set(owner: Any, key: str, value: Any, undo: ExitStack) -> None:
+    undo.callback(setattr, owner, key, getattr(owner, key, None))
+    setattr(owner, key, value)
+
+
+def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack) -> None:
+    """Let an attention know how many heads it has, under whatever names it keeps that."""
+    counts = {
+        "num_heads": heads.queries,
+        "num_attention_heads": heads.queries,
+        "num_key_value_heads": heads.keys,
+        "num_key_value_groups": heads.queries // heads.keys,
+        # GPT-2 calls the width of its queries so.
+        "split_size": heads.queries * heads.size,
+        "config": settings,
+    }
+    for key, value in counts.items():
+        if key in vars(module):
+            _set(module, key, value, undo)
+
+
+def _skipped(model: Any, selection: Selection) -> dict[str, str]:
+    """Modules of layers that lose all of their units, by name: attention or mlp.
+
+    Raises:
+        ModelError: what loses all is no module of its own, or a bias would be lost with it.
+    """
+    parts, prefix = parts_of(model.config.model_type), block_prefix(model)
+    words = {parts.attention: "attention", parts.mlp: "mlp"}
+    found: dict[str, str] = {}
+    for group, kept in selection:
+        if not group.has_rows or bool(kept.any()):
+            continue
+        for member in group.members:
+            child = member.linear.name.removeprefix(f"{prefix}.").split(".")[1]
+            if child not in words or _holds_others(member.linear, selection, f"{prefix}."):
+                raise ModelError(
+                    f"no unit of {group.name} would stay, and in {type(model).__name__} it is no "
+                    "part that can be left out; keep one unit of it"
+                )
+            bias = member.linear.bias
+            if member.role == "consumer" and bias is not None and bool(bias.any()):
+                raise ModelError(
+                    f"no unit of {group.name} would stay, but '{member.linear.name}' has a bias "
+                    "that would be lost with it; keep one unit of it"
+                )
+            found[f"{prefix}.{group.block}.{child}"] = words[child]
+    return found
+
+
+def _holds_others(linear: Linear, selection: Selection, prefix: str) -> bool:
+    """Whether its part of a layer holds units that stay."""
+    part = ".".join(linear.name.removeprefix(prefix).split(".")[:2])
+    return any(
+        bool(kept.any()) and member.linear.name.startswith(f"{prefix}{part}.")
+        for group, kept in selection
+        for member in group.members
+    )
+
+
+def _heads(model: Any, selection: Selection, cuts: Mapping[str, Cut]) -> dict[int, Heads]:
+    """The heads that stay in each layer whose attention loses some."""
+    found = {}
+    for group, kept in selection:
+        consumers = [one for one in group.members if one.role == "consumer"]
+        is_cut = any(f"{one.linear.name}.weight" in cuts for one in consumers)
+        if group.kind != "kv_group" or not is_cut:
+            continue
+        name = consumers[0].linear.name.rpartition(".")[0]
+        size = _head_size(model, name)
+        stays = int(kept.sum())
+        found[group.block] = Heads(name, stays * consumers[0].width // size, stays, size)
+    return found
+
+
+def _head_size(model: Any, name: str) -> int:
+    """Numbers of one head of the named attention."""
+    module, settings = model.get_submodule(name), model.config.get_text_config()
+    for key in ("head_dim", "head_size"):
+        if isinstance(getattr(module, key, None), int):
+            return getattr(module, key)
+    return settings.hidden_size // settings.num_attention_heads
 
 
 SMALLER = Edit(zeroed, remove)
@@ -122,8 +274,8 @@ SMALLER = Edit(zeroed, remove)
 
 def width_setting(
     language_model: LanguageModel, groups: Sequence[Group], counts: Mapping[str, int]
-) -> dict[str, int]:
-    """The settings of the configuration under which so many units of each group stay.
+) -> Slices:
+    """How so many units of each group stay, and what the configuration says of that.
 
     That the model then computes what it does with zeros is tried on the first units.
 
@@ -131,17 +283,17 @@ def width_setting(
         counts: units that stay, by the name of the group.
 
     Raises:
-        ModelError: there are none, for example where layers differ in width; or it does not.
+        ModelError: no configuration has such widths, or the model computes otherwise.
     """
     first = [torch.arange(group.units) < counts[group.name] for group in groups]
     devices = [group.members[0].linear.weight.device for group in groups]
     kept = tuple(one.to(device) for one, device in zip(first, devices, strict=True))
     selection = Selection(tuple(groups), kept)
-    setting = _setting(language_model.model, cuts_of(selection))
+    slices = slices_of(language_model, selection)
     ids = torch.arange(PROBE_TOKENS, device=language_model.device)[None]
     with zeroed(language_model, selection):
         refuse_other_logits(language_model, selection, ids)
-    return setting
+    return slices
 
 
 def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids: Tensor) -> None:
@@ -166,41 +318,118 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
         )
 
 
-def _setting(model: Any, cuts: Mapping[str, Cut]) -> dict[str, int]:
+def _setting(
+    model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
+) -> dict[str, int] | None:
+    """The settings under which all layers are as wanted; None where there are none."""
     if not cuts:
         return {}
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wanted = dict(shapes)
+    shapes, wanted = _shapes(model), _wanted(_shapes(model), cuts)
+    alike = {tuple(one.settings.items()) for one in heads.values()}
+    if len(alike) > 1:
+        return None
+    counts = _known(model.config.get_text_config(), dict(*alike))
+    if counts:
+        counts["head_dim"] = next(iter(heads.values())).size
+    narrower = _outside(cuts, heads)
+    for change in _candidates(model.config, shapes, narrower):
+        if _shapes_with(model, counts | change) == wanted:
+            return counts | change
+    return None
+
+
+def _layer_settings(
+    model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
+) -> defaultdict[int, dict[str, Any]]:
+    """The settings of each layer that loses something.
+
+    Raises:
+        ModelError: layers of this model cannot be built with settings of their own.
+    """
+    prefix, found = block_prefix(model), defaultdict[int, dict[str, Any]](dict)
+    by_layer: dict[int, dict[str, Cut]] = defaultdict(dict)
     for name, cut in cuts.items():
-        shape = list(shapes[name])
-        shape[cut.axis] = len(cut.kept)
-        wanted[name] = tuple(shape)
-    for key, value in _candidates(model, shapes, cuts):
-        if _shapes_with(model, {key: value}) == wanted:
-            return {key: value}
+        by_layer[_index(prefix, name)][name] = cut
+    for index, own in sorted(by_layer.items()):
+        layer = find_blocks(model)[index]
+        shapes = _shapes(layer, f"{prefix}.{index}.")
+        wanted = _wanted(shapes, own)
+        settings = layer_settings(model.config, index)
+        here = {key: one for key, one in heads.items() if key == index}
+        counts = _known(settings, here[index].settings) if here else {}
+        base = counts | ({"head_dim": here[index].size} if here else {})
+        changes = _candidates(settings, shapes, _outside(own, here))
+        change = next(
+            (
+                one
+                for one in changes
+                if _layer_shapes(layer, settings, index, base | one, prefix) == wanted
+            ),
+            None,
+        )
+        if change is None or model.config.get_text_config() is not model.config:
+            raise _without_setting(model, cuts)
+        found[index] = counts | change
+    return found
+
+
+def _without_setting(model: Any, cuts: Mapping[str, Cut]) -> ModelError:
     widths = sorted({len(cut.kept) for cut in cuts.values()})
-    raise ModelError(
+    return ModelError(
         f"no configuration of {model.config.model_type} gives its layers the widths "
-        f"{', '.join(map(str, widths[:4]))}{' ...' if len(widths) > 4 else ''} that are left: "
-        "plain transformers needs one width for all layers; use compare: group without targets, "
-        "or keep tensors at full size, with zeros"
+        f"{', '.join(map(str, widths[:4]))}{' ...' if len(widths) > 4 else ''} that are left; keep "
+        "tensors at full size, with zeros, or choose another unit"
     )
 
 
+def _index(prefix: str, name: str) -> int:
+    """Which layer a parameter or module belongs to."""
+    return int(name.removeprefix(f"{prefix}.").partition(".")[0])
+
+
+def _known(configuration: Any, settings: Mapping[str, int]) -> dict[str, int]:
+    """Those of some settings that a configuration has."""
+    return {key: value for key, value in settings.items() if hasattr(configuration, key)}
+
+
+def _shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {f"{prefix}{name}": tuple(one.shape) for name, one in module.named_parameters()}
+
+
+def _wanted(
+    shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, Cut]
+) -> dict[str, tuple[int, ...]]:
+    wanted = dict(shapes)
+    for name, cut in cuts.items():
+        shape = list(wanted[name])
+        shape[cut.axis] = len(cut.kept)
+        wanted[name] = tuple(shape)
+    return wanted
+
+
+def _outside(cuts: Mapping[str, Cut], heads: Mapping[int, Heads]) -> dict[str, Cut]:
+    """The cuts of what is no part of an attention."""
+    inside = tuple(f"{one.name}." for one in heads.values())
+    return {name: cut for name, cut in cuts.items() if not name.startswith(inside)}
+
+
 def _candidates(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, Cut]
-) -> Iterator[tuple[str, int]]:
+    configuration: Any, shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, Cut]
+) -> Iterator[dict[str, int]]:
     """Settings that may stand for the width, each with the value that it would need."""
-    settings = model.config.get_text_config().to_dict()
+    if not cuts:
+        yield {}
+        return
+    settings = configuration.get_text_config().to_dict()
     kept = {(shapes[name][cut.axis], len(cut.kept)) for name, cut in cuts.items()}
     for before, after in sorted(kept):
         for key, value in settings.items():
             if isinstance(value, int) and not isinstance(value, bool) and value == before:
-                yield key, after
+                yield {key: after}
     for _, after in sorted(kept):
         for key, value in settings.items():
             if value is None and any(word in key for word in _OF_WIDTH):
-                yield key, after
+                yield {key: after}
 
 
 def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
@@ -209,12 +438,29 @@ def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int,
     for key, value in changes.items():
         setattr(configuration.get_text_config(), key, value)
     try:
+        # A file with such settings would be read like this.
+        configuration = type(configuration).from_dict(configuration.to_dict())
         with torch.device("meta"):
-            empty = type(model)(configuration)
+            return _shapes(type(model)(configuration))
     # Whatever a model says to settings that exclude each other.
     except Exception:
         return {}
-    return {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
+
+
+def _layer_shapes(
+    layer: nn.Module, configuration: Any, index: int, changes: Mapping[str, int], prefix: str
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of an empty layer's parameters under settings of its own; none where that is none."""
+    settings = copy.deepcopy(configuration)
+    build: Any = type(layer)
+    try:
+        for key, value in changes.items():
+            setattr(settings, key, value)
+        with torch.device("meta"):
+            return _shapes(build(settings, index), f"{prefix}.{index}.")
+    # Whatever a layer says to settings that exclude each other.
+    except Exception:
+        return {}
 
 
 def _put(model: nn.Module, name: str, values: Tensor) -> None:
