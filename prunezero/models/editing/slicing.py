@@ -29,7 +29,7 @@ from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import zeroed
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.unequal.families import layer_settings, parts_of
-from prunezero.models.unequal.layers import NoAttention, NoMLP
+from prunezero.models.unequal.layers import SkippedAttn, SkippedMLP
 
 # Settings without a value, which then follow from others, whose names hold one of these words.
 _OF_WIDTH = ("inner", "intermediate", "ffn")
@@ -81,6 +81,17 @@ class Slices:
     """of each layer whose attention loses some"""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """modules that go as a whole, by name: attention or mlp"""
+    fault: str = ""
+    """why no configuration says so; such a model runs in memory, but cannot be saved"""
+
+    def refuse_faults(self) -> None:
+        """Refuse what could not be saved.
+
+        Raises:
+            ModelError: no configuration of the model has such widths.
+        """
+        if self.fault:
+            raise ModelError(self.fault)
 
     def is_left_out(self, name: str) -> bool:
         """Whether a parameter is part of a module that goes as a whole."""
@@ -118,8 +129,7 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
     """How a model becomes smaller by a selection.
 
     Raises:
-        ModelError: no configuration of this model has such widths, or what loses all of its units
-            cannot be left out.
+        ModelError: what loses all of its units cannot be left out.
     """
     model = language_model.model
     skipped = _skipped(model, selection)
@@ -132,6 +142,8 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
     if alike is not None:
         return Slices(cuts, alike, heads=heads)
     layers = _layer_settings(model, cuts, heads)
+    if layers is None:
+        return Slices(cuts, {}, heads=heads, skipped=skipped, fault=_fault(model, cuts))
     prefix = block_prefix(model)
     for name, part in skipped.items():
         own = layers[_index(prefix, name)]
@@ -158,11 +170,12 @@ def remove(language_model: LanguageModel, selection: Selection) -> None:
     """Make the model smaller for good.
 
     Raises:
-        ModelError: as `slices_of`, or layers differ, so that its configuration would not say so.
+        ModelError: as `slices_of`, or no one configuration has such widths.
     """
     slices = slices_of(language_model, selection)
+    slices.refuse_faults()
     if slices.layers:
-        raise _without_setting(language_model.model, slices.cuts)
+        raise ModelError(_fault(language_model.model, slices.cuts))
     _slice(language_model.model, slices, ExitStack())
 
 
@@ -179,7 +192,9 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
     prefix = block_prefix(model)
     for name, part in slices.skipped.items():
         path, _, child = name.rpartition(".")
-        stand_in = NoAttention(_index(prefix, name)) if part == "attention" else NoMLP()
+        whole = model.get_submodule(name)
+        is_attention = part == "attention"
+        stand_in = SkippedAttn(_index(prefix, name), whole) if is_attention else SkippedMLP()
         _set(model.get_submodule(path), child, stand_in, undo)
     for key, value in slices.setting.items():
         _set(model.config.get_text_config(), key, value, undo)
@@ -290,6 +305,7 @@ def width_setting(
     kept = tuple(one.to(device) for one, device in zip(first, devices, strict=True))
     selection = Selection(tuple(groups), kept)
     slices = slices_of(language_model, selection)
+    slices.refuse_faults()
     ids = torch.arange(PROBE_TOKENS, device=language_model.device)[None]
     with zeroed(language_model, selection):
         refuse_other_logits(language_model, selection, ids)
@@ -304,7 +320,7 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
         ids: token ids [1, length] to compute.
 
     Raises:
-        ModelError: it does, or no configuration has such widths.
+        ModelError: it does, or as `slices_of`.
     """
     before = logits_of(language_model, ids).double()
     with sliced(language_model, selection):
@@ -340,12 +356,8 @@ def _setting(
 
 def _layer_settings(
     model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
-) -> defaultdict[int, dict[str, Any]]:
-    """The settings of each layer that loses something.
-
-    Raises:
-        ModelError: layers of this model cannot be built with settings of their own.
-    """
+) -> defaultdict[int, dict[str, Any]] | None:
+    """The settings of each layer that loses something; None where layers cannot have their own."""
     prefix, found = block_prefix(model), defaultdict[int, dict[str, Any]](dict)
     by_layer: dict[int, dict[str, Cut]] = defaultdict(dict)
     for name, cut in cuts.items():
@@ -368,14 +380,14 @@ def _layer_settings(
             None,
         )
         if change is None or model.config.get_text_config() is not model.config:
-            raise _without_setting(model, cuts)
+            return None
         found[index] = counts | change
     return found
 
 
-def _without_setting(model: Any, cuts: Mapping[str, Cut]) -> ModelError:
+def _fault(model: Any, cuts: Mapping[str, Cut]) -> str:
     widths = sorted({len(cut.kept) for cut in cuts.values()})
-    return ModelError(
+    return (
         f"no configuration of {model.config.model_type} gives its layers the widths "
         f"{', '.join(map(str, widths[:4]))}{' ...' if len(widths) > 4 else ''} that are left; keep "
         "tensors at full size, with zeros, or choose another unit"

@@ -38,6 +38,11 @@ PARTS = {
 }
 
 
+def is_own_type(model_type: Any) -> bool:
+    """Whether models of this type have layers of different sizes, and our classes."""
+    return isinstance(model_type, str) and model_type.startswith(PREFIX)
+
+
 def usual_type(model_type: str) -> str:
     """The type of the usual models of a family, such as llama."""
     return model_type.removeprefix(PREFIX)
@@ -61,7 +66,7 @@ def register(model_type: Any) -> None:
     """Let transformers know the classes of a type that begins with `PREFIX`, once."""
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
-    if not isinstance(model_type, str) or not model_type.startswith(PREFIX):
+    if not is_own_type(model_type):
         return
     if model_type in CONFIG_MAPPING or usual_type(model_type) not in CONFIG_MAPPING:
         return

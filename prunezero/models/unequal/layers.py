@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 
-class NoAttention(nn.Module):
+class SkippedAttn(nn.Module):
     """In the place of an attention that was taken out: adds nothing to the residual stream."""
 
-    def __init__(self, index: int) -> None:
-        """Stand in the layer of that index."""
+    def __init__(self, index: int, attention: nn.Module) -> None:
+        """Stand in the layer of that index, in the place of its attention."""
         super().__init__()
         self.layer_idx = index
+        # Some layers ask their attention which mask they want.
+        self.is_sliding = getattr(attention, "is_sliding", False)
 
     def forward(self, hidden_states: Tensor, *_: Any, **named: Any) -> tuple[Tensor, None]:
         """Zeros of the shape of the hidden states, and no attention weights."""
@@ -28,7 +30,7 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-class NoMLP(nn.Module):
+class SkippedMLP(nn.Module):
     """In the place of an MLP that was taken out: adds nothing to the residual stream."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class UnequalLayers:
     layer_list, attention, mlp = "layers", "self_attn", "mlp"
 
     def __init__(self: Any, config: Any) -> None:
-        """Build the model as usual, then the layers anew that differ."""
+        """Build the model as usual, then its layers anew."""
         shared = config.of_layer()
         super().__init__(shared)
         config._attn_implementation = shared._attn_implementation
@@ -51,8 +53,7 @@ class UnequalLayers:
                 module.config = config
         layers = next(one for name, one in self.named_modules() if self.is_list(name))
         for index, layer in enumerate(layers):
-            if config.changes_of(index):
-                layers[index] = self.sized(type(layer), config.of_layer(index), index)
+            layers[index] = self.sized(type(layer), config.of_layer(index), index)
         self.post_init()
 
     def is_list(self, name: str) -> bool:
@@ -64,14 +65,14 @@ class UnequalLayers:
         layer: nn.Module = kind(settings, index)
         skipped = getattr(settings, "skip", ())
         if "attention" in skipped:
-            setattr(layer, self.attention, NoAttention(index))
+            setattr(layer, self.attention, SkippedAttn(index, getattr(layer, self.attention)))
         if "mlp" in skipped:
-            setattr(layer, self.mlp, NoMLP())
+            setattr(layer, self.mlp, SkippedMLP())
         return layer
 
     def set_attn_implementation(self: Any, *words: Any, **named: Any) -> None:
-        """As usual; layers with settings of their own follow."""
+        """As usual; the settings of single layers follow."""
         super().set_attn_implementation(*words, **named)  # type: ignore[misc]
         for module in self.modules():
-            if hasattr(module, "config") and hasattr(module, "layer_idx"):
+            if hasattr(module, "config"):
                 module.config._attn_implementation = self.config._attn_implementation
