@@ -74,9 +74,11 @@ def kv_groups(model: LanguageModel) -> list[Group]:
 
 def _members(fused: str, linears: dict[str, Linear], model: LanguageModel) -> tuple[Member, ...]:
     size = 8
-    consumer = next(linears[name] for name in ("o_proj", "out_proj", "dense") if name in linears) if (
-        fused != "c_attn"
-    ) else _named(model, linears[fused], "c_proj")
+    consumer = (
+        next(linears[name] for name in ("o_proj", "out_proj", "dense") if name in linears)
+        if (fused != "c_attn")
+        else _named(model, linears[fused], "c_proj")
+    )
     heads = consumer.weight.shape[1] // size
     keys = 2 if "num_key_value_heads" in model.model.config.to_dict() else heads
     wide = heads // keys * size

@@ -127,7 +127,9 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
     """
     groups = checked_groups(language_model, recipe, sparsity)
     counts = {
-        group.name: _one_less(group, place) if recipe.compare == "model" else left_of(group, sparsity)
+        group.name: _one_less(group, place)
+        if recipe.compare == "model"
+        else left_of(group, sparsity)
         for place, group in enumerate(groups)
     }
     if width_setting(language_model, groups, counts).layers:

@@ -134,9 +134,7 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
     model = language_model.model
     skipped = _skipped(model, selection)
     shared = Slices({}, {}, skipped=skipped)
-    cuts = {
-        name: cut for name, cut in cuts_of(selection).items() if not shared.is_left_out(name)
-    }
+    cuts = {name: cut for name, cut in cuts_of(selection).items() if not shared.is_left_out(name)}
     heads = _heads(model, selection, cuts)
     alike = None if skipped else _setting(model, cuts, heads)
     if alike is not None:
