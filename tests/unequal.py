@@ -15,20 +15,22 @@ from tests.models.test_mlp import groups_of, noisy
 from tests.tiny_models import CONFIGURATIONS, LAYOUTS, _shared, tiny_tokenizer
 
 
-def _qwen2() -> Any:
+def _qwen2(**changes: Any) -> Any:
     from transformers import Qwen2Config
 
-    return Qwen2Config(**_shared(), intermediate_size=64, num_key_value_heads=2)
+    known = {**_shared(), "intermediate_size": 64, "num_key_value_heads": 2}
+    return Qwen2Config(**{**known, **changes})
 
 
-def _gemma2() -> Any:
+def _gemma2(**changes: Any) -> Any:
     from transformers import Gemma2Config
 
     known = {**_shared(), "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
-    return Gemma2Config(**known, query_pre_attn_scalar=8, sliding_window=8)
+    known |= {"query_pre_attn_scalar": 8, "sliding_window": 8}
+    return Gemma2Config(**{**known, **changes})
 
 
-MORE: dict[str, Callable[[], Any]] = {"qwen2": _qwen2, "gemma2": _gemma2}
+MORE: dict[str, Callable[..., Any]] = {"qwen2": _qwen2, "gemma2": _gemma2}
 ALL = (*LAYOUTS, *MORE)
 # Their attention is as wide as the hidden states, whatever a configuration says.
 OF_FIXED_WIDTH = ("gpt2", "opt", "gpt_neox")
@@ -38,11 +40,11 @@ WITHOUT_CLASS = ("gpt_neox",)
 WITHOUT_MLP = ("opt",)
 
 
-def unequal_model(layout: str) -> LanguageModel:
-    """A tiny model of a layout, every unit of which matters."""
+def unequal_model(layout: str, **changes: Any) -> LanguageModel:
+    """A tiny model of a layout, every unit of which matters; `changes` go to its configuration."""
     from transformers import AutoModelForCausalLM
 
-    settings = {**CONFIGURATIONS, **MORE}[layout]()
+    settings = {**CONFIGURATIONS, **MORE}[layout](**changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
@@ -50,7 +52,7 @@ def unequal_model(layout: str) -> LanguageModel:
 
 
 def kv_groups(model: LanguageModel) -> list[Group]:
-    """The groups of heads of each attention that share keys and values: two, or four single ones."""
+    """The heads of each attention that share keys and values: two groups, or four single ones."""
     by_block: dict[int, dict[str, Linear]] = {}
     for linear in find_linears(model.model):
         by_block.setdefault(linear.block, {})[linear.name.rpartition(".")[2]] = linear
@@ -80,7 +82,7 @@ def _members(fused: str, linears: dict[str, Linear], model: LanguageModel) -> tu
         else _named(model, linears[fused], "c_proj")
     )
     heads = consumer.weight.shape[1] // size
-    keys = 2 if "num_key_value_heads" in model.model.config.to_dict() else heads
+    keys = model.model.config.to_dict().get("num_key_value_heads", heads)
     wide = heads // keys * size
     made = {
         "q_proj": [("q_proj", 0, wide), ("k_proj", 0, size), ("v_proj", 0, size)],

@@ -95,8 +95,8 @@ def prune(
     The folder holds dense safetensors with exact zeros, so every loader takes it, a model card,
     the recipe and a report. Its sparsity is counted again from the files. Recipes that remove
     neurons make tensors smaller instead; where layers differ in width, the folder has classes of
-    its own, and `trust_remote_code=True` loads it. `--padded` saves zeros at full size, and `--gguf`
-    the same model as one file that llama.cpp runs.
+    its own, and `trust_remote_code=True` loads it. `--padded` saves zeros at full size; `--gguf`
+    writes the same model as one file that llama.cpp runs.
 
     With a memory limit, weights are read and written block by block; what a stopped run has done
     waits beside the output, and the same command goes on there. So it is with recipes of several

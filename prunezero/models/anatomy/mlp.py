@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.groups import Group, Member, unit_cost
-from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
 from prunezero.models.editing.permuting import PermutableChannels, find_permutables
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.unequal.layers import SkippedMLP
 
 # Under this name a model keeps what a probe found of its blocks, whatever its weights become.
 _FOUND = "_prunezero_neurons"
@@ -52,6 +53,9 @@ def _groups_of_block(language_model: LanguageModel, inside: Sequence[Linear]) ->
                 f"'{linear.name}' belongs to an expert; unit neuron does not speak of mixtures of "
                 "experts yet"
             )
+    block = find_blocks(language_model.model)[inside[0].block]
+    if any(isinstance(module, SkippedMLP) for module in block.modules()):
+        return []
     found = _channels(language_model, inside)
     if not found:
         raise ModelError(

@@ -388,7 +388,7 @@ def _fault(model: Any, cuts: Mapping[str, Cut]) -> str:
     return (
         f"no configuration of {model.config.model_type} gives its layers the widths "
         f"{', '.join(map(str, widths[:4]))}{' ...' if len(widths) > 4 else ''} that are left; keep "
-        "tensors at full size, with zeros, or choose another unit"
+        "tensors at full size, with zeros (--padded), or choose another unit"
     )
 
 

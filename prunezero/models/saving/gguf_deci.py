@@ -1,8 +1,8 @@
 """How does a model whose layers differ become one .gguf file that stock llama.cpp runs?
 
 Of llama.cpp's architectures `deci` reads the numbers of heads and the width of the MLP layer by
-layer, and computes what a Llama does. Tensors have the names, and rows of queries and keys the order,
-that they have in the file of a Llama. What a folder holds is written, one tensor after the other.
+layer, and computes what a Llama does. Tensors have the names, and rows of queries and keys the
+order, that they have in the file of a Llama. What a folder holds is written, tensor by tensor.
 
 Where an MLP went it gets one channel of zeros, for at width 0 llama.cpp passes over the attention
 of that layer too. Where attention went there are no heads, but in the first layer, where llama.cpp
@@ -24,7 +24,7 @@ from torch import Tensor
 from prunezero.errors import ModelError, OutputError, reason
 from prunezero.models.loading.language_model import quiet
 from prunezero.models.loading.shards import STORED_DTYPES, Shards
-from prunezero.models.saving.gguf_tokenizer import Field, tokenizer_fields
+from prunezero.models.saving.gguf_tokenizer import tokenizer_fields
 from prunezero.models.unequal.families import layer_settings, register, usual_type
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -276,9 +276,10 @@ def _context(configuration: Any) -> int:
     """Tokens up to which the model computes the same without sliding windows."""
     kinds = getattr(configuration, "layer_types", None) or ["sliding_attention"]
     window = getattr(configuration, "sliding_window", None)
-    slides = window is not None and "sliding_attention" in kinds
     longest: int = configuration.max_position_embeddings
-    return min(longest, window) if slides else longest
+    if window is None or "sliding_attention" not in kinds:
+        return longest
+    return min(longest, int(window))
 
 
 def _head_size(configuration: Any) -> int:
@@ -332,6 +333,3 @@ def _type_of(dtype: torch.dtype) -> Any:
 
     words = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     return GGMLQuantizationType[words[dtype]]
-
-
-__all__ = ["FAMILIES", "Field", "Layer", "refuse_without_deci", "write_deci"]

@@ -1,7 +1,7 @@
 """What does llama.cpp have to know of a tokenizer, as fields of a .gguf file?
 
-A model that came as .gguf keeps the fields of its file. Of others, byte-level BPE whose way to cut a
-text into words llama.cpp has under a name is written; all else is refused.
+A model that came as .gguf keeps the fields of its file. Of others, byte-level BPE is written whose
+way to cut a text into words has a name in llama.cpp; all else is refused.
 """
 
 from __future__ import annotations

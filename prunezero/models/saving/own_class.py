@@ -18,12 +18,11 @@ from prunezero.models.saving.companions import edit_configuration
 from prunezero.models.unequal.families import (
     PREFIX,
     class_files,
+    is_own_type,
     own_settings,
     register,
     usual_type,
 )
-
-LOADING = "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"
 
 
 def refuse_without_class(model: Any) -> None:
@@ -43,9 +42,9 @@ def refuse_without_class(model: Any) -> None:
     is_renamed = any(get_checkpoint_conversion_mapping(word) is not None for word in words)
     if is_part or is_renamed or f"{PREFIX}{kind}" not in CONFIG_MAPPING:
         raise ModelError(
-            f"layers of this {type(model).__name__} would differ in size, and no class of their own "
-            f"can be written for type '{kind}'; keep tensors at full size, with zeros, or choose "
-            "compare: group without targets"
+            f"layers of this {type(model).__name__} would differ in size, and no class of its own "
+            f"can be written for type '{kind}'; keep tensors at full size, with zeros (--padded), "
+            "or choose compare: group without targets"
         )
 
 
@@ -72,8 +71,19 @@ def write_own_class(folder: Path, model: Any, slices: Slices, tokenizer: Any) ->
     if not _names_tokenizer(folder):
         changes["tokenizer_class"] = type(tokenizer).__name__
     edit_configuration(folder, changes)
-    for name, text in class_files(model_type).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    write_class_files(folder)
+
+
+def write_class_files(folder: Path) -> None:
+    """Put the Python files of its classes into a folder whose layers differ; else do nothing.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if is_own_type(told.get("model_type")):
+        for name, text in class_files(told["model_type"]).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _merged(

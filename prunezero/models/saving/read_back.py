@@ -1,4 +1,4 @@
-"""Does a saved folder compute what the model did that was saved? Its files are read anew for that."""
+"""Does a saved folder compute what the model did that was saved? Its files are read anew."""
 
 from __future__ import annotations
 

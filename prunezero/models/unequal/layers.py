@@ -46,7 +46,7 @@ class UnequalLayers:
     def __init__(self: Any, config: Any) -> None:
         """Build the model as usual, then its layers anew."""
         shared = config.of_layer()
-        super().__init__(shared)
+        super().__init__(shared)  # type: ignore[call-arg]
         config._attn_implementation = shared._attn_implementation
         for module in self.modules():
             if getattr(module, "config", None) is shared:
