@@ -119,28 +119,34 @@ def write_deci(folder: Path, path: Path, tokenizer: Any, tokenizer_from: Path | 
     tensors = dict(_tensors(Shards(folder), configuration, layers))
     fields = tokenizer_fields(folder, tokenizer, configuration.vocab_size, tokenizer_from)
     unfinished = path.with_name(f".{path.name}.unfinished")
+    writer = GGUFWriter(unfinished, "deci")
     try:
-        writer = GGUFWriter(unfinished, "deci")
         _write_settings(writer, configuration, layers, folder.name)
         for key, field in fields.items():
             field.write(writer, key)
-        for name, made in tensors.items():
-            dtype, shape = made.stored
-            # The numbers are handed over as bytes, which is one way for all dtypes.
-            size = math.prod(shape) * dtype.itemsize
-            bytes_of_row = (*shape[:-1], shape[-1] * dtype.itemsize)
-            writer.add_tensor_info(name, bytes_of_row, _numpy_bytes(), size, _type_of(dtype))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for made in tensors.values():
-            writer.write_tensor_data(made.read().contiguous().view(torch.uint8).numpy())
+        _write_tensors(writer, tensors)
         writer.close()
         os.replace(unfinished, path)
     except OSError as error:
         raise OutputError(f"'{path}' cannot be written ({reason(error, path)})") from error
     finally:
+        for file in writer.fout or ():
+            file.close()
         unfinished.unlink(missing_ok=True)
+
+
+def _write_tensors(writer: Any, tensors: Mapping[str, _Made]) -> None:
+    """Write the head of a file and its tensors, whose numbers are handed over as bytes."""
+    for name, made in tensors.items():
+        dtype, shape = made.stored
+        bytes_of_rows = (*shape[:-1], shape[-1] * dtype.itemsize)
+        size = math.prod(bytes_of_rows)
+        writer.add_tensor_info(name, bytes_of_rows, _numpy_bytes(), size, _type_of(dtype))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for made in tensors.values():
+        writer.write_tensor_data(made.read().contiguous().view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
