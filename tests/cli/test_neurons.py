@@ -53,8 +53,11 @@ def test_unequal_widths_are_saved_with_a_class_of_their_own_and_at_full_size_on_
     widths = {one["intermediate_size"] for one in told["per_layer_config"].values()}
     assert len(widths) == 2 and sum(64 - width for width in widths) == 25
     assert Path("smaller/modeling_pruned.py").is_file()
-    again = run("prune smaller --recipe wanda_sp --sparsity 0.2 --output again")
+    again = run("prune MODEL --model smaller --recipe wanda_sp --sparsity 0.2 --output again")
     assert again.exit_code == 0, again.output
+    zeros = run("prune MODEL --model smaller --sparsity 0.5 --memory-limit 900MiB --output zeros")
+    assert zeros.exit_code == 0, zeros.output
+    assert Path("zeros/modeling_pruned.py").is_file()
     part = run("prune MODEL --recipe wanda_sp --sparsity 0.2 --targets re:layers.0. --output part")
     assert part.exit_code == 0, part.output
     result = run("prune MODEL --recipe flap --sparsity 0.2 --padded --output out")

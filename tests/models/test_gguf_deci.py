@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError
@@ -41,21 +42,17 @@ def bpe_tokenizer(cut: str = "smollm") -> Any:
     words = ["<s>", "</s>", *letters[: VOCABULARY - 4], "Ċ", "ab"]
     model = models.BPE({word: index for index, word in enumerate(words)}, [("a", "b")])
     tokenizer = Tokenizer(model)
-    steps = {"ByteLevel": lambda word: pre_tokenizers.ByteLevel(False, use_regex=word)}
-    steps["Digits"] = lambda word: pre_tokenizers.Digits(individual_digits=word)
-    steps["Split"] = lambda word: pre_tokenizers.Split(_regex(word), "isolated")
+    steps: dict[str, Callable[[Any], Any]] = {
+        "ByteLevel": lambda word: pre_tokenizers.ByteLevel(False, use_regex=word),
+        "Digits": lambda word: pre_tokenizers.Digits(individual_digits=word),
+        "Split": lambda word: pre_tokenizers.Split(Regex(word), "isolated"),
+    }
     made = [steps[name](word) for name, word in WAYS_TO_CUT[cut]]
     tokenizer.pre_tokenizer = made[0] if len(made) == 1 else pre_tokenizers.Sequence(made)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=64
     )
-
-
-def _regex(word: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(word)
 
 
 def saved(model: LanguageModel, selection: Selection, folder: Path) -> Path:

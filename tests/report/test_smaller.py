@@ -25,7 +25,7 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, dense_sums
 from prunezero.pruning.testbed import Testbed
-from prunezero.report.export.saved_model import SavedUnits, save_smaller
+from prunezero.report.export.saved_model import SavedUnits, note_gguf, save_smaller
 from tests.models.test_mlp import noisy
 from tests.searching.testbed import SETTINGS, tiny_testbed, tiny_text
 from tests.tiny_gguf import write_gguf
@@ -226,6 +226,17 @@ def test_widths_that_differ_are_saved_with_a_class_of_their_own(tmp_path: Path) 
     torch.testing.assert_close(loaded(tmp_path / "padded")(ids).logits, expected)
     sizes = [prod(one.shape) for one in stored(tmp_path / "padded").values()]
     assert sum(sizes) == sum(one.numel() for one in testbed.language_model.model.parameters())
+
+
+def test_the_card_and_the_report_tell_of_a_file_for_llama_cpp(tmp_path: Path) -> None:
+    testbed = tiny_testbed()
+    saved(testbed, tmp_path / "out")
+    before = json.loads((tmp_path / "out" / "report.json").read_text())
+    note_gguf(tmp_path / "out", tmp_path / "it.gguf")
+    after = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert after == {**before, "gguf": "it.gguf"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.endswith("is `it.gguf`, a GGUF file of the architecture `deci`.\n")
 
 
 def test_a_runner_has_the_dense_model_back_and_its_next_recipe_sees_all_of_it() -> None:
