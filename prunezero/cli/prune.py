@@ -237,6 +237,8 @@ def _prune_in_memory(
     if output is not None:
         check_names(testbed.language_model, moves=reordering.moves)
         check_room(output, saved_bytes(testbed.language_model), "the pruned model")
+    if places.gguf is not None:
+        check_room(places.gguf, saved_bytes(testbed.language_model), "the GGUF file")
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
         sums = testbed.statistics(layers, dense_sums([recipe]), bars)

@@ -338,6 +338,8 @@ def _setting(
     """The settings under which all layers are as wanted; None where there are none."""
     if not cuts:
         return {}
+    if not _are_alike(model, cuts):
+        return None
     shapes, wanted = _shapes(model), _wanted(_shapes(model), cuts)
     alike = {tuple(one.settings.items()) for one in heads.values()}
     if len(alike) > 1:
@@ -350,6 +352,14 @@ def _setting(
         if _shapes_with(model, counts | change) == wanted:
             return counts | change
     return None
+
+
+def _are_alike(model: Any, cuts: Mapping[str, Cut]) -> bool:
+    """Whether the same parameter of each layer keeps the same size, where it loses something."""
+    prefix, sizes = block_prefix(model), defaultdict[str, set[int]](set)
+    for name, cut in cuts.items():
+        sizes[name.removeprefix(f"{prefix}.").partition(".")[2]].add(len(cut.kept))
+    return all(len(found) == 1 for found in sizes.values())
 
 
 def _layer_settings(

@@ -11,6 +11,7 @@ reads how large one is: it keeps one head of zeros.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,7 +143,7 @@ def _write_tensors(writer: Any, tensors: Mapping[str, _Made]) -> None:
         dtype, shape = made.stored
         bytes_of_rows = (*shape[:-1], shape[-1] * dtype.itemsize)
         size = math.prod(bytes_of_rows)
-        writer.add_tensor_info(name, bytes_of_rows, _numpy_bytes(), size, _type_of(dtype))
+        writer.add_tensor_info(name, bytes_of_rows, np.dtype("uint8"), size, _type_of(dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -315,8 +317,6 @@ def _frequency_factors(configuration: Any) -> Tensor | None:
 
 
 def _configuration(folder: Path) -> Any:
-    import json
-
     from transformers import AutoConfig
 
     try:
@@ -326,12 +326,6 @@ def _configuration(folder: Path) -> Any:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"config.json in '{folder}' cannot be read ({reason(error)})") from error
-
-
-def _numpy_bytes() -> Any:
-    import numpy
-
-    return numpy.dtype("uint8")
 
 
 def _type_of(dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ by the classes of this package; files of a folder are never run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,6 @@ def parts_of(model_type: str) -> Parts:
 
 def layer_settings(configuration: Any, index: int) -> Any:
     """A copy of a model's settings for one of its layers, which may be changed."""
-    import copy
-
     if isinstance(configuration, LayerSettings):
         return configuration.of_layer(index)
     return copy.deepcopy(configuration)
