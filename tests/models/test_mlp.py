@@ -217,7 +217,7 @@ def test_what_permuting_does_not_show_is_seen_when_the_model_is_made_smaller() -
     with pytest.raises(ModelError, match="no configuration of llama"):
         width_setting(model, groups, {group.name: 43 for group in groups})
     with zeroed(model, selection), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slicing, "_setting", lambda model, cuts, heads: {})
+        patch.setattr(slicing, "setting_of_all", lambda model, cuts, heads: {})
         with pytest.raises(ModelError, match="computes something else than with zeros"):
             refuse_other_logits(model, selection, tiny_batches(1))
 

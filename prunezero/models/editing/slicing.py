@@ -1,16 +1,12 @@
 """Units that go leave for good: smaller tensors, and a configuration that knows of them.
 
 A model is sliced within a context, so that what is saved and measured is the smaller model, while
-everything before it works on tensors of full size. The setting of the configuration that stands for
-the width is found by trying: an empty model that is built with it must have just the shapes wanted.
-Where layers differ, each has settings of its own, found by building that layer alone, and a part of
-a layer that loses all of its units is skipped.
+everything before it works on tensors of full size. What the configuration then says is found in
+`widths.py`; a part of a layer that loses all of its units is skipped.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,49 +18,24 @@ from torch import Tensor, nn
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.groups import Group
-from prunezero.models.anatomy.linears import Linear, block_prefix, find_blocks
+from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.widths import (
+    Cut,
+    Heads,
+    fault_of,
+    heads_of,
+    known_settings,
+    layer_index,
+    setting_of_all,
+    settings_of_layers,
+)
 from prunezero.models.editing.zeroing import zeroed
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.unequal.families import layer_settings, parts_of
 from prunezero.models.unequal.layers import SkippedAttn, SkippedMLP
-
-# Settings without a value, which then follow from others, whose names hold one of these words.
-_OF_WIDTH = ("inner", "intermediate", "ffn")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What stays of one parameter of a model."""
-
-    axis: int
-    """of the parameter as its module holds it"""
-    kept: Tensor
-    """int64, places along that axis, in their order"""
-
-    def of(self, values: Tensor) -> Tensor:
-        """The part that stays of values in the parameter's place."""
-        return values.index_select(self.axis, self.kept.to(values.device)).contiguous()
-
-
-@dataclass(frozen=True)
-class Heads:
-    """How many heads an attention has."""
-
-    name: str
-    """of its module"""
-    queries: int
-    keys: int
-    """heads of keys and values"""
-    size: int
-    """numbers of one head"""
-
-    @property
-    def settings(self) -> dict[str, int]:
-        """What a configuration says of them."""
-        return {"num_attention_heads": self.queries, "num_key_value_heads": self.keys}
 
 
 @dataclass(frozen=True)
@@ -135,16 +106,16 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
     skipped = _skipped(model, selection)
     shared = Slices({}, {}, skipped=skipped)
     cuts = {name: cut for name, cut in cuts_of(selection).items() if not shared.is_left_out(name)}
-    heads = _heads(model, selection, cuts)
-    alike = None if skipped else _setting(model, cuts, heads)
+    heads = heads_of(model, selection, cuts)
+    alike = None if skipped else setting_of_all(model, cuts, heads)
     if alike is not None:
         return Slices(cuts, alike, heads=heads)
-    layers = _layer_settings(model, cuts, heads)
+    layers = settings_of_layers(model, cuts, heads)
     if layers is None:
-        return Slices(cuts, {}, heads=heads, skipped=skipped, fault=_fault(model, cuts))
+        return Slices(cuts, {}, heads=heads, skipped=skipped, fault=fault_of(model, cuts))
     prefix = block_prefix(model)
     for name, part in skipped.items():
-        own = layers[_index(prefix, name)]
+        own = layers[layer_index(prefix, name)]
         own["skip"] = sorted({*own.get("skip", ()), part})
     return Slices(cuts, {}, layers, heads, skipped)
 
@@ -173,7 +144,7 @@ def remove(language_model: LanguageModel, selection: Selection) -> None:
     slices = slices_of(language_model, selection)
     slices.refuse_faults()
     if slices.layers:
-        raise ModelError(_fault(language_model.model, slices.cuts))
+        raise ModelError(fault_of(language_model.model, slices.cuts))
     _slice(language_model.model, slices, ExitStack())
 
 
@@ -184,7 +155,7 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
         _put(model, name, cut.of(before.detach()))
     for index, heads in slices.heads.items():
         settings = layer_settings(model.config, index)
-        for key, value in _known(settings, heads.settings).items():
+        for key, value in known_settings(settings, heads.settings).items():
             setattr(settings, key, value)
         _set_counts(model.get_submodule(heads.name), heads, settings, undo)
     prefix = block_prefix(model)
@@ -192,7 +163,7 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
         path, _, child = name.rpartition(".")
         whole = model.get_submodule(name)
         is_attention = part == "attention"
-        stand_in = SkippedAttn(_index(prefix, name), whole) if is_attention else SkippedMLP()
+        stand_in = SkippedAttn(layer_index(prefix, name), whole) if is_attention else SkippedMLP()
         _set(model.get_submodule(path), child, stand_in, undo)
     for key, value in slices.setting.items():
         _set(model.config.get_text_config(), key, value, undo)
@@ -258,30 +229,6 @@ def _holds_others(linear: Linear, selection: Selection, prefix: str) -> bool:
     )
 
 
-def _heads(model: Any, selection: Selection, cuts: Mapping[str, Cut]) -> dict[int, Heads]:
-    """The heads that stay in each layer whose attention loses some."""
-    found = {}
-    for group, kept in selection:
-        consumers = [one for one in group.members if one.role == "consumer"]
-        is_cut = any(f"{one.linear.name}.weight" in cuts for one in consumers)
-        if group.kind != "kv_group" or not is_cut:
-            continue
-        name = consumers[0].linear.name.rpartition(".")[0]
-        size = _head_size(model, name)
-        stays = int(kept.sum())
-        found[group.block] = Heads(name, stays * consumers[0].width // size, stays, size)
-    return found
-
-
-def _head_size(model: Any, name: str) -> int:
-    """Numbers of one head of the named attention."""
-    module, settings = model.get_submodule(name), model.config.get_text_config()
-    for key in ("head_dim", "head_size"):
-        if isinstance(getattr(module, key, None), int):
-            return getattr(module, key)
-    return settings.hidden_size // settings.num_attention_heads
-
-
 SMALLER = Edit(zeroed, remove)
 
 
@@ -330,157 +277,6 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
             f"else than with zeros in their place (logits differ by {change:.2g} of their norm); "
             "this layout cannot be made smaller, keep its tensors at full size"
         )
-
-
-def _setting(
-    model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
-) -> dict[str, int] | None:
-    """The settings under which all layers are as wanted; None where there are none."""
-    if not cuts:
-        return {}
-    if not _are_alike(model, cuts):
-        return None
-    shapes, wanted = _shapes(model), _wanted(_shapes(model), cuts)
-    alike = {tuple(one.settings.items()) for one in heads.values()}
-    if len(alike) > 1:
-        return None
-    counts = _known(model.config.get_text_config(), dict(*alike))
-    if counts:
-        counts["head_dim"] = next(iter(heads.values())).size
-    narrower = _outside(cuts, heads)
-    for change in _candidates(model.config, shapes, narrower):
-        if _shapes_with(model, counts | change) == wanted:
-            return counts | change
-    return None
-
-
-def _are_alike(model: Any, cuts: Mapping[str, Cut]) -> bool:
-    """Whether the same parameter of each layer keeps the same size, where it loses something."""
-    prefix, sizes = block_prefix(model), defaultdict[str, set[int]](set)
-    for name, cut in cuts.items():
-        sizes[name.removeprefix(f"{prefix}.").partition(".")[2]].add(len(cut.kept))
-    return all(len(found) == 1 for found in sizes.values())
-
-
-def _layer_settings(
-    model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
-) -> defaultdict[int, dict[str, Any]] | None:
-    """The settings of each layer that loses something; None where layers cannot have their own."""
-    prefix, found = block_prefix(model), defaultdict[int, dict[str, Any]](dict)
-    by_layer: dict[int, dict[str, Cut]] = defaultdict(dict)
-    for name, cut in cuts.items():
-        by_layer[_index(prefix, name)][name] = cut
-    for index, own in sorted(by_layer.items()):
-        layer = find_blocks(model)[index]
-        shapes = _shapes(layer, f"{prefix}.{index}.")
-        wanted = _wanted(shapes, own)
-        settings = layer_settings(model.config, index)
-        here = {key: one for key, one in heads.items() if key == index}
-        counts = _known(settings, here[index].settings) if here else {}
-        base = counts | ({"head_dim": here[index].size} if here else {})
-        changes = _candidates(settings, shapes, _outside(own, here))
-        change = next(
-            (
-                one
-                for one in changes
-                if _layer_shapes(layer, settings, index, base | one, prefix) == wanted
-            ),
-            None,
-        )
-        if change is None or model.config.get_text_config() is not model.config:
-            return None
-        found[index] = counts | change
-    return found
-
-
-def _fault(model: Any, cuts: Mapping[str, Cut]) -> str:
-    widths = sorted({len(cut.kept) for cut in cuts.values()})
-    return (
-        f"no configuration of {model.config.model_type} gives its layers the widths "
-        f"{', '.join(map(str, widths[:4]))}{' ...' if len(widths) > 4 else ''} that are left; keep "
-        "tensors at full size, with zeros (--padded), or choose another unit"
-    )
-
-
-def _index(prefix: str, name: str) -> int:
-    """Which layer a parameter or module belongs to."""
-    return int(name.removeprefix(f"{prefix}.").partition(".")[0])
-
-
-def _known(configuration: Any, settings: Mapping[str, int]) -> dict[str, int]:
-    """Those of some settings that a configuration has."""
-    return {key: value for key, value in settings.items() if hasattr(configuration, key)}
-
-
-def _shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}{name}": tuple(one.shape) for name, one in module.named_parameters()}
-
-
-def _wanted(
-    shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, Cut]
-) -> dict[str, tuple[int, ...]]:
-    wanted = dict(shapes)
-    for name, cut in cuts.items():
-        shape = list(wanted[name])
-        shape[cut.axis] = len(cut.kept)
-        wanted[name] = tuple(shape)
-    return wanted
-
-
-def _outside(cuts: Mapping[str, Cut], heads: Mapping[int, Heads]) -> dict[str, Cut]:
-    """The cuts of what is no part of an attention."""
-    inside = tuple(f"{one.name}." for one in heads.values())
-    return {name: cut for name, cut in cuts.items() if not name.startswith(inside)}
-
-
-def _candidates(
-    configuration: Any, shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, Cut]
-) -> Iterator[dict[str, int]]:
-    """Settings that may stand for the width, each with the value that it would need."""
-    if not cuts:
-        yield {}
-        return
-    settings = configuration.get_text_config().to_dict()
-    kept = {(shapes[name][cut.axis], len(cut.kept)) for name, cut in cuts.items()}
-    for before, after in sorted(kept):
-        for key, value in settings.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value == before:
-                yield {key: after}
-    for _, after in sorted(kept):
-        for key, value in settings.items():
-            if value is None and any(word in key for word in _OF_WIDTH):
-                yield {key: after}
-
-
-def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of an empty model's parameters under other settings; none where that is no model."""
-    configuration = copy.deepcopy(model.config)
-    for key, value in changes.items():
-        setattr(configuration.get_text_config(), key, value)
-    try:
-        # A file with such settings would be read like this.
-        configuration = type(configuration).from_dict(configuration.to_dict())
-        with torch.device("meta"):
-            return _shapes(type(model)(configuration))
-    # Whatever a model says to settings that exclude each other.
-    except Exception:
-        return {}
-
-
-def _layer_shapes(
-    layer: nn.Module, configuration: Any, index: int, changes: Mapping[str, int], prefix: str
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of an empty layer's parameters under settings of its own; none where that is none."""
-    settings = copy.deepcopy(configuration)
-    build: Any = type(layer)
-    try:
-        for key, value in changes.items():
-            setattr(settings, key, value)
-        with torch.device("meta"):
-            return _shapes(build(settings, index), f"{prefix}.{index}.")
-    # Whatever a layer says to settings that exclude each other.
-    except Exception:
-        return {}
 
 
 def _put(model: nn.Module, name: str, values: Tensor) -> None:
