@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,7 @@ from prunezero.errors import OutputError
 if TYPE_CHECKING:
     from prunezero.models.anatomy.linears import Linear
     from prunezero.models.editing.selection import Selection
+    from prunezero.models.loading.language_model import LanguageModel
     from prunezero.models.saving.save import SavedSparsity
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.testbed import Testbed
@@ -75,6 +77,13 @@ def prune(
             "--padded", help="Save units that go as zeros, tensors at the size of the dense model."
         ),
     ] = False,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the --output folder as a .gguf file for llama.cpp too.",
+            callback=options.expanded,
+        ),
+    ] = None,
     json_file: JsonFile = None,
     sequence_length: SequenceLength = 256,
     calibration_tokens: CalibrationTokens = 8192,
@@ -87,8 +96,9 @@ def prune(
 
     The folder holds dense safetensors with exact zeros, so every loader takes it, a model card,
     the recipe and a report. Its sparsity is counted again from the files. Recipes that remove
-    neurons make tensors smaller instead; where layers would differ in width, which plain
-    transformers cannot load, `--padded` saves zeros at full size.
+    neurons make tensors smaller instead; where layers differ in width, the folder has classes of
+    its own, and `trust_remote_code=True` loads it. `--padded` saves zeros at full size; `--gguf`
+    writes the same model as one file that llama.cpp runs.
 
     With a memory limit, weights are read and written block by block; what a stopped run has done
     waits beside the output, and the same command goes on there. So it is with recipes of several
@@ -105,6 +115,8 @@ def prune(
 
         prunezero prune --model demo --recipe wanda_sp --sparsity 0.2 --output smaller
 
+        prunezero prune --model demo --recipe flap --sparsity 0.2 --output smaller --gguf it.gguf
+
         prunezero prune --model ./7b --recipe wanda --sparsity 0.5 --memory-limit 6GiB --output out
     """
     from prunezero.cli.tables import say, waiting
@@ -116,8 +128,9 @@ def prune(
 
     options.check_statistics(statistics)
     options.check_json(json_file)
-    check_apart({"--json": json_file, "--output": output})
+    check_apart({"--json": json_file, "--output": output, "--gguf": gguf})
     limit = bytes_of(memory_limit)
+    _check_gguf(gguf, output, memory_limit)
     (found,) = options.on_unit([Recipe.load(recipe)], unit)
     chosen = with_choices(
         found,
@@ -137,7 +150,8 @@ def prune(
     if limit is None:
         with waiting(f"loading {model}"):
             testbed = set_up(model, text, settings, dtype=dtype, device=device)
-        row = _prune_in_memory(testbed, chosen, fraction, output, faults, padded=padded)
+        places = Places(output, gguf)
+        row = _prune_in_memory(testbed, chosen, fraction, places, faults, padded=padded)
     else:
         from prunezero.cli.streamed import open_files, prune_files
 
@@ -156,11 +170,41 @@ def prune(
         raise OutputError("; ".join(map(str, faults)))
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a pruned model goes."""
+
+    output: Path | None
+    """new folder"""
+    gguf: Path | None
+    """file for llama.cpp"""
+
+
+def _check_gguf(gguf: Path | None, output: Path | None, memory_limit: str | None) -> None:
+    """Refuse a .gguf file that could not be written in the end.
+
+    Raises:
+        OutputError: it is not named so, cannot be written, or nothing is there to write it from.
+    """
+    from prunezero.files.places import try_file
+
+    if gguf is None:
+        return
+    if output is None or memory_limit is not None:
+        raise OutputError(
+            "--gguf writes what the --output folder holds, of a model in memory; name an --output, "
+            "and leave --memory-limit out"
+        )
+    if gguf.suffix != ".gguf":
+        raise OutputError(f"--gguf {gguf} is no name of a GGUF file; let it end in .gguf")
+    try_file(gguf, "--gguf", example="model.gguf")
+
+
 def _prune_in_memory(
     testbed: Testbed,
     recipe: Recipe,
     sparsity: float,
-    output: Path | None,
+    places: Places,
     faults: list[OutputError],
     *,
     padded: bool,
@@ -183,8 +227,10 @@ def _prune_in_memory(
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.requirements import check_recipe, dense_sums, refuse_unequal_widths
 
-    name = testbed.language_model.name
+    name, output = testbed.language_model.name, places.output
     say_about([testbed])
+    if places.gguf is not None:
+        _refuse_without_gguf(testbed.language_model)
     layers = check_recipe(testbed.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
     reordering = Reordering(testbed.language_model, recipe, layers)
@@ -194,6 +240,8 @@ def _prune_in_memory(
     if output is not None:
         check_names(testbed.language_model, moves=reordering.moves)
         check_room(output, saved_bytes(testbed.language_model), "the pruned model")
+    if places.gguf is not None:
+        check_room(places.gguf, saved_bytes(testbed.language_model), "the GGUF file")
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
         sums = testbed.statistics(layers, dense_sums([recipe]), bars)
@@ -214,6 +262,8 @@ def _prune_in_memory(
                 rows[-1] |= {"sparsity_reached": reached} if recipe.unit.is_usual else {}
             else:
                 _save_smaller(testbed, recipe, rows, selection, output)
+            if places.gguf is not None:
+                _write_gguf(testbed.language_model, output, places.gguf)
             if steps is not None:
                 shutil.rmtree(steps, ignore_errors=True)
     return rows[-1]
@@ -274,6 +324,48 @@ def _save_smaller(
         f"{saved.stored:,} numbers in the files, {saved.costs.parameters:,} of "
         f"{saved.dense.parameters:,} parameters and {saved.costs.flops / saved.dense.flops:.1%} of "
         "the FLOPs are left"
+    )
+    differ = "layers differ in size, so " if saved.form.kind == "own_class" else ""
+    say(
+        f"{differ}load it by {saved.form.load.replace('path/to/this/folder', str(output))}; read "
+        f"anew, its logits differ by at most {saved.form.largest_difference:.2g} from those in "
+        "memory"
+    )
+
+
+def _refuse_without_gguf(language_model: LanguageModel) -> None:
+    """Refuse a model or tokenizer that cannot be written for llama.cpp, before the work.
+
+    Raises:
+        ModelError: it cannot; the message says why.
+    """
+    from prunezero.models.loading.gguf import gguf_file_of
+    from prunezero.models.saving.gguf_deci import refuse_without_deci
+    from prunezero.models.saving.gguf_tokenizer import refuse_without_fields
+
+    refuse_without_deci(language_model.model.config, language_model.name)
+    if language_model.source is not None:
+        folder, file = language_model.source.folder, gguf_file_of(language_model.name)
+        refuse_without_fields(folder, file)
+
+
+def _write_gguf(language_model: LanguageModel, output: Path, gguf: Path) -> None:
+    """Write a saved model for llama.cpp, and say so there and here.
+
+    Raises:
+        ModelError, OutputError: as `write_deci`.
+    """
+    from prunezero.cli.tables import say
+    from prunezero.files.places import mebibytes
+    from prunezero.models.loading.gguf import gguf_file_of
+    from prunezero.models.saving.gguf_deci import write_deci
+    from prunezero.report.export.saved_model import note_gguf
+
+    write_deci(output, gguf, language_model.tokenizer, gguf_file_of(language_model.name))
+    note_gguf(output, gguf)
+    say(
+        f"written for llama.cpp: {gguf}, {mebibytes(gguf.stat().st_size)}, architecture deci, "
+        "which has a size for each layer"
     )
 
 

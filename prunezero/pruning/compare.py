@@ -277,9 +277,7 @@ def compare(
         yield row
 
 
-def _checked(
-    testbed: Testbed, recipes: Sequence[Recipe], sparsity: float | None
-) -> list[Linear]:
+def _checked(testbed: Testbed, recipes: Sequence[Recipe], sparsity: float | None) -> list[Linear]:
     """The layers that the recipes prune, once it is sure that all can be applied."""
     layers: dict[str, Linear] = {}
     for recipe in recipes:

@@ -13,6 +13,7 @@ from prunezero.models.editing.biases import refuse_without_bias
 from prunezero.models.editing.slicing import width_setting
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS
+from prunezero.models.saving.own_class import refuse_without_class
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.selecting import left_of, shares_of
@@ -118,23 +119,31 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
 
 
 def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> None:
-    """Refuse to make a model smaller that plain transformers could not load then.
+    """Refuse to make a model smaller that could not be saved or loaded then.
+
+    Where all layers compete, how many units stay in each is known only when all have been scored:
+    whether layers may differ at all is tried on other numbers.
 
     Raises:
-        RecipeError: how many units stay in each layer is known only when all have been scored.
-        ModelError: no configuration has the widths that will be left.
+        ModelError: no configuration has the widths that will be left, nor can layers have settings
+            of their own; or the smaller model would compute otherwise.
     """
-    if recipe.compare == "model":
-        raise RecipeError(
-            f"recipe {recipe.name}: with compare 'model' layers keep unequal numbers of "
-            f"{recipe.unit.word}s, and no plain transformers class loads them; use compare 'group' "
-            "or save zeros at full size (--padded)"
-        )
     groups = checked_groups(language_model, recipe, sparsity)
     budget = Budget(sparsity, measure=recipe.unit.row.measure)
     shares = shares_of(groups, budget)
-    left = {group.name: left_of(group, shares[group.name]) for group in groups}
-    width_setting(language_model, groups, left)
+    is_measured = recipe.compare == "model" or recipe.allocate.row.tries
+    counts = {
+        group.name: _one_less(group, place) if is_measured else left_of(group, shares[group.name])
+        for place, group in enumerate(groups)
+    }
+    if width_setting(language_model, groups, counts).layers:
+        refuse_without_class(language_model.model)
+
+
+def _one_less(group: Group, place: int) -> int:
+    """A number of units that may stay of a group, other than that of its neighbours."""
+    fewer = group.units - (1 + place % 2) * group.multiple_of
+    return fewer if fewer >= group.least and not group.is_protected else group.units
 
 
 def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Linear]) -> None:

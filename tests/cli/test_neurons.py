@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prunezero.errors import ModelError, PruneZeroError, RecipeError
+from prunezero.errors import PruneZeroError, RecipeError
 from prunezero.pruning import prune as pruning
 from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run, flat
@@ -37,22 +37,29 @@ def test_without_an_output_neurons_are_removed_for_the_measurement(run: Run) -> 
     assert row["removed"] == 25 / 128
 
 
-def test_unequal_widths_are_refused_before_the_work_and_saved_at_full_size_on_request(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+def test_unequal_widths_are_saved_with_a_class_of_their_own_and_at_full_size_on_request(
+    run: Run,
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pruning, "prune_layers", None)
-        refused = run("prune MODEL --recipe flap --sparsity 0.2 --output out")
-        assert isinstance(refused.exception, RecipeError)
-        assert "layers keep unequal numbers of neurons" in str(refused.exception)
-        part = run(
-            "prune MODEL --recipe wanda_sp --sparsity 0.2 --targets re:layers.0. --output out"
-        )
-        assert isinstance(part.exception, ModelError)
-        assert "plain transformers needs one width for all layers" in str(part.exception)
-    assert not os.path.exists("out")
+    result = run("prune MODEL --recipe flap --sparsity 0.2 --output smaller --json o.json")
+    assert result.exit_code == 0, result.output
+    said = flat(result.output)
+    assert 'load it by AutoModelForCausalLM.from_pretrained("smaller", trust_remote_code=True)' in (
+        said
+    )
+    assert "read anew, its logits differ by at most 0 from those in memory" in said
+    told = json.loads(Path("smaller/config.json").read_text())
+    widths = {one["intermediate_size"] for one in told["per_layer_config"].values()}
+    assert len(widths) == 2 and sum(64 - width for width in widths) == 25
+    assert Path("smaller/modeling_pruned.py").is_file()
+    again = run("prune MODEL --model smaller --recipe wanda_sp --sparsity 0.2 --output again")
+    assert again.exit_code == 0, again.output
+    zeros = run("prune MODEL --model smaller --sparsity 0.5 --memory-limit 900MiB --output zeros")
+    assert zeros.exit_code == 0, zeros.output
+    assert Path("zeros/modeling_pruned.py").is_file()
+    part = run("prune MODEL --recipe wanda_sp --sparsity 0.2 --targets re:layers.0. --output part")
+    assert part.exit_code == 0, part.output
     result = run("prune MODEL --recipe flap --sparsity 0.2 --padded --output out")
     assert result.exit_code == 0, result.output
     assert "take as much room and time" in flat(result.output)
@@ -63,6 +70,27 @@ def test_unequal_widths_are_refused_before_the_work_and_saved_at_full_size_on_re
     card = Path("out/README.md").read_text()
     assert "Zeros do not make a model smaller" in card
     assert "the neurons with the lowest value of this formula are exact zeros" in card
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("--gguf it.gguf", "name an --output"),
+        ("--gguf it.gguf --output out --memory-limit 900MiB", "leave --memory-limit out"),
+        ("--gguf it.bin --output out", "let it end in .gguf"),
+        ("--gguf nowhere/it.gguf --output out", "--gguf nowhere/it.gguf cannot be written"),
+        ("--gguf it.gguf --output it.gguf", "both name it.gguf"),
+        ("--gguf it.gguf --output out", "tokenizer.json, so its tokenizer cannot be written"),
+    ],
+)
+def test_a_gguf_file_that_cannot_be_is_refused_before_the_work(
+    command: str, said: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "prune_layers", None)
+    result = run(f"prune MODEL --recipe flap --sparsity 0.2 {command}")
+    assert isinstance(result.exception, PruneZeroError), result.output
+    assert said in str(result.exception)
+    assert set(os.listdir()) <= {"cache"}
 
 
 @pytest.mark.parametrize(

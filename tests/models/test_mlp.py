@@ -133,20 +133,22 @@ def test_a_cut_keeps_the_very_rows_and_columns_of_the_units_that_stay() -> None:
     assert model.model(tiny_batches(1)).logits.isfinite().all()
 
 
-def test_widths_that_no_configuration_has_are_refused_and_leave_the_model_alone() -> None:
+def test_the_settings_of_a_width_are_found_for_all_layers_or_for_each() -> None:
     model = tiny_model("llama")
     groups = groups_of(model)
     names = [group.name for group in groups]
-    assert width_setting(model, groups, dict.fromkeys(names, 48)) == {"intermediate_size": 48}
-    assert width_setting(model, groups, dict.fromkeys(names, 64)) == {}
-    with pytest.raises(ModelError, match="plain transformers needs one width for all layers"):
-        width_setting(model, groups, dict(zip(names, (48, 47), strict=True)))
+    alike = width_setting(model, groups, dict.fromkeys(names, 48))
+    assert (alike.setting, alike.layers) == ({"intermediate_size": 48}, {})
+    assert width_setting(model, groups, dict.fromkeys(names, 64)).setting == {}
+    unlike = width_setting(model, groups, dict(zip(names, (48, 47), strict=True)))
+    assert unlike.setting == {}
+    assert unlike.layers == {0: {"intermediate_size": 48}, 1: {"intermediate_size": 47}}
     assert model.model.config.intermediate_size == 64
     other = tiny_model("gpt2")
     groups = groups_of(other)
     counts = {group.name: 100 for group in groups}
     # It says nothing of the width of an MLP until that is not four times the hidden size.
-    assert width_setting(other, groups, counts) == {"n_inner": 100}
+    assert width_setting(other, groups, counts).setting == {"n_inner": 100}
 
 
 def test_a_part_of_an_mlp_is_not_pruned_without_the_others() -> None:
@@ -215,7 +217,7 @@ def test_what_permuting_does_not_show_is_seen_when_the_model_is_made_smaller() -
     with pytest.raises(ModelError, match="no configuration of llama"):
         width_setting(model, groups, {group.name: 43 for group in groups})
     with zeroed(model, selection), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slicing, "_setting", lambda model, cuts: {})
+        patch.setattr(slicing, "setting_of_all", lambda model, cuts, heads: {})
         with pytest.raises(ModelError, match="computes something else than with zeros"):
             refuse_other_logits(model, selection, tiny_batches(1))
 

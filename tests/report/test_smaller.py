@@ -25,7 +25,7 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import check_recipe, dense_sums
 from prunezero.pruning.testbed import Testbed
-from prunezero.report.export.saved_model import SavedUnits, save_smaller
+from prunezero.report.export.saved_model import SavedUnits, note_gguf, save_smaller
 from tests.models.test_mlp import noisy
 from tests.searching.testbed import SETTINGS, tiny_testbed, tiny_text
 from tests.tiny_gguf import write_gguf
@@ -198,10 +198,12 @@ def test_the_report_and_the_card_tell_units_and_what_they_cost(tmp_path: Path) -
     assert "the neurons with the lowest value of this formula are gone" in card
     assert f"{after['parameters']:,} parameters of {before['parameters']:,}" in card
     assert "Zeros do not make" not in card and "sparse" not in card.split("---")[1]
+    assert report["saved"]["kind"] == "plain" and report["saved"]["largest_difference"] < 1e-5
+    assert "trust_remote_code" not in card and "logits for 16 tokens compared" in card
     assert "18.75%" in card and Recipe.load(tmp_path / "out" / "recipe.yaml") == WANDA_SP
 
 
-def test_widths_that_no_class_loads_are_not_saved(tmp_path: Path) -> None:
+def test_widths_that_differ_are_saved_with_a_class_of_their_own(tmp_path: Path) -> None:
     testbed = tiny_testbed()
     chosen = validated(Recipe, {**WANDA_SP.model_dump(by_alias=True), "statistics": "dense"}, "it")
     uneven = validated(Recipe, {**chosen.model_dump(by_alias=True), "compare": "model"}, "uneven")
@@ -209,18 +211,32 @@ def test_widths_that_no_class_loads_are_not_saved(tmp_path: Path) -> None:
     rows, selection = pruned(testbed, uneven)
     counts = {int(kept.sum()) for kept in selection.kept}
     assert len(counts) > 1
-    with pytest.raises(ModelError, match="plain transformers needs one width for all layers"):
-        save_smaller(testbed, uneven, rows, selection, tmp_path / "out")
-    with pytest.raises(ModelError, match="plain transformers needs one width for all layers"):
-        save_model(testbed.language_model, tmp_path / "out", smaller=selection)
-    assert not (tmp_path / "out").exists()
-    # At full size any widths go.
+    told = save_smaller(testbed, uneven, rows, selection, tmp_path / "out")
+    assert (told.form.kind, told.form.largest_difference) == ("own_class", 0.0)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["saved"]["kind"] == "own_class" and report["saved"]["largest_difference"] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "differ by at most 0." in card
+    left = sum(one.numel() for one in stored(tmp_path / "out").values())
+    assert left == told.stored == told.costs.parameters < told.dense.parameters
+    # At full size plain classes load any widths.
     save_model(testbed.language_model, tmp_path / "padded")
     ids = tiny_batches(1)
     expected = testbed.language_model.model(ids).logits
     torch.testing.assert_close(loaded(tmp_path / "padded")(ids).logits, expected)
     sizes = [prod(one.shape) for one in stored(tmp_path / "padded").values()]
     assert sum(sizes) == sum(one.numel() for one in testbed.language_model.model.parameters())
+
+
+def test_the_card_and_the_report_tell_of_a_file_for_llama_cpp(tmp_path: Path) -> None:
+    testbed = tiny_testbed()
+    saved(testbed, tmp_path / "out")
+    before = json.loads((tmp_path / "out" / "report.json").read_text())
+    note_gguf(tmp_path / "out", tmp_path / "it.gguf")
+    after = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert after == {**before, "gguf": "it.gguf"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.endswith("is `it.gguf`, a GGUF file of the architecture `deci`.\n")
 
 
 def test_a_runner_has_the_dense_model_back_and_its_next_recipe_sees_all_of_it() -> None:

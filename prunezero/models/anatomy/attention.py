@@ -19,9 +19,10 @@ from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import BlockProbe, Trace, probe_block
 from prunezero.models.anatomy.channels import by_block, is_among, names_of
 from prunezero.models.anatomy.groups import Group, Member, unit_cost
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, find_blocks
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.unequal.layers import SkippedAttn
 
 # Under this name a model keeps the members of its groups, by block.
 _FOUND = "_prunezero_kv_groups"
@@ -37,6 +38,9 @@ def kv_groups(linears: Sequence[Linear], language_model: LanguageModel) -> list[
     wanted = {linear.name for linear in linears}
     groups: list[Group] = []
     for inside in by_block(linears, language_model):
+        block = find_blocks(language_model.model)[inside[0].block]
+        if any(isinstance(module, SkippedAttn) for module in block.modules()):
+            continue
         members = _attention_of(language_model, inside)
         (name,) = names_of([members])
         group = Group(

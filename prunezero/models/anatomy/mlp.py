@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.channels import by_block, is_among, names_of, permutables_of
 from prunezero.models.anatomy.groups import Group, Member, unit_cost
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, find_blocks
 from prunezero.models.editing.permuting import PermutableChannels
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.unequal.layers import SkippedMLP
 
 
 def neuron_groups(linears: Sequence[Linear], language_model: LanguageModel) -> list[Group]:
@@ -46,6 +47,9 @@ def _groups_of_block(language_model: LanguageModel, inside: Sequence[Linear]) ->
                 f"'{linear.name}' belongs to an expert; unit neuron does not speak of mixtures of "
                 "experts yet"
             )
+    block = find_blocks(language_model.model)[inside[0].block]
+    if any(isinstance(module, SkippedMLP) for module in block.modules()):
+        return []
     found = [
         one
         for one in permutables_of(language_model, inside)

@@ -1,16 +1,15 @@
 """Units that go leave for good: smaller tensors, and a configuration that knows of them.
 
 A model is sliced within a context, so that what is saved and measured is the smaller model, while
-everything before it works on tensors of full size. The setting of the configuration that stands for
-the width is found by trying: an empty model that is built with it must have just the shapes wanted.
+everything before it works on tensors of full size. What the configuration then says is found in
+`widths.py`; a part of a layer that loses all of its units is skipped.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,29 +18,24 @@ from torch import Tensor, nn
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.groups import Group
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.widths import (
+    Cut,
+    Heads,
+    fault_of,
+    heads_of,
+    known_settings,
+    layer_index,
+    setting_of_all,
+    settings_of_layers,
+)
 from prunezero.models.editing.zeroing import zeroed
 from prunezero.models.loading.language_model import LanguageModel
-
-# Settings without a value, which then follow from others, whose names hold one of these words.
-_OF_WIDTH = ("inner", "intermediate", "ffn")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What stays of one parameter of a model."""
-
-    axis: int
-    """of the parameter as its module holds it"""
-    kept: Tensor
-    """int64, places along that axis, in their order"""
-
-    def of(self, values: Tensor) -> Tensor:
-        """The part that stays of values in the parameter's place."""
-        return values.index_select(self.axis, self.kept.to(values.device)).contiguous()
+from prunezero.models.unequal.families import layer_settings, parts_of
+from prunezero.models.unequal.layers import SkippedAttn, SkippedMLP
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,33 @@ class Slices:
     cuts: Mapping[str, Cut]
     """what stays of each parameter that loses something, by name"""
     setting: Mapping[str, int]
-    """what its configuration says of it"""
+    """what its configuration says of it, where layers are alike"""
+    layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """what it says of single layers, as `per_layer_config` has it, where they are not"""
+    heads: Mapping[int, Heads] = field(default_factory=dict)
+    """of each layer whose attention loses some"""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """modules that go as a whole, by name: attention or mlp"""
+    fault: str = ""
+    """why no configuration says so; such a model runs in memory, but cannot be saved"""
+
+    def refuse_faults(self) -> None:
+        """Refuse what could not be saved.
+
+        Raises:
+            ModelError: no configuration of the model has such widths.
+        """
+        if self.fault:
+            raise ModelError(self.fault)
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a parameter is part of a module that goes as a whole."""
+        return any(name.startswith(f"{module}.") for module in self.skipped)
+
+    @property
+    def head_size(self) -> int | None:
+        """Numbers of one head, where their count says it no longer."""
+        return next((one.size for one in self.heads.values()), None)
 
 
 def cuts_of(selection: Selection) -> dict[str, Cut]:
@@ -76,45 +96,137 @@ def cuts_of(selection: Selection) -> dict[str, Cut]:
     return cuts
 
 
-@contextmanager
-def sliced(language_model: LanguageModel, selection: Selection) -> Iterator[Slices]:
-    """Within it the model is really smaller, configuration included; leaving it undoes that.
+def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
+    """How a model becomes smaller by a selection.
 
     Raises:
-        ModelError: no configuration of this model has such widths.
+        ModelError: what loses all of its units cannot be left out.
     """
     model = language_model.model
-    cuts = cuts_of(selection)
-    setting = _setting(model, cuts)
-    configuration = model.config.get_text_config()
-    settings_before = {key: getattr(configuration, key) for key in setting}
-    before = [(name, model.get_parameter(name)) for name in cuts]
-    try:
-        _slice(model, cuts, setting)
-        yield Slices(cuts, setting)
-    finally:
-        for name, parameter in before:
-            _put(model, name, parameter)
-        for key, value in settings_before.items():
-            setattr(configuration, key, value)
+    skipped = _skipped(model, selection)
+    shared = Slices({}, {}, skipped=skipped)
+    cuts = {name: cut for name, cut in cuts_of(selection).items() if not shared.is_left_out(name)}
+    heads = heads_of(model, selection, cuts)
+    alike = None if skipped else setting_of_all(model, cuts, heads)
+    if alike is not None:
+        return Slices(cuts, alike, heads=heads)
+    layers = settings_of_layers(model, cuts, heads)
+    if layers is None:
+        return Slices(cuts, {}, heads=heads, skipped=skipped, fault=fault_of(model, cuts))
+    prefix = block_prefix(model)
+    for name, part in skipped.items():
+        own = layers[layer_index(prefix, name)]
+        own["skip"] = sorted({*own.get("skip", ()), part})
+    return Slices(cuts, {}, layers, heads, skipped)
+
+
+@contextmanager
+def sliced(language_model: LanguageModel, selection: Selection) -> Iterator[Slices]:
+    """Within it the model is really smaller; leaving it undoes that.
+
+    Its configuration says so too, unless layers differ, which no configuration in memory says.
+
+    Raises:
+        ModelError: as `slices_of`.
+    """
+    slices = slices_of(language_model, selection)
+    with ExitStack() as undo:
+        _slice(language_model.model, slices, undo)
+        yield slices
 
 
 def remove(language_model: LanguageModel, selection: Selection) -> None:
     """Make the model smaller for good.
 
     Raises:
-        ModelError: as `sliced`.
+        ModelError: as `slices_of`, or no one configuration has such widths.
     """
-    model = language_model.model
-    cuts = cuts_of(selection)
-    _slice(model, cuts, _setting(model, cuts))
+    slices = slices_of(language_model, selection)
+    slices.refuse_faults()
+    if slices.layers:
+        raise ModelError(fault_of(language_model.model, slices.cuts))
+    _slice(language_model.model, slices, ExitStack())
 
 
-def _slice(model: Any, cuts: Mapping[str, Cut], setting: Mapping[str, int]) -> None:
-    for name, cut in cuts.items():
-        _put(model, name, cut.of(model.get_parameter(name).detach()))
-    for key, value in setting.items():
-        setattr(model.config.get_text_config(), key, value)
+def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
+    for name, cut in slices.cuts.items():
+        before = model.get_parameter(name)
+        undo.callback(_put, model, name, before)
+        _put(model, name, cut.of(before.detach()))
+    for index, heads in slices.heads.items():
+        settings = layer_settings(model.config, index)
+        for key, value in known_settings(settings, heads.settings).items():
+            setattr(settings, key, value)
+        _set_counts(model.get_submodule(heads.name), heads, settings, undo)
+    prefix = block_prefix(model)
+    for name, part in slices.skipped.items():
+        path, _, child = name.rpartition(".")
+        whole = model.get_submodule(name)
+        is_attention = part == "attention"
+        stand_in = SkippedAttn(layer_index(prefix, name), whole) if is_attention else SkippedMLP()
+        _set(model.get_submodule(path), child, stand_in, undo)
+    for key, value in slices.setting.items():
+        _set(model.config.get_text_config(), key, value, undo)
+
+
+def _set(owner: Any, key: str, value: Any, undo: ExitStack) -> None:
+    undo.callback(setattr, owner, key, getattr(owner, key, None))
+    setattr(owner, key, value)
+
+
+def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack) -> None:
+    """Let an attention know how many heads it has, under whatever names it keeps that."""
+    counts = {
+        "num_heads": heads.queries,
+        "num_attention_heads": heads.queries,
+        "num_key_value_heads": heads.keys,
+        "num_key_value_groups": heads.queries // heads.keys,
+        # GPT-2 calls the width of its queries so.
+        "split_size": heads.queries * heads.size,
+        "config": settings,
+    }
+    for key, value in counts.items():
+        if key in vars(module):
+            _set(module, key, value, undo)
+
+
+def _skipped(model: Any, selection: Selection) -> dict[str, str]:
+    """Modules of layers that lose all of their units, by name: attention or mlp.
+
+    Raises:
+        ModelError: what loses all is no module of its own, or a bias would be lost with it.
+    """
+    parts, prefix = parts_of(model.config.model_type), block_prefix(model)
+    words = {parts.attention: "attention", parts.mlp: "mlp"}
+    found: dict[str, str] = {}
+    for group, kept in selection:
+        if not group.has_rows or bool(kept.any()):
+            continue
+        for member in group.members:
+            child = member.linear.name.removeprefix(f"{prefix}.").split(".")[1]
+            if child not in words or _holds_others(member.linear, selection, f"{prefix}."):
+                raise ModelError(
+                    f"no unit of {group.name} would stay, and in {type(model).__name__} it is no "
+                    "part that can be left out; keep one unit of it"
+                )
+            bias = member.linear.bias
+            if member.role == "consumer" and bias is not None and bool(bias.any()):
+                raise ModelError(
+                    f"no unit of {group.name} would stay, but '{member.linear.name}' has a bias "
+                    "that would be lost with it; keep one unit of it"
+                )
+            found[f"{prefix}.{group.block}.{child}"] = words[child]
+    return found
+
+
+def _holds_others(linear: Linear, selection: Selection, prefix: str) -> bool:
+    """Whether its part of a layer holds units that stay."""
+    part = ".".join(linear.name.removeprefix(prefix).split(".")[:2])
+    return any(
+        bool(kept.any()) and member.linear.name.startswith(f"{prefix}{part}.")
+        for group, kept in selection
+        for member in group.members
+    )
 
 
 SMALLER = Edit(zeroed, remove)
@@ -122,8 +234,8 @@ SMALLER = Edit(zeroed, remove)
 
 def width_setting(
     language_model: LanguageModel, groups: Sequence[Group], counts: Mapping[str, int]
-) -> dict[str, int]:
-    """The settings of the configuration under which so many units of each group stay.
+) -> Slices:
+    """How so many units of each group stay, and what the configuration says of that.
 
     That the model then computes what it does with zeros is tried on the first units.
 
@@ -131,17 +243,18 @@ def width_setting(
         counts: units that stay, by the name of the group.
 
     Raises:
-        ModelError: there are none, for example where layers differ in width; or it does not.
+        ModelError: no configuration has such widths, or the model computes otherwise.
     """
     first = [torch.arange(group.units) < counts[group.name] for group in groups]
     devices = [group.members[0].linear.weight.device for group in groups]
     kept = tuple(one.to(device) for one, device in zip(first, devices, strict=True))
     selection = Selection(tuple(groups), kept)
-    setting = _setting(language_model.model, cuts_of(selection))
+    slices = slices_of(language_model, selection)
+    slices.refuse_faults()
     ids = torch.arange(PROBE_TOKENS, device=language_model.device)[None]
     with zeroed(language_model, selection):
         refuse_other_logits(language_model, selection, ids)
-    return setting
+    return slices
 
 
 def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids: Tensor) -> None:
@@ -152,7 +265,7 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
         ids: token ids [1, length] to compute.
 
     Raises:
-        ModelError: it does, or no configuration has such widths.
+        ModelError: it does, or as `slices_of`.
     """
     before = logits_of(language_model, ids).double()
     with sliced(language_model, selection):
@@ -164,57 +277,6 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
             f"else than with zeros in their place (logits differ by {change:.2g} of their norm); "
             "this layout cannot be made smaller, keep its tensors at full size"
         )
-
-
-def _setting(model: Any, cuts: Mapping[str, Cut]) -> dict[str, int]:
-    if not cuts:
-        return {}
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    wanted = dict(shapes)
-    for name, cut in cuts.items():
-        shape = list(shapes[name])
-        shape[cut.axis] = len(cut.kept)
-        wanted[name] = tuple(shape)
-    for key, value in _candidates(model, shapes, cuts):
-        if _shapes_with(model, {key: value}) == wanted:
-            return {key: value}
-    widths = sorted({len(cut.kept) for cut in cuts.values()})
-    raise ModelError(
-        f"no configuration of {model.config.model_type} gives its layers the widths "
-        f"{', '.join(map(str, widths[:4]))}{' ...' if len(widths) > 4 else ''} that are left: "
-        "plain transformers needs one width for all layers; use compare: group without targets, "
-        "or keep tensors at full size, with zeros"
-    )
-
-
-def _candidates(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], cuts: Mapping[str, Cut]
-) -> Iterator[tuple[str, int]]:
-    """Settings that may stand for the width, each with the value that it would need."""
-    settings = model.config.get_text_config().to_dict()
-    kept = {(shapes[name][cut.axis], len(cut.kept)) for name, cut in cuts.items()}
-    for before, after in sorted(kept):
-        for key, value in settings.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value == before:
-                yield key, after
-    for _, after in sorted(kept):
-        for key, value in settings.items():
-            if value is None and any(word in key for word in _OF_WIDTH):
-                yield key, after
-
-
-def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of an empty model's parameters under other settings; none where that is no model."""
-    configuration = copy.deepcopy(model.config)
-    for key, value in changes.items():
-        setattr(configuration.get_text_config(), key, value)
-    try:
-        with torch.device("meta"):
-            empty = type(model)(configuration)
-    # Whatever a model says to settings that exclude each other.
-    except Exception:
-        return {}
-    return {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
 
 
 def _put(model: nn.Module, name: str, values: Tensor) -> None:

@@ -14,6 +14,7 @@ from prunezero.models.loading.checks import check_layout
 from prunezero.models.loading.shards import INDEX, SINGLE, Shards, files_of_tensors
 from prunezero.models.loading.sizes import check_sizes
 from prunezero.models.loading.source import Source
+from prunezero.models.unequal.families import is_own_type, register
 
 # A configuration may name any other by a repository, and transformers would fetch its code.
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -89,6 +90,7 @@ def _checked_settings(source: str, name: str) -> dict[str, Any]:
     raw, _ = PreTrainedConfig.get_config_dict(source)
     if not isinstance(raw, dict):
         raise ModelError(f"config.json of model '{name}' holds no settings; get the file again")
+    register(raw.get("model_type"))
     _refuse_foreign_code(raw, name)
     if any(raw.get(key) for key in _QUANTIZATION_KEYS):
         raise ModelError(
@@ -119,6 +121,15 @@ def _refuse_other_kinds(raw: dict[str, Any], kind: Any, name: str) -> None:
 
 
 def _refuse_foreign_code(raw: dict[str, Any], name: str) -> None:
+    """Refuse whatever would make transformers run code that is not its own.
+
+    A type of ours is read by the classes of this package, whatever files lie in the folder.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = raw.get("model_type")
+    if is_own_type(kind) and kind in CONFIG_MAPPING:
+        raw = {key: value for key, value in raw.items() if key != "auto_map"}
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
         if part.get("auto_map"):
             raise ModelError(

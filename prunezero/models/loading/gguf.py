@@ -57,6 +57,18 @@ def demo_file() -> Path:
     return path
 
 
+def gguf_file_of(name: str) -> Path | None:
+    """The .gguf file that a model of this name comes from; None where it comes as a folder.
+
+    Raises:
+        ModelError: as `demo_file`.
+    """
+    if name == "demo":
+        return demo_file()
+    path = Path(name).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
 def unpacked_gguf(path: Path) -> Path:
     """A folder with the file's dequantized weights and tokenizer, made once and kept in the cache.
 

@@ -1,7 +1,7 @@
 """How are safetensors files written again, with other numbers in the same places?
 
 Headers are copied, so names, order, dtypes, shapes and metadata stay as they are, but for tensors
-that became smaller. Tensors are put in their places one by one in any order, from memory or
+that became smaller or went. Tensors are put in their places one by one in any order, from memory or
 straight from the source, so memory holds one of them at a time; what is not put yet is zero.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ class Mirror:
         *,
         added: Mapping[str, StoredTensor] | None = None,
         reshaped: Mapping[str, StoredTensor] | None = None,
+        left_out: Collection[str] = (),
     ) -> None:
         """Plan the files; nothing is written yet.
 
@@ -66,6 +67,7 @@ class Mirror:
             folder: where.
             added: more tensors by name, each at the end of the file that it names.
             reshaped: tensors of the source, by name, that have another shape now.
+            left_out: names of tensors of the source that are not written.
 
         Raises:
             ModelError: a file of the source is damaged.
@@ -74,12 +76,14 @@ class Mirror:
         self._source = source
         self._added = dict(added or {})
         self._reshaped = dict(reshaped or {})
+        self._left_out = frozenset(left_out)
         self._files: dict[str, _File] = {}
-        for file in dict.fromkeys(stored.file for stored in source.tensors.values()):
+        written = {name: one for name, one in source.tensors.items() if name not in left_out}
+        for file in dict.fromkeys(stored.file for stored in written.values()):
             more = {name: one for name, one in self._added.items() if one.file == file}
             other = {name: one for name, one in self._reshaped.items() if one.file == file}
-            self._files[file] = _planned(source.folder / file, more, other)
-        self._file_of = {name: one.file for name, one in {**source.tensors, **self._added}.items()}
+            self._files[file] = _planned(source.folder / file, more, other, self._left_out)
+        self._file_of = {name: one.file for name, one in {**written, **self._added}.items()}
         self._index = None if set(self._files) == {SINGLE} else source.folder / INDEX
         self._unsynced: set[str] = set()
 
@@ -161,7 +165,9 @@ class Mirror:
             less = sum(
                 self._source.tensors[name].bytes - one.bytes for name, one in self._reshaped.items()
             )
-            (self.folder / INDEX).write_bytes(_with_added(content, self._added, less))
+            less += sum(self._source.tensors[name].bytes for name in self._left_out)
+            new = _with_changes(content, self._added, self._left_out, less)
+            (self.folder / INDEX).write_bytes(new)
 
     @contextmanager
     def _place(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -185,7 +191,10 @@ class Mirror:
 
 
 def _planned(
-    path: Path, added: Mapping[str, StoredTensor], reshaped: Mapping[str, StoredTensor]
+    path: Path,
+    added: Mapping[str, StoredTensor],
+    reshaped: Mapping[str, StoredTensor],
+    left_out: Collection[str],
 ) -> _File:
     """A file as it will be, from the header of the one that it is written after."""
     try:
@@ -203,14 +212,17 @@ def _planned(
             f"{path} is damaged or missing ({reason(error)}); get the file again"
         ) from error
     sources = dict(places)
-    if reshaped:
+    gone = places.keys() & set(left_out)
+    for name in gone:
+        del header[name], places[name]
+    if reshaped or gone:
         _close_up(header, places, reshaped)
     end = max((sum(place) for place in places.values()), default=0)
     for name, one in added.items():
         header[name] = _entry(one, end)
         places[name] = end, one.bytes
         end += one.bytes
-    head = _head(header) if added or reshaped else first + text
+    head = _head(header) if added or reshaped or gone else first + text
     return _File(head, places, len(first) + len(text), sources)
 
 
@@ -246,12 +258,17 @@ def _head(header: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _with_added(content: bytes, added: Mapping[str, StoredTensor], less: int = 0) -> bytes:
-    """An index that names more tensors, some by `less` bytes smaller; else the bytes stay."""
-    if not added and not less:
+def _with_changes(
+    content: bytes, added: Mapping[str, StoredTensor], left_out: Collection[str], less: int
+) -> bytes:
+    """An index that names more tensors or fewer, without `less` bytes; else its bytes stay."""
+    if not added and not left_out and not less:
         return content
     index = json.loads(content)
     index["weight_map"] |= {name: one.file for name, one in added.items()}
+    index["weight_map"] = {
+        name: file for name, file in index["weight_map"].items() if name not in left_out
+    }
     known = index.get("metadata")
     if isinstance(known, dict) and isinstance(known.get("total_size"), int):
         known["total_size"] += sum(one.bytes for one in added.values()) - less

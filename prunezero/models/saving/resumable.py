@@ -22,6 +22,7 @@ from prunezero.files.atomic import replace_text
 from prunezero.models.loading.shards import Shards
 from prunezero.models.saving.companions import copy_companions
 from prunezero.models.saving.mirror import Mirror
+from prunezero.models.saving.own_class import write_class_files
 from prunezero.models.saving.save import check_writable
 
 # The file that holds the number of finished parts.
@@ -134,6 +135,7 @@ class ResumableCheckpoint:
         """
         with _explained(self.folder):
             copy_companions(companions, self.model_folder, ours=ours)
+            write_class_files(self.model_folder)
         return self.model_folder
 
     def add_files(self, texts: Mapping[str, str]) -> None:

@@ -26,6 +26,8 @@ from prunezero.models.loading.shards import STORED_DTYPES, Shards, StoredTensor
 from prunezero.models.loading.source import Source, holds, names_in_files
 from prunezero.models.saving.companions import copy_companions, edit_configuration
 from prunezero.models.saving.mirror import Mirror
+from prunezero.models.saving.own_class import refuse_without_class, write_own_class
+from prunezero.models.unequal.families import is_own_type
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def save_model(
         files: more text files to put beside, text by file name. A file of the source with such a
             name is kept beside as `NAME.source.ENDING`.
         smaller: units that stay; what is saved lacks the others, with smaller tensors and a
-            configuration that says so. The model in memory keeps its size.
+            configuration that says so, by classes of its own where layers differ (`own_class.py`).
+            The model in memory keeps its size.
 
     Raises:
         OutputError: the folder is not empty or cannot be written.
@@ -96,11 +99,17 @@ def save_model(
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         with sliced(language_model, smaller or Selection()) as slices:
+            slices.refuse_faults()
+            if slices.layers:
+                refuse_without_class(language_model.model)
             source = language_model.source
             if source is None:
                 _save_by_library(language_model, unfinished)
             else:
                 _save_as_source(language_model, source, unfinished, files or {}, slices)
+            model = language_model.model
+            if slices.layers or is_own_type(model.config.model_type):
+                write_own_class(unfinished, model, slices, language_model.tokenizer)
         for name, text in (files or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
         follow_umask(unfinished)
@@ -141,15 +150,19 @@ def _save_as_source(
         )
         for name in parts
     }
+    gone = {stored for name, stored in source.names.items() if slices.is_left_out(name)}
     mirror = Mirror(
         source.shards,
         folder,
         added={one.name: one.stored for one in added},
         reshaped=reshaped,
+        left_out=gone,
     )
     mirror.begin()
     model_names = {stored: name for name, stored in source.names.items()}
     for stored, tensor in source.shards.tensors.items():
+        if stored in gone:
+            continue
         if stored in model_names and tensor.dtype in STORED_DTYPES:
             name = model_names[stored]
             mirror.write(stored, source.saved(name, tensors[name], parts.get(name)))

@@ -11,15 +11,19 @@ from typing import Any
 
 import yaml
 
-from prunezero.errors import OutputError
+from prunezero.errors import OutputError, reason
+from prunezero.files.atomic import write_text
+from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.slicing import cuts_of, refuse_other_logits, sliced
+from prunezero.models.editing.slicing import Slices, refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.shards import Shards
 from prunezero.models.loading.source import Source, names_in_files
 from prunezero.models.saving.companions import places_of_companions
+from prunezero.models.saving.read_back import refuse_other_reading
 from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
+from prunezero.models.unequal.families import MODEL_FILE
 from prunezero.pruning.compare import finite_row
 from prunezero.pruning.costs import Costs, model_costs
 from prunezero.pruning.recipes.recipe import Recipe
@@ -29,6 +33,41 @@ from prunezero.report.export.card import ZEROS_TAKE_ROOM, model_card
 from prunezero.scoring.masking import count_zeros
 
 
+@dataclass(frozen=True)
+class Form:
+    """What kind of folder a model without some units was saved as."""
+
+    kind: str
+    """plain, for classes of transformers; or own_class, where layers differ in size"""
+    load: str
+    """the line of Python that loads it"""
+    checked: str
+    """how it was read anew and compared"""
+    largest_difference: float
+    """of its logits, then, from those of the smaller model in memory"""
+
+    @property
+    def told(self) -> str:
+        """What a card says of it."""
+        how = {
+            "plain": "Any version of transformers that loads the dense model loads it.",
+            "own_class": "Its layers differ in size: `per_layer_config` in `config.json` says how, "
+            "and the two small Python files beside it are the classes that read that.",
+        }
+        return (
+            f"{how[self.kind]} It is loaded by\n\n```python\n{self.load}\n```\n\n"
+            f"{self.checked[0].upper()}{self.checked[1:]}: they differ by at most "
+            f"{self.largest_difference:.2g}."
+        )
+
+
+LOADING = {
+    "plain": 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+    "own_class": 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", '
+    "trust_remote_code=True)",
+}
+
+
 def files_beside(
     language_model: LanguageModel,
     recipe: Recipe,
@@ -36,6 +75,7 @@ def files_beside(
     costs: Costs | None = None,
     *,
     dense_costs: Costs | None = None,
+    form: Form | None = None,
 ) -> dict[str, str]:
     """What we put beside the weights of a pruned model, text by the names of `FILES_BESIDE`.
 
@@ -44,12 +84,13 @@ def files_beside(
         rows: results of the dense and of the pruned model.
         costs: what the pruned model takes; None where it is not in memory as a whole.
         dense_costs: what the dense model takes, where the pruned one is really smaller.
+        form: how that one was saved and checked.
     """
     model = language_model.name
     plain = [finite_row(row) for row in rows]
     results = [{**row, "method": row["recipe"], "model": model} for row in plain]
     licence, note = _terms(language_model.source)
-    told = {"costs": costs, "dense_costs": dense_costs}
+    told = {"costs": costs, "dense_costs": dense_costs, "saved": form}
     report = {"rows": plain} | {key: asdict(one) for key, one in told.items() if one is not None}
     return {
         "README.md": model_card(
@@ -60,7 +101,7 @@ def files_beside(
             recipe=recipe.to_yaml(),
             license_id=licence,
             note=note,
-            size=_size(costs, dense_costs),
+            size=_size(costs, dense_costs, form),
             unit=recipe.unit.word,
         ),
         "recipe.yaml": recipe.to_yaml(),
@@ -68,8 +109,8 @@ def files_beside(
     }
 
 
-def _size(costs: Costs | None, dense: Costs | None) -> str:
-    """What pruning made of the size of a model, in a sentence or two."""
+def _size(costs: Costs | None, dense: Costs | None, form: Form | None) -> str:
+    """What pruning made of the size of a model, and how such a model is loaded."""
     if costs is None or dense is None:
         return ZEROS_TAKE_ROOM
     less = 1 - costs.parameters / dense.parameters
@@ -77,8 +118,8 @@ def _size(costs: Costs | None, dense: Costs | None) -> str:
         f"This model is smaller than the dense one: {costs.parameters:,} parameters of "
         f"{dense.parameters:,} ({less:.1%} fewer), {costs.flops / 1e6:,.1f} million floating-point "
         f"operations for each token of {dense.flops / 1e6:,.1f}. It holds no zeros in the place of "
-        "what went, and any version of transformers that loads the dense model loads it."
-    )
+        f"what went. {'' if form is None else form.told}"
+    ).rstrip()
 
 
 def _terms(source: Source | None) -> tuple[str, str]:
@@ -135,6 +176,8 @@ class SavedUnits:
     """of the model before"""
     stored: int
     """numbers in the files, counted there"""
+    form: Form
+    """how it was saved and checked"""
 
 
 def save_smaller(
@@ -146,34 +189,69 @@ def save_smaller(
 ) -> SavedUnits:
     """Save the model on the testbed without the units that went, once it is sure to be the same.
 
+    The folder is then read anew, and must compute what the smaller model does in memory.
+
     Args:
         rows: results of the dense and of the pruned model, whose units are zeros in memory.
         smaller: units that stay.
 
     Raises:
-        ModelError: no configuration has such widths, or the smaller model computes otherwise.
+        ModelError: no configuration has such widths, or the smaller model computes otherwise, in
+            memory or as it was saved.
         OutputError: the folder cannot be written, or the files do not hold what they should.
     """
     model = testbed.language_model
     window = testbed.windows("validation")[:1]
     dense = model_costs(model, window)
     refuse_other_logits(model, smaller, window.to(model.device))
-    with sliced(model, smaller):
+    with sliced(model, smaller) as slices:
         costs = model_costs(model, window)
+        expected = logits_of(model, window.to(model.device))
     files = files_beside(model, recipe, rows, costs, dense_costs=dense)
     save_model(model, folder, files=files, smaller=smaller)
-    return SavedUnits(costs, dense, _stored(model, smaller, folder))
+    stored = _stored(model, slices, folder)
+    kind = "own_class" if (folder / f"{MODEL_FILE}.py").is_file() else "plain"
+    checked = f"its files were read anew and their logits for {window.shape[1]} tokens compared"
+    difference = refuse_other_reading(folder, model, window, expected)
+    form = Form(kind, LOADING[kind], f"{checked} with those in memory", difference)
+    told = files_beside(model, recipe, rows, costs, dense_costs=dense, form=form)
+    _write(folder, {name: text for name, text in told.items() if text != files[name]})
+    return SavedUnits(costs, dense, stored, form)
 
 
-def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
+def note_gguf(folder: Path, path: Path) -> None:
+    """Say in the card and the report of a saved model that it was written for llama.cpp too.
+
+    Args:
+        path: of the .gguf file.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    line = f"The same model for llama.cpp is `{path.name}`, a GGUF file of the architecture `deci`."
+    told = json.dumps({**report, "gguf": path.name}, indent=2, allow_nan=False)
+    _write(folder, {"README.md": f"{card}\n{line}\n", "report.json": f"{told}\n"})
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    try:
+        for name, text in files.items():
+            write_text(text, folder / name)
+    except OSError as error:
+        raise OutputError(f"'{folder}' cannot be written ({reason(error, folder)})") from error
+
+
+def _stored(model: LanguageModel, slices: Slices, folder: Path) -> int:
     """Numbers in the files of a saved model, whose smaller tensors were looked at.
 
     Raises:
-        OutputError: one is not of the size that it should be.
+        OutputError: one is not of the size that it should be, or there although it went.
     """
     tensors = Shards(folder).tensors
     names = names_in_files(model.model, tensors)
-    for name, cut in cuts_of(smaller).items():
+    for name, cut in slices.cuts.items():
         wanted = list(model.model.get_parameter(name).shape)
         wanted[cut.axis] = len(cut.kept)
         have = list(tensors[names[name]].shape) if name in names else None
@@ -181,4 +259,7 @@ def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
             raise OutputError(
                 f"{folder} holds '{name}' with shape {have}, not {wanted}; please report this"
             )
+    left = [name for name in names if slices.is_left_out(name)]
+    if left:
+        raise OutputError(f"{folder} holds '{left[0]}', which went; please report this")
     return sum(math.prod(tensor.shape) for tensor in tensors.values())

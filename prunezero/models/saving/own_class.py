@@ -1,0 +1,106 @@
+"""How is a model saved whose layers differ, so that plain transformers loads it?
+
+Beside the weights stand config.json with the sizes of single layers, and the two Python files of
+the classes that read it; `trust_remote_code=True` loads such a folder. The type of the model has a
+name of its own, for the usual class of transformers would build all layers at full size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunezero.errors import ModelError
+from prunezero.models.editing.slicing import Slices
+from prunezero.models.saving.companions import edit_configuration
+from prunezero.models.unequal.families import (
+    PREFIX,
+    class_files,
+    is_own_type,
+    own_settings,
+    register,
+    usual_type,
+)
+
+
+def refuse_without_class(model: Any) -> None:
+    """Refuse a model whose layers differ and for which no class of its own can be written.
+
+    Raises:
+        ModelError: it is part of a larger model, of a type without a usual class, or transformers
+            keeps other names in its files than in memory, which it does for its own classes only.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    kind = usual_type(model.config.model_type)
+    register(f"{PREFIX}{kind}")
+    words = (kind, type(model).__name__.removeprefix("Pruned"))
+    is_part = model.config.get_text_config() is not model.config
+    is_renamed = any(get_checkpoint_conversion_mapping(word) is not None for word in words)
+    if is_part or is_renamed or f"{PREFIX}{kind}" not in CONFIG_MAPPING:
+        raise ModelError(
+            f"layers of this {type(model).__name__} would differ in size, and no class of its own "
+            f"can be written for type '{kind}'; keep tensors at full size, with zeros (--padded), "
+            "or choose compare: group without targets"
+        )
+
+
+def write_own_class(folder: Path, model: Any, slices: Slices, tokenizer: Any) -> None:
+    """Make a saved folder one whose layers have settings of their own.
+
+    Args:
+        folder: with weights, config.json and tokenizer.
+        model: at full size.
+        slices: its `layers` are what single layers have.
+        tokenizer: whose class is noted where its own files do not name it.
+
+    Raises:
+        ModelError: as `refuse_without_class`.
+        OSError: a file cannot be read or written.
+    """
+    refuse_without_class(model)
+    model_type = f"{PREFIX}{usual_type(model.config.model_type)}"
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    changes = dict(own_settings(model_type))
+    changes["per_layer_config"] = _merged(settings.get("per_layer_config") or {}, slices.layers)
+    if slices.head_size is not None:
+        changes["head_dim"] = slices.head_size
+    if not _names_tokenizer(folder):
+        changes["tokenizer_class"] = type(tokenizer).__name__
+    edit_configuration(folder, changes)
+    write_class_files(folder)
+
+
+def write_class_files(folder: Path) -> None:
+    """Put the Python files of its classes into a folder whose layers differ; else do nothing.
+
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if is_own_type(told.get("model_type")):
+        for name, text in class_files(told["model_type"]).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _merged(
+    before: Mapping[str, Mapping[str, Any]], layers: Mapping[int, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Settings of single layers, those that an earlier pruning left among them."""
+    known = {int(key): dict(one) for key, one in before.items()}
+    for index, changes in layers.items():
+        own = known.setdefault(index, {})
+        skip = sorted({*own.get("skip", ()), *changes.get("skip", ())})
+        known[index] = {**own, **changes, **({"skip": skip} if skip else {})}
+    return {str(index): known[index] for index in sorted(known)}
+
+
+def _names_tokenizer(folder: Path) -> bool:
+    try:
+        told = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return bool(told.get("tokenizer_class"))
