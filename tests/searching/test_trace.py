@@ -19,7 +19,9 @@ def test_a_seeded_search_goes_as_its_stored_trace_says() -> None:
     assert not told and len(now) == len(stored), f"{told}\npython -m tests.searching.trace"
     for one, other in zip(stored, now, strict=True):
         numbers = {key: other[key] for key in NUMBERS if key in other}
-        assert numbers == pytest.approx({key: one[key] for key in NUMBERS if key in one}, rel=1e-4)
+        kept = {key: one[key] for key in NUMBERS if key in one}
+        # A small KL is a difference of large numbers, whose last bits are the processor's.
+        assert numbers == pytest.approx(kept, rel=1e-4, abs=1e-7)
 
 
 def test_the_stored_trace_shows_every_rung_and_every_origin_of_a_small_search() -> None:
