@@ -6,6 +6,7 @@ place of units take as long as what stood there, so the model at full size stand
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -76,11 +77,13 @@ def _seconds(language_model: LanguageModel, ids: Tensor) -> tuple[float, float]:
     _wait(language_model)
     read = time.perf_counter() - begin
     begin = time.perf_counter()
+    # Newer versions of transformers call it so.
+    accepted = inspect.signature(language_model.model.forward).parameters
+    name = "cache" if "cache" in accepted else "past_key_values"
     for _ in range(_WRITTEN):
         following = answer.logits[:, -1:].argmax(-1)
-        answer = language_model.model(
-            following, past_key_values=answer.past_key_values, use_cache=True
-        )
+        known = {name: answer.past_key_values}
+        answer = language_model.model(following, use_cache=True, **known)
     _wait(language_model)
     return read, time.perf_counter() - begin
 

@@ -143,3 +143,25 @@ def test_the_lists_tell_of_neurons(run: Run) -> None:
     run("list recipes --json r.json")
     recipes = json.loads(Path("r.json").read_text())["recipes"]
     assert "unit neuron" in {row["name"]: row["around it"] for row in recipes}["wanda_sp"]
+
+
+def test_compare_counts_and_draws_what_is_left_and_takes_recipes_to_other_units(run: Run) -> None:
+    words = "compare MODEL --recipes wanda,flap,mask_fisher --sparsity 0.25 --json o.json"
+    result = run(f"{words} --plot sizes.png --unit kv_group")
+    assert result.exit_code == 0, result.output
+    dense, weights, *units = json.loads(Path("o.json").read_text())["rows"]
+    assert weights["parameters"] == dense["parameters"] > units[0]["parameters"]
+    assert {row["unit"] for row in units} == {"kv_group"} and "unit" not in weights
+    assert dense["kv_bytes"] > units[1]["kv_bytes"]
+    assert Path("sizes.png").read_bytes().startswith(b"\x89PNG")
+    for command, said in (
+        (
+            "compare MODEL --recipes wanda --unit neuron --sparsity 0.5",
+            "is for recipes that remove",
+        ),
+        ("prune MODEL --recipe flap --unit neurons --sparsity 0.5", "did you mean 'neuron'"),
+        ("compare MODEL --recipes flap --sparsity 0.2 --plot no/where.png", "no"),
+    ):
+        refused = run(command)
+        assert isinstance(refused.exception, PruneZeroError), refused.output
+        assert said in str(refused.exception)

@@ -18,6 +18,7 @@ from prunezero.report.plots.plots import (
     progress,
     proxy_against_truth,
 )
+from prunezero.report.plots.quality import SIZE, quality_against_size
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -84,3 +85,18 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         progress([], [], tmp_path / "file" / "progress.png")
+
+
+def test_quality_stands_against_size_and_what_is_far_worse_is_named(tmp_path: Path) -> None:
+    rows = [
+        {"name": "dense", SIZE: 106e6, "test_perplexity": 23.6},
+        {"name": "wanda", SIZE: 106e6, "test_perplexity": 40.0},
+        {"name": "mask_fisher", SIZE: 85e6, "test_perplexity": 33.0, "unit": "width"},
+        {"name": "shortgpt", SIZE: 85e6, "test_perplexity": 60.0, "unit": "layer"},
+        {"name": "magnitude_units", SIZE: 85e6, "test_perplexity": 9e5, "unit": "width"},
+        {"name": "broken", SIZE: 85e6, "test_perplexity": None, "unit": "width"},
+    ]
+    for few in (rows, rows[:1], []):
+        path = tmp_path / f"{len(few)}.png"
+        quality_against_size(few, path)
+        assert path.read_bytes().startswith(b"\x89PNG")
