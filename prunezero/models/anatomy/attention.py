@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.block_probe import BlockProbe, Trace, probe_block
+from prunezero.models.anatomy.block_probe import BlockProbe, Call, Trace, calls_of_blocks, probe_of
 from prunezero.models.anatomy.channels import by_block, is_among, names_of
 from prunezero.models.anatomy.groups import Group, Member, unit_cost
-from prunezero.models.anatomy.linears import Linear, find_blocks
+from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.unequal.layers import SkippedAttn
 
 # Under this name a model keeps the members of its groups, by block.
 _FOUND = "_prunezero_kv_groups"
+# And under this one how its blocks are called.
+_CALLS = "_prunezero_calls"
 
 
 def kv_groups(linears: Sequence[Linear], language_model: LanguageModel) -> list[Group]:
@@ -76,13 +78,24 @@ def _attention_of(language_model: LanguageModel, inside: Sequence[Linear]) -> tu
     known = vars(language_model.model).setdefault(_FOUND, {})
     block, shapes = inside[0].block, [(linear.name, linear.weight.shape) for linear in inside]
     if known.get(block, (None,))[0] != shapes:
-        ids = torch.arange(PROBE_TOKENS, device=language_model.device)[None]
-        probe, _ = probe_block(language_model, block, ids)
+        probe = probe_of(language_model, block, _calls(language_model)[block])
         where = f"block {block} of {type(language_model.model).__name__}"
         originals = {linear.name: linear for linear in inside}
         members = _found_in_copy(probe, where)
         known[block] = shapes, [_of(originals, member) for member in members]
     return tuple(known[block][1])
+
+
+def _calls(language_model: LanguageModel) -> dict[int, Call]:
+    """How the model calls each of its blocks; asked once for all of them."""
+    known = vars(language_model.model).setdefault(_CALLS, {})
+    blocks = sorted({linear.block for linear in find_linears(language_model.model)})
+    if set(known) != set(blocks):
+        ids = torch.arange(PROBE_TOKENS, device=language_model.device)[None]
+        known.clear()
+        known.update(calls_of_blocks(language_model, ids, blocks)[0])
+    calls: dict[int, Call] = known
+    return calls
 
 
 def _found_in_copy(probe: BlockProbe, where: str) -> list[Member]:

@@ -8,7 +8,7 @@ so that a change stands out from rounding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -65,6 +65,10 @@ class BlockProbe:
         return trace
 
 
+# Arguments of a block: hidden states, others by position, others by keyword.
+Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
+
+
 def probe_block(
     language_model: LanguageModel, index: int, ids: Tensor
 ) -> tuple[BlockProbe, Tensor]:
@@ -76,17 +80,49 @@ def probe_block(
     Raises:
         ModelError: the model does not hand hidden states to its blocks.
     """
-    block = find_blocks(language_model.model)[index]
-    calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+    calls, logits = calls_of_blocks(language_model, ids, [index])
+    return probe_of(language_model, index, calls[index]), logits
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(_in_float32(split_call(args, kwargs)))
 
-    with removing([block.register_forward_pre_hook(before, with_kwargs=True)]):
+def calls_of_blocks(
+    language_model: LanguageModel, ids: Tensor, indices: Sequence[int]
+) -> tuple[dict[int, Call], Tensor]:
+    """How the model first calls some of its blocks, in float32, and its logits.
+
+    Args:
+        ids: token ids [1, length].
+
+    Raises:
+        ModelError: the model does not run a block, or hands no hidden states to it.
+    """
+    blocks = find_blocks(language_model.model)
+    calls: dict[int, Call] = {}
+
+    def before(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index not in calls:
+                calls[index] = _in_float32(split_call(args, kwargs))
+
+        return hook
+
+    handles = [
+        blocks[index].register_forward_pre_hook(before(index), with_kwargs=True)
+        for index in indices
+    ]
+    with removing(handles):
         logits = logits_of(language_model, ids)
-    if not calls:
-        raise ModelError(f"the model did not run its block {index}; this layout is not supported")
-    state, rest, named = calls[0]
+    for index in indices:
+        if index not in calls:
+            raise ModelError(
+                f"the model did not run its block {index}; this layout is not supported"
+            )
+    return calls, logits
+
+
+def probe_of(language_model: LanguageModel, index: int, call: Call) -> BlockProbe:
+    """The probe of block `index`, from how the model calls it."""
+    block = find_blocks(language_model.model)[index]
+    state, rest, named = call
     generator = torch.Generator(state.device).manual_seed(0)
     twin = copy.deepcopy(block).float()
     paths = {module: path for path, module in block.named_modules()}
@@ -99,9 +135,7 @@ def probe_block(
     }
     for layer in layers.values():
         _randomize(layer, generator)
-    return BlockProbe(
-        twin, layers, originals, state.normal_(generator=generator), rest, named
-    ), logits
+    return BlockProbe(twin, layers, originals, state.normal_(generator=generator), rest, named)
 
 
 def _randomize(layer: Linear, generator: torch.Generator) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.groups import Group, Member
 from prunezero.models.anatomy.linears import Linear, find_linears
-from prunezero.models.editing.permuting import PermutableChannels, find_permutables
+from prunezero.models.editing.permuting import PermutableChannels, find_all_permutables
 from prunezero.models.loading.language_model import LanguageModel
 
 # Under this name a model keeps what a probe found of its blocks, whatever its weights become.
@@ -37,11 +39,19 @@ def permutables_of(
         inside: all linear maps of the block.
     """
     known = vars(language_model.model).setdefault(_FOUND, {})
-    block, shapes = inside[0].block, [(linear.name, linear.weight.shape) for linear in inside]
+    block, shapes = inside[0].block, _shapes(inside)
     if known.get(block, (None,))[0] != shapes:
-        known[block] = shapes, find_permutables(language_model, inside)
-    found: list[PermutableChannels] = known[block][1]
-    return found
+        blocks: dict[int, list[Linear]] = defaultdict(list)
+        for linear in find_linears(language_model.model):
+            blocks[linear.block].append(linear)
+        for index, found in find_all_permutables(language_model, blocks).items():
+            known[index] = _shapes(blocks[index]), found
+    permutables: list[PermutableChannels] = known[block][1]
+    return permutables
+
+
+def _shapes(inside: Sequence[Linear]) -> list[tuple[str, torch.Size]]:
+    return [(linear.name, linear.weight.shape) for linear in inside]
 
 
 def names_of(parts: Sequence[Sequence[Member]]) -> list[str]:

@@ -8,9 +8,10 @@ on the copy and then in the model.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -19,7 +20,14 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.block_probe import BlockProbe, Trace, logits_of, probe_block
+from prunezero.models.anatomy.block_probe import (
+    BlockProbe,
+    Trace,
+    calls_of_blocks,
+    logits_of,
+    probe_block,
+    probe_of,
+)
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 
@@ -154,6 +162,50 @@ def refusals(language_model: LanguageModel, layers: Sequence[Linear]) -> dict[st
     return {layer.name: reason for layer, reason in found if isinstance(reason, str)}
 
 
+def find_all_permutables(
+    language_model: LanguageModel, blocks: Mapping[int, Sequence[Linear]]
+) -> dict[int, list[PermutableChannels]]:
+    """`find_permutables` for several blocks, of which all are moved together to prove them.
+
+    Args:
+        blocks: layers by the index of their block.
+
+    Raises:
+        ModelError: as `find_permutables`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = _probe_ids(language_model, generator)
+    calls, logits = calls_of_blocks(language_model, ids, list(blocks))
+    found: dict[int, list[PermutableChannels]] = {}
+    for index, layers in blocks.items():
+        probe = probe_of(language_model, index, calls[index])
+        seen = [_permutable_of_copy(probe, layer.name, generator) for layer in layers]
+        found[index] = [
+            _with_layers(one, probe.originals)
+            for one in seen
+            if isinstance(one, PermutableChannels)
+        ]
+    with ExitStack() as moves:
+        for permutable in itertools.chain(*found.values()):
+            moves.enter_context(_moved(permutable, _random_order(permutable, generator)))
+        moved = logits_of(language_model, ids)
+    if _change(moved, logits) <= _rounding(language_model):
+        return found
+    # One of them is none; each by itself says which.
+    return {index: find_permutables(language_model, layers) for index, layers in blocks.items()}
+
+
+def _probe_ids(language_model: LanguageModel, generator: torch.Generator) -> Tensor:
+    """Random token ids [1, PROBE_TOKENS]."""
+    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+    return ids.to(language_model.device)
+
+
+def _rounding(language_model: LanguageModel) -> float:
+    return ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING)
+
+
 def _examined(
     language_model: LanguageModel, layers: Sequence[Linear]
 ) -> list[PermutableChannels | str]:
@@ -161,11 +213,8 @@ def _examined(
     if not layers:
         return []
     generator = torch.Generator().manual_seed(0)
-    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
-    ids = ids.to(language_model.device)
+    ids = _probe_ids(language_model, generator)
     probe, logits = probe_block(language_model, layers[0].block, ids)
-    rounding = ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING)
     examined: list[PermutableChannels | str] = []
     for layer in layers:
         found = _permutable_of_copy(probe, layer.name, generator)
@@ -173,7 +222,7 @@ def _examined(
             found = _with_layers(found, probe.originals)
             with _moved(found, _random_order(found, generator)):
                 moved = logits_of(language_model, ids)
-            found = found if _change(moved, logits) <= rounding else CHANGED
+            found = found if _change(moved, logits) <= _rounding(language_model) else CHANGED
         examined.append(found)
     return examined
 
