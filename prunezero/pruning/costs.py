@@ -53,7 +53,7 @@ def model_costs(language_model: LanguageModel, ids: Tensor) -> Costs:
     context = ids.shape[1]
     # Fused attention is one call whose products the counter does not know on every device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        cache = model(ids, use_cache=True).get("past_key_values")
+        cache = cache_of(model(ids, use_cache=True))
     return Costs(
         parameters=_count(model.parameters()),
         parameters_without_embeddings=_count(_without_embeddings(model)),
@@ -86,6 +86,12 @@ def group_cost(group: Group, measure: str) -> float:
         SelectionError: removing such units saves nothing of that kind.
     """
     return group.cost_of(measure) * group.units
+
+
+def cache_of(answer: Any) -> Any:
+    """Keys and values of a forward pass; None where a model has no such cache."""
+    # Newer versions of transformers call it cache, and warn of the older word.
+    return answer["cache"] if "cache" in answer else answer.get("past_key_values")
 
 
 def _without_embeddings(model: Any) -> list[Tensor]:

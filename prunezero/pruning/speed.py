@@ -20,6 +20,7 @@ from torch import Tensor
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.pruning.costs import cache_of
 
 # Tokens that are written by each measurement of writing.
 _WRITTEN = 16
@@ -82,7 +83,7 @@ def _seconds(language_model: LanguageModel, ids: Tensor) -> tuple[float, float]:
     name = "cache" if "cache" in accepted else "past_key_values"
     for _ in range(_WRITTEN):
         following = answer.logits[:, -1:].argmax(-1)
-        known = {name: answer.past_key_values}
+        known = {name: cache_of(answer)}
         answer = language_model.model(following, use_cache=True, **known)
     _wait(language_model)
     return read, time.perf_counter() - begin
