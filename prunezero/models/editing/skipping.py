@@ -1,0 +1,132 @@
+"""Sub-blocks that go: modules that compute nothing and hold no parameters stand in their place.
+
+What a block adds to the residual stream without them is nothing, so zeros in their weights, stand-ins
+in their places and a model without the block give the same logits. A cache of keys and values is still told
+how many tokens there were, because models count them by its first layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunezero.errors import ModelError
+from prunezero.models.anatomy.linears import find_blocks, is_linear
+from prunezero.models.anatomy.sub_blocks import SubBlock, sub_blocks_of
+from prunezero.models.editing.edit import Edit
+from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.zeroing import zeroed
+from prunezero.models.loading.language_model import LanguageModel
+
+
+class AddsNothing(nn.Module):
+    """Stands for the module whose output is added to the stream, and gives zeros of its shape."""
+
+    def __init__(self, original: nn.Module, width: int, *, is_tuple: bool) -> None:
+        """Stand for a module.
+
+        Args:
+            original: may have the number of its layer in a cache.
+            width: of the stream.
+            is_tuple: whether it returns more than hidden states.
+        """
+        super().__init__()
+        self.width, self.is_tuple = width, is_tuple
+        self.layer_idx: int | None = getattr(original, "layer_idx", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros in the place of what the module would return."""
+        given = [*args, *kwargs.values()]
+        state = next(one for one in given if isinstance(one, Tensor))
+        for cache in given:
+            if hasattr(cache, "get_seq_length") and self.layer_idx is not None:
+                # One number for each token: none would be no token.
+                count = state.new_zeros(state.shape[0], 1, state.shape[1], 1)
+                cache.update(count, count, self.layer_idx)
+        zeros = state.new_zeros(*state.shape[:-1], self.width)
+        return (zeros, None) if self.is_tuple else zeros
+
+
+@contextmanager
+def skipped(language_model: LanguageModel, sub_blocks: Sequence[SubBlock]) -> Iterator[None]:
+    """Within it the model computes without these sub-blocks; their modules come back afterwards."""
+    model = language_model.model
+    stand_ins = _stand_ins(model, sub_blocks)
+    before = {path: model.get_submodule(path) for path in stand_ins}
+    try:
+        _put(model, stand_ins)
+        yield
+    finally:
+        _put(model, before)
+
+
+def remove(language_model: LanguageModel, selection: Selection) -> None:
+    """Take sub-blocks out of a model for good: their parameters leave memory.
+
+    Raises:
+        ModelError: as `find_sub_blocks`.
+    """
+    _put(language_model.model, _stand_ins(language_model.model, gone_of(language_model, selection)))
+
+
+def gone_of(language_model: LanguageModel, selection: Selection) -> list[SubBlock]:
+    """The sub-blocks that a selection takes away."""
+    return sub_blocks_of(language_model, [group for group, kept in selection if not kept.all()])
+
+
+WITHOUT = Edit(zeroed, remove)
+
+
+def _stand_ins(model: nn.Module, sub_blocks: Sequence[SubBlock]) -> dict[str, nn.Module]:
+    """What takes the place of each module that holds nothing but parameters of the sub-blocks."""
+    stand_ins: dict[str, nn.Module] = {}
+    for one in sub_blocks:
+        width = one.writer.weight.shape[0]
+        for path in _own_modules(model, one):
+            module = model.get_submodule(path)
+            if one.writer.name == path or one.writer.name.startswith(f"{path}."):
+                # Attention returns its weights too; what is no attention returns one tensor.
+                is_tuple = one.kind == "attention" and not is_linear(module)
+                stand_ins[path] = AddsNothing(module, width, is_tuple=is_tuple)
+            else:
+                stand_ins[path] = nn.Identity()
+    return stand_ins
+
+
+def _own_modules(model: nn.Module, sub_block: SubBlock) -> list[str]:
+    """Paths of the outermost modules all of whose parameters go with a sub-block."""
+    own = set(sub_block.parameters)
+    block = find_blocks(model)[sub_block.block]
+    names = {module: path for path, module in model.named_modules()}
+    found: list[str] = []
+    for module in list(block.modules())[1:]:
+        path = names[module]
+        inside = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        is_inside = any(path.startswith(f"{outer}.") for outer in found)
+        if inside and inside <= own and not is_inside:
+            found.append(path)
+    return found
+
+
+def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    for path, module in modules.items():
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = module
+
+
+def refuse_unsaved(language_model: LanguageModel, kind: str) -> None:
+    """Refuse to save a model some of whose blocks lack a sub-block.
+
+    Raises:
+        ModelError: always: no plain configuration speaks of such blocks.
+    """
+    raise ModelError(
+        f"no configuration of {language_model.model.config.model_type} says which blocks lack an "
+        f"attention or an MLP, so a model without some units of kind {kind} cannot be loaded by "
+        "plain transformers; save zeros in their place at full size (--padded), or remove whole "
+        "layers (unit: layer)"
+    )
