@@ -8,7 +8,7 @@ the width is found by trying: an empty model that is built with it must have jus
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from prunezero.models.anatomy.linears import Linear
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.shortening import is_of_layers, shortened
 from prunezero.models.editing.zeroing import zeroed
 from prunezero.models.loading.language_model import LanguageModel
 
@@ -50,8 +51,10 @@ class Slices:
 
     cuts: Mapping[str, Cut]
     """what stays of each parameter that loses something, by name"""
-    setting: Mapping[str, int]
+    setting: Mapping[str, Any]
     """what its configuration says of it"""
+    name_now: Callable[[str], str | None] = str
+    """the name of a parameter in the smaller model by the one before; None where it goes"""
 
 
 def cuts_of(selection: Selection) -> dict[str, Cut]:
@@ -81,8 +84,12 @@ def sliced(language_model: LanguageModel, selection: Selection) -> Iterator[Slic
     """Within it the model is really smaller, configuration included; leaving it undoes that.
 
     Raises:
-        ModelError: no configuration of this model has such widths.
+        ModelError: no configuration of this model has such widths, or so few layers.
     """
+    if is_of_layers(selection):
+        with shortened(language_model, selection) as plan:
+            yield Slices({}, plan.setting, plan.name_now)
+        return
     model = language_model.model
     cuts = cuts_of(selection)
     setting = _setting(model, cuts)

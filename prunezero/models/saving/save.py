@@ -17,7 +17,7 @@ from torch import Tensor
 from prunezero.errors import ModelError, OutputError, PruneZeroWarning, reason
 from prunezero.files.atomic import follow_umask
 from prunezero.files.places import try_folder
-from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.anatomy.linears import Linear, block_prefix, find_linears
 from prunezero.models.editing.biases import note_opened_biases
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import Slices, sliced
@@ -134,6 +134,7 @@ def _save_as_source(
     tensors = model.state_dict()
     check_names(language_model)
     added = _new_biases(model, source)
+    renamed = _renamed(model, source, slices)
     parts = {name: cut.of for name, cut in slices.cuts.items() if name in source.names}
     reshaped = {
         source.names[name]: replace(
@@ -146,13 +147,17 @@ def _save_as_source(
         folder,
         added={one.name: one.stored for one in added},
         reshaped=reshaped,
+        renamed=renamed,
     )
     mirror.begin()
     model_names = {stored: name for name, stored in source.names.items()}
     for stored, tensor in source.shards.tensors.items():
+        if renamed.get(stored, stored) is None:
+            continue
         if stored in model_names and tensor.dtype in STORED_DTYPES:
             name = model_names[stored]
-            mirror.write(stored, source.saved(name, tensors[name], parts.get(name)))
+            now = slices.name_now(name) or name
+            mirror.write(stored, source.saved(name, tensors[now], parts.get(name)))
         else:
             mirror.copy(stored)
     for bias in added:
@@ -161,14 +166,45 @@ def _save_as_source(
     copy_companions(source.folder, folder, ours=ours)
     note_opened_biases(model.config, folder)
     if slices.setting:
-        _note_widths(model.config, slices.setting, folder)
+        _note_setting(model.config, slices.setting, folder)
 
 
-def _note_widths(configuration: Any, setting: Mapping[str, int], folder: Path) -> None:
-    """Say in a folder's config.json how wide its layers are, and change nothing else.
+def _renamed(model: Any, source: Source, slices: Slices) -> dict[str, str | None]:
+    """The names of tensors in the files that change with the numbers of blocks; None where one goes.
+
+    Tensors of a block that the model does not use go with it.
 
     Raises:
-        ModelError: transformers reads another width from it.
+        ModelError: the files call the blocks otherwise than the model does.
+    """
+    prefix = f"{block_prefix(model)}."
+    inside = {name: stored for name, stored in source.names.items() if name.startswith(prefix)}
+    if all(slices.name_now(name) == name for name in inside):
+        return {}
+    starts = set()
+    for name, stored in inside.items():
+        ending = name.removeprefix(prefix)
+        if not stored.endswith(ending):
+            raise ModelError(
+                f"the files hold '{name}' as '{stored}', so its block cannot get another number "
+                "there; save the model once by its own save_pretrained, and prune that folder"
+            )
+        starts.add(stored.removesuffix(ending))
+    found: dict[str, str | None] = {}
+    for stored in source.shards.tensors:
+        for start in starts:
+            if stored.startswith(start):
+                ending = stored.removeprefix(start)
+                now = slices.name_now(prefix + ending)
+                found[stored] = None if now is None else start + now.removeprefix(prefix)
+    return found
+
+
+def _note_setting(configuration: Any, setting: Mapping[str, Any], folder: Path) -> None:
+    """Say in a folder's config.json how large its layers are, and change nothing else.
+
+    Raises:
+        ModelError: transformers reads something else from it.
     """
     from transformers import AutoConfig
 
@@ -176,11 +212,11 @@ def _note_widths(configuration: Any, setting: Mapping[str, int], folder: Path) -
     edit_configuration(folder, setting, part="text_config" if is_part else "")
     with quiet():
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    for key, width in setting.items():
-        if getattr(found, key) != width:
+    for key, value in setting.items():
+        if getattr(found, key) != value:
             raise ModelError(
                 f"config.json of '{configuration.model_type}' says {key} {getattr(found, key)} "
-                f"even when it is told {width}, so a smaller model cannot be saved beside it; load "
+                f"even when it is told {value}, so a smaller model cannot be saved beside it; load "
                 "the model once, save it by its own save_pretrained, and prune that folder"
             )
 

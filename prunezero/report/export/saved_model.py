@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from prunezero.errors import OutputError
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.slicing import cuts_of, refuse_other_logits, sliced
+from prunezero.models.editing.slicing import refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.shards import Shards
 from prunezero.models.loading.source import Source, names_in_files
@@ -172,13 +172,14 @@ def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
         OutputError: one is not of the size that it should be.
     """
     tensors = Shards(folder).tensors
-    names = names_in_files(model.model, tensors)
-    for name, cut in cuts_of(smaller).items():
-        wanted = list(model.model.get_parameter(name).shape)
-        wanted[cut.axis] = len(cut.kept)
-        have = list(tensors[names[name]].shape) if name in names else None
-        if have != wanted:
-            raise OutputError(
-                f"{folder} holds '{name}' with shape {have}, not {wanted}; please report this"
-            )
+    with sliced(model, smaller):
+        names = names_in_files(model.model, tensors)
+        inside = f"{block_prefix(model.model)}."
+        for name, parameter in model.model.named_parameters():
+            wanted = list(parameter.shape)
+            have = list(tensors[names[name]].shape) if name in names else None
+            if name.startswith(inside) and have != wanted:
+                raise OutputError(
+                    f"{folder} holds '{name}' with shape {have}, not {wanted}; please report this"
+                )
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
