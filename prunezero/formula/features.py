@@ -2,13 +2,15 @@
 
 Notation: the weight is `W [out, in]`, `x` an input vector of its layer, `y = W x` the output, and
 `g` the gradient of one calibration sequence's mean token cross-entropy with respect to `W`. On
-units `W` is a member turned so that its rows are units, and `x` what the consumer reads of each.
+units `W` is a member turned so that its rows are units, and `x` what the consumer reads of each. Of
+parts of the depth (an attention, an MLP, a layer) `h` is the residual stream before one, and `f(h)`
+what it adds.
 
 A row holds all that is known of a feature. The engine, its kernels and exported pages run the torch
 text of its value as it stands. What the text may read: `weight`; raw sums over calibration text, by
 their names in `scoring/statistics.py`, which collects just those; how many `tokens` and `sequences`
-they are of; and, alone, `upper`, the Cholesky factor U of the inverse of the damped Gram matrix,
-H^-1 = U^T U.
+they are of; of parts of the depth what one costs and its `noise`; and, alone, `upper`, the Cholesky
+factor U of the inverse of the damped Gram matrix, H^-1 = U^T U.
 """
 
 from __future__ import annotations
@@ -20,8 +22,13 @@ from functools import cached_property
 
 import sympy
 
-# What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse.
-SIGNALS = ("none", "activations", "gradients", "second order")
+# What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse,
+# a forward pass for each unit.
+SIGNALS = ("none", "activations", "gradients", "second order", "oracle")
+# What formulas of single weights may look at.
+WEIGHT_SIGNALS = SIGNALS[:-1]
+# Names that the text of a feature reads and that are no sums.
+_GIVEN = frozenset({"weight", "tokens", "sequences", "parameters", "flops", "noise"})
 # How a value of each shape is laid along the matrix [out, in].
 _PLACED = {"element": "", "row": "[:, None]", "column": "[None]"}
 
@@ -49,7 +56,8 @@ class Feature:
     cost: str = "none"
     # whether it is never negative
     nonnegative: bool = True
-    # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit
+    # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit, "block"
+    # one number for each part of the depth
     domains: tuple[str, ...] = ("matrix",)
     # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
     kinds: tuple[str, ...] = ()
@@ -74,7 +82,7 @@ class Feature:
         """The raw sums over calibration text that it is made from."""
         if "upper" in self.inputs:
             return ("gram",)
-        return tuple(sorted({*self.inputs} - {"weight", "tokens", "sequences"}))
+        return tuple(sorted({*self.inputs} - _GIVEN))
 
 
 def names_in(text: str) -> tuple[str, ...]:
@@ -283,6 +291,84 @@ _ROWS = (
         "(input_square_sum / tokens - (input_sum / tokens).square()).clamp(min=0.0)",
         "activations",
         domains=("unit",),
+    ),
+    # Rounding may take a cosine a little above one.
+    Feature(
+        "BI",
+        "row",
+        "block influence: 1 - mean over tokens of the cosine of the stream before and behind",
+        r"1-\overline{\cos(h,h+f(h))}",
+        "1",
+        "(1.0 - cosine_sum / tokens).clamp(min=0.0)",
+        "activations",
+        domains=("block",),
+    ),
+    Feature(
+        "ANG",
+        "row",
+        "angle between the stream before and behind at the last token, as a part of a half turn",
+        r"\tfrac{1}{\pi}\overline{\arccos\cos(h_T,(h+f(h))_T)}",
+        "1",
+        "(last_angle_sum / sequences / torch.pi)",
+        "activations",
+        domains=("block",),
+    ),
+    Feature(
+        "REL",
+        "row",
+        "mean over tokens of the size of what is added, relative to the stream before",
+        r"\overline{\lVert f(h)\rVert/\lVert h\rVert}",
+        "1",
+        "(relative_sum / tokens)",
+        "activations",
+        domains=("block",),
+    ),
+    Feature(
+        "NLL",
+        "row",
+        "nats per predicted token of the calibration text, without it",
+        r"\mathcal{L}_{\setminus f}",
+        "L",
+        "(loss_without_sum / sequences)",
+        "oracle",
+        domains=("block",),
+    ),
+    Feature(
+        "KL",
+        "row",
+        "nats per predicted token from the dense model's answers to those without it",
+        r"\mathrm{KL}_{\setminus f}",
+        "L",
+        "(divergence_without_sum / sequences).clamp(min=0.0)",
+        "oracle",
+        domains=("block",),
+    ),
+    Feature(
+        "PARAMS",
+        "row",
+        "how many parameters go with it, its norms among them",
+        r"P",
+        "1",
+        "parameters",
+        domains=("block",),
+    ),
+    Feature(
+        "FLOPS",
+        "row",
+        "multiplications and additions by its weights, for each token",
+        r"F",
+        "1",
+        "flops",
+        domains=("block",),
+    ),
+    Feature(
+        "RND",
+        "row",
+        "a number from 0 to 1 that its name and the seed decide, and nothing else",
+        r"u",
+        "1",
+        "noise",
+        domains=("block",),
     ),
 )
 

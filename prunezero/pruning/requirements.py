@@ -10,6 +10,7 @@ from prunezero.errors import ModelError, RecipeError, SelectionError
 from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.anatomy.linears import Linear, find_linears, matching
 from prunezero.models.editing.biases import refuse_without_bias
+from prunezero.models.editing.shortening import refuse_unsaved_depth
 from prunezero.models.editing.slicing import width_setting
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS
@@ -18,6 +19,7 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.selecting import left_of
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import pattern_sparsity, removed_count
+from prunezero.scoring.statistics import BLOCK_SUMS
 
 
 def settled_sparsity(pattern: str, sparsity: float | None) -> float:
@@ -42,7 +44,13 @@ def settled_sparsity(pattern: str, sparsity: float | None) -> float:
 
 def layer_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums of a layer that the recipe's formulas and updates look at."""
-    return needed_sums(recipe.formulas).union(*(choice.row.sums for choice in recipe.update))
+    of_formulas = needed_sums(recipe.formulas) - BLOCK_SUMS.keys()
+    return of_formulas.union(*(choice.row.sums for choice in recipe.update))
+
+
+def depth_sums(recipe: Recipe) -> frozenset[str]:
+    """Names of the sums of parts of the depth that the recipe's formula looks at."""
+    return needed_sums(recipe.formulas) & BLOCK_SUMS.keys()
 
 
 def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
@@ -66,6 +74,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
     """
     walks = recipe.statistics == "sequential" and layer_sums(recipe) & FORWARD_SUMS
     needs = ["sequential statistics need"] if walks else []
+    needs += [f"criterion {recipe.criterion.text} needs"] if depth_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
     if needs and windows is None:
         raise RecipeError(f"recipe {recipe.name}: {needs[0]} calibration text")
@@ -121,6 +130,9 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
         RecipeError: how many units stay in each layer is known only when all have been scored.
         ModelError: no configuration has the widths that will be left.
     """
+    if recipe.unit.row.observer:
+        refuse_unsaved_depth(language_model, checked_groups(language_model, recipe, sparsity))
+        return
     if recipe.compare == "model":
         raise RecipeError(
             f"recipe {recipe.name}: with compare 'model' layers keep unequal numbers of "

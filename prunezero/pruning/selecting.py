@@ -69,7 +69,7 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
                 f"{left}, but at least {group.least} have to stay; remove less"
             )
     free = sum(group.cost_of(budget.measure) * (group.units - group.least) for group in groups)
-    if compare == "model" and free < _allowance(groups, budget):
+    if compare == "model" and free < allowance(groups, budget):
         raise SelectionError(
             f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
             f"some of each group have to stay; at most {free / _total(groups, budget):.4f} can"
@@ -142,7 +142,7 @@ def _removed_of_all(groups: Sequence[Group], scores: Sequence[Tensor], budget: B
     order = _ascending(values)
     costs = torch.tensor([group.cost_of(budget.measure) for group in groups], dtype=torch.float64)
     spent = costs[owners[order]].cumsum(0)
-    gone = owners[order][spent <= _allowance(groups, budget)]
+    gone = owners[order][spent <= allowance(groups, budget)]
     return torch.bincount(gone, minlength=len(groups)).tolist()
 
 
@@ -156,6 +156,6 @@ def _total(groups: Sequence[Group], budget: Budget) -> float:
     return sum(group.cost_of(budget.measure) * group.units for group in groups)
 
 
-def _allowance(groups: Sequence[Group], budget: Budget) -> int:
+def allowance(groups: Sequence[Group], budget: Budget) -> int:
     """What may go together, in the budget's measure."""
     return removed_count(round(_total(groups, budget)), budget.amount)

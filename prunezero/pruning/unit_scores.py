@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.pruning.recipes.word_options import Neurons, Options
-from prunezero.scoring.score import score, score_units
+from prunezero.pruning.recipes.word_options import Depth, Neurons, Options
+from prunezero.scoring.score import score, score_depth, score_units
 from prunezero.scoring.statistics import Statistics
 
 # How the scores [members, units] of several matrices become one [units].
@@ -70,6 +71,34 @@ def row_scores(
     ]
     # One by itself keeps all its bits.
     return scores[0] if len(scores) == 1 else COMBINE[options.combine](torch.stack(scores))
+
+
+def depth_scores(
+    group: Group,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    *,
+    damping: float,
+    options: Depth,
+) -> Tensor:
+    """The score [1] of one part of the depth.
+
+    Raises:
+        ScoreError, StatisticsError: as `score_depth`.
+    """
+    given = {
+        "parameters": group.cost["parameters"],
+        "flops": group.cost["flops"],
+        "noise": _noise(group.name, options.seed),
+    }
+    known = statistics.get(group.name)
+    return score_depth(criterion, known, given, group=group.name, kind=group.kind)
+
+
+def _noise(name: str, seed: int) -> float:
+    """A number from 0 to 1 that looks random, and is the same on every machine."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
 
 
 def _is_asked(member: Member, word: str) -> bool:

@@ -1,8 +1,8 @@
 """Sub-blocks: the attention and the MLP of each block, found by structure and proved by a probe.
 
-A decoder block adds to the residual stream what an attention and an MLP make of it. Linear maps that
-stand in one child of a block belong together, the last of them that runs writes to the stream, and
-the sub-block whose tokens see each other is the attention. On a copy of the block with random
+A decoder block adds to the residual stream what an attention and an MLP make of it. Linear maps
+that stand in one child of a block belong together, the last of them that runs writes to the stream,
+and the sub-block whose tokens see each other is the attention. On a copy of the block with random
 weights it is proved that a sub-block adds nothing once its writer gives zeros, that nothing else
 reads the rest of it, and that a block without both hands on what it got. Where that does not hold,
 as behind a norm of the sum, the layout is refused.

@@ -1,7 +1,7 @@
 """Whole decoder blocks that go: a model with fewer layers, and a configuration that knows of them.
 
-The blocks that stay get new numbers, by which caches and configurations know them; settings with one
-entry for each layer lose those of the layers that go. That the shorter model is one that its
+The blocks that stay get new numbers, by which caches and configurations know them; settings with
+one entry for each layer lose those of the layers that go. That the shorter model is one that its
 configuration would build is seen on an empty one: names, shapes and plain numbers of all modules
 have to be the same.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from prunezero.errors import ModelError
+from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import block_prefix, find_blocks
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.selection import Selection
@@ -173,3 +174,24 @@ def _described(block: nn.Module) -> dict[str, Any]:
                 told[f"{path}.{key}".strip(".")] = value
     return told
 
+
+def refuse_unsaved_depth(language_model: LanguageModel, groups: Sequence[Group]) -> None:
+    """Refuse parts of the depth without which plain transformers could not load a model.
+
+    That a model has fewer layers is tried on one that lacks the first of them that may go.
+
+    Raises:
+        ModelError: no configuration speaks of blocks without an attention or an MLP; or it does not
+            know fewer layers.
+    """
+    name = language_model.model.config.model_type
+    if groups[0].kind != "layer":
+        raise ModelError(
+            f"no configuration of {name} says which blocks lack an attention or an MLP, so plain "
+            "transformers cannot load such a model; save zeros in their place at full size "
+            "(--padded), or remove whole layers (unit: layer)"
+        )
+    first = next((group for group in groups if not group.is_protected), None)
+    if first is not None:
+        gone = Selection((first,), (torch.zeros(1, dtype=torch.bool),))
+        shortening_of(language_model.model, gone)

@@ -1,8 +1,8 @@
 """Sub-blocks that go: modules that compute nothing and hold no parameters stand in their place.
 
-What a block adds to the residual stream without them is nothing, so zeros in their weights, stand-ins
-in their places and a model without the block give the same logits. A cache of keys and values is still told
-how many tokens there were, because models count them by its first layers.
+They add nothing to the residual stream, so zeros in their weights, stand-ins in their places and a
+model without the block give the same logits. A cache of keys and values is still told how many
+tokens there were, because models count them by its first layers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import find_blocks, is_linear
 from prunezero.models.anatomy.sub_blocks import SubBlock, sub_blocks_of
 from prunezero.models.editing.edit import Edit
@@ -116,17 +114,3 @@ def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent)._modules[name] = module
-
-
-def refuse_unsaved(language_model: LanguageModel, kind: str) -> None:
-    """Refuse to save a model some of whose blocks lack a sub-block.
-
-    Raises:
-        ModelError: always: no plain configuration speaks of such blocks.
-    """
-    raise ModelError(
-        f"no configuration of {language_model.model.config.model_type} says which blocks lack an "
-        f"attention or an MLP, so a model without some units of kind {kind} cannot be loaded by "
-        "plain transformers; save zeros in their place at full size (--padded), or remove whole "
-        "layers (unit: layer)"
-    )

@@ -1,8 +1,9 @@
 """How are safetensors files written again, with other numbers in the same places?
 
 Headers are copied, so names, order, dtypes, shapes and metadata stay as they are, but for tensors
-that became smaller, got another name or went. Tensors are put in their places one by one in any order, from memory or
-straight from the source, so memory holds one of them at a time; what is not put yet is zero.
+that became smaller, got another name or went. Tensors are put in their places one by one in any
+order, from memory or straight from the source, so memory holds one of them at a time; what is not
+put yet is zero.
 """
 
 from __future__ import annotations

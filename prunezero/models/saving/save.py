@@ -170,7 +170,7 @@ def _save_as_source(
 
 
 def _renamed(model: Any, source: Source, slices: Slices) -> dict[str, str | None]:
-    """The names of tensors in the files that change with the numbers of blocks; None where one goes.
+    """The new names of tensors in the files, by the old ones; None where one goes.
 
     Tensors of a block that the model does not use go with it.
 

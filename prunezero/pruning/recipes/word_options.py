@@ -28,6 +28,10 @@ class Options(BaseModel):
         """What they say of every group of units, by the fields of `Group`."""
         return {}
 
+    def limits_in(self, block: int, blocks: int) -> dict[str, Any]:
+        """What they say of the groups of one of so many blocks, by the fields of `Group`."""
+        return self.limits
+
     @classmethod
     def described(cls) -> list[str]:
         """One line for each number: its usual value, its range, and what it does."""
@@ -57,6 +61,23 @@ class Neurons(Options):
     def limits(self) -> dict[str, Any]:
         """How many units of each group stay anyway, and of what they are a multiple."""
         return {"least": self.least, "multiple_of": self.multiple_of}
+
+
+class Depth(Options):
+    """Which blocks lose nothing of their depth, and which noise formulas see."""
+
+    keep_first: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the beginning that stay whole"
+    )
+    keep_last: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the end that stay whole"
+    )
+    seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
+
+    def limits_in(self, block: int, blocks: int) -> dict[str, Any]:
+        """Nothing may go of the first and the last blocks."""
+        stays = block < self.keep_first or block >= blocks - self.keep_last
+        return {"least": 1, "is_protected": True} if stays else {}
 
 
 class Owl(Options):
