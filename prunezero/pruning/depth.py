@@ -1,4 +1,4 @@
-"""Which parts of the depth go, where the score of one depends on which others are gone or go with it?
+"""Which parts of the depth go, where a score depends on which others are gone or go along?
 
 Both ways see units as whole groups of one unit each, ask for scores of the model without some of
 them, and spend a budget that all groups have together.

@@ -91,7 +91,7 @@ def depth_statistics(
                     if sources - {"stream"}:
                         _add_losses(found[group], language_model, ids, stream, inside, dense, group)
             if progress is not None:
-                progress("sequences without parts of the depth", done, len(windows))
+                progress("sequences seen along the depth", done, len(windows))
     return found
 
 
@@ -131,7 +131,8 @@ def _stream(
 
     def after(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         state, rest, named = split_call(args, kwargs)
-        if stream.behind and not torch.equal(state, stream.behind[-1]):
+        last = stream.behind[-1] if stream.behind else state
+        if not torch.allclose(state, last, rtol=0.0, atol=0.0, equal_nan=True):
             raise ModelError(
                 f"{type(language_model.model).__name__} changes hidden states between its blocks; "
                 "this layout is not supported"
