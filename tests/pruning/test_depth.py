@@ -119,7 +119,7 @@ def test_what_a_part_does_to_the_stream_is_what_hooks_see(layout: str, kind: str
             np.linalg.norm(behind - before, axis=1) / np.linalg.norm(before, axis=1)
             for before, behind in pairs
         ]
-        expected["BI"].append(1 - np.mean([cosines(*pair) for pair in pairs]))
+        expected["BI"].append(1 - float(np.mean([cosines(*pair) for pair in pairs])))
         expected["ANG"].append(float(np.mean(angles)))
         expected["REL"].append(float(np.mean(sizes)))
     for name, values in expected.items():

@@ -174,10 +174,10 @@ def _among(groups: Sequence[Group], linears: Sequence[Linear]) -> list[Group]:
             )
         chosen += [] if left else [group]
     if not chosen:
-        names = ", ".join(member.linear.name for member in groups[0].members)
+        together = ", ".join(member.linear.name for member in groups[0].members)
         raise ModelError(
             f"the layers that are pruned hold all of no {groups[0].kind}, so none can go; choose "
-            f"other targets, such as {names} together"
+            f"other targets, such as {together} together"
         )
     return chosen
 
