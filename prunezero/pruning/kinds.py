@@ -272,7 +272,7 @@ _ROWS = (
         "a whole decoder block",
         "layer_groups",
         "shortening:SHORTER",
-        ("random_layers", "shortgpt", "gromov", "sleb"),
+        ("random_layers", "shortgpt", "gromov", "shortened_llama", "sleb"),
     ),
 )
 

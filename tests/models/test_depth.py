@@ -19,12 +19,12 @@ from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import refuse_unsaved_depth, shortened, shortening_of
 from prunezero.models.editing.skipping import gone_of, skipped
 from prunezero.models.editing.slicing import refuse_other_logits
-from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.loading.load import load_model
 from prunezero.models.saving.save import save_model
 from prunezero.pruning.kinds import UNITS
 from tests.models.test_mlp import noisy
-from tests.tiny_models import LAYOUTS, tiny_batches, tiny_model
+from tests.tiny_models import LAYOUTS, VOCABULARY, tiny_batches, tiny_model, tiny_tokenizer
 
 DEEP = 3
 KINDS = ("attention", "mlp", "block", "layer")
@@ -104,6 +104,37 @@ def test_zeros_stand_ins_and_removal_give_the_same_logits(layout: str, kind: str
     torch.testing.assert_close(stand_ins, zeros, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.model(ids).logits, zeros, rtol=1e-5, atol=1e-5)
     assert float((zeros - dense).abs().max()) > 1e-2
+    assert parameters - count(model) == choice.removed("parameters")
+    cached, anew = (generated(model.model, ids[:, :5], use_cache=use) for use in (True, False))
+    assert torch.equal(cached, anew)
+
+
+def odd_model(family: str) -> LanguageModel:
+    """A model whose modules add to the stream themselves, or whose blocks write to their parts."""
+    import transformers
+
+    sizes: dict[str, dict[str, Any]] = {
+        "Bloom": {"hidden_size": 32, "n_layer": DEEP, "n_head": 4},
+        "Mpt": {"d_model": 32, "n_layers": DEEP, "n_heads": 4, "max_seq_len": 64},
+        "Falcon": {"hidden_size": 32, "num_hidden_layers": DEEP, "num_attention_heads": 4},
+    }
+    configuration = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCABULARY, pad_token_id=2, **sizes[family]
+    )
+    network = transformers.AutoModelForCausalLM.from_config(configuration, dtype=torch.float32)
+    return noisy(wrap_model(network.eval(), tiny_tokenizer(), name=family))
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+@pytest.mark.parametrize("family", ["Bloom", "Mpt", "Falcon"])
+def test_a_module_that_adds_to_the_stream_itself_hands_it_on(family: str, kind: str) -> None:
+    model, ids = odd_model(family), tiny_batches(2)
+    choice = without(groups_of(model, kind), 0)
+    with UNITS[kind].edit.simulated(model, choice):
+        zeros = model.model(ids).logits
+    parameters = count(model)
+    UNITS[kind].edit.remove(model, choice)
+    torch.testing.assert_close(model.model(ids).logits, zeros, rtol=1e-5, atol=1e-5)
     assert parameters - count(model) == choice.removed("parameters")
     cached, anew = (generated(model.model, ids[:, :5], use_cache=use) for use in (True, False))
     assert torch.equal(cached, anew)

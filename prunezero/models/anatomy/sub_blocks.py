@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,13 +48,26 @@ class SubBlock:
     """in the order in which they run"""
     parameters: tuple[str, ...]
     """names of all that nobody reads once it adds nothing, its norms among them"""
+    modules: tuple[str, ...]
+    """names of the outermost modules that hold no other parameters; one of them holds the writer"""
     follows: bool
     """whether it reads what the other one of its block adds; not where both read the same"""
+    hands_on: int | str | None
+    """place or name of the argument that its module returns once it adds nothing: the stream, where
+    the module itself adds to that; None where it returns zeros"""
+    is_tuple: bool
+    """whether its module returns more than hidden states"""
 
     @property
     def writer(self) -> Linear:
         """The linear map whose output is added to the stream."""
         return self.linears[-1]
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the writer, or of the writer."""
+        name = self.writer.name
+        return next(one for one in self.modules if f"{name}.".startswith(f"{one}."))
 
 
 def find_sub_blocks(language_model: LanguageModel) -> list[SubBlock]:
@@ -277,18 +290,68 @@ def _proved(
             for name, _ in probe.block.named_parameters()
             if name.rpartition(".")[0] in {one.rpartition(".")[0] for one in linears}
         }
-        parameters = sorted(of_part | (read - still_read))
-        found.append(
-            SubBlock(
-                name=_name(part, prefix),
-                kind=kind,
-                block=block,
-                linears=tuple(probe.originals[linear.name] for linear in part),
-                parameters=tuple(f"{prefix}.{name}" for name in parameters),
-                follows=place > 0 and not is_parallel,
-            )
+        parameters = of_part | (read - still_read)
+        one = SubBlock(
+            name=_name(part, prefix),
+            kind=kind,
+            block=block,
+            linears=tuple(probe.originals[linear.name] for linear in part),
+            parameters=tuple(f"{prefix}.{name}" for name in sorted(parameters)),
+            modules=tuple(f"{prefix}.{path}" for path in _holding(probe.block, parameters)),
+            follows=place > 0 and not is_parallel,
+            hands_on=None,
+            is_tuple=False,
         )
+        found.append(_with_returned(language_model, probe, one, writers[place]))
     return found
+
+
+def _holding(block: nn.Module, parameters: set[str]) -> list[str]:
+    """Paths of the outermost modules of a block that hold some of the parameters and no others."""
+    found: list[str] = []
+    for path, module in block.named_modules():
+        inside = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        is_inside = any(path.startswith(f"{outer}.") for outer in found)
+        if path and inside and inside <= parameters and not is_inside:
+            found.append(path)
+    return found
+
+
+def _with_returned(
+    language_model: LanguageModel, probe: BlockProbe, one: SubBlock, writer: nn.Module
+) -> SubBlock:
+    """The sub-block, with what its module returns once its writer gives zeros.
+
+    Raises:
+        ModelError: that is neither zeros nor an argument, or its attention is no module.
+    """
+    if one.kind == "attention" and one.module == one.writer.name:
+        raise _unsupported(
+            language_model, one.block, "has an attention that is no module by itself"
+        )
+    calls: list[tuple[dict[Any, Any], Tensor, bool]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # A block may write to what its parts return.
+        returned = hidden_of(output).clone()
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        calls.append((given, returned, isinstance(output, tuple)))
+
+    path = one.module.split(f".{one.block}.", 1)[1]
+    with _giving_zeros([writer]), torch.no_grad():
+        with removing(
+            [probe.block.get_submodule(path).register_forward_hook(note, with_kwargs=True)]
+        ):
+            probe.block(probe.state, *probe.rest, **probe.named)
+    given, returned, is_tuple = calls[0]
+    if not bool(returned.any()):
+        return replace(one, is_tuple=is_tuple)
+    for key, value in given.items():
+        if isinstance(value, Tensor) and torch.equal(value, returned):
+            return replace(one, is_tuple=is_tuple, hands_on=key)
+    raise _unsupported(
+        language_model, one.block, f"has an {one.kind} that returns neither the stream nor its part"
+    )
 
 
 def _name(part: Sequence[Linear], prefix: str) -> str:

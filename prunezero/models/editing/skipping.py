@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunezero.models.anatomy.linears import find_blocks, is_linear
 from prunezero.models.anatomy.sub_blocks import SubBlock, sub_blocks_of
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.selection import Selection
@@ -22,31 +21,29 @@ from prunezero.models.loading.language_model import LanguageModel
 
 
 class AddsNothing(nn.Module):
-    """Stands for the module whose output is added to the stream, and gives zeros of its shape."""
+    """Stands for the module of a sub-block, and adds nothing to the stream."""
 
-    def __init__(self, original: nn.Module, width: int, *, is_tuple: bool) -> None:
-        """Stand for a module.
-
-        Args:
-            original: may have the number of its layer in a cache.
-            width: of the stream.
-            is_tuple: whether it returns more than hidden states.
-        """
+    def __init__(self, original: nn.Module, sub_block: SubBlock) -> None:
+        """Stand for a module, which may have the number of its layer in a cache."""
         super().__init__()
-        self.width, self.is_tuple = width, is_tuple
+        self.width = sub_block.writer.weight.shape[0]
+        self.hands_on, self.is_tuple = sub_block.hands_on, sub_block.is_tuple
         self.layer_idx: int | None = getattr(original, "layer_idx", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros in the place of what the module would return."""
-        given = [*args, *kwargs.values()]
-        state = next(one for one in given if isinstance(one, Tensor))
-        for cache in given:
+        """What the module would return, were its weights zeros."""
+        given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+        state = next(one for one in given.values() if isinstance(one, Tensor))
+        for cache in given.values():
             if hasattr(cache, "get_seq_length") and self.layer_idx is not None:
                 # One number for each token: none would be no token.
                 count = state.new_zeros(state.shape[0], 1, state.shape[1], 1)
                 cache.update(count, count, self.layer_idx)
-        zeros = state.new_zeros(*state.shape[:-1], self.width)
-        return (zeros, None) if self.is_tuple else zeros
+        if self.hands_on is None:
+            returned = state.new_zeros(*state.shape[:-1], self.width)
+        else:
+            returned = given[self.hands_on]
+        return (returned, None) if self.is_tuple else returned
 
 
 @contextmanager
@@ -83,31 +80,10 @@ def _stand_ins(model: nn.Module, sub_blocks: Sequence[SubBlock]) -> dict[str, nn
     """What takes the place of each module that holds nothing but parameters of the sub-blocks."""
     stand_ins: dict[str, nn.Module] = {}
     for one in sub_blocks:
-        width = one.writer.weight.shape[0]
-        for path in _own_modules(model, one):
-            module = model.get_submodule(path)
-            if one.writer.name == path or one.writer.name.startswith(f"{path}."):
-                # Attention returns its weights too; what is no attention returns one tensor.
-                is_tuple = one.kind == "attention" and not is_linear(module)
-                stand_ins[path] = AddsNothing(module, width, is_tuple=is_tuple)
-            else:
-                stand_ins[path] = nn.Identity()
+        # Norms before it, whose output nobody needs, and behind it, which would see zeros.
+        stand_ins |= {path: nn.Identity() for path in one.modules}
+        stand_ins[one.module] = AddsNothing(model.get_submodule(one.module), one)
     return stand_ins
-
-
-def _own_modules(model: nn.Module, sub_block: SubBlock) -> list[str]:
-    """Paths of the outermost modules all of whose parameters go with a sub-block."""
-    own = set(sub_block.parameters)
-    block = find_blocks(model)[sub_block.block]
-    names = {module: path for path, module in model.named_modules()}
-    found: list[str] = []
-    for module in list(block.modules())[1:]:
-        path = names[module]
-        inside = {f"{path}.{name}" for name, _ in module.named_parameters()}
-        is_inside = any(path.startswith(f"{outer}.") for outer in found)
-        if inside and inside <= own and not is_inside:
-            found.append(path)
-    return found
 
 
 def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
