@@ -255,6 +255,14 @@ def test_shortgpt_takes_the_layers_that_turn_the_stream_least() -> None:
     assert gone_of(prune(model, Recipe.load("shortgpt"), 0.34, windows=BATCHES)) == expected
 
 
+def test_shortened_llama_takes_the_layers_without_which_text_is_predicted_best() -> None:
+    model = deep_model("llama", num_hidden_layers=6)
+    losses = [loss(model, "llama", [("layer", block)]) for block in range(6)]
+    expected = [f"model.layers.{block}" for block in sorted(np.argsort(losses)[:2])]
+    outcome = prune(model, Recipe.load("shortened_llama"), 0.34, windows=BATCHES)
+    assert gone_of(outcome) == expected
+
+
 def test_gromov_takes_the_neighbours_behind_which_the_last_token_has_turned_least() -> None:
     model = deep_model("llama", num_hidden_layers=6)
     sequences = [streams(model, "llama", ids) for ids in BATCHES]
