@@ -20,7 +20,8 @@ from prunezero.formula.algebra import negated
 from prunezero.formula.canonical import canonical, combine
 from prunezero.formula.changes import changes
 from prunezero.formula.constants import number
-from prunezero.formula.features import FEATURES, costliest
+from prunezero.formula.feature_row import costliest
+from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import shape_of
 from prunezero.formula.printing import is_negated, latex_of, split_quotient, split_sum, text_of
 from prunezero.formula.reading import MAX_DEPTH, MAX_NODES, check_readable, read

@@ -83,6 +83,14 @@ _ROWS = (
         reductions=_WHOLE,
         is_run_time=False,
     ),
+    # A part of the depth by itself: what it does to the stream and what it costs are numbers.
+    Domain(
+        "block",
+        axes=("part of the depth", "number"),
+        shapes=("row",),
+        reductions=frozenset(),
+        is_run_time=False,
+    ),
 )
 
 DOMAINS: dict[str, Domain] = {row.name: row for row in _ROWS}

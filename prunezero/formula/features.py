@@ -2,103 +2,16 @@
 
 Notation: the weight is `W [out, in]`, `x` an input vector of its layer, `y = W x` the output, and
 `g` the gradient of one calibration sequence's mean token cross-entropy with respect to `W`. On
-units `W` is a member turned so that its rows are units, and `x` what the consumer reads of each.
+units `W` is a member turned so that its rows are units, and `x` what the consumer reads of each. Of
+parts of the depth (an attention, an MLP, a layer) `h` is the residual stream before one, and `f(h)`
+what it adds.
 
-A row holds all that is known of a feature. The engine, its kernels and exported pages run the torch
-text of its value as it stands. What the text may read: `weight`; raw sums over calibration text, by
-their names in `scoring/statistics.py`, which collects just those; how many `tokens` and `sequences`
-they are of; and, alone, `upper`, the Cholesky factor U of the inverse of the damped Gram matrix,
-H^-1 = U^T U.
-
-Text of a feature of units reads the sums of the matrix that reads what units hand on, cut by units
-(`scoring/unit_features.py`): [units, width] of a sum [in], where a unit has `width` channels, and
-[units, width, width] of `gram`, `inverse` and `centred_inverse`; that matrix itself as `reader`
-[units, width, out]; and what a unit costs, `parameters`, `flops` and `kv_bytes`, [units] each.
+What a row says is told in `feature_row.py`.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-
-import sympy
-
-# What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse.
-SIGNALS = ("none", "activations", "gradients", "second order")
-# What a text may read that is no sum, and the sums that it is made from.
-MADE_FROM: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
-    **dict.fromkeys(("parameters", "flops", "kv_bytes"), ()),
-    "upper": ("gram",),
-    "inverse": ("gram",),
-    "centred_inverse": ("gram", "input_sum"),
-}
-# How a value of each shape is laid along the matrix [out, in].
-_PLACED = {"element": "", "row": "[:, None]", "column": "[None]"}
-
-
-def costliest(signals: Iterable[str]) -> str:
-    """The one of them that costs most."""
-    return max(signals, key=SIGNALS.index, default=SIGNALS[0])
-
-
-@dataclass(frozen=True)
-class Feature:
-    """One word that a formula may use for a property of the weights."""
-
-    name: str
-    # "element" [out, in], "row" [out, 1], "column" [1, in] (see functions.py)
-    shape: str
-    # what it measures, in one line
-    meaning: str
-    latex: str
-    # physical unit: powers of weight (w), activation (x), output (y) and loss (L)
-    unit: str
-    # the value in torch, of any float dtype: [out, in], [out] or [in]
-    torch: str
-    # what has to be looked at, one of SIGNALS
-    cost: str = "none"
-    # whether it is never negative
-    nonnegative: bool = True
-    # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit
-    domains: tuple[str, ...] = ("matrix",)
-    # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
-    kinds: tuple[str, ...] = ()
-
-    @property
-    def symbol(self) -> sympy.Symbol:
-        """The SymPy symbol; equal for equal names."""
-        return _symbol(self.name, nonnegative=self.nonnegative)
-
-    @property
-    def line(self) -> str:
-        """The torch text of what formulas see: float32, broadcastable to [out, in]."""
-        return f"{self.torch}{_PLACED[self.shape]}.float()"
-
-    @cached_property
-    def inputs(self) -> tuple[str, ...]:
-        """The names that the torch text reads."""
-        return names_in(self.torch)
-
-    @property
-    def sums(self) -> tuple[str, ...]:
-        """The raw sums over calibration text that it is made from."""
-        return tuple(sorted({sum for name in self.inputs for sum in MADE_FROM.get(name, (name,))}))
-
-
-def names_in(text: str) -> tuple[str, ...]:
-    """The names that torch text reads, torch itself aside, in the order of the alphabet."""
-    nodes = ast.walk(ast.parse(text, mode="eval"))
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    return tuple(sorted(names - {"torch"}))
-
-
-def _symbol(name: str, *, nonnegative: bool) -> sympy.Symbol:
-    assumptions = {"nonnegative": True} if nonnegative else {"real": True}
-    return sympy.Symbol(name, **assumptions)
-
+from prunezero.formula.feature_row import Feature
 
 _ROWS = (
     Feature(
@@ -404,23 +317,74 @@ _ROWS = (
         "second order",
         domains=("unit",),
     ),
+    # Rounding may take a cosine a little above one.
+    Feature(
+        "BI",
+        "row",
+        "block influence: 1 - mean over tokens of the cosine of the stream before and behind",
+        r"1-\overline{\cos(h,h+f(h))}",
+        "1",
+        "(1.0 - cosine_sum / tokens).clamp(min=0.0)",
+        "activations",
+        domains=("block",),
+    ),
+    Feature(
+        "ANG",
+        "row",
+        "angle between the stream before and behind at the last token, as a part of a half turn",
+        r"\tfrac{1}{\pi}\overline{\arccos\cos(h_T,(h+f(h))_T)}",
+        "1",
+        "(last_angle_sum / sequences / torch.pi)",
+        "activations",
+        domains=("block",),
+    ),
+    Feature(
+        "REL",
+        "row",
+        "mean over tokens of the size of what is added, relative to the stream before",
+        r"\overline{\lVert f(h)\rVert/\lVert h\rVert}",
+        "1",
+        "(relative_sum / tokens)",
+        "activations",
+        domains=("block",),
+    ),
+    Feature(
+        "NLL",
+        "row",
+        "nats per predicted token of the calibration text, without it",
+        r"\mathcal{L}_{\setminus f}",
+        "L",
+        "(loss_without_sum / sequences)",
+        "oracle",
+        domains=("block",),
+    ),
+    Feature(
+        "KL",
+        "row",
+        "nats per predicted token from the dense model's answers to those without it",
+        r"\mathrm{KL}_{\setminus f}",
+        "L",
+        "(divergence_without_sum / sequences).clamp(min=0.0)",
+        "oracle",
+        domains=("block",),
+    ),
     Feature(
         "PARAMS",
         "row",
-        "parameters that go with a unit",
+        "parameters that go with a unit; of a part of the depth its norms among them",
         r"n_u",
         "1",
         "parameters",
-        domains=("unit",),
+        domains=("unit", "block"),
     ),
     Feature(
         "FLOPS",
         "row",
-        "multiplications and additions for each token that go with a unit",
+        "multiplications and additions by weights, for each token, that go with a unit",
         r"f_u",
         "1",
         "flops",
-        domains=("unit",),
+        domains=("unit", "block"),
     ),
     Feature(
         "KV_BYTES",
@@ -434,11 +398,11 @@ _ROWS = (
     Feature(
         "RND",
         "row",
-        "a random number between 0 and 1, the same in every run",
+        "a number from 0 to 1 that place and seed decide, and nothing else",
         r"\xi_u",
         "1",
         "noise",
-        domains=("unit",),
+        domains=("unit", "block"),
     ),
 )
 

@@ -20,7 +20,8 @@ from typing import Any
 import sympy
 
 from prunezero.formula import algebra
-from prunezero.formula.features import FEATURES, SIGNALS, Feature
+from prunezero.formula.feature_row import SIGNALS, Feature
+from prunezero.formula.features import FEATURES
 from prunezero.formula.functions import MINMAX, REDUCTIONS, ZSCORE
 from prunezero.formula.operators import Operator, elementwise
 from prunezero.formula.plugins import Vocabulary

@@ -62,15 +62,14 @@ def uniform(
 ) -> dict[str, float]:
     """Every layer loses the same fraction: the choice of magnitude, Wanda, RIA and others.
 
-    Groups of units lose shares that make up for those that cannot, see `shares_of`.
+    Groups that lose units each by itself make up for those that cannot, see `shares_of`.
 
     Raises:
         SelectionError: they do not have so much.
     """
-    ratios = {layer.name: sparsity for layer in layers}
-    if any(group.has_rows for group in evidence.groups):
-        assert evidence.recipe is not None  # it comes with its groups; for the type checker
-        budget = Budget(sparsity, measure=evidence.recipe.unit.row.measure)
+    ratios, recipe = {layer.name: sparsity for layer in layers}, evidence.recipe
+    if recipe is not None and recipe.compare == "group":
+        budget = Budget(sparsity, measure=recipe.unit.row.measure)
         shares = shares_of(evidence.groups, budget)
         for group in evidence.groups:
             for member in group.members:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prunezero.formula.features import costliest
+from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import DenseWeights

@@ -11,13 +11,13 @@ can be read and listed without it: the functions of a row are named, and found w
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.word_options import Options, Units
+from prunezero.pruning.recipes.word_options import Depth, Options, Units
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class UnitKind:
     """the numbers that go with the word in a recipe"""
     whole_model: str = ""
     """why the whole model has to be in memory; nothing where one block at a time is enough"""
+    observer: str = ""
+    """module:function of `observe`; nothing where linear maps see all that formulas ask for"""
 
     def groups(
         self,
@@ -97,6 +99,30 @@ class UnitKind:
         refuse: Callable[..., None] = _found(self.checker)
         refuse(groups, budget, compare=compare)
 
+    def observe(
+        self,
+        language_model: LanguageModel,
+        groups: Sequence[Group],
+        windows: Tensor,
+        sums: Iterable[str],
+        *,
+        gone: Sequence[Group] = (),
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[str, Statistics]:
+        """What whole groups do to a model, by their names, where formulas of such units ask that.
+
+        Args:
+            windows: calibration token ids `[count, length]`.
+            sums: names in `BLOCK_SUMS`.
+            gone: groups that the model does without by then.
+            progress: told (what, done, total) as the work goes on.
+
+        Raises:
+            StatisticsError: a number is not finite.
+        """
+        look: Callable[..., dict[str, Statistics]] = _found(self.observer)
+        return look(language_model, groups, windows, sums, gone=gone, progress=progress)
+
     def scores(
         self,
         group: Group,
@@ -109,7 +135,7 @@ class UnitKind:
         """How much each unit of a group matters, of the group's shape; the lowest go first.
 
         Args:
-            statistics: by the name of a linear map.
+            statistics: by the name of a linear map; of what `observe` gives, by that of a group.
             damping: of the features that look at an inverse.
             options: the numbers of the word.
 
@@ -165,6 +191,29 @@ class UnitKind:
 def _found(path: str) -> Any:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def _depth(
+    word: str, meaning: str, finder: str, editor: str, baselines: tuple[str, ...]
+) -> UnitKind:
+    """A part of the depth of a model: all of the model compete, by what is seen of each whole."""
+    return UnitKind(
+        word=word,
+        meaning=meaning,
+        domain=DOMAINS["block"],
+        compare={"model": ("part of the depth",)},
+        baselines=baselines,
+        reference="BI",
+        finder=f"prunezero.models.anatomy.sub_blocks:{finder}",
+        checker="prunezero.pruning.selecting:check_units",
+        scorer="prunezero.pruning.unit_scores:depth_scores",
+        selector="prunezero.pruning.depth:all_at_once",
+        editor=f"prunezero.models.editing.{editor}",
+        measure="parameters",
+        options=Depth,
+        whole_model="takes out whole parts of the depth, which are chosen together",
+        observer="prunezero.models.observing.depth:depth_statistics",
+    )
 
 
 _SEVERAL_MATRICES = "takes rows and columns out of several matrices together"
@@ -240,6 +289,28 @@ _ROWS = (
         measure="parameters",
         options=Units,
         whole_model=_SEVERAL_MATRICES,
+    ),
+    _depth(
+        "attention",
+        "the attention of a block",
+        "attention_groups",
+        "skipping:WITHOUT",
+        ("attention_greedy",),
+    ),
+    _depth("mlp", "the MLP of a block", "mlp_groups", "skipping:WITHOUT", ()),
+    _depth(
+        "block",
+        "the attention or the MLP of a block, which compete",
+        "block_groups",
+        "skipping:WITHOUT",
+        ("block_pruner",),
+    ),
+    _depth(
+        "layer",
+        "a whole decoder block",
+        "layer_groups",
+        "shortening:SHORTER",
+        ("random_layers", "shortgpt", "gromov", "shortened_llama", "sleb"),
     ),
 )
 

@@ -11,7 +11,7 @@ as Wanda and SparseGPT do it. Gradients always come from the dense model.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import groupby
@@ -39,6 +39,7 @@ from prunezero.pruning.requirements import (
     check_text,
     checked_groups,
     dense_sums,
+    depth_sums,
     layer_sums,
     settled_sparsity,
 )
@@ -245,7 +246,7 @@ class _Job:
         """One walk over the blocks at one sparsity."""
         self.known = dict(self.dense)
         competes_freely = self.recipe.compare == "model"
-        together = self._selected(self.groups, sparsity) if competes_freely else Selection()
+        together = self._chosen_together(sparsity, tell) if competes_freely else Selection()
         walk = self._walk()
         done = 0
         for block, members in groupby(self.groups, key=lambda group: group.block):
@@ -268,6 +269,36 @@ class _Job:
                     self.known.pop(layer.name, None)
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
+
+    def _chosen_together(self, share: float, tell: Progress) -> Selection:
+        """What stays where all units of the model compete."""
+        kind, schedule = self.recipe.unit.row, self.recipe.schedule.row
+        if schedule.chooser:
+            budget = Budget(share, measure=kind.measure)
+            chosen: Selection = schedule.choose(self.groups, self._scorer(tell), budget)
+            return chosen
+        if kind.observer:
+            self._look(self.groups, (), tell)
+        return self._selected(self.groups, share)
+
+    def _scorer(self, tell: Progress) -> Callable[[Sequence[Group], Sequence[Group]], list[float]]:
+        """Scores of groups of one unit each, on the model without others."""
+
+        def scores_of(groups: Sequence[Group], gone: Sequence[Group]) -> list[float]:
+            self._look(groups, gone, tell)
+            return [float(self._scores_of(group)) for group in groups]
+
+        return scores_of
+
+    def _look(self, groups: Sequence[Group], gone: Sequence[Group], tell: Progress) -> None:
+        """See what parts of the depth do to the model without some others."""
+        sums = depth_sums(self.recipe)
+        if sums:
+            assert self.windows is not None  # check_text refused it; for the type checker
+            observe = self.recipe.unit.row.observe
+            self.known |= observe(
+                self.language_model, groups, self.windows, sums, gone=gone, progress=tell
+            )
 
     def _selected(self, groups: Sequence[Group], share: float) -> Selection:
         """What stays of groups that lose a share together, as far as it is chosen beforehand."""

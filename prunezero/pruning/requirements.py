@@ -19,6 +19,7 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.selecting import left_of, shares_of
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import pattern_sparsity, removed_count
+from prunezero.scoring.statistics import BLOCK_SUMS
 
 
 def settled_sparsity(pattern: str, sparsity: float | None) -> float:
@@ -43,7 +44,13 @@ def settled_sparsity(pattern: str, sparsity: float | None) -> float:
 
 def layer_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums of a layer that the recipe's formulas and updates look at."""
-    return needed_sums(recipe.formulas).union(*(choice.row.sums for choice in recipe.update))
+    of_formulas = needed_sums(recipe.formulas) - BLOCK_SUMS.keys()
+    return of_formulas.union(*(choice.row.sums for choice in recipe.update))
+
+
+def depth_sums(recipe: Recipe) -> frozenset[str]:
+    """Names of the sums of parts of the depth that the recipe's formula looks at."""
+    return needed_sums(recipe.formulas) & BLOCK_SUMS.keys()
 
 
 def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
@@ -68,6 +75,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
     """
     walks = recipe.statistics == "sequential" and layer_sums(recipe) & FORWARD_SUMS
     needs = ["sequential statistics need"] if walks else []
+    needs += [f"criterion {recipe.criterion.text} needs"] if depth_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
     if getattr(recipe.schedule.options, "anew", False):
         needs.append("statistics that are collected anew need")
@@ -121,21 +129,25 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
 def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> None:
     """Refuse to make a model smaller that could not be saved or loaded then.
 
-    Where all layers compete, how many units stay in each is known only when all have been scored:
-    whether layers may differ at all is tried on other numbers.
+    Where all layers compete, what stays of each is known only when all have been scored: whether
+    layers may differ at all is tried on other numbers, and parts of the depth on the first block
+    that may lose some.
 
     Raises:
-        ModelError: no configuration has the widths that will be left, nor can layers have settings
-            of their own; or the smaller model would compute otherwise.
+        ModelError: no configuration has the widths that will be left, or so few layers, nor can
+            layers have settings of their own; or the smaller model would compute otherwise.
     """
     groups = checked_groups(language_model, recipe, sparsity)
     budget = Budget(sparsity, measure=recipe.unit.row.measure)
-    shares = shares_of(groups, budget)
-    is_measured = recipe.compare == "model" or recipe.allocate.row.tries
-    counts = {
-        group.name: _one_less(group, place) if is_measured else left_of(group, shares[group.name])
-        for place, group in enumerate(groups)
-    }
+    if recipe.unit.row.observer:
+        free = [group for group in groups if not group.is_protected]
+        groups = [group for group in free if group.block == free[0].block]
+        counts = dict.fromkeys((group.name for group in groups), 0)
+    elif recipe.compare == "model" or recipe.allocate.row.tries:
+        counts = {group.name: _one_less(group, place) for place, group in enumerate(groups)}
+    else:
+        shares = shares_of(groups, budget)
+        counts = {group.name: left_of(group, shares[group.name]) for group in groups}
     if width_setting(language_model, groups, counts).layers:
         refuse_without_class(language_model.model)
 

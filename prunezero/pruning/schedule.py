@@ -19,6 +19,16 @@ def one_shot(sparsity: float, options: Options) -> tuple[float, ...]:
     return (sparsity,)
 
 
+def greedy(sparsity: float, options: Options) -> tuple[float, ...]:
+    """The sparsity itself: units go one by one, and how many there will be their costs decide."""
+    return one_shot(sparsity, options)
+
+
+def span(sparsity: float, options: Options) -> tuple[float, ...]:
+    """The sparsity itself: neighbours go together."""
+    return one_shot(sparsity, options)
+
+
 def iterative(sparsity: float, options: Iterative) -> tuple[float, ...]:
     """Sparsities after each of several steps, each above the one before; the last is `sparsity`.
 

@@ -63,7 +63,7 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
     removed_count(1, budget.amount)
     free = sum(_cost(group, budget) * _free(group) for group in groups)
     is_mixed = len({_cost(group, budget) for group in groups}) > 1
-    if (compare == "model" or is_mixed) and free < _allowance(groups, budget):
+    if (compare == "model" or is_mixed) and free < allowance(groups, budget):
         raise SelectionError(
             f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
             f"some of each group have to stay; at most {free / _total(groups, budget):.4f} can"
@@ -185,7 +185,7 @@ def _removed_of_all(groups: Sequence[Group], scores: Sequence[Tensor], budget: B
     values = torch.cat([one[places] for one, places in zip(scores, free, strict=True)])
     order = _ascending(values)
     costs = [group.cost_of(budget.measure) for group in groups]
-    left, removed = float(_allowance(groups, budget)), [0] * len(groups)
+    left, removed = float(allowance(groups, budget)), [0] * len(groups)
     # What no longer fits is passed over, so a large unit does not keep small ones from going; of
     # one group they go in order, since all cost the same.
     for owner in owners[order].tolist():
@@ -211,6 +211,6 @@ def _total(groups: Sequence[Group], budget: Budget) -> float:
     return sum(_cost(group, budget) * group.units for group in groups)
 
 
-def _allowance(groups: Sequence[Group], budget: Budget) -> int:
+def allowance(groups: Sequence[Group], budget: Budget) -> int:
     """What may go together, in the budget's measure."""
     return removed_count(round(_total(groups, budget)), budget.amount)

@@ -12,12 +12,12 @@ from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.pruning.recipes.word_options import Options, Units
+from prunezero.pruning.recipes.word_options import Depth, Options, Units
 from prunezero.pruning.rescoring import reader_of, rescored
 from prunezero.scoring.feature_values import feature
-from prunezero.scoring.score import score, score_units
+from prunezero.scoring.score import score, score_depth, score_units
 from prunezero.scoring.statistics import Statistics
-from prunezero.scoring.unit_features import unit_feature
+from prunezero.scoring.unit_features import noise, unit_feature
 
 # How scores along the first axis become one: of several matrices [members, units], or of the
 # channels of each unit [channels, units].
@@ -118,7 +118,7 @@ def _member_scores(
     """The scores [units] by one matrix."""
     known = statistics.get(member.linear.name)
     by_channel = options.channels != "whole" and member.width > 1
-    reader = reader_of(group, statistics)
+    reader = replace(reader_of(group, statistics), seed=options.seed)
     if by_channel:
         member = replace(member, units=member.units * member.width, width=1)
         reader = replace(reader, units=reader.units * reader.width, width=1)
@@ -139,6 +139,28 @@ def _member_scores(
     kind = group.kind.replace("_", " ")
     scores = score_units(criterion, part, features, group=group.name, kind=kind)
     return COMBINE[options.channels](scores.reshape(group.units, -1).T) if by_channel else scores
+
+
+def depth_scores(
+    group: Group,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    *,
+    damping: float,
+    options: Depth,
+) -> Tensor:
+    """The score [1] of one part of the depth.
+
+    Raises:
+        ScoreError, StatisticsError: as `score_depth`.
+    """
+    given = {
+        "parameters": group.cost["parameters"],
+        "flops": group.cost["flops"],
+        "noise": float(noise(group.name, 1, options.seed)),
+    }
+    known = statistics.get(group.name)
+    return score_depth(criterion, known, given, group=group.name, kind=group.kind)
 
 
 def _is_asked(member: Member, word: str) -> bool:

@@ -5,13 +5,15 @@ All follow from the weight and the raw sums of `statistics.py`, by the torch tex
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from prunezero.errors import StatisticsError, did_you_mean
-from prunezero.formula.features import FEATURES, Feature
+from prunezero.formula.feature_row import Feature
+from prunezero.formula.features import FEATURES
 from prunezero.scoring.second_order import DAMPING, OF_FACTOR, factor_feature
 from prunezero.scoring.statistics import Statistics, sum_of
 from prunezero.scoring.torch_text import feature_function
@@ -40,7 +42,8 @@ def feature(
     if name in OF_FACTOR:
         value = factor_feature(name, statistics, damping)
     else:
-        value = feature_function(name)(**_inputs(FEATURES[name], weight.detach(), statistics))
+        given = {"weight": weight.detach()}
+        value = feature_function(name)(**_inputs(FEATURES[name], given, statistics))
     fits = all(have in (1, want) for have, want in zip(value.shape, weight.shape, strict=True))
     if not fits:
         raise StatisticsError(
@@ -50,7 +53,23 @@ def feature(
     return value.to(device=weight.device)
 
 
-def _inputs(row: Feature, weight: Tensor, statistics: Statistics | None) -> dict[str, Tensor | int]:
+def depth_feature(name: str, statistics: Statistics | None, given: Mapping[str, float]) -> Tensor:
+    """The value of a feature of one part of the depth, float32 [1, 1].
+
+    Args:
+        given: numbers that are no sums, by the name that its row reads.
+
+    Raises:
+        StatisticsError: its sums were not collected, or are empty.
+    """
+    numbers = {key: torch.tensor([value], dtype=torch.float64) for key, value in given.items()}
+    value: Tensor = feature_function(name)(**_inputs(FEATURES[name], numbers, statistics))
+    return value.cpu()
+
+
+def _inputs(
+    row: Feature, given: Mapping[str, Tensor], statistics: Statistics | None
+) -> dict[str, Tensor | int]:
     """What the torch text of a feature reads, by name."""
     values: dict[str, Tensor | int] = {name: sum_of(statistics, name) for name in row.sums}
     if statistics is not None:
@@ -59,7 +78,7 @@ def _inputs(row: Feature, weight: Tensor, statistics: Statistics | None) -> dict
                 f"the sum '{row.sums[0]}' is empty: the layer saw no calibration token"
             )
         values |= {"tokens": statistics.tokens, "sequences": statistics.sequences}
-    values["weight"] = weight
+    values |= given
     return {name: values[name] for name in row.inputs}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.code import lines_of, plain_line, split_steps, torch_lines
 from prunezero.formula.criterion import Criterion
-from prunezero.scoring.feature_values import feature
+from prunezero.scoring.feature_values import depth_feature, feature
 from prunezero.scoring.fused import can_fuse, fused_score, has_kernels, selected
 from prunezero.scoring.request import checked_request
 from prunezero.scoring.second_order import DAMPING
@@ -103,6 +103,36 @@ def score_units(
     scores = evaluate(criterion, features, part.shape)[:, :1]
     refuse_unusable(scores, criterion, part, group, kind=kind)
     return scores[:, 0]
+
+
+def score_depth(
+    criterion: Criterion,
+    statistics: Statistics | None,
+    given: Mapping[str, float],
+    *,
+    group: str = "",
+    kind: str = "unit",
+) -> Tensor:
+    """How much one part of the depth matters, float32 `[1]`.
+
+    Args:
+        criterion: of one value for each row.
+        statistics: of what it does to the stream, or of the loss without it.
+        given: numbers that are no sums, by the names that features read.
+        group: its name, for error messages.
+        kind: what it is called there.
+
+    Raises:
+        ScoreError: the score is NaN or infinite.
+        StatisticsError: a sum that a feature needs was not collected.
+    """
+    try:
+        features = {name: depth_feature(name, statistics, given) for name in criterion.features}
+    except StatisticsError as error:
+        raise type(error)(f"{group}: {error}" if group else str(error)) from error
+    scores = evaluate(criterion, features, (1, 1))
+    refuse_unusable(scores, criterion, scores, group, kind=kind)
+    return scores[0]
 
 
 def evaluate(criterion: Criterion, features: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:

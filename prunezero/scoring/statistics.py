@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import StatisticsError, did_you_mean
-from prunezero.formula.features import names_in
+from prunezero.formula.feature_row import names_in
 from prunezero.scoring.torch_text import function_of
 
 # What the values of a source are called in the torch text of a sum.
@@ -27,6 +27,8 @@ LETTERS = {
     "output gradients": "d",
     "input gradients": "e",
 }
+# Of a part of the depth: the stream behind it, and nats per predicted token where it adds nothing.
+LETTERS |= {"stream": "y", "losses": "n", "divergences": "k"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Sum:
     """of the running sum"""
     torch: str
     """what float values add, in the engine and in exported pages: x, y, d and e are [tokens,
-    channels] and g is [out, in]; beside d and e it may read x of the same tokens"""
+    channels] and g is [out, in]; beside d and e it may read x of the same tokens, and x is the
+    stream before y"""
 
     @cached_property
     def letters(self) -> tuple[str, ...]:
@@ -91,13 +94,38 @@ SUMS: dict[str, Sum] = {
     ),
 }
 
+# What a part of the depth does to one sequence after another; "out" is one number.
+BLOCK_SUMS: dict[str, Sum] = {
+    "cosine_sum": Sum(
+        "stream",
+        ("out",),
+        torch.float64,
+        "torch.cosine_similarity(x.double(), y.double()).sum()[None]",
+    ),
+    "last_angle_sum": Sum(
+        "stream",
+        ("out",),
+        torch.float64,
+        "torch.cosine_similarity(x[-1:].double(), y[-1:].double()).clamp(-1, 1).arccos()",
+    ),
+    "relative_sum": Sum(
+        "stream",
+        ("out",),
+        torch.float64,
+        "((y.double() - x.double()).norm(dim=1) / x.double().norm(dim=1)).sum()[None]",
+    ),
+    "loss_without_sum": Sum("losses", ("out",), torch.float64, "n.double().mean(0)"),
+    "divergence_without_sum": Sum("divergences", ("out",), torch.float64, "k.double().mean(0)"),
+}
+_EVERY = {**SUMS, **BLOCK_SUMS}
+
 
 @dataclass(frozen=True)
 class Contribution:
     """What some values of one source add to the sums; layers that read the same tensor share it."""
 
     source: str
-    """one of the sources of `SUMS`"""
+    """one of `LETTERS`"""
     tokens: int
     """tokens in the values"""
     sequences: int
@@ -117,10 +145,10 @@ def contribution(
     """What `values` add to those of the named sums that are made from `source`.
 
     Args:
-        source: one of the sources of `SUMS`.
+        source: one of `LETTERS`.
         values: [sequences, tokens, channels], or [tokens, channels] for one sequence; a gradient
             is [out, in].
-        names: keys of `SUMS`; sums of other sources are left out.
+        names: keys of `SUMS` or `BLOCK_SUMS`; sums of other sources are left out.
         inputs: of the layer for the same tokens, for sums that are also made from them.
         layer: named in the error.
 
@@ -129,15 +157,15 @@ def contribution(
     """
     sequences = values.shape[0] if values.dim() == 3 else 1
     rows = _rows(values)
-    wanted = [name for name in names if SUMS[name].source == source]
-    if inputs is None and any(SUMS[name].with_inputs for name in wanted):
+    wanted = [name for name in names if _EVERY[name].source == source]
+    if inputs is None and any(_EVERY[name].with_inputs for name in wanted):
         raise StatisticsError(f"sums of the {source} of {layer} also need its inputs")
     read = (
         {LETTERS[source]: rows} if inputs is None else {"x": _rows(inputs), LETTERS[source]: rows}
     )
     added = {}
     for name in wanted:
-        row = SUMS[name]
+        row = _EVERY[name]
         parts = [read[letter] for letter in row.letters]
         if row.by_sequence:
             cut = zip(*(part.chunk(sequences) for part in parts), strict=True)
@@ -167,14 +195,14 @@ class Statistics:
     sequences: int
     """sequences that those tokens came in"""
     sums: dict[str, Tensor]
-    """by name, see `SUMS`"""
+    """by name, see `SUMS` and `BLOCK_SUMS`"""
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
     """what was derived from the sums and is dear to derive again; emptied when they change"""
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)
     _is_shared: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        sources = {SUMS[name].source for name in self.sums}
+        sources = {_EVERY[name].source for name in self.sums}
         self._seen = {source: (self.tokens, self.sequences) for source in sources}
 
     @classmethod
@@ -188,13 +216,13 @@ class Statistics:
         """Sums of nothing yet, for a layer with weight [out_features, in_features].
 
         Raises:
-            StatisticsError: a name is not in `SUMS`.
+            StatisticsError: a name is no sum.
         """
         sums = {}
         for name in sorted(names):
             size = {"in": in_features, "out": out_features, "sequence": 0}
             shape = [size[axis] for axis in _known_sum(name).shape]
-            sums[name] = torch.zeros(shape, dtype=SUMS[name].dtype, device=device)
+            sums[name] = torch.zeros(shape, dtype=_EVERY[name].dtype, device=device)
         return cls(tokens=0, sequences=0, sums=sums)
 
     def add(self, added: Contribution) -> None:
@@ -206,7 +234,7 @@ class Statistics:
         self.memo = {}
         for name, value in added.values.items():
             value = value.to(self.sums[name].device)
-            if SUMS[name].by_sequence:
+            if _EVERY[name].by_sequence:
                 self.sums[name] = torch.cat([self.sums[name], value])
             else:
                 self.sums[name] += value
@@ -277,7 +305,7 @@ class Statistics:
 def _reordered(sums: dict[str, Tensor], orders: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, value in sums.items():
-        for place, axis in enumerate(SUMS[name].shape):
+        for place, axis in enumerate(_EVERY[name].shape):
             if axis in orders:
                 value = value.index_select(place, orders[axis].to(value.device))
         found[name] = value
@@ -285,12 +313,12 @@ def _reordered(sums: dict[str, Tensor], orders: dict[str, Tensor]) -> dict[str, 
 
 
 def _known_sum(name: str) -> Sum:
-    if name not in SUMS:
+    if name not in _EVERY:
         raise StatisticsError(
-            f"'{name}' is not a sum that can be collected{did_you_mean(name, SUMS)}; "
-            f"known sums: {', '.join(SUMS)}"
+            f"'{name}' is not a sum that can be collected{did_you_mean(name, _EVERY)}; "
+            f"known sums: {', '.join(_EVERY)}"
         )
-    return SUMS[name]
+    return _EVERY[name]
 
 
 def sum_of(statistics: Statistics | None, name: str) -> Tensor:

@@ -41,6 +41,8 @@ class Reader:
     """of one unit, by measure"""
     group: str = ""
     """name of the group"""
+    seed: int = 0
+    """of the noise"""
 
 
 def unit_feature(name: str, reader: Reader, *, damping: float) -> Tensor:
@@ -65,6 +67,16 @@ def unit_feature(name: str, reader: Reader, *, damping: float) -> Tensor:
     return value.to(reader.weight.device)
 
 
+def noise(group: str, units: int, seed: int) -> Tensor:
+    """Numbers [units] from 0 to 1 that look random, and are the same in every run.
+
+    Args:
+        group: name of the group, whose units have other numbers than those of others.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(group.encode(), seed))
+    return torch.rand(units, generator=generator)
+
+
 def _input(name: str, reader: Reader, damping: float) -> Tensor | int:
     """What the torch text of a feature reads."""
     known, shape = reader.statistics, (reader.units, reader.width)
@@ -77,8 +89,7 @@ def _input(name: str, reader: Reader, damping: float) -> Tensor | int:
         columns = reader.weight.detach()[:, : reader.units * reader.width]
         return columns.double().T.reshape(*shape, -1)
     if name == "noise":
-        generator = torch.Generator().manual_seed(zlib.crc32(reader.group.encode()))
-        return torch.rand(reader.units, generator=generator)
+        return noise(reader.group, reader.units, reader.seed)
     if name in ("inverse", "centred_inverse"):
         return _inverse(reader, damping, is_centred=name == "centred_inverse")
     if name not in SUMS:

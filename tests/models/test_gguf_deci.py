@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from prunezero.errors import ModelError, OutputError
+from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.gguf import demo_file
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
@@ -25,6 +26,7 @@ from prunezero.models.saving.gguf_tokenizer import (
     tokenizer_fields,
 )
 from prunezero.models.saving.save import save_model
+from prunezero.pruning.kinds import UNITS
 from tests.llama_cpp import ABSENT, greedy, package
 from tests.models.test_mlp import groups_of
 from tests.models.test_unequal import prepared
@@ -141,6 +143,27 @@ def test_what_went_as_a_whole_leaves_no_head_and_one_channel_of_zeros(tmp_path: 
     for name, shape in (("gate", (1, 32)), ("up", (1, 32)), ("down", (32, 1))):
         zeros = tensors[f"blk.0.ffn_{name}.weight"]
         assert zeros.shape == shape and not zeros.any()
+
+
+@pytest.mark.parametrize("unit", ["attention", "mlp", "block", "layer"])
+def test_parts_of_the_depth_that_went_leave_no_heads_and_one_channel(
+    unit: str, tmp_path: Path
+) -> None:
+    model = unequal_model("llama", num_hidden_layers=3)
+    groups = UNITS[unit].groups(find_linears(model.model), model)
+    # Of blocks both halves of the last one.
+    gone = groups[-2:] if unit == "block" else groups[1:2]
+    selection = Selection(tuple(gone), (torch.zeros(1, dtype=torch.bool),) * len(gone))
+    fields, tensors = read(saved(model, selection, tmp_path / "out"))
+    heads, widths = {
+        "attention": ([4, 0, 4], [64, 64, 64]),
+        "mlp": ([4, 4, 4], [64, 1, 64]),
+        "block": ([4, 4, 0], [64, 64, 1]),
+        "layer": ([4, 4], [64, 64]),
+    }[unit]
+    assert fields["deci.attention.head_count"] == heads
+    assert fields["deci.feed_forward_length"] == widths
+    assert sum(name.endswith("attn_q.weight") for name in tensors) == sum(map(bool, heads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from prunezero.errors import RecipeError
-from prunezero.formula.features import FEATURES, SIGNALS
+from prunezero.formula.feature_row import SIGNALS
+from prunezero.formula.features import FEATURES
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.words import WORDS, chosen
 from prunezero.scoring.request import GROUPS

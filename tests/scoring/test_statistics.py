@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
-from prunezero.formula.features import MADE_FROM, features_of_domain
+from prunezero.formula.feature_row import MADE_FROM
+from prunezero.formula.features import features_of_domain
 from prunezero.formula.vocabulary import FEATURES, SIGNALS
-from prunezero.scoring.feature_values import feature, needed_sums
-from prunezero.scoring.statistics import SUMS, Statistics, contribution
+from prunezero.scoring.feature_values import depth_feature, feature, needed_sums
+from prunezero.scoring.statistics import BLOCK_SUMS, SUMS, Statistics, contribution
 
 MATRIX, UNIT = features_of_domain("matrix"), features_of_domain("unit")
+DEPTH = features_of_domain("block")
 OUT, IN = 3, 2
 WEIGHT = torch.tensor([[1.0, -2.0], [0.0, 4.0], [3.0, -4.0]])
 # Two sequences of two tokens.
@@ -61,16 +63,55 @@ def expected_features() -> dict[str, np.ndarray]:
     }
 
 
+# The stream behind a part of the depth, and nats per predicted token without it.
+BEHIND = INPUTS.flip(2) + 1.0
+LOSSES = torch.tensor([[1.0, 2.5], [4.0, 0.5]])
+GIVEN = {"parameters": 12.0, "flops": 20.0, "noise": 0.25}
+
+
+def expected_of_depth() -> dict[str, float]:
+    """Every feature of a part of the depth from its definition, in numpy."""
+    x, y = (values.double().numpy() for values in (INPUTS, BEHIND))
+    cosines = (x * y).sum(2) / np.linalg.norm(x, axis=2) / np.linalg.norm(y, axis=2)
+    return {
+        "BI": 1 - cosines.mean(),
+        "ANG": np.arccos(cosines[:, -1]).mean() / np.pi,
+        "REL": (np.linalg.norm(y - x, axis=2) / np.linalg.norm(x, axis=2)).mean(),
+        "NLL": 2.0,
+        "KL": 0.5,
+        "PARAMS": 12.0,
+        "FLOPS": 20.0,
+        "RND": 0.25,
+    }
+
+
+@pytest.mark.parametrize("name", DEPTH)
+def test_a_feature_of_the_depth_equals_its_definition_in_numpy(name: str) -> None:
+    statistics = Statistics.empty(BLOCK_SUMS, 1, 1)
+    for before, behind, losses in zip(INPUTS, BEHIND, LOSSES, strict=True):
+        statistics.add(contribution("stream", behind, BLOCK_SUMS, inputs=before))
+        statistics.add(contribution("losses", losses[:, None], BLOCK_SUMS))
+        statistics.add(contribution("divergences", losses[:, None] / 4, BLOCK_SUMS))
+    value = depth_feature(name, statistics, GIVEN)
+    assert value.dtype == torch.float32 and value.shape == (1, 1)
+    np.testing.assert_allclose(float(value), expected_of_depth()[name], rtol=1e-6)
+    if FEATURES[name].sums:
+        with pytest.raises(StatisticsError, match="was not collected"):
+            depth_feature(name, None, GIVEN)
+
+
 def test_every_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
     assert set(expected_features()) == set(MATRIX)
-    assert {*MATRIX, *UNIT} == set(FEATURES)
+    assert set(expected_of_depth()) == set(DEPTH)
+    assert {*MATRIX, *UNIT, *DEPTH} == set(FEATURES)
 
 
 def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
-    allowed = {*MADE_FROM, *SUMS}
+    allowed = {*MADE_FROM, *SUMS, *BLOCK_SUMS}
     for row in FEATURES.values():
         assert row.inputs == ("upper",) or {*row.inputs} <= allowed - {"upper"}, row.name
-        assert {*row.sums} <= {*SUMS} and row.cost in SIGNALS
+        sums = BLOCK_SUMS if "block" in row.domains else SUMS
+        assert {*row.sums} <= {*sums} and row.cost in SIGNALS
         assert (row.cost == "none") == (not row.sums)
 
 

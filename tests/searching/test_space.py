@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from prunezero.errors import RecipeError
-from prunezero.formula.features import FEATURES, SIGNALS
+from prunezero.formula.feature_row import WEIGHT_SIGNALS
+from prunezero.formula.features import FEATURES
 from prunezero.pruning.recipes.documents import validated, write_document
 from prunezero.pruning.requirements import dense_sums
 from prunezero.searching.experiment.baselines import baselines
@@ -27,13 +28,13 @@ def written(path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("signals", SIGNALS)
+@pytest.mark.parametrize("signals", WEIGHT_SIGNALS)
 @pytest.mark.parametrize("name", search_spaces())
 def test_nothing_in_a_space_looks_at_dearer_signals_than_were_asked_for(
     name: str, signals: str
 ) -> None:
     whole, space = SearchSpace.load(name), SearchSpace.load(name, signals=signals)
-    allowed = SIGNALS[: SIGNALS.index(signals) + 1]
+    allowed = WEIGHT_SIGNALS[: WEIGHT_SIGNALS.index(signals) + 1]
     assert [one.text for one in space.terminals] == (
         [one.text for one in whole.terminals if one.signal in allowed]
     )
@@ -67,7 +68,9 @@ def test_choices_that_need_gram_matrices_go_with_them(tmp_path: Path) -> None:
             "damping": [0.01, 0.1],
         },
     )
-    chosen = {signals: SearchSpace.load(path, signals=signals).choices for signals in SIGNALS}
+    chosen = {
+        signals: SearchSpace.load(path, signals=signals).choices for signals in WEIGHT_SIGNALS
+    }
     assert chosen["none"] == {"allocate": ("uniform", "heavy_tail"), "update": (["none"],)}
     assert chosen["activations"] == {
         "allocate": ("uniform", "owl", "heavy_tail"),

@@ -2,11 +2,13 @@
 
 A model is sliced within a context, so that what is saved and measured is the smaller model, while
 everything before it works on tensors of full size. What the configuration then says is found in
-`widths.py`; a part of a layer that loses all of its units is skipped.
+`widths.py`; a part of a layer that goes, or loses all of its units, is skipped, and whole layers
+leave as `shortening.py` says.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,15 @@ from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.shortening import Shortening, is_of_layers, shorten, shortening_of
+from prunezero.models.editing.skipping import (
+    fault_of_skipping,
+    gone_of,
+    is_of_sub_blocks,
+    known_part,
+    stand_in_of,
+    stand_ins_of,
+)
 from prunezero.models.editing.widths import (
     Cut,
     Heads,
@@ -44,14 +55,16 @@ class Slices:
 
     cuts: Mapping[str, Cut]
     """what stays of each parameter that loses something, by name"""
-    setting: Mapping[str, int]
+    setting: Mapping[str, Any]
     """what its configuration says of it, where layers are alike"""
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """what it says of single layers, as `per_layer_config` has it, where they are not"""
     heads: Mapping[int, Heads] = field(default_factory=dict)
     """of each layer whose attention loses some"""
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    """modules that go as a whole, by name: attention or mlp"""
+    skipped: Mapping[str, nn.Module] = field(default_factory=dict)
+    """what stands in the place of modules that go as a whole, by name"""
+    shortening: Shortening | None = None
+    """how it loses whole layers"""
     fault: str = ""
     """why no configuration says so; such a model runs in memory, but cannot be saved"""
 
@@ -59,14 +72,16 @@ class Slices:
         """Refuse what could not be saved.
 
         Raises:
-            ModelError: no configuration of the model has such widths.
+            ModelError: no configuration of the model has such widths, or lacks such parts.
         """
         if self.fault:
             raise ModelError(self.fault)
 
-    def is_left_out(self, name: str) -> bool:
-        """Whether a parameter is part of a module that goes as a whole."""
-        return any(name.startswith(f"{module}.") for module in self.skipped)
+    def name_now(self, name: str) -> str | None:
+        """The name of a parameter in the smaller model by the one before; None where it goes."""
+        if any(name.startswith(f"{module}.") for module in self.skipped):
+            return None
+        return name if self.shortening is None else self.shortening.name_now(name)
 
     @property
     def head_size(self) -> int | None:
@@ -100,12 +115,19 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
     """How a model becomes smaller by a selection.
 
     Raises:
-        ModelError: what loses all of its units cannot be left out.
+        ModelError: what loses all of its units cannot be left out, or no configuration has so few
+            layers.
     """
     model = language_model.model
-    skipped = _skipped(model, selection)
+    if is_of_layers(selection):
+        plan = shortening_of(model, selection)
+        return Slices({}, plan.setting, shortening=plan)
+    if is_of_sub_blocks(selection):
+        return _without_sub_blocks(language_model, selection)
+    parts = _emptied(model, selection)
+    skipped = {name: _stand_in(model, name, part) for name, part in parts.items()}
     shared = Slices({}, {}, skipped=skipped)
-    cuts = {name: cut for name, cut in cuts_of(selection).items() if not shared.is_left_out(name)}
+    cuts = {name: cut for name, cut in cuts_of(selection).items() if shared.name_now(name)}
     heads = heads_of(model, selection, cuts)
     alike = None if skipped else setting_of_all(model, cuts, heads)
     if alike is not None:
@@ -113,11 +135,39 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
     layers = settings_of_layers(model, cuts, heads)
     if layers is None:
         return Slices(cuts, {}, heads=heads, skipped=skipped, fault=fault_of(model, cuts))
-    prefix = block_prefix(model)
-    for name, part in skipped.items():
+    _note_skipped(layers, parts, block_prefix(model))
+    return Slices(cuts, {}, layers, heads, skipped)
+
+
+def _without_sub_blocks(language_model: LanguageModel, selection: Selection) -> Slices:
+    """How a model loses attentions and MLPs.
+
+    Raises:
+        ModelError: as `find_sub_blocks`.
+    """
+    model, gone = language_model.model, gone_of(language_model, selection)
+    parts = {one.module: part for one in gone if (part := known_part(model, one))}
+    if len(parts) < len(gone):
+        return Slices({}, {}, skipped=stand_ins_of(model, gone), fault=fault_of_skipping(model))
+    layers: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    _note_skipped(layers, parts, block_prefix(model))
+    # Norms that nobody reads then stay where they are, since the class of its own has them.
+    skipped = {one.module: stand_in_of(model, one) for one in gone}
+    return Slices({}, {}, layers, skipped=skipped)
+
+
+def _note_skipped(
+    layers: defaultdict[int, dict[str, Any]], parts: Mapping[str, str], prefix: str
+) -> None:
+    """Say in the settings of single layers which of their parts go as a whole."""
+    for name, part in parts.items():
         own = layers[layer_index(prefix, name)]
         own["skip"] = sorted({*own.get("skip", ()), part})
-    return Slices(cuts, {}, layers, heads, skipped)
+
+
+def _stand_in(model: Any, name: str, part: str) -> nn.Module:
+    kind = SkippedAttn if part == "attention" else SkippedMLP
+    return kind(layer_index(block_prefix(model), name), model.get_submodule(name))
 
 
 @contextmanager
@@ -158,13 +208,11 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
         for key, value in known_settings(settings, heads.settings).items():
             setattr(settings, key, value)
         _set_counts(model.get_submodule(heads.name), heads, settings, undo)
-    prefix = block_prefix(model)
-    for name, part in slices.skipped.items():
+    for name, stand_in in slices.skipped.items():
         path, _, child = name.rpartition(".")
-        whole = model.get_submodule(name)
-        is_attention = part == "attention"
-        stand_in = SkippedAttn(layer_index(prefix, name), whole) if is_attention else SkippedMLP()
         _set(model.get_submodule(path), child, stand_in, undo)
+    if slices.shortening is not None:
+        shorten(model, slices.shortening, undo)
     for key, value in slices.setting.items():
         _set(model.config.get_text_config(), key, value, undo)
 
@@ -190,7 +238,7 @@ def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack)
             _set(module, key, value, undo)
 
 
-def _skipped(model: Any, selection: Selection) -> dict[str, str]:
+def _emptied(model: Any, selection: Selection) -> dict[str, str]:
     """Modules of layers that lose all of their units, by name: attention or mlp.
 
     Raises:

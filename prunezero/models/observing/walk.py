@@ -117,9 +117,9 @@ class BlockWalk:
         state = self._states[sequence]
 
         def answer(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return _like(self._output, state[:, : hidden.shape[1]].to(self._device))
+            return with_hidden(self._output, state[:, : hidden.shape[1]].to(self._device))
 
-        with _answering(self.blocks, answer):
+        with answering(self.blocks, answer):
             yield
 
     def _run(
@@ -183,8 +183,8 @@ def _check_seen(collected: dict[str, Statistics]) -> None:
         )
 
 
-def _like(output: Any, state: Tensor) -> Any:
-    """A block's output with other hidden states in it."""
+def with_hidden(output: Any, state: Tensor) -> Any:
+    """What a block returned, with other hidden states in it."""
     return (state, *output[1:]) if isinstance(output, tuple) else state
 
 
@@ -215,7 +215,7 @@ def record_calls(
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles.append(blocks[0].register_forward_hook(after))
-    with torch.no_grad(), removing(handles), _answering(blocks[1:], answer):
+    with torch.no_grad(), removing(handles), answering(blocks[1:], answer):
         body(ids, use_cache=False)
     if len(extras) != len(blocks):
         raise ModelError(
@@ -226,7 +226,7 @@ def record_calls(
 
 
 @contextmanager
-def _answering(blocks: list[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
+def answering(blocks: list[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
     """Within it, the blocks compute nothing and return what `answer` does."""
     own = [vars(block).get("forward") for block in blocks]
     for block in blocks:

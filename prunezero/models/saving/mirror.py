@@ -1,8 +1,9 @@
 """How are safetensors files written again, with other numbers in the same places?
 
 Headers are copied, so names, order, dtypes, shapes and metadata stay as they are, but for tensors
-that became smaller or went. Tensors are put in their places one by one in any order, from memory or
-straight from the source, so memory holds one of them at a time; what is not put yet is zero.
+that became smaller, got another name or went. Tensors are put in their places one by one in any
+order, from memory or straight from the source, so memory holds one of them at a time; what is not
+put yet is zero.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Mirror:
         *,
         added: Mapping[str, StoredTensor] | None = None,
         reshaped: Mapping[str, StoredTensor] | None = None,
-        left_out: Collection[str] = (),
+        renamed: Mapping[str, str | None] | None = None,
     ) -> None:
         """Plan the files; nothing is written yet.
 
@@ -67,7 +68,8 @@ class Mirror:
             folder: where.
             added: more tensors by name, each at the end of the file that it names.
             reshaped: tensors of the source, by name, that have another shape now.
-            left_out: names of tensors of the source that are not written.
+            renamed: other names of tensors of the source; None where one goes. Whoever puts a
+                tensor in its place calls it by the name in the source.
 
         Raises:
             ModelError: a file of the source is damaged.
@@ -76,14 +78,16 @@ class Mirror:
         self._source = source
         self._added = dict(added or {})
         self._reshaped = dict(reshaped or {})
-        self._left_out = frozenset(left_out)
+        self._renamed = dict(renamed or {})
         self._files: dict[str, _File] = {}
-        written = {name: one for name, one in source.tensors.items() if name not in left_out}
-        for file in dict.fromkeys(stored.file for stored in written.values()):
+        for file in dict.fromkeys(stored.file for stored in source.tensors.values()):
             more = {name: one for name, one in self._added.items() if one.file == file}
             other = {name: one for name, one in self._reshaped.items() if one.file == file}
-            self._files[file] = _planned(source.folder / file, more, other, self._left_out)
-        self._file_of = {name: one.file for name, one in {**written, **self._added}.items()}
+            planned = _planned(source.folder / file, more, other, self._renamed)
+            # Of a file whose tensors all go nothing is left.
+            if planned.places:
+                self._files[file] = planned
+        self._file_of = {name: one.file for name, one in {**source.tensors, **self._added}.items()}
         self._index = None if set(self._files) == {SINGLE} else source.folder / INDEX
         self._unsynced: set[str] = set()
 
@@ -162,12 +166,11 @@ class Mirror:
             return
         with self._writing(INDEX):
             content = self._index.read_bytes()
-            less = sum(
-                self._source.tensors[name].bytes - one.bytes for name, one in self._reshaped.items()
-            )
-            less += sum(self._source.tensors[name].bytes for name in self._left_out)
-            new = _with_changes(content, self._added, self._left_out, less)
-            (self.folder / INDEX).write_bytes(new)
+            stored = self._source.tensors
+            less = sum(stored[name].bytes - one.bytes for name, one in self._reshaped.items())
+            less += sum(stored[name].bytes for name, now in self._renamed.items() if now is None)
+            changed = _with_changes(content, self._added, less, self._renamed)
+            (self.folder / INDEX).write_bytes(changed)
 
     @contextmanager
     def _place(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
@@ -194,7 +197,7 @@ def _planned(
     path: Path,
     added: Mapping[str, StoredTensor],
     reshaped: Mapping[str, StoredTensor],
-    left_out: Collection[str],
+    renamed: Mapping[str, str | None],
 ) -> _File:
     """A file as it will be, from the header of the one that it is written after."""
     try:
@@ -212,17 +215,19 @@ def _planned(
             f"{path} is damaged or missing ({reason(error)}); get the file again"
         ) from error
     sources = dict(places)
-    gone = places.keys() & set(left_out)
-    for name in gone:
+    for name in [name for name in places if renamed.get(name, name) is None]:
         del header[name], places[name]
-    if reshaped or gone:
+    has_gaps = bool(reshaped) or len(places) < len(sources)
+    if has_gaps:
         _close_up(header, places, reshaped)
     end = max((sum(place) for place in places.values()), default=0)
     for name, one in added.items():
         header[name] = _entry(one, end)
         places[name] = end, one.bytes
         end += one.bytes
-    head = _head(header) if added or reshaped or gone else first + text
+    is_changed = has_gaps or bool(added) or not renamed.keys().isdisjoint(places)
+    header = {renamed.get(name, name): entry for name, entry in header.items()}
+    head = _head(header) if is_changed else first + text
     return _File(head, places, len(first) + len(text), sources)
 
 
@@ -248,7 +253,7 @@ def _entry(tensor: StoredTensor, start: int) -> dict[str, Any]:
     return {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
 
 
-def _head(header: Mapping[str, Any]) -> bytes:
+def _head(header: Mapping[Any, Any]) -> bytes:
     """A header as safetensors writes it: its length, JSON, and spaces up to the numbers.
 
     Source: https://github.com/huggingface/safetensors#format
@@ -259,16 +264,18 @@ def _head(header: Mapping[str, Any]) -> bytes:
 
 
 def _with_changes(
-    content: bytes, added: Mapping[str, StoredTensor], left_out: Collection[str], less: int
+    content: bytes,
+    added: Mapping[str, StoredTensor],
+    less: int,
+    renamed: Mapping[str, str | None],
 ) -> bytes:
-    """An index that names more tensors or fewer, without `less` bytes; else its bytes stay."""
-    if not added and not left_out and not less:
+    """An index that names more tensors, of `less` bytes less, or others; else the bytes stay."""
+    if not added and not less and not renamed:
         return content
     index = json.loads(content)
+    files = {renamed.get(name, name): file for name, file in index["weight_map"].items()}
+    index["weight_map"] = {name: file for name, file in files.items() if name is not None}
     index["weight_map"] |= {name: one.file for name, one in added.items()}
-    index["weight_map"] = {
-        name: file for name, file in index["weight_map"].items() if name not in left_out
-    }
     known = index.get("metadata")
     if isinstance(known, dict) and isinstance(known.get("total_size"), int):
         known["total_size"] += sum(one.bytes for one in added.values()) - less

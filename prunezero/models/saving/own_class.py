@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.errors import ModelError
+from prunezero.models.anatomy.linears import block_prefix
 from prunezero.models.editing.slicing import Slices
 from prunezero.models.saving.companions import edit_configuration
 from prunezero.models.unequal.families import (
@@ -20,6 +21,7 @@ from prunezero.models.unequal.families import (
     class_files,
     is_own_type,
     own_settings,
+    parts_of,
     register,
     usual_type,
 )
@@ -29,8 +31,9 @@ def refuse_without_class(model: Any) -> None:
     """Refuse a model whose layers differ and for which no class of its own can be written.
 
     Raises:
-        ModelError: it is part of a larger model, of a type without a usual class, or transformers
-            keeps other names in its files than in memory, which it does for its own classes only.
+        ModelError: it is part of a larger model, of a type without a usual class, calls its layers
+            by an unusual name, or transformers keeps other names in its files than in memory, which
+            it does for its own classes only.
     """
     from transformers import CONFIG_MAPPING
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -40,7 +43,8 @@ def refuse_without_class(model: Any) -> None:
     words = (kind, type(model).__name__.removeprefix("Pruned"))
     is_part = model.config.get_text_config() is not model.config
     is_renamed = any(get_checkpoint_conversion_mapping(word) is not None for word in words)
-    if is_part or is_renamed or f"{PREFIX}{kind}" not in CONFIG_MAPPING:
+    is_odd = block_prefix(model).rpartition(".")[2] != parts_of(kind).layer_list
+    if is_part or is_renamed or is_odd or f"{PREFIX}{kind}" not in CONFIG_MAPPING:
         raise ModelError(
             f"layers of this {type(model).__name__} would differ in size, and no class of its own "
             f"can be written for type '{kind}'; keep tensors at full size, with zeros (--padded), "
@@ -65,7 +69,9 @@ def write_own_class(folder: Path, model: Any, slices: Slices, tokenizer: Any) ->
     model_type = f"{PREFIX}{usual_type(model.config.model_type)}"
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     changes = dict(own_settings(model_type))
-    changes["per_layer_config"] = _merged(settings.get("per_layer_config") or {}, slices.layers)
+    plan = slices.shortening
+    before = (settings.get("per_layer_config") or {}) if plan is None else plan.layers
+    changes["per_layer_config"] = _merged(before, slices.layers)
     if slices.head_size is not None:
         changes["head_dim"] = slices.head_size
     if not _names_tokenizer(folder):
@@ -87,7 +93,7 @@ def write_class_files(folder: Path) -> None:
 
 
 def _merged(
-    before: Mapping[str, Mapping[str, Any]], layers: Mapping[int, Mapping[str, Any]]
+    before: Mapping[Any, Mapping[str, Any]], layers: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Settings of single layers, those that an earlier pruning left among them."""
     known = {int(key): dict(one) for key, one in before.items()}

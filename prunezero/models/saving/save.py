@@ -17,7 +17,7 @@ from torch import Tensor
 from prunezero.errors import ModelError, OutputError, PruneZeroWarning, reason
 from prunezero.files.atomic import follow_umask
 from prunezero.files.places import try_folder
-from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.anatomy.linears import Linear, block_prefix, find_linears
 from prunezero.models.editing.biases import note_opened_biases
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import Slices, sliced
@@ -143,6 +143,7 @@ def _save_as_source(
     tensors = model.state_dict()
     check_names(language_model)
     added = _new_biases(model, source)
+    renamed = _renamed(model, source, slices)
     parts = {name: cut.of for name, cut in slices.cuts.items() if name in source.names}
     reshaped = {
         source.names[name]: replace(
@@ -150,22 +151,22 @@ def _save_as_source(
         )
         for name in parts
     }
-    gone = {stored for name, stored in source.names.items() if slices.is_left_out(name)}
     mirror = Mirror(
         source.shards,
         folder,
         added={one.name: one.stored for one in added},
         reshaped=reshaped,
-        left_out=gone,
+        renamed=renamed,
     )
     mirror.begin()
     model_names = {stored: name for name, stored in source.names.items()}
     for stored, tensor in source.shards.tensors.items():
-        if stored in gone:
+        if renamed.get(stored, stored) is None:
             continue
         if stored in model_names and tensor.dtype in STORED_DTYPES:
             name = model_names[stored]
-            mirror.write(stored, source.saved(name, tensors[name], parts.get(name)))
+            now = slices.name_now(name) or name
+            mirror.write(stored, source.saved(name, tensors[now], parts.get(name)))
         else:
             mirror.copy(stored)
     for bias in added:
@@ -174,26 +175,64 @@ def _save_as_source(
     copy_companions(source.folder, folder, ours=ours)
     note_opened_biases(model.config, folder)
     if slices.setting:
-        _note_widths(model.config, slices.setting, folder)
+        _note_setting(model.config, slices, folder)
 
 
-def _note_widths(configuration: Any, setting: Mapping[str, int], folder: Path) -> None:
-    """Say in a folder's config.json how wide its layers are, and change nothing else.
+def _renamed(model: Any, source: Source, slices: Slices) -> dict[str, str | None]:
+    """The new names of tensors in the files, by the old ones; None where one goes.
+
+    Tensors of a block that the model does not use go with it.
 
     Raises:
-        ModelError: transformers reads another width from it.
+        ModelError: blocks get other numbers, and the files call them otherwise than the model does.
+    """
+    if slices.shortening is None:
+        names = source.names.items()
+        return {stored: None for name, stored in names if slices.name_now(name) is None}
+    prefix = f"{block_prefix(model)}."
+    inside = {name: stored for name, stored in source.names.items() if name.startswith(prefix)}
+    if all(slices.name_now(name) == name for name in inside):
+        return {}
+    starts = set()
+    for name, stored in inside.items():
+        ending = name.removeprefix(prefix)
+        if not stored.endswith(ending):
+            raise ModelError(
+                f"the files hold '{name}' as '{stored}', so its block cannot get another number "
+                "there; save the model once by its own save_pretrained, and prune that folder"
+            )
+        starts.add(stored.removesuffix(ending))
+    found: dict[str, str | None] = {}
+    for stored in source.shards.tensors:
+        for start in starts:
+            if stored.startswith(start):
+                ending = stored.removeprefix(start)
+                now = slices.name_now(prefix + ending)
+                found[stored] = None if now is None else start + now.removeprefix(prefix)
+    return found
+
+
+def _note_setting(configuration: Any, slices: Slices, folder: Path) -> None:
+    """Say in a folder's config.json how large its layers are, and change nothing else.
+
+    Raises:
+        ModelError: transformers reads something else from it.
     """
     from transformers import AutoConfig
 
     is_part = configuration.get_text_config() is not configuration
-    edit_configuration(folder, setting, part="text_config" if is_part else "")
+    told = dict(slices.setting)
+    if slices.shortening is not None and is_own_type(configuration.model_type):
+        # Layers that are no longer there may have no settings of their own.
+        told["per_layer_config"] = {str(now): own for now, own in slices.shortening.layers.items()}
+    edit_configuration(folder, told, part="text_config" if is_part else "")
     with quiet():
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    for key, width in setting.items():
-        if getattr(found, key) != width:
+    for key, value in slices.setting.items():
+        if getattr(found, key) != value:
             raise ModelError(
                 f"config.json of '{configuration.model_type}' says {key} {getattr(found, key)} "
-                f"even when it is told {width}, so a smaller model cannot be saved beside it; load "
+                f"even when it is told {value}, so a smaller model cannot be saved beside it; load "
                 "the model once, save it by its own save_pretrained, and prune that folder"
             )
 

@@ -8,34 +8,51 @@ import torch
 from torch import Tensor, nn
 
 
-class SkippedAttn(nn.Module):
-    """In the place of an attention that was taken out: adds nothing to the residual stream."""
+class Skipped(nn.Module):
+    """In the place of a part that was taken out: adds nothing to the residual stream."""
 
-    def __init__(self, index: int, attention: nn.Module) -> None:
-        """Stand in the layer of that index, in the place of its attention."""
+    def __init__(
+        self,
+        index: int,
+        part: nn.Module,
+        *,
+        is_tuple: bool = False,
+        hands_on: int | str | None = None,
+    ) -> None:
+        """Stand in the layer of that index, in the place of its part.
+
+        `is_tuple`: it returns more than hidden states; `hands_on`: the argument that is the stream,
+        where the part itself adds to that.
+        """
         super().__init__()
         self.layer_idx = index
         # Some layers ask their attention which mask they want.
-        self.is_sliding = getattr(attention, "is_sliding", False)
+        self.is_sliding = getattr(part, "is_sliding", False)
+        self.is_tuple, self.hands_on = is_tuple, hands_on
 
-    def forward(self, hidden_states: Tensor, *_: Any, **named: Any) -> tuple[Tensor, None]:
-        """Zeros of the shape of the hidden states, and no attention weights."""
-        caches = [named.get(name) for name in ("cache", "past_key_values", "layer_past")]
-        for cache in caches:
-            if cache is not None:
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """What the part would return if its weights were zeros."""
+        given: dict[Any, Any] = {**dict(enumerate(args)), **named}
+        state = next(one for one in given.values() if isinstance(one, Tensor))
+        for cache in given.values():
+            if hasattr(cache, "get_seq_length"):
                 # A cache counts tokens by what its layers hold: one number for each will do.
-                rows, tokens = hidden_states.shape[:2]
-                one = hidden_states.new_zeros(rows, 1, tokens, 1)
+                one = state.new_zeros(state.shape[0], 1, state.shape[1], 1)
                 cache.update(one, one, self.layer_idx)
-        return torch.zeros_like(hidden_states), None
+        found = torch.zeros_like(state) if self.hands_on is None else given[self.hands_on]
+        return (found, None) if self.is_tuple else found
 
 
-class SkippedMLP(nn.Module):
-    """In the place of an MLP that was taken out: adds nothing to the residual stream."""
+class SkippedAttn(Skipped):
+    """In the place of an attention."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Zeros of the shape of the hidden states."""
-        return torch.zeros_like(hidden_states)
+    def __init__(self, index: int, part: nn.Module, **named: Any) -> None:
+        """As any part that was taken out; an attention usually returns its weights too."""
+        super().__init__(index, part, **{"is_tuple": True, **named})
+
+
+class SkippedMLP(Skipped):
+    """In the place of an MLP."""
 
 
 class UnequalLayers:
@@ -67,7 +84,7 @@ class UnequalLayers:
         if "attention" in skipped:
             setattr(layer, self.attention, SkippedAttn(index, getattr(layer, self.attention)))
         if "mlp" in skipped:
-            setattr(layer, self.mlp, SkippedMLP())
+            setattr(layer, self.mlp, SkippedMLP(index, getattr(layer, self.mlp)))
         return layer
 
     def set_attn_implementation(self: Any, *words: Any, **named: Any) -> None:

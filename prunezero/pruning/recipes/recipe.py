@@ -33,7 +33,8 @@ from prunezero.errors import (
     reason,
 )
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import FEATURES, costliest
+from prunezero.formula.feature_row import costliest
+from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.patterns import fitting
 from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
@@ -198,9 +199,9 @@ class Recipe(BaseModel):
     def _speaks_of_its_unit(self) -> Recipe:
         for choice in self.choices:
             if self.unit.word not in choice.row.units:
+                known = ", ".join(sorted(choice.row.units))
                 raise ValueError(
-                    f"{choice.arrow}: {choice.word} is for unit {', '.join(choice.row.units)}, not "
-                    f"for {self.unit.word}"
+                    f"{choice.arrow}: {choice.word} is for unit {known}, not for {self.unit.word}"
                 )
         for name in dict.fromkeys(name for one in self.formulas for name in one.features):
             kinds = FEATURES[name].kinds

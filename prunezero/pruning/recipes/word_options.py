@@ -38,7 +38,24 @@ class Options(BaseModel):
         return [_described(name, field) for name, field in cls.model_fields.items()]
 
 
-class Units(Options):
+class Depth(Options):
+    """Which blocks lose nothing, and which noise formulas see."""
+
+    protect_first: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the beginning that keep all units"
+    )
+    protect_last: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the end that keep all units"
+    )
+    seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
+
+    def limits(self, block: int, blocks: int) -> dict[str, Any]:
+        """Whether a block is one of the first or last, of which nothing may go."""
+        is_protected = block < self.protect_first or block >= blocks - self.protect_last
+        return {"is_protected": is_protected}
+
+
+class Units(Depth):
     """How the units of one place are scored, and how many stay."""
 
     members: Literal["consumer", "producers", "all"] = Field(
@@ -72,21 +89,11 @@ class Units(Options):
         "refitted; of fewer than 64 each by itself; 0 is never, and else the formula holds Lr0 or "
         "Lrb",
     )
-    protect_first: int = Field(
-        default=0, ge=0, le=10**6, description="blocks at the beginning that keep all units"
-    )
-    protect_last: int = Field(
-        default=0, ge=0, le=10**6, description="blocks at the end that keep all units"
-    )
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
         """How many units of a group stay anyway, and of what they are a multiple."""
-        is_protected = block < self.protect_first or block >= blocks - self.protect_last
-        return {
-            "least": self.least,
-            "multiple_of": self.multiple_of,
-            "is_protected": is_protected,
-        }
+        told = super().limits(block, blocks)
+        return told | {"least": self.least, "multiple_of": self.multiple_of}
 
 
 class Owl(Options):

@@ -72,19 +72,32 @@ class Word:
     sees_dense: bool = False
     # whether it needs biases in the layers
     needs_biases: bool = False
+    # Of schedules: where the function is that chooses which units go, as "module:name"; nothing
+    # where the kind of unit says it
+    chooser: str = ""
 
     @property
     def function(self) -> Callable[..., Any]:
         """What does it; words with the same arrow have functions of the same arguments."""
-        module, name = self.code.split(":")
-        found: Callable[..., Any] = getattr(import_module(f"prunezero.pruning.{module}"), name)
-        return found
+        return _found(self.code)
+
+    @property
+    def choose(self) -> Callable[..., Any]:
+        """What chooses the units that go, see `chooser`."""
+        return _found(self.chooser)
+
+
+def _found(code: str) -> Callable[..., Any]:
+    module, name = code.split(":")
+    found: Callable[..., Any] = getattr(import_module(f"prunezero.pruning.{module}"), name)
+    return found
 
 
 # Words that mean the same whatever is removed.
 _EVERY = frozenset(UNITS)
 # Words that take columns out of matrices.
 _WIDTH = frozenset({"neuron", "kv_group", "width"})
+_OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.observer)
 _GRAM = frozenset({"gram"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
 _ALL_BLOCKS = "looks at all blocks before the first is pruned"
@@ -188,7 +201,7 @@ WORDS: dict[str, dict[str, Word]] = {
             order=3,
             sees_dense=True,
             needs_biases=True,
-            units=_EVERY,
+            units=_EVERY - _OF_DEPTH,
         ),
         "swaps": Word(
             Swaps,
@@ -236,8 +249,22 @@ WORDS: dict[str, dict[str, Word]] = {
             Iterative,
             "several pruning steps of growing sparsity",
             "schedule:iterative",
-            units=_EVERY,
+            units=_EVERY - _OF_DEPTH,
             whole_model="prunes the model several times",
+        ),
+        "greedy": Word(
+            Options,
+            "one unit goes, and all others are scored anew, until enough are gone",
+            "schedule:greedy",
+            units=_OF_DEPTH,
+            chooser="depth:one_by_one",
+        ),
+        "span": Word(
+            Options,
+            "neighbouring layers go, those that score lowest as a whole",
+            "schedule:span",
+            units=frozenset({"layer"}),
+            chooser="depth:best_span",
         ),
     },
     "recover": {

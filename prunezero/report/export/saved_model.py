@@ -14,9 +14,9 @@ import yaml
 from prunezero.errors import OutputError, reason
 from prunezero.files.atomic import write_text
 from prunezero.models.anatomy.block_probe import logits_of
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.slicing import Slices, refuse_other_logits, sliced
+from prunezero.models.editing.slicing import refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.shards import Shards
 from prunezero.models.loading.source import Source, names_in_files
@@ -196,7 +196,7 @@ def save_smaller(
         smaller: units that stay.
 
     Raises:
-        ModelError: no configuration has such widths, or the smaller model computes otherwise, in
+        ModelError: no configuration has such sizes, or the smaller model computes otherwise, in
             memory or as it was saved.
         OutputError: the folder cannot be written, or the files do not hold what they should.
     """
@@ -204,12 +204,12 @@ def save_smaller(
     window = testbed.windows("validation")[:1]
     dense = model_costs(model, window)
     refuse_other_logits(model, smaller, window.to(model.device))
-    with sliced(model, smaller) as slices:
+    with sliced(model, smaller):
         costs = model_costs(model, window)
         expected = logits_of(model, window.to(model.device))
     files = files_beside(model, recipe, rows, costs, dense_costs=dense)
     save_model(model, folder, files=files, smaller=smaller)
-    stored = _stored(model, slices, folder)
+    stored = _stored(model, smaller, folder)
     kind = "own_class" if (folder / f"{MODEL_FILE}.py").is_file() else "plain"
     checked = f"its files were read anew and their logits for {window.shape[1]} tokens compared"
     difference = refuse_other_reading(folder, model, window, expected)
@@ -243,7 +243,7 @@ def _write(folder: Path, files: Mapping[str, str]) -> None:
         raise OutputError(f"'{folder}' cannot be written ({reason(error, folder)})") from error
 
 
-def _stored(model: LanguageModel, slices: Slices, folder: Path) -> int:
+def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
     """Numbers in the files of a saved model, whose smaller tensors were looked at.
 
     Raises:
@@ -251,15 +251,17 @@ def _stored(model: LanguageModel, slices: Slices, folder: Path) -> int:
     """
     tensors = Shards(folder).tensors
     names = names_in_files(model.model, tensors)
-    for name, cut in slices.cuts.items():
-        wanted = list(model.model.get_parameter(name).shape)
-        wanted[cut.axis] = len(cut.kept)
-        have = list(tensors[names[name]].shape) if name in names else None
-        if have != wanted:
+    with sliced(model, smaller):
+        now = {name: list(one.shape) for name, one in model.model.state_dict().items()}
+        found = names_in_files(model.model, tensors)
+    inside = f"{block_prefix(model.model)}."
+    for name, wanted in now.items():
+        have = list(tensors[found[name]].shape) if name in found else None
+        if name.startswith(inside) and have != wanted:
             raise OutputError(
                 f"{folder} holds '{name}' with shape {have}, not {wanted}; please report this"
             )
-    left = [name for name in names if slices.is_left_out(name)]
+    left = sorted(names.keys() - now.keys())
     if left:
         raise OutputError(f"{folder} holds '{left[0]}', which went; please report this")
     return sum(math.prod(tensor.shape) for tensor in tensors.values())

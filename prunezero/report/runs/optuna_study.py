@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from prunezero.formula.features import SIGNALS
+from prunezero.formula.feature_row import SIGNALS
 from prunezero.searching.experiment.budgets import in_words
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Task

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import costliest
+from prunezero.formula.feature_row import costliest
 from prunezero.searching.experiment.rule import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from prunezero.errors import RecipeError, did_you_mean
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import SIGNALS
+from prunezero.formula.feature_row import WEIGHT_SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.documents import validated
@@ -79,7 +79,7 @@ class SearchConfig(BaseModel):
     """layers to leave alone, by pattern"""
     space: str = "formulas"
     """name or path of the search space"""
-    signals: str = SIGNALS[-1]
+    signals: str = WEIGHT_SIGNALS[-1]
     """the costliest that a rule may look at, as `space_content` has it"""
     seed: int = 0
     """of every draw"""

@@ -10,7 +10,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import FEATURES, SIGNALS, costliest
+from prunezero.formula.feature_row import WEIGHT_SIGNALS, costliest
+from prunezero.formula.features import FEATURES
 from prunezero.formula.reading import MAX_DEPTH, MAX_NODES
 from prunezero.pruning.recipes.documents import find_document, read_document, validated
 from prunezero.pruning.recipes.recipe import Recipe, folder
@@ -36,7 +37,7 @@ from prunezero.searching.spaces.space_types import (
 class SearchSpace(BaseModel):
     """The words and sizes of formulas, and how large a generation of a search is.
 
-    `signals` is the costliest signal that a rule may look at, one of SIGNALS in order of cost.
+    `signals` is the costliest signal that a rule may look at, one of WEIGHT_SIGNALS, by cost.
     Terminals and choices that look at costlier ones are left out when the space is read, and the
     space that is kept and shown lacks them: at `activations` no feature of gradients or of Gram
     matrices, no update `obs`, `admm` or `swaps`, and no damping. What the search itself measures
@@ -49,7 +50,7 @@ class SearchSpace(BaseModel):
     source: str = ""
     note: str = ""
     # the costliest signal that a rule may look at
-    signals: Signal = SIGNALS[-1]
+    signals: Signal = WEIGHT_SIGNALS[-1]
     # leaves of a formula: features, or formulas of features
     terminals: Terminals
     operators: Operators

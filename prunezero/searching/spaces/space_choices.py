@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prunezero.errors import RecipeError, did_you_mean
-from prunezero.formula.features import SIGNALS
+from prunezero.formula.feature_row import WEIGHT_SIGNALS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 
@@ -36,9 +36,9 @@ def check_choices(choices: Choices) -> None:
 
 
 def signal_of(key: str, value: Any) -> str:
-    """The costliest signal that a value of a recipe's key looks at, one of SIGNALS."""
+    """The costliest signal that a value of a recipe's key looks at, one of WEIGHT_SIGNALS."""
     # It is a share of Gram matrices, and without them it changes nothing.
-    return SIGNALS[-1] if key == "damping" else _example_of(key, value).signal
+    return WEIGHT_SIGNALS[-1] if key == "damping" else _example_of(key, value).signal
 
 
 def within(choices: Choices, signal: str) -> dict[str, tuple[Any, ...]]:
@@ -52,7 +52,7 @@ def within(choices: Choices, signal: str) -> dict[str, tuple[Any, ...]]:
 
 def is_within(signal: str, costliest: str) -> bool:
     """Whether a signal costs no more than another one."""
-    return SIGNALS.index(signal) <= SIGNALS.index(costliest)
+    return WEIGHT_SIGNALS.index(signal) <= WEIGHT_SIGNALS.index(costliest)
 
 
 def example(key: str, value: Any, pattern: str) -> Recipe:

@@ -15,7 +15,7 @@ from prunezero.errors import CriterionError, PruneZeroError, did_you_mean
 from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.domains import DOMAINS
-from prunezero.formula.features import SIGNALS
+from prunezero.formula.feature_row import WEIGHT_SIGNALS
 from prunezero.formula.vocabulary import OPERATORS, current_word
 from prunezero.models.anatomy.patterns import check_pattern
 from prunezero.pruning.recipes.documents import MOST_WORDS, Words
@@ -26,13 +26,13 @@ from prunezero.searching.spaces.space_choices import check_choices, is_within, w
 
 def _limit(info: ValidationInfo) -> str:
     """The costliest signal that is allowed; the usual one where that key is at fault itself."""
-    return str(info.data.get("signals", SIGNALS[-1]))
+    return str(info.data.get("signals", WEIGHT_SIGNALS[-1]))
 
 
 def _known_signal(value: str) -> str:
-    if value not in SIGNALS:
-        near = did_you_mean(value, SIGNALS) or "."
-        raise ValueError(f"'{value}' is no signal{near} Known: {', '.join(SIGNALS)}")
+    if value not in WEIGHT_SIGNALS:
+        near = did_you_mean(value, WEIGHT_SIGNALS) or "."
+        raise ValueError(f"'{value}' is no signal{near} Known: {', '.join(WEIGHT_SIGNALS)}")
     return value
 
 

@@ -1,0 +1,101 @@
+"""What is known of a feature that a formula may look at: all that stands in its row.
+
+A row holds all that is known of a feature. The engine, its kernels and exported pages run the torch
+text of its value as it stands. What the text may read: `weight`; raw sums over calibration text, by
+their names in `scoring/statistics.py`, which collects just those; how many `tokens` and `sequences`
+they are of; and, alone, `upper`, the Cholesky factor U of the inverse of the damped Gram matrix,
+H^-1 = U^T U.
+
+Text of a feature of units reads the sums of the matrix that reads what units hand on, cut by units
+(`scoring/unit_features.py`): [units, width] of a sum [in], where a unit has `width` channels, and
+[units, width, width] of `gram`, `inverse` and `centred_inverse`; that matrix itself as `reader`
+[units, width, out]; and what a unit costs, `parameters`, `flops` and `kv_bytes`, and its `noise`,
+[units] each. Of a part of the depth sums, costs and noise are of one unit, [1] each.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import sympy
+
+# What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse,
+# a forward pass for each unit.
+SIGNALS = ("none", "activations", "gradients", "second order", "oracle")
+# What formulas of single weights may look at.
+WEIGHT_SIGNALS = SIGNALS[:-1]
+# What a text may read that is no sum, and the sums that it is made from.
+MADE_FROM: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
+    **dict.fromkeys(("parameters", "flops", "kv_bytes"), ()),
+    "upper": ("gram",),
+    "inverse": ("gram",),
+    "centred_inverse": ("gram", "input_sum"),
+}
+# How a value of each shape is laid along the matrix [out, in].
+_PLACED = {"element": "", "row": "[:, None]", "column": "[None]"}
+
+
+def costliest(signals: Iterable[str]) -> str:
+    """The one of them that costs most."""
+    return max(signals, key=SIGNALS.index, default=SIGNALS[0])
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One word that a formula may use for a property of the weights."""
+
+    name: str
+    # "element" [out, in], "row" [out, 1], "column" [1, in] (see functions.py)
+    shape: str
+    # what it measures, in one line
+    meaning: str
+    latex: str
+    # physical unit: powers of weight (w), activation (x), output (y) and loss (L)
+    unit: str
+    # the value in torch, of any float dtype: [out, in], [out] or [in]
+    torch: str
+    # what has to be looked at, one of SIGNALS
+    cost: str = "none"
+    # whether it is never negative
+    nonnegative: bool = True
+    # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit, "block"
+    # one number for each part of the depth
+    domains: tuple[str, ...] = ("matrix",)
+    # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
+    kinds: tuple[str, ...] = ()
+
+    @property
+    def symbol(self) -> sympy.Symbol:
+        """The SymPy symbol; equal for equal names."""
+        return _symbol(self.name, nonnegative=self.nonnegative)
+
+    @property
+    def line(self) -> str:
+        """The torch text of what formulas see: float32, broadcastable to [out, in]."""
+        return f"{self.torch}{_PLACED[self.shape]}.float()"
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """The names that the torch text reads."""
+        return names_in(self.torch)
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The raw sums over calibration text that it is made from."""
+        return tuple(sorted({sum for name in self.inputs for sum in MADE_FROM.get(name, (name,))}))
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names that torch text reads, torch itself aside, in the order of the alphabet."""
+    nodes = ast.walk(ast.parse(text, mode="eval"))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    return tuple(sorted(names - {"torch"}))
+
+
+def _symbol(name: str, *, nonnegative: bool) -> sympy.Symbol:
+    assumptions = {"nonnegative": True} if nonnegative else {"real": True}
+    return sympy.Symbol(name, **assumptions)
