@@ -65,6 +65,7 @@ def test_the_readme_is_short_and_leads_to_the_rest() -> None:
     assert len(text.splitlines()) <= 150
     for path in (
         *("docs/using.md", "docs/formulas.md", "docs/architecture.md", "docs/scaling.md"),
+        "docs/structured.md",
         *("docs/results/README.md", "CONTRIBUTING.md"),
     ):
         assert f"]({path})" in text, path
