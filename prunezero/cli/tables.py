@@ -47,6 +47,8 @@ _COLUMNS = {
     "validation_perplexity": "validation",
     "test_perplexity": "test",
     "kl": "KL to dense",
+    "parameters_without_embeddings": "parameters",
+    "flops": "FLOPs",
     "seconds": "seconds",
 }
 
@@ -149,6 +151,8 @@ def cell(key: str, value: Any) -> str:
         return f"{100 * value:.2f} %"
     if key == "kl":
         return f"{value:.4f}"
+    if key in ("parameters_without_embeddings", "flops"):
+        return f"{value / 1e6:,.1f} M"
     if key == "seconds":
         return f"{value:.1f}"
     return str(value)
@@ -171,12 +175,15 @@ def conditions(rows: Sequence[dict[str, Any]], model: str, testbed: Testbed) -> 
     chosen = {f"{word} {one[word]}" for one in rows for word in _LAYERS if word in one}
     pruned = [one for one in rows if one["recipe"] != "dense"]
     alike = [told for told in sorted(chosen) if all(_tells(one, told) for one in pruned)]
+    costs = "; parameters outside of embeddings and head, FLOPs for each token"
     what = "geometric mean of the perplexities" if row.get("regimes") else "perplexity"
     return (
         f"{what} of {model} in {testbed.language_model.dtype_word} on {testbed.text.name} text, "
         f"{windows_of(row)}; "
         f"{row['statistics']} statistics from {row['calibration_tokens']} tokens, "
-        f"pattern {row['pattern']}, {seeds_of(row)}" + "".join(f", {told}" for told in alike)
+        f"pattern {row['pattern']}, {seeds_of(row)}"
+        + "".join(f", {told}" for told in alike)
+        + (costs if any("flops" in one for one in rows) else "")
     )
 
 

@@ -30,6 +30,10 @@ METRIC_NAMES = {
     "sparsity_reached": "mask/sparsity",
     "removed": "units/removed",
     "units_removed": "units/count_removed",
+    "parameters": "units/parameters",
+    "parameters_without_embeddings": "units/parameters_without_embeddings",
+    "flops": "units/flops_per_token",
+    "kv_bytes": "units/kv_bytes_per_token",
     "seconds": "cost/seconds",
     "complexity": "formula/complexity",
 }
