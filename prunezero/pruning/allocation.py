@@ -69,7 +69,7 @@ def uniform(
     """
     ratios, recipe = {layer.name: sparsity for layer in layers}, evidence.recipe
     if recipe is not None and recipe.compare == "group":
-        budget = Budget(sparsity, measure=recipe.unit.row.measure)
+        budget = Budget(sparsity, measure=recipe.unit.measure)
         shares = shares_of(evidence.groups, budget)
         for group in evidence.groups:
             for member in group.members:

@@ -102,7 +102,7 @@ def prune(
         sum(layer.weight.numel() for layer in layers),
         time.perf_counter() - begin,
         job.selection,
-        recipe.unit.row.measure,
+        recipe.unit.measure,
     )
     check_reached(outcome, recipe, groups, ratios)
     return outcome
@@ -274,7 +274,7 @@ class _Job:
         """What stays where all units of the model compete."""
         kind, schedule = self.recipe.unit.row, self.recipe.schedule.row
         if schedule.chooser:
-            budget = Budget(share, measure=kind.measure)
+            budget = Budget(share, measure=self.recipe.unit.measure)
             chosen: Selection = schedule.choose(self.groups, self._scorer(tell), budget)
             return chosen
         if kind.observer:
@@ -303,7 +303,7 @@ class _Job:
     def _selected(self, groups: Sequence[Group], share: float) -> Selection:
         """What stays of groups that lose a share together, as far as it is chosen beforehand."""
         kind = self.recipe.unit.row
-        budget = Budget(share, measure=kind.measure, pattern=self.recipe.pattern)
+        budget = Budget(share, measure=self.recipe.unit.measure, pattern=self.recipe.pattern)
         return kind.select(groups, self._scores_of, budget, compare=self.recipe.compare)
 
     def _scores_of(self, group: Group) -> Tensor:

@@ -115,7 +115,7 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
     kind = recipe.unit.row
     found = find_linears(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
     groups = kind.groups(found, language_model, recipe.unit.options)
-    budget = Budget(sparsity, measure=kind.measure, pattern=recipe.pattern)
+    budget = Budget(sparsity, measure=recipe.unit.measure, pattern=recipe.pattern)
     kind.check(groups, budget, compare=recipe.compare)
     layers = linears_of(groups)
     for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
@@ -138,7 +138,7 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
             layers have settings of their own; or the smaller model would compute otherwise.
     """
     groups = checked_groups(language_model, recipe, sparsity)
-    budget = Budget(sparsity, measure=recipe.unit.row.measure)
+    budget = Budget(sparsity, measure=recipe.unit.measure)
     if recipe.unit.row.observer:
         free = [group for group in groups if not group.is_protected]
         groups = [group for group in free if group.block == free[0].block]

@@ -157,7 +157,7 @@ def evolve(
 def _ladder(sparsity: float, steps: int, evidence: Evidence) -> Ladder:
     if evidence.recipe is None or evidence.language_model is None or evidence.windows is None:
         raise RecipeError("an allocation that is measured needs the model and calibration text")
-    return Ladder.of(evidence.groups, sparsity, evidence.recipe.unit.row.measure, steps)
+    return Ladder.of(evidence.groups, sparsity, evidence.recipe.unit.measure, steps)
 
 
 def _trials(evidence: Evidence, windows: int) -> Trials:
@@ -300,7 +300,7 @@ def _fill(
 ) -> None:
     """Take what is less than a step from the groups whose next one is cheapest."""
     assert evidence.recipe is not None  # _ladder refused it; for the type checker
-    measure = evidence.recipe.unit.row.measure
+    measure = evidence.recipe.unit.measure
     gone = sum(group.cost_of(measure) * removed[group.name] for group in ladder.groups)
     rows = zip(ladder.groups, curves, taken, strict=True)
     following = [

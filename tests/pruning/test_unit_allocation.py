@@ -207,3 +207,14 @@ def test_steps_of_a_schedule_may_see_the_model_as_it_is_by_then() -> None:
         assert not bool((~early & late).any())
     with pytest.raises(RecipeError, match="collected anew need calibration text"):
         prune(noisy(tiny_model("llama")), recipe(schedule=steps, criterion="row_norm(W)"), 0.3)
+
+
+@pytest.mark.parametrize("measure", ["parameters", "flops", "kv bytes", "units"])
+def test_a_share_may_be_of_whatever_units_cost(measure: str) -> None:
+    chosen = recipe(unit={"kv_group": {"measure": measure}}, compare="model")
+    outcome = pruned(noisy(tiny_model("gpt2")), chosen, 0.4)
+    assert outcome.measure == measure
+    assert outcome.selection.removed(measure) <= 0.4 * outcome.selection.total(measure)
+    assert outcome.selection.removed() == 3
+    with pytest.raises(SelectionError, match="saves no kv bytes"):
+        pruned(tiny_model("llama"), recipe(unit={"width": {"measure": "kv bytes"}}), 0.2)

@@ -39,7 +39,7 @@ class Options(BaseModel):
 
 
 class Depth(Options):
-    """Which blocks lose nothing, and which noise formulas see."""
+    """Which blocks lose nothing, what a share is a share of, and which noise formulas see."""
 
     protect_first: int = Field(
         default=0, ge=0, le=10**6, description="blocks at the beginning that keep all units"
@@ -48,6 +48,9 @@ class Depth(Options):
         default=0, ge=0, le=10**6, description="blocks at the end that keep all units"
     )
     seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
+    measure: Literal["parameters", "flops", "kv bytes", "units"] = Field(
+        default="parameters", description="what the sparsity is a share of"
+    )
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
         """Whether a block is one of the first or last, of which nothing may go."""

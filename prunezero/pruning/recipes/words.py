@@ -341,6 +341,12 @@ class Unit:
         return self == Unit("weight", Options())
 
     @property
+    def measure(self) -> str:
+        """What a sparsity is a share of."""
+        chosen: str = getattr(self.options, "measure", self.row.measure)
+        return chosen
+
+    @property
     def text(self) -> str:
         """The word, and in brackets the numbers that are not the usual ones."""
         return _with_numbers(self.word, self.options)
