@@ -109,11 +109,23 @@ class Group:
     """the number of units that stay is a multiple of this, for the sake of kernels"""
     is_protected: bool = False
     """whether nothing may go"""
+    strata: int = 1
+    """equal parts in which neighbouring units stand, and of each of which as many stay"""
 
     @property
     def units(self) -> int:
         """How many units it has."""
         return math.prod(self.shape)
+
+    @property
+    def step(self) -> int:
+        """The number of units that stay is a multiple of this."""
+        return math.lcm(self.multiple_of, self.strata)
+
+    @property
+    def fewest(self) -> int:
+        """How many units stay in any case."""
+        return -(-self.least // self.strata) * self.strata
 
     @property
     def has_rows(self) -> bool:
