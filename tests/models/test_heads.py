@@ -17,11 +17,12 @@ from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import sliced, slices_of
 from prunezero.models.editing.zeroing import zeroed
-from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.loading.load import load_model
 from prunezero.models.saving.save import save_model
 from prunezero.pruning.costs import costs_without
-from tests.tiny_models import BLOCKS, tiny_batches
+from tests.models.test_mlp import noisy
+from tests.tiny_models import BLOCKS, tiny_batches, tiny_tokenizer
 from tests.unequal import OF_FIXED_WIDTH, unequal_model
 
 # Eight query heads of eight channels, four of each key-value head.
@@ -115,6 +116,64 @@ def test_keys_and_values_are_no_part_of_a_head_and_queries_are() -> None:
         heads_of(model, ignore=["q_proj"])
     with pytest.raises(ModelError, match="so no query head can go; choose other targets"):
         heads_of(model, targets=["down_proj", "up_proj", "gate_proj"])
+
+
+def interleaved() -> LanguageModel:
+    """Queries, keys and values of each key-value head side by side in one matrix."""
+    from transformers import AutoModelForCausalLM, FalconConfig
+
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "bias": False}
+    heads = {"num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True}
+    network = AutoModelForCausalLM.from_config(FalconConfig(**sizes, **heads), dtype=torch.float32)
+    return noisy(wrap_model(network.eval(), tiny_tokenizer(), name="falcon"))
+
+
+def test_interleaved_queries_are_found_between_keys_and_values_that_stay() -> None:
+    model = interleaved()
+    (group, _) = heads_of(model)
+    queries, reader = group.members
+    assert (group.units, group.strata, queries.run, queries.gap) == (8, 2, 32, 16)
+    kept = torch.tensor(KEPT[6])
+    rows = torch.tensor([True] * 96)
+    for head in (2, 4):
+        first = 8 * head + 16 * (head // 4)
+        rows[first : first + 8] = False
+    assert torch.equal(queries.kept_rows(kept), rows)
+    assert torch.equal(queries.mask(kept), rows[:, None].expand(96, 64))
+    turned = queries.oriented(queries.linear.weight)
+    assert torch.equal(turned[4].reshape(8, 64), queries.linear.weight[48:56])
+    # What other heads hand on does not change without these.
+    seen: list[Tensor] = []
+    handle = reader.linear.module.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].clone())
+    )
+    selection = Selection((group,), (kept,))
+    with torch.no_grad():
+        model.model(tiny_batches(1))
+        with zeroed(model, selection):
+            model.model(tiny_batches(1))
+    handle.remove()
+    same = [torch.equal(*(one[..., 8 * head : 8 * head + 8] for one in seen)) for head in range(8)]
+    assert same == KEPT[6]
+    # Its configuration has no word for the size of a head.
+    assert (
+        "no configuration of falcon gives its layers the widths"
+        in slices_of(model, selection).fault
+    )
+
+
+def test_key_value_heads_that_take_turns_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Queries 0, 2, 4, ... of the first, 1, 3, 5, ... of the second."""
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(
+        modeling_llama, "repeat_kv", lambda states, times: states.repeat(1, times, 1, 1)
+    )
+    model = unequal_model("llama", **MANY, attn_implementation="eager")
+    with pytest.raises(ModelError, match="do not stand side by side.*so no query head can go"):
+        heads_of(model)
 
 
 def test_one_key_value_head_for_all_is_one_stratum() -> None:

@@ -146,14 +146,15 @@ def _heads_in_copy(probe: BlockProbe, where: str) -> _Found:
     channels = trace.inputs[reader.name].shape[-1]
     together = _width_of_first(trace, reader.name, _rows_behind)
     width = _width_of_first(trace, reader.name, _query_rows)
-    if width >= together:
+    if channels % together or together % width or _are_mixed(trace, reader.name, together):
+        _refuse_layout(reader, "head")
+    if width == together:
         raise ModelError(
             f"in {where} every query head has keys and values of its own, which nothing "
             "would read without it, so no head can go by itself; use unit kv_group"
         )
-    if channels % together or together % width:
-        _refuse_layout(reader, "head")
-    return _proved(probe, trace, reader, width, "head"), channels // together
+    strata = channels // together
+    return _proved(probe, trace, reader, width, "head", strata), strata
 
 
 def _reader_in(probe: BlockProbe, trace: Trace, where: str, kind: str) -> Linear:
@@ -171,7 +172,18 @@ def _reader_in(probe: BlockProbe, trace: Trace, where: str, kind: str) -> Linear
     return probe.layers[readers[0]]
 
 
-def _proved(probe: BlockProbe, trace: Trace, reader: Linear, width: int, kind: str) -> list[Member]:
+def _are_mixed(trace: Trace, name: str, width: int) -> bool:
+    """Whether some rows are behind several parts of so many input channels each."""
+    channels = trace.inputs[name].shape[-1]
+    parts = [_rows_behind(trace, name, at, at + width) for at in range(0, channels, width)]
+    return any(
+        bool((torch.stack([part[other] for part in parts]).sum(0) > 1).any()) for other in parts[0]
+    )
+
+
+def _proved(
+    probe: BlockProbe, trace: Trace, reader: Linear, width: int, kind: str, strata: int = 1
+) -> list[Member]:
     """The members of units of so many channels.
 
     Raises:
@@ -179,7 +191,9 @@ def _proved(probe: BlockProbe, trace: Trace, reader: Linear, width: int, kind: s
     """
     channels = trace.inputs[reader.name].shape[-1]
     if channels % width == 0:
-        makers = _makers(probe, trace, reader, channels // width, _ROWS[kind])
+        starts = range(0, channels, width)
+        behind = [_ROWS[kind](trace, reader.name, at, at + width) for at in starts]
+        makers = _makers(probe, behind, strata)
         members = [*makers, Member(reader, "consumer", channels // width, 0, width)]
         if makers and _are_alone(probe, members):
             return members
@@ -266,35 +280,40 @@ _ROWS: dict[str, _Rows] = {"kv_group": _rows_behind, "head": _query_rows}
 _WORDS = {"kv_group": "key-value group", "head": "query head"}
 
 
-def _makers(
-    probe: BlockProbe, trace: Trace, reader: Linear, groups: int, rows_of: _Rows
-) -> list[Member]:
-    """The parts of matrices whose rows make a unit; none where units do not stand in order."""
-    width = trace.inputs[reader.name].shape[-1] // groups
-    behind = [
-        rows_of(trace, reader.name, group * width, (group + 1) * width) for group in range(groups)
-    ]
+def _makers(probe: BlockProbe, behind: Sequence[Mapping[str, Tensor]], strata: int) -> list[Member]:
+    """The parts of matrices whose rows make a unit; none where units do not stand in order.
+
+    Args:
+        behind: of each unit, the rows that make it, bool [rows] by name.
+        strata: runs of units between which other rows may stand.
+    """
+    units = len(behind)
     makers: list[Member] = []
-    for name in behind[0]:
-        parts = [
-            Member(probe.layers[name], "producer", groups, start, rows)
-            for start, rows in _runs(behind[0][name].nonzero().flatten().tolist())
-        ]
-        for group, rows in enumerate(behind):
-            places = [part.start + group * part.width for part in parts]
-            expected = torch.zeros_like(rows[name])
-            for part, place in zip(parts, places, strict=True):
-                expected[place : place + part.width] = True
-            if not torch.equal(expected, rows[name]):
+    for name, first in behind[0].items():
+        runs, following = _runs(first), _runs(behind[units // strata % units][name])
+        if len(runs) != len(following):
+            return []
+        parts = []
+        for (start, width), (after, _) in zip(runs, following, strict=True):
+            gap = after - start - units // strata * width if strata > 1 else 0
+            parts.append(Member(probe.layers[name], "producer", units, start, width, strata, gap))
+        if any(part.gap < 0 for part in parts):
+            return []
+        for unit, rows in enumerate(behind):
+            kept = torch.arange(units) != unit
+            expected = torch.zeros(len(first), dtype=torch.bool)
+            for part in parts:
+                expected |= ~part.kept_rows(kept)
+            if not torch.equal(expected, rows[name].cpu()):
                 return []
         makers += parts
     return makers
 
 
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring rows as (first, count)."""
+def _runs(rows: Tensor) -> list[tuple[int, int]]:
+    """Neighbouring rows as (first, count), of bool [rows]."""
     runs: list[tuple[int, int]] = []
-    for row in rows:
+    for row in rows.nonzero().flatten().tolist():
         if runs and row == sum(runs[-1]):
             runs[-1] = runs[-1][0], runs[-1][1] + 1
         else:

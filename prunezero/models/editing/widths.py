@@ -205,9 +205,9 @@ def _candidates(
 def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Shapes of an empty model's parameters under other settings; none where that is no model."""
     configuration = copy.deepcopy(model.config)
-    for key, value in changes.items():
-        setattr(configuration.get_text_config(), key, value)
     try:
+        for key, value in changes.items():
+            setattr(configuration.get_text_config(), key, value)
         # A file with such settings would be read like this.
         configuration = type(configuration).from_dict(configuration.to_dict())
         with torch.device("meta"):
