@@ -59,8 +59,8 @@ Allocate = Annotated[
 Unit = Annotated[
     str | None,
     typer.Option(
-        help="What recipes of whole units take out instead of their own: `neuron`, `kv_group`, "
-        "`width` or others of `prunezero list choices`."
+        help="What recipes of whole units take out instead of their own: `neuron`, `head`, "
+        "`kv_group`, `width` or others of `prunezero list choices`."
     ),
 ]
 SEED = typer.Option(

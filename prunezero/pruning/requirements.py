@@ -154,8 +154,8 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
 
 def _one_less(group: Group, place: int) -> int:
     """A number of units that may stay of a group, other than that of its neighbours."""
-    fewer = group.units - (1 + place % 2) * group.multiple_of
-    return fewer if fewer >= group.least and not group.is_protected else group.units
+    fewer = group.units - (1 + place % 2) * group.step
+    return fewer if fewer >= group.fewest and not group.is_protected else group.units
 
 
 def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Linear]) -> None:

@@ -3,7 +3,7 @@
 What the removal of one unit costs, once the others are refitted (Lr0, and Lrb where a bias is
 refitted too), says little of what the removal of several costs where their channels are correlated.
 So the unit of the lowest score goes, the inverse Gram matrix is downdated, and the others are
-scored by what they then hold.
+scored by what they then hold. Where units stand in strata, one of each goes at a time.
 
 Source: Kurtic et al. 2023, ZipLM, arXiv:2302.04089, algorithm 1.
 """
@@ -20,6 +20,7 @@ from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.groups import Group
 from prunezero.scoring.score import score_units
+from prunezero.scoring.selection import lowest_first
 from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.unit_features import Reader, full_inverse, unit_feature
 
@@ -71,7 +72,7 @@ def rescored(
 ) -> Tensor:
     """Scores [units] whose order is the one in which units go; each is the score it went by.
 
-    A score below one of a unit that went before counts as that one.
+    A score below one of a unit of its stratum that went before counts as that one.
 
     Args:
         at_once: units that go before the others are scored anew.
@@ -98,7 +99,8 @@ def rescored(
     device = columns.device
     state = _State(torch.arange(group.units, device=device), inverse, columns, reader.width)
     scores = torch.empty(group.units, dtype=torch.float32, device=device)
-    count, highest = (at_once if group.units >= _FEW else 1), -torch.inf
+    count, strata = (at_once if group.units >= _FEW else 1), group.strata
+    highest = torch.full((strata,), -torch.inf, device=device)
     while len(state.places):
         features = {other: value[state.places] for other, value in others.items()}
         features[name] = state.losses().float()[:, None]
@@ -106,17 +108,19 @@ def rescored(
         kind = group.kind.replace("_", " ")
         values = (
             score_units(criterion, shape, features, group=group.name, kind=kind)
-            if len(state.places) > 1
-            else torch.full((1,), torch.inf, device=device)
+            if len(state.places) > strata
+            else torch.full((strata,), torch.inf, device=device)
         )
-        lowest = torch.sort(values, stable=True).indices[: max(1, min(count, len(values) - 1))]
-        reached = values[lowest].clamp(min=highest)
+        turn = max(strata, min(count // strata * strata, len(values) - strata))
+        lowest = lowest_first(values, strata)[:turn]
+        stratum = state.places[lowest] // (group.units // strata)
+        reached = torch.maximum(values[lowest], highest[stratum])
         scores[state.places[lowest]] = reached
-        highest = float(reached.max())
+        highest = highest.scatter_reduce(0, stratum, reached, "amax")
         gone = torch.zeros(len(values), dtype=torch.bool, device=device)
         gone[lowest] = True
         state.remove(gone)
-    # The last one went by no score: it stays, as long as any does.
+    # The last went by no score: they stay, as long as any do.
     return scores.nan_to_num(posinf=torch.finfo(torch.float32).max)
 
 

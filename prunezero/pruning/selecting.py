@@ -13,7 +13,7 @@ from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
 from prunezero.pruning.budget import Budget
 from prunezero.scoring.request import check_request, removed_count
-from prunezero.scoring.selection import refuse_non_finite, select_model
+from prunezero.scoring.selection import lowest_first, refuse_non_finite, select_model
 
 
 def check_weights(groups: Sequence[Group], budget: Budget, *, compare: str) -> None:
@@ -118,13 +118,12 @@ def left_of(group: Group, share: float) -> int:
 
 def _free(group: Group) -> int:
     """How many of its units may go."""
-    return 0 if group.is_protected else max(0, group.units - group.least)
+    return 0 if group.is_protected else max(0, group.units - group.fewest)
 
 
 def _rounded_up(group: Group, left: int) -> int:
     """At least so many units, of which kernels can make use; all, where that is more."""
-    multiple = group.multiple_of
-    return min(group.units, -(-left // multiple) * multiple)
+    return min(group.units, -(-left // group.step) * group.step)
 
 
 def select_units(
@@ -139,8 +138,9 @@ def select_units(
     In a group by itself a share of its units goes, rounded down. Where the groups of the model
     compete, units go in the order of their scores as far as what they cost stays within the share
     of what all cost, others after one that no longer fits; a group keeps its least. Where a number
-    of units must be a multiple, the best of those that would go come back. Ties go to the earlier
-    group, then to the lower index.
+    of units must be a multiple, the best of those that would go come back. Of a group in strata one
+    unit of each goes at a time, and their mean score counts. Ties go to the earlier group, then to
+    the lower index.
 
     Args:
         compare: "group" or "model".
@@ -171,36 +171,33 @@ def _kept(group: Group, scores: Tensor, removed: int) -> Tensor:
     """Bool [units]: all but the lowest, so many that they are a multiple of what they must be."""
     left = _rounded_up(group, group.units - removed)
     kept = torch.ones(group.units, dtype=torch.bool)
-    kept[_ascending(scores)[: group.units - left]] = False
+    kept[lowest_first(scores, group.strata)[: group.units - left]] = False
     return kept
 
 
 def _removed_of_all(groups: Sequence[Group], scores: Sequence[Tensor], budget: Budget) -> list[int]:
     """How many units of each group are among the lowest of all that fit into the budget."""
     # The best of each group stay whatever others score.
-    free = [
-        _ascending(values)[: _free(group)] for group, values in zip(groups, scores, strict=True)
-    ]
-    owners = torch.cat([torch.full_like(one, place) for place, one in enumerate(free)])
-    values = torch.cat([one[places] for one, places in zip(scores, free, strict=True)])
-    order = _ascending(values)
-    costs = [group.cost_of(budget.measure) for group in groups]
+    free = [_turns(group, values) for group, values in zip(groups, scores, strict=True)]
+    owners = torch.cat([torch.full((len(one),), place) for place, one in enumerate(free)])
+    order = lowest_first(torch.cat(free))
+    costs = [group.cost_of(budget.measure) * group.strata for group in groups]
     left, removed = float(allowance(groups, budget)), [0] * len(groups)
     # What no longer fits is passed over, so a large unit does not keep small ones from going; of
     # one group they go in order, since all cost the same.
     for owner in owners[order].tolist():
         if costs[owner] <= left:
             left -= costs[owner]
-            removed[owner] += 1
+            removed[owner] += groups[owner].strata
         elif left < min(costs):
             break
     return removed
 
 
-def _ascending(values: Tensor) -> Tensor:
-    """Places from the lowest to the highest; of equal values the lower place comes first."""
-    # Adding zero makes -0.0 equal 0.0.
-    return torch.sort(values + 0.0, stable=True).indices
+def _turns(group: Group, scores: Tensor) -> Tensor:
+    """The rising scores of what may go: units, or the mean of one of each stratum."""
+    order = lowest_first(scores, group.strata)[: _free(group)]
+    return scores[order].reshape(-1, group.strata).mean(1)
 
 
 def _cost(group: Group, budget: Budget) -> float:

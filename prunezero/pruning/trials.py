@@ -21,6 +21,7 @@ from prunezero.models.evaluation import DenseReference, dense_reference, evaluat
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.updates.mend import Work, mend
+from prunezero.scoring.selection import lowest_first
 from prunezero.scoring.statistics import Statistics
 
 # Bytes of mended weights that are remembered.
@@ -134,7 +135,7 @@ class Trials:
             damping=recipe.damping,
             options=recipe.unit.options,
         )
-        return torch.sort(scores + 0.0, stable=True).indices
+        return lowest_first(scores, group.strata)
 
 
 def _reader(group: Group) -> Linear:

@@ -70,7 +70,8 @@ class Ladder:
         if not open_:
             raise SelectionError("every group is protected, so nothing can go")
         largest = max(cost[group.name] * group.units for group in open_)
-        grain = max(largest / steps, *(cost[group.name] for group in open_), 0.0)
+        turns = (cost[group.name] * group.strata for group in open_)
+        grain = max(largest / steps, *turns, 0.0)
         counts = [_counts(group, grain / cost[group.name]) for group in open_]
         wanted = float(removed_count(round(total), sparsity))
         if sum(len(one) - 1 for one in counts) < math.floor(wanted / grain + 1e-9):
@@ -96,8 +97,8 @@ def _counts(group: Group, units: float) -> list[int]:
     counts = [0]
     while True:
         gone = math.floor(len(counts) * units + 1e-9)
-        gone -= -(group.units - gone) % group.multiple_of
-        if group.units - gone < group.least or gone > group.units:
+        gone -= -(group.units - gone) % group.step
+        if group.units - gone < group.fewest or gone > group.units:
             return counts
         counts.append(max(gone, counts[-1]))
 
@@ -310,8 +311,8 @@ def _fill(
     ]
     for _, group in sorted(following, key=lambda one: one[0]):
         count = math.floor((ladder.wanted - gone) / group.cost_of(measure) + 1e-9)
-        count = min(count, group.units - group.least - removed[group.name])
-        count -= count % group.multiple_of
+        count = min(count, group.units - group.fewest - removed[group.name])
+        count -= count % group.step
         if count > 0:
             removed[group.name] += count
             gone += count * group.cost_of(measure)

@@ -94,6 +94,18 @@ def select_model(scores: Sequence[torch.Tensor], sparsity: float) -> list[torch.
     return masks
 
 
+def lowest_first(scores: torch.Tensor, strata: int = 1) -> torch.Tensor:
+    """Places of scores [units] in the order in which they go; ties go to the lower index.
+
+    Args:
+        strata: equal parts in which neighbours stand; each loses its lowest before any loses more.
+    """
+    # Adding zero makes -0.0 equal 0.0.
+    parts = (scores + 0.0).reshape(strata, -1)
+    firsts = torch.arange(strata, device=scores.device)[:, None] * parts.shape[1]
+    return (torch.sort(parts, dim=1, stable=True).indices + firsts).T.reshape(-1)
+
+
 def refuse_non_finite(scores: torch.Tensor) -> None:
     """Raise ScoreError, with counts, when a score is NaN or infinite; no mask may come of those."""
     if scores.numel() == 0:

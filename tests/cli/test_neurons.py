@@ -29,6 +29,21 @@ def test_prune_saves_a_smaller_model_and_says_what_is_gone(run: Run) -> None:
     assert Recipe.load(Path("out/recipe.yaml")).name == "wanda_sp"
 
 
+def test_query_heads_go_and_plain_transformers_loads_what_is_left(run: Run) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = run("prune MODEL --recipe minitron_heads --sparsity 0.5 --output out --json o.json")
+    assert result.exit_code == 0, result.output
+    assert "4 of 8 heads are gone" in flat(result.output)
+    row = json.loads(Path("o.json").read_text())
+    assert (row["removed"], row["units_removed"]) == (0.5, 4)
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 2)
+    # One head of each key-value head is half of them: less takes none.
+    assert run("prune MODEL --recipe minitron_heads --sparsity 0.49 --json o.json").exit_code == 0
+    assert json.loads(Path("o.json").read_text())["removed"] == 0
+
+
 def test_without_an_output_neurons_are_removed_for_the_measurement(run: Run) -> None:
     result = run("prune MODEL --recipe flap --sparsity 0.2 --json o.json")
     assert result.exit_code == 0, result.output

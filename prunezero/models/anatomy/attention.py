@@ -1,16 +1,21 @@
-"""Key-value groups: heads of attention that share keys and values, found and proved by a probe.
+"""Heads of attention, and those that share keys and values, found and proved by a probe.
 
 A group is a key-value head with all query heads that read it: rows that make its queries, keys and
 values, and the columns that read what comes out. It may leave as one, and nothing but the group is
 missing. Where every query head has keys and values of its own, a group is a head. Which rows belong
 to a group shows on a copy of the block with random weights: those that its channels depend on, and
 no others do. Fused and interleaved matrices give several members, or wide ones.
+
+A query head by itself is the rows that make its queries and the columns that read it; the keys and
+values of its group stay. Queries are what only their own token sees: keys and values are seen by
+later tokens too. Attention repeats keys as often for each group, so as many heads of each stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,10 +29,12 @@ from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.unequal.layers import SkippedAttn
 
-# Under this name a model keeps the members of its groups, by block.
-_FOUND = "_prunezero_kv_groups"
+# Under this name a model keeps what a probe found of its heads, by kind and block.
+_FOUND = "_prunezero_heads"
 # And under this one how its blocks are called.
 _CALLS = "_prunezero_calls"
+# What a probe finds: parts of matrices of the copy, the reader last, and in how many strata.
+_Found = tuple[list[Member], int]
 
 
 def kv_groups(linears: Sequence[Linear], language_model: LanguageModel) -> list[Group]:
@@ -37,27 +44,52 @@ def kv_groups(linears: Sequence[Linear], language_model: LanguageModel) -> list[
         ModelError: a block has no heads that could be proved to be such; or some matrices of an
             attention are among the linear maps and others, which go with them, are not.
     """
+    found = _groups(linears, language_model, "kv_group", _groups_in_copy)
+    return [
+        replace(group, cost=unit_cost(group.members, cached=_cached(group.members)))
+        for group in found
+    ]
+
+
+def query_heads(linears: Sequence[Linear], language_model: LanguageModel) -> list[Group]:
+    """The query heads of each attention that has a part among some linear maps.
+
+    Its strata are the key-value heads.
+
+    Raises:
+        ModelError: as `kv_groups`, or a query head shares its keys and values with no other.
+    """
+    return _groups(linears, language_model, "head", _heads_in_copy)
+
+
+def _groups(
+    linears: Sequence[Linear],
+    language_model: LanguageModel,
+    kind: str,
+    find: Callable[[BlockProbe, str], _Found],
+) -> list[Group]:
     wanted = {linear.name for linear in linears}
     groups: list[Group] = []
     for inside in by_block(linears, language_model):
         block = find_blocks(language_model.model)[inside[0].block]
         if any(isinstance(module, SkippedAttn) for module in block.modules()):
             continue
-        members = _attention_of(language_model, inside)
+        members, strata = _attention_of(language_model, inside, kind, find)
         (name,) = names_of([members])
         group = Group(
             name=name,
             block=inside[0].block,
-            kind="kv_group",
+            kind=kind,
             shape=(members[-1].units,),
             members=members,
-            cost=unit_cost(members, cached=_cached(members)),
+            cost=unit_cost(members),
             least=1,
+            strata=strata,
         )
         groups += [group] if is_among(group, wanted) else []
     if not groups:
         raise ModelError(
-            "none of the layers that are pruned is part of an attention, so no key-value group "
+            f"none of the layers that are pruned is part of an attention, so no {_WORDS[kind]} "
             f"can go; choose other targets, such as '{linears[0].name.rsplit('.', 2)[0]}'"
         )
     return groups
@@ -69,21 +101,27 @@ def _cached(members: Sequence[Member]) -> int:
     return sum(member.width for member in makers) - reader.width
 
 
-def _attention_of(language_model: LanguageModel, inside: Sequence[Linear]) -> tuple[Member, ...]:
-    """The parts of matrices that go with a key-value group of a block; a model is probed once.
+def _attention_of(
+    language_model: LanguageModel,
+    inside: Sequence[Linear],
+    kind: str,
+    find: Callable[[BlockProbe, str], _Found],
+) -> tuple[tuple[Member, ...], int]:
+    """The parts of matrices that go with a unit of a block, and its strata; a model is probed once.
 
     Raises:
-        ModelError: no such groups could be proved.
+        ModelError: no such units could be proved.
     """
     known = vars(language_model.model).setdefault(_FOUND, {})
     block, shapes = inside[0].block, [(linear.name, linear.weight.shape) for linear in inside]
-    if known.get(block, (None,))[0] != shapes:
+    if known.get((kind, block), (None,))[0] != shapes:
         probe = probe_of(language_model, block, _calls(language_model)[block])
         where = f"block {block} of {type(language_model.model).__name__}"
         originals = {linear.name: linear for linear in inside}
-        members = _found_in_copy(probe, where)
-        known[block] = shapes, [_of(originals, member) for member in members]
-    return tuple(known[block][1])
+        members, strata = find(probe, where)
+        known[kind, block] = shapes, ([_of(originals, member) for member in members], strata)
+    members, strata = known[kind, block][1]
+    return tuple(members), strata
 
 
 def _calls(language_model: LanguageModel) -> dict[int, Call]:
@@ -98,30 +136,87 @@ def _calls(language_model: LanguageModel) -> dict[int, Call]:
     return calls
 
 
-def _found_in_copy(probe: BlockProbe, where: str) -> list[Member]:
-    """What goes with a group, in matrices of the copy, the reader last.
+def _groups_in_copy(probe: BlockProbe, where: str) -> _Found:
+    """What goes with a key-value group.
 
     Raises:
         ModelError: see `kv_groups`.
     """
     trace = probe.run()
+    reader = _reader_in(probe, trace, where, "kv_group")
+    width = _width_of_first(trace, reader.name, _rows_behind)
+    return _proved(probe, trace, reader, width, "kv_group"), 1
+
+
+def _heads_in_copy(probe: BlockProbe, where: str) -> _Found:
+    """What goes with a query head, and how many key-value heads there are.
+
+    Raises:
+        ModelError: see `query_heads`.
+    """
+    trace = probe.run()
+    reader = _reader_in(probe, trace, where, "head")
+    channels = trace.inputs[reader.name].shape[-1]
+    together = _width_of_first(trace, reader.name, _rows_behind)
+    width = _width_of_first(trace, reader.name, _query_rows)
+    if channels % together or together % width or _are_mixed(trace, reader.name, together):
+        _refuse_layout(reader, "head")
+    if width == together:
+        raise ModelError(
+            f"in {where} every query head has keys and values of its own, which nothing "
+            "would read without it, so no head can go by itself; use unit kv_group"
+        )
+    strata = channels // together
+    return _proved(probe, trace, reader, width, "head", strata), strata
+
+
+def _reader_in(probe: BlockProbe, trace: Trace, where: str, kind: str) -> Linear:
+    """The one matrix of the copy that reads attention.
+
+    Raises:
+        ModelError: there is none, or there are several.
+    """
     readers = _readers(trace)
     if len(readers) != 1:
         raise ModelError(
-            f"{where} has no attention that is read by one matrix, so no key-value group of it can "
+            f"{where} has no attention that is read by one matrix, so no {_WORDS[kind]} of it can "
             "go; this layout is not supported"
         )
-    reader = probe.layers[readers[0]]
+    return probe.layers[readers[0]]
+
+
+def _are_mixed(trace: Trace, name: str, width: int) -> bool:
+    """Whether some rows are behind several parts of so many input channels each."""
+    channels = trace.inputs[name].shape[-1]
+    parts = [_rows_behind(trace, name, at, at + width) for at in range(0, channels, width)]
+    return any(
+        bool((torch.stack([part[other] for part in parts]).sum(0) > 1).any()) for other in parts[0]
+    )
+
+
+def _proved(
+    probe: BlockProbe, trace: Trace, reader: Linear, width: int, kind: str, strata: int = 1
+) -> list[Member]:
+    """The members of units of so many channels.
+
+    Raises:
+        ModelError: not all units are like the first, or something else sees their rows.
+    """
     channels = trace.inputs[reader.name].shape[-1]
-    width = _width_of_group(trace, reader.name, channels)
     if channels % width == 0:
-        makers = _makers(probe, trace, reader, channels // width)
+        starts = range(0, channels, width)
+        behind = [_ROWS[kind](trace, reader.name, at, at + width) for at in starts]
+        makers = _makers(probe, behind, strata)
         members = [*makers, Member(reader, "consumer", channels // width, 0, width)]
         if makers and _are_alone(probe, members):
             return members
+    _refuse_layout(reader, kind)
+
+
+def _refuse_layout(reader: Linear, kind: str) -> NoReturn:
     raise ModelError(
         f"the heads that '{reader.name}' reads do not stand side by side in the matrices that make "
-        "them, or something else sees them, so no key-value group can go; this layout is not "
+        f"them, or something else sees them, so no {_WORDS[kind]} can go; this layout is not "
         "supported"
     )
 
@@ -164,13 +259,27 @@ def _rows_behind(trace: Trace, name: str, start: int, stop: int) -> dict[str, Te
     }
 
 
-def _width_of_group(trace: Trace, name: str, channels: int) -> int:
+def _query_rows(trace: Trace, name: str, start: int, stop: int) -> dict[str, Tensor]:
+    """Which rows make the queries behind some input channels, bool [rows] by name.
+
+    What the last token reads depends on the rows of its own, and of earlier tokens on keys and
+    values alone.
+    """
+    rows = {}
+    last = trace.inputs[name][..., -1:, start:stop]
+    for other, gradient in _gradients(trace, name, last).items():
+        seen = (gradient != 0).reshape(-1, *gradient.shape[-2:]).any(0)
+        rows[other] = seen[-1] & ~seen[:-1].any(0)
+    return rows
+
+
+def _width_of_first(trace: Trace, name: str, rows_of: _Rows) -> int:
     """How many neighbouring channels share rows with the first one."""
-    first = _rows_behind(trace, name, 0, 1)
-    shares, shares_not = 0, channels
+    first = rows_of(trace, name, 0, 1)
+    shares, shares_not = 0, trace.inputs[name].shape[-1]
     while shares_not - shares > 1:
         middle = (shares + shares_not) // 2
-        rows = _rows_behind(trace, name, middle, middle + 1)
+        rows = rows_of(trace, name, middle, middle + 1)
         if any(bool((rows[other] & first[other]).any()) for other in rows):
             shares = middle
         else:
@@ -178,34 +287,46 @@ def _width_of_group(trace: Trace, name: str, channels: int) -> int:
     return shares_not
 
 
-def _makers(probe: BlockProbe, trace: Trace, reader: Linear, groups: int) -> list[Member]:
-    """The parts of matrices whose rows make a group; none where groups do not stand in order."""
-    width = trace.inputs[reader.name].shape[-1] // groups
-    behind = [
-        _rows_behind(trace, reader.name, group * width, (group + 1) * width)
-        for group in range(groups)
-    ]
+_Rows = Callable[[Trace, str, int, int], dict[str, Tensor]]
+# By kind of unit: which rows make it, and what a sentence calls it.
+_ROWS: dict[str, _Rows] = {"kv_group": _rows_behind, "head": _query_rows}
+_WORDS = {"kv_group": "key-value group", "head": "query head"}
+
+
+def _makers(probe: BlockProbe, behind: Sequence[Mapping[str, Tensor]], strata: int) -> list[Member]:
+    """The parts of matrices whose rows make a unit; none where units do not stand in order.
+
+    Args:
+        behind: of each unit, the rows that make it, bool [rows] by name.
+        strata: runs of units between which other rows may stand.
+    """
+    units = len(behind)
     makers: list[Member] = []
-    for name in behind[0]:
-        parts = [
-            Member(probe.layers[name], "producer", groups, start, rows)
-            for start, rows in _runs(behind[0][name].nonzero().flatten().tolist())
-        ]
-        for group, rows in enumerate(behind):
-            places = [part.start + group * part.width for part in parts]
-            expected = torch.zeros_like(rows[name])
-            for part, place in zip(parts, places, strict=True):
-                expected[place : place + part.width] = True
-            if not torch.equal(expected, rows[name]):
+    for name, first in behind[0].items():
+        runs, following = _runs(first), _runs(behind[units // strata % units][name])
+        if len(runs) != len(following):
+            return []
+        parts = []
+        for (start, width), (after, _) in zip(runs, following, strict=True):
+            gap = after - start - units // strata * width if strata > 1 else 0
+            parts.append(Member(probe.layers[name], "producer", units, start, width, strata, gap))
+        if any(part.gap < 0 for part in parts):
+            return []
+        for unit, rows in enumerate(behind):
+            kept = torch.arange(units) != unit
+            expected = torch.zeros(len(first), dtype=torch.bool)
+            for part in parts:
+                expected |= ~part.kept_rows(kept)
+            if not torch.equal(expected, rows[name].cpu()):
                 return []
         makers += parts
     return makers
 
 
-def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring rows as (first, count)."""
+def _runs(rows: Tensor) -> list[tuple[int, int]]:
+    """Neighbouring rows as (first, count), of bool [rows]."""
     runs: list[tuple[int, int]] = []
-    for row in rows:
+    for row in rows.nonzero().flatten().tolist():
         if runs and row == sum(runs[-1]):
             runs[-1] = runs[-1][0], runs[-1][1] + 1
         else:

@@ -43,6 +43,15 @@ class Member:
     """its first row or column that belongs to a unit; fused matrices hold several members"""
     width: int = 1
     """neighbouring rows or columns of one unit: 1, or the size of a head"""
+    strata: int = 1
+    """in so many equal runs they stand, one behind the other"""
+    gap: int = 0
+    """rows or columns between two runs that belong to no unit, where matrices are interleaved"""
+
+    @property
+    def run(self) -> int:
+        """How many rows or columns stand side by side."""
+        return self.units // self.strata * self.width
 
     @property
     def axis(self) -> int:
@@ -66,7 +75,8 @@ class Member:
         """
         stays = torch.ones(self.linear.weight.shape[self.axis], dtype=torch.bool)
         parts = kept.cpu().repeat_interleave(self.width)
-        stays[self.start : self.start + len(parts)] = parts
+        places = torch.arange(len(parts))
+        stays[self.start + places + places // self.run * self.gap] = parts
         return stays
 
     def mask(self, kept: Tensor) -> Tensor:
@@ -83,8 +93,11 @@ class Member:
         return mask
 
     def _turned(self, values: Tensor) -> Tensor:
-        part = values.narrow(self.axis, self.start, self.units * self.width)
-        return part if self.axis == 0 else part.T
+        """A view of the part of units, [strata, run, rest of a row or column]."""
+        turned = values if self.axis == 0 else values.T
+        period = self.run + self.gap
+        part = turned.narrow(0, self.start, self.strata * period - self.gap)
+        return part.unfold(0, self.run, period).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -109,11 +122,23 @@ class Group:
     """the number of units that stay is a multiple of this, for the sake of kernels"""
     is_protected: bool = False
     """whether nothing may go"""
+    strata: int = 1
+    """equal parts in which neighbouring units stand, and of each of which as many stay"""
 
     @property
     def units(self) -> int:
         """How many units it has."""
         return math.prod(self.shape)
+
+    @property
+    def step(self) -> int:
+        """The number of units that stay is a multiple of this."""
+        return math.lcm(self.multiple_of, self.strata)
+
+    @property
+    def fewest(self) -> int:
+        """How many units stay in any case."""
+        return -(-self.least // self.strata) * self.strata
 
     @property
     def has_rows(self) -> bool:

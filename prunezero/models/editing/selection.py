@@ -84,8 +84,14 @@ def _refuse_what_may_not_go(group: Group, kept: Tensor) -> None:
         return
     if group.is_protected:
         raise SelectionError(f"{group.name} is protected, but {group.units - count} units would go")
-    if count < group.least or count % group.multiple_of:
+    if count < group.fewest or count % group.step:
         raise SelectionError(
-            f"{count} units of {group.name} would stay; at least {group.least} have to, and a "
-            f"multiple of {group.multiple_of}"
+            f"{count} units of {group.name} would stay; at least {group.fewest} have to, and a "
+            f"multiple of {group.step}"
+        )
+    counts = kept.reshape(group.strata, -1).sum(1).tolist()
+    if len(set(counts)) > 1:
+        raise SelectionError(
+            f"of the {group.strata} parts of {group.name} {', '.join(map(str, counts))} units "
+            "would stay; of each as many have to"
         )

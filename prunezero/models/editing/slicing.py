@@ -293,7 +293,7 @@ def width_setting(
     Raises:
         ModelError: no configuration has such widths, or the model computes otherwise.
     """
-    first = [torch.arange(group.units) < counts[group.name] for group in groups]
+    first = [_first_of(group, counts[group.name]) for group in groups]
     devices = [group.members[0].linear.weight.device for group in groups]
     kept = tuple(one.to(device) for one, device in zip(first, devices, strict=True))
     selection = Selection(tuple(groups), kept)
@@ -303,6 +303,11 @@ def width_setting(
     with zeroed(language_model, selection):
         refuse_other_logits(language_model, selection, ids)
     return slices
+
+
+def _first_of(group: Group, count: int) -> Tensor:
+    """Bool [units]: the first so many stay, as many of each stratum."""
+    return (torch.arange(group.units) % (group.units // group.strata)) < count // group.strata
 
 
 def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids: Tensor) -> None:

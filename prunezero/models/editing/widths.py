@@ -83,12 +83,14 @@ def heads_of(model: Any, selection: Selection, cuts: Mapping[str, Cut]) -> dict[
     for group, kept in selection:
         consumers = [one for one in group.members if one.role == "consumer"]
         is_cut = any(f"{one.linear.name}.weight" in cuts for one in consumers)
-        if group.kind != "kv_group" or not is_cut:
+        if group.kind not in ("kv_group", "head") or not is_cut:
             continue
         name = consumers[0].linear.name.rpartition(".")[0]
         size = _head_size(model, name)
         stays = int(kept.sum())
-        found[group.block] = Heads(name, stays * consumers[0].width // size, stays, size)
+        queries = stays * consumers[0].width // size
+        keys = stays if group.kind == "kv_group" else group.strata
+        found[group.block] = Heads(name, queries, keys, size)
     return found
 
 
@@ -203,9 +205,9 @@ def _candidates(
 def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Shapes of an empty model's parameters under other settings; none where that is no model."""
     configuration = copy.deepcopy(model.config)
-    for key, value in changes.items():
-        setattr(configuration.get_text_config(), key, value)
     try:
+        for key, value in changes.items():
+            setattr(configuration.get_text_config(), key, value)
         # A file with such settings would be read like this.
         configuration = type(configuration).from_dict(configuration.to_dict())
         with torch.device("meta"):

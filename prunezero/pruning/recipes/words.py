@@ -96,7 +96,7 @@ def _found(code: str) -> Callable[..., Any]:
 # Words that mean the same whatever is removed.
 _EVERY = frozenset(UNITS)
 # Words that take columns out of matrices.
-_WIDTH = frozenset({"neuron", "kv_group", "width"})
+_WIDTH = frozenset({"neuron", "head", "kv_group", "width"})
 _OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.observer)
 _GRAM = frozenset({"gram"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
