@@ -43,6 +43,8 @@ class Member:
     """its first row or column that belongs to a unit; fused matrices hold several members"""
     width: int = 1
     """neighbouring rows or columns of one unit: 1, or the size of a head"""
+    is_again: bool = False
+    """whether a member before it reads the very same inputs"""
 
     @property
     def axis(self) -> int:
@@ -88,6 +90,16 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A parameter that is no linear map of a block, of which every unit has one slice."""
+
+    name: str
+    """of the parameter in the model, such as model.norm.weight"""
+    axis: int
+    """along which units lie, as the module holds it"""
+
+
+@dataclass(frozen=True)
 class Group:
     """Units of one place in a model, which compete among themselves or with those of others."""
 
@@ -109,6 +121,8 @@ class Group:
     """the number of units that stay is a multiple of this, for the sake of kernels"""
     is_protected: bool = False
     """whether nothing may go"""
+    parts: tuple[Part, ...] = ()
+    """what goes as well, beside members: of embeddings, norms and the output head"""
 
     @property
     def units(self) -> int:
