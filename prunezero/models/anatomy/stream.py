@@ -4,10 +4,10 @@ Embeddings begin the stream, and blocks read and write it: a channel has a colum
 that reads it, a row of every one that writes it, and an entry of every norm on it, of every
 embedding and of the output head. It may leave all of them at once, and nothing else.
 
-Which axes those are shows when embeddings hand on their channels in another order. Where linear maps
-give zeros, what then arrives in the new order reads the stream; where the other linear maps give
-noise in the new order, a norm at which the new order arrives is on it, as one of queries and keys is
-not. The proof is to move all of these axes: the logits of the real model must not change.
+Which axes those are shows when embeddings hand on their channels in another order. Where linear
+maps give zeros, those at which the new order arrives read the stream. Where the others then give
+noise in the new order, norms at which it arrives are on the stream, as those of queries and keys
+are not. The proof is to move all of these axes: the logits of the real model must not change.
 """
 
 from __future__ import annotations

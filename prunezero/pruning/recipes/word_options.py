@@ -96,6 +96,31 @@ class Units(Depth):
         return told | {"least": self.least, "multiple_of": self.multiple_of}
 
 
+class Channels(Options):
+    """How channels of the residual stream are scored, and how many stay."""
+
+    members: Literal["inputs", "readers", "writers", "all"] = Field(
+        default="inputs",
+        description="what is scored of a channel: its activation once for each norm that hands it "
+        "on, or its part of the matrices that read it, write it, or do either",
+    )
+    combine: Literal["sum", "mean", "max", "product"] = Field(
+        default="sum", description="how scores of several members become one"
+    )
+    least: int = Field(default=1, ge=1, le=10**6, description="channels that stay anyway")
+    multiple_of: int = Field(
+        default=1,
+        ge=1,
+        le=10**6,
+        description="channels that stay are a multiple of this, so fewer go",
+    )
+    seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
+
+    def limits(self, block: int, blocks: int) -> dict[str, Any]:
+        """How many channels stay anyway, and of what they are a multiple."""
+        return {"least": self.least, "multiple_of": self.multiple_of}
+
+
 class Owl(Options):
     """Outlier-weighed layer-wise sparsity, Yin et al. 2024 (ICML), arXiv:2310.05175."""
 
