@@ -16,7 +16,7 @@ from prunezero.pruning.recipes.word_options import Channels, Depth, Options, Uni
 from prunezero.pruning.rescoring import reader_of, rescored
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import score, score_depth, score_units
-from prunezero.scoring.statistics import SUMS, Statistics
+from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.unit_features import Reader, noise, unit_feature
 
 # How scores along the first axis become one: of several matrices [members, units], or of the
@@ -154,16 +154,9 @@ def channel_scores(
     What a channel hands on is what matrices that read it saw: the output of a norm.
 
     Raises:
-        ScoreError, StatisticsError: as `score_units` and `unit_feature`; or a formula asks for what
-            the chosen members do not have.
+        ScoreError, StatisticsError: as `score_units` and `unit_feature`.
     """
     chosen = [member for member in group.members if _is_on_stream(member, options.members)]
-    elements = [name for name in criterion.features if FEATURES[name].shape == "element"]
-    if options.members == "inputs" and elements:
-        raise ScoreError(
-            f"criterion {criterion.text}: {elements[0]} has a value for each weight, but members: "
-            "inputs looks at what norms hand on; use members: readers, writers or all"
-        )
     scores = [
         _channel_scores(group, member, criterion, statistics, damping, options.seed)
         for member in chosen
@@ -186,21 +179,15 @@ def _channel_scores(
     seed: int,
 ) -> Tensor:
     """The scores [channels] by one matrix."""
-    linear, is_reader = member.linear, member.role == "consumer"
+    linear = member.linear
     known = statistics.get(linear.name)
     reader = Reader(linear.weight, known, member.units, 1, group.cost, group.name, seed)
     features = {}
     for name in criterion.features:
-        row = FEATURES[name]
-        if row.shape == "element":
+        if FEATURES[name].shape == "element":
             value = feature(name, linear.weight, known, damping=damping)
             features[name] = member.oriented(value)
             continue
-        if not is_reader and any(read in SUMS for read in row.inputs):
-            raise StatisticsError(
-                f"criterion {criterion.text}: '{linear.name}' writes to the stream and does not "
-                f"see what norms make of it, so {name} says nothing there; use members: readers"
-            )
         features[name] = unit_feature(name, reader, damping=damping)
     part = member.oriented(linear.weight)
     return score_units(criterion, part, features, group=linear.name, kind=group.kind)

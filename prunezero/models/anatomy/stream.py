@@ -100,8 +100,10 @@ class _Probe:
             handles.append(linear.module.register_forward_hook(_giving(answers.get(name))))
         for name, module in self.norms.items():
             handles.append(module.register_forward_pre_hook(seen.hook(name)))
-        for module in self.tables.values() if order is not None else ():
-            handles.append(module.register_forward_hook(_reordering(order)))
+        if order is not None:
+            handles += [
+                module.register_forward_hook(_reordering(order)) for module in self.tables.values()
+            ]
         with removing(handles), _constant(self.norms.values()):
             logits_of(self.language_model, self.ids)
         return seen.inputs

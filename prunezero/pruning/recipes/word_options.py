@@ -5,11 +5,13 @@ One class for each word that has numbers; `words.WORDS` says where they belong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from prunezero.formula.feature_row import Feature
 from prunezero.pruning.recipes.documents import MOST_WORDS, LayerPattern, LayerPatterns
 
 
@@ -31,6 +33,10 @@ class Options(BaseModel):
             blocks: how many the model has.
         """
         return {}
+
+    def fault_of(self, features: Sequence[Feature]) -> str:
+        """Why units so chosen do not have what a formula looks at; nothing where they do."""
+        return ""
 
     @classmethod
     def described(cls) -> list[str]:
@@ -119,6 +125,21 @@ class Channels(Options):
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
         """How many channels stay anyway, and of what they are a multiple."""
         return {"least": self.least, "multiple_of": self.multiple_of}
+
+    def fault_of(self, features: Sequence[Feature]) -> str:
+        """Norms have no weights of matrices, and what writes to the stream reads nothing of it."""
+        for one in features:
+            if self.members == "inputs" and one.shape == "element":
+                return (
+                    f"{one.name} has a value for each weight, but members: inputs looks at what "
+                    "norms hand on; use members: readers, writers or all"
+                )
+            if self.members in ("writers", "all") and one.shape != "element" and one.sums:
+                return (
+                    f"{one.name} is of what norms hand on, which matrices that write to the stream "
+                    "do not see; use members: inputs or readers"
+                )
+        return ""
 
 
 class Owl(Options):
