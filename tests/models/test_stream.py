@@ -19,7 +19,7 @@ from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.anatomy.stream import channel_groups
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import NARROWER, sliced, width_setting
-from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.loading.load import load_model
 from prunezero.models.saving.save import save_model
 from tests.tiny_models import (
@@ -30,6 +30,7 @@ from tests.tiny_models import (
     tiny_batches,
     tiny_model,
     tiny_network,
+    tiny_tokenizer,
 )
 
 # By layout, the axis of each stored tensor along which the stream lies, by the end of its name.
@@ -253,6 +254,29 @@ def test_norms_of_heads_as_long_as_the_stream_is_wide_are_not_on_it() -> None:
     names = {part.name for part in channels(model).parts}
     assert "model.layers.0.input_layernorm.weight" in names
     assert not any("q_norm" in name or "k_norm" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", ["olmo", "olmo2", "gemma2", "cohere", "starcoder2", "bloom"])
+def test_other_families_need_nothing_of_their_own(kind: str, tmp_path: Path) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    told = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 2}
+    told |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+    told |= {"head_dim": 8, "query_pre_attn_scalar": 8} if kind == "gemma2" else {}
+    settings = CONFIG_MAPPING[kind](**told, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    network = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
+    model = shaken(wrap_model(network, tiny_tokenizer(), name=kind))
+    selection = Selection((channels(model),), (KEPT,))
+    with sliced(model, selection):
+        expected = logits(model.model)
+    if kind == "bloom":
+        # Its heads are as wide together as the stream.
+        with pytest.raises(ModelError, match="no configuration of bloom has 28 channels"):
+            save_model(model, tmp_path / "out", smaller=selection)
+        return
+    save_model(model, tmp_path / "out", smaller=selection)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layouts_that_are_none_are_refused_by_name() -> None:

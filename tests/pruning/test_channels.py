@@ -108,9 +108,9 @@ def test_readers_and_writers_are_scored_by_their_parts() -> None:
     for members, values in parts.items():
         for combine, function in how.items():
             numbers = {"members": members, "combine": combine}
-            one = recipe(criterion="row_norm(W)", unit={"channel": numbers})
+            chosen = recipe(criterion="row_norm(W)", unit={"channel": numbers})
             np.testing.assert_allclose(
-                scores_of(model, one).numpy(), function(values, axis=0), rtol=1e-5
+                scores_of(model, chosen).numpy(), function(values, axis=0), rtol=1e-5
             )
 
 
@@ -122,7 +122,7 @@ def test_gradients_of_weights_are_those_of_all_matrices_on_the_stream() -> None:
         one.module.weight.requires_grad_(True)
     for ids in BATCHES:
         logits = model.model(ids[None]).logits[0, :-1].float()
-        torch.nn.functional.cross_entropy(logits, ids[1:]).backward()
+        torch.nn.functional.cross_entropy(logits, ids[1:]).backward()  # type: ignore[no-untyped-call]
     for one in linears:
         gradient = one.module.weight.grad
         assert isinstance(gradient, Tensor)

@@ -1,8 +1,9 @@
 """Group and Member: units that may go, and the parts of weight matrices that go with each.
 
 A unit is whatever leaves a model as one: a single weight, or a neuron with its row of one matrix
-and its column of the next. Tensors that are no linear maps of a block are parts of a group. Units of one place form a group. A unit's part of one matrix is a
-member; turned so that units are rows, members of all kinds look alike:
+and its column of the next. Units of one place form a group. A unit's part of one matrix is a
+member; turned so that units are rows, members of all kinds look alike. Other tensors that lose a
+slice with each unit are parts.
 
     down_proj [out, in], one column a neuron    ->  [neurons, out]
     q_proj [out, in], `width` rows a head       ->  [heads, width * in]

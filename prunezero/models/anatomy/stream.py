@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunezero.errors import ModelError
+from prunezero.errors import ModelError, reason
 from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.channels import is_among
 from prunezero.models.anatomy.groups import Group, Member, Part
 from prunezero.models.anatomy.linears import Linear, find_linears, is_linear
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
+from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.hooks import removing
 
@@ -200,6 +202,7 @@ def _found(language_model: LanguageModel) -> Group:
         parts=parts,
     )
     _refuse_other_logits(language_model, group, probe)
+    _refuse_other_widths(language_model, group, probe)
     return group
 
 
@@ -318,6 +321,22 @@ def _refuse_other_logits(language_model: LanguageModel, group: Group, probe: _Pr
         raise _unsupported(
             language_model, "computes something else once all channels stand in another order"
         )
+
+
+def _refuse_other_widths(language_model: LanguageModel, group: Group, probe: _Probe) -> None:
+    """Refuse a model that does not run with fewer channels.
+
+    Raises:
+        ModelError: it does not.
+    """
+    kept = torch.arange(group.units, device=probe.ids.device) > 0
+    try:
+        with sliced(language_model, Selection((group,), (kept,))):
+            logits_of(language_model, probe.ids)
+    except RuntimeError as error:
+        raise _unsupported(
+            language_model, f"does not run with one channel fewer ({reason(error)})"
+        ) from error
 
 
 def _unsupported(language_model: LanguageModel, what: str) -> ModelError:

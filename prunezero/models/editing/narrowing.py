@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.anatomy.linears import block_prefix
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.widths import Cut, empty_model, head_size, setting_of_all
-from prunezero.models.unequal.families import PREFIX, is_own_type, register
+from prunezero.models.unequal.families import PREFIX, is_own_type, parts_of, register
 
 # Plain numbers of modules that say nothing of a width.
 _OTHERS = ("training", "layer_idx")
@@ -31,7 +31,7 @@ class Narrowing:
     """of its configuration"""
     own: Mapping[str, int] = field(default_factory=dict)
     """the same, where only a class of its own takes it"""
-    numbers: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    numbers: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     """plain numbers of modules that change with it, by module and key"""
     fault: str = ""
     """why no configuration says so"""
@@ -46,8 +46,8 @@ def narrowing_of(model: Any, cuts: Mapping[str, Cut]) -> Narrowing:
     """How a model says what some cuts leave of its stream."""
     if not cuts:
         return Narrowing()
-    inside = find_linears(model)[0].name.rpartition(".")[0]
-    fixed = {"head_dim": head_size(model, _attention(model) or inside)}
+    attention = _attention(model)
+    fixed = {"head_dim": head_size(model, attention)} if attention else {}
     setting = setting_of_all(model, cuts, {}, fixed)
     if setting is not None:
         return Narrowing(setting, numbers=_numbers(model, empty_model(model, setting)))
@@ -79,21 +79,22 @@ def _own_twin(model: Any) -> Any:
     if is_own_type(model.config.model_type) or model.config.get_text_config() is not model.config:
         return None
     register(kind)
-    if kind not in CONFIG_MAPPING:
+    is_odd = block_prefix(model).rpartition(".")[2] != parts_of(kind).layer_list
+    if is_odd or kind not in CONFIG_MAPPING:
         return None
     told = {**model.config.to_dict(), "model_type": kind}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(told))
 
 
-def _numbers(model: Any, empty: nn.Module | None) -> dict[tuple[str, str], float]:
-    """Plain numbers of modules that are others in the smaller model."""
+def _numbers(model: Any, empty: nn.Module | None) -> dict[tuple[str, str], Any]:
+    """Plain numbers of modules, and shapes, that are others in the smaller model."""
     assert empty is not None  # its shapes were seen; for the type checker
     found = {}
     fresh = dict(empty.named_modules())
     for path, module in model.named_modules():
         for key, value in vars(module).items():
-            is_plain = isinstance(value, int | float) and not isinstance(value, bool)
+            is_plain = isinstance(value, int | float | tuple) and not isinstance(value, bool)
             if not is_plain or key in _OTHERS or key.startswith("_"):
                 continue
             now = vars(fresh[path]).get(key, value) if path in fresh else value

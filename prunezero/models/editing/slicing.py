@@ -66,7 +66,7 @@ class Slices:
     """what stands in the place of modules that go as a whole, by name"""
     shortening: Shortening | None = None
     """how it loses whole layers"""
-    numbers: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    numbers: Mapping[tuple[str, str], Any] = field(default_factory=dict)
     """plain numbers that modules keep and that follow from its width, by module and key"""
     own: Mapping[str, Any] = field(default_factory=dict)
     """what its configuration says where only a class of its own takes it"""
@@ -247,11 +247,11 @@ def _set(owner: Any, key: str, value: Any, undo: ExitStack) -> None:
     setattr(owner, key, value)
 
 
-def _set_number(module: nn.Module, key: str, value: float, undo: ExitStack) -> None:
+def _set_number(module: nn.Module, key: str, value: Any, undo: ExitStack) -> None:
     """Let a module keep another number, and the buffers that hold it too."""
     before = getattr(module, key)
     for name, buffer in list(module.named_buffers(recurse=False)):
-        if torch.equal(buffer, torch.tensor(before).to(buffer)):
+        if buffer.dim() == 0 and torch.equal(buffer, torch.tensor(before).to(buffer)):
             _set(module, name, torch.tensor(value).to(buffer), undo)
     _set(module, key, value, undo)
 

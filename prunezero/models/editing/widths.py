@@ -218,9 +218,9 @@ def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int,
 def empty_model(model: Any, changes: Mapping[str, int]) -> nn.Module | None:
     """A model without numbers under other settings; None where they exclude each other."""
     configuration = copy.deepcopy(model.config)
-    for key, value in changes.items():
-        setattr(configuration.get_text_config(), key, value)
     try:
+        for key, value in changes.items():
+            setattr(configuration.get_text_config(), key, value)
         # A file with such settings would be read like this.
         configuration = type(configuration).from_dict(configuration.to_dict())
         with torch.device("meta"):
