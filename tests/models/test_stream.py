@@ -162,7 +162,9 @@ def test_every_tensor_on_the_stream_is_found_and_no_other(layout: str) -> None:
 def test_the_smaller_model_computes_what_norms_over_the_kept_channels_make(layout: str) -> None:
     model = shaken(tiny_model(layout))
     dense = logits(model.model)
+    written = [one._version for one in model.model.parameters()]
     group = channels(model)
+    assert [one._version for one in model.model.parameters()] == written
     assert torch.equal(logits(model.model), dense)
     before = {name: one.clone() for name, one in model.model.state_dict().items()}
     with NARROWER.simulated(model, Selection((group,), (KEPT,))):

@@ -299,28 +299,38 @@ def _cost(
 def _refuse_other_logits(language_model: LanguageModel, group: Group, probe: _Probe) -> None:
     """Refuse a model that computes something else once its channels stand in another order.
 
-    Its numbers are moved and moved back, which is exact.
-
     Raises:
         ModelError: it does.
     """
-    model = language_model.model
-    axes = _axes(group.members, group.parts)
-    tensors = {id(one): (one, axes[name]) for name in axes for one in [model.get_parameter(name)]}
     before = logits_of(language_model, probe.ids)
-    with torch.no_grad():
-        try:
-            for tensor, axis in tensors.values():
-                tensor.copy_(tensor.index_select(axis, probe.order))
-            after = logits_of(language_model, probe.ids)
-        finally:
-            back = probe.order.argsort()
-            for tensor, axis in tensors.values():
-                tensor.copy_(tensor.index_select(axis, back))
+    with _moved(language_model.model, _axes(group.members, group.parts), probe.order):
+        after = logits_of(language_model, probe.ids)
     if not probe.is_same(after, before):
         raise _unsupported(
             language_model, "computes something else once all channels stand in another order"
         )
+
+
+@contextmanager
+def _moved(model: Any, axes: Mapping[str, int], order: Tensor) -> Iterator[None]:
+    """Within it, some parameters stand in another order along an axis; none is written to."""
+    before: dict[str, nn.Parameter] = {name: model.get_parameter(name) for name in axes}
+    # A tensor that two modules share stays one.
+    moved = {
+        id(before[name]): nn.Parameter(before[name].detach().index_select(axis, order), False)
+        for name, axis in axes.items()
+    }
+    try:
+        _hold(model, {name: moved[id(one)] for name, one in before.items()})
+        yield
+    finally:
+        _hold(model, before)
+
+
+def _hold(model: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        path, _, key = name.rpartition(".")
+        model.get_submodule(path)._parameters[key] = parameter
 
 
 def _refuse_other_widths(language_model: LanguageModel, group: Group, probe: _Probe) -> None:
