@@ -231,6 +231,11 @@ def _prune_in_memory(
     say_about([testbed])
     if places.gguf is not None:
         _refuse_without_gguf(testbed.language_model)
+    if padded and not recipe.unit.row.edit.zeros_suffice:
+        raise OutputError(
+            "--padded saves zeros at full size, but norms divide by the width, so a model with "
+            f"zeros is another one than that without {recipe.unit.word}s; leave --padded out"
+        )
     layers = check_recipe(testbed.language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
     reordering = Reordering(testbed.language_model, recipe, layers)
@@ -325,7 +330,8 @@ def _save_smaller(
         f"{saved.dense.parameters:,} parameters and {saved.costs.flops / saved.dense.flops:.1%} of "
         "the FLOPs are left"
     )
-    differ = "layers differ in size, so " if saved.form.kind == "own_class" else ""
+    reasons = {"own_class": "layers differ in size, so ", "own_width": "its width is unusual, so "}
+    differ = reasons.get(saved.form.kind, "")
     say(
         f"{differ}load it by {saved.form.load.replace('path/to/this/folder', str(output))}; read "
         f"anew, its logits differ by at most {saved.form.largest_difference:.2g} from those in "

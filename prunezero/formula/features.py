@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from prunezero.formula.feature_row import Feature
 
+# Units that one matrix reads, and no other.
+_OF_ONE_READER = ("neuron", "kv_group", "width")
+
 _ROWS = (
     Feature(
         "W",
@@ -253,6 +256,7 @@ _ROWS = (
         "gradients",
         nonnegative=False,
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     Feature(
         "M1",
@@ -263,6 +267,7 @@ _ROWS = (
         "mask_gradients.sum(2).abs().sum(0)",
         "gradients",
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     Feature(
         "M2",
@@ -273,6 +278,7 @@ _ROWS = (
         "mask_gradients.sum(2).square().sum(0)",
         "gradients",
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     # By how much the square of the reader's outputs changes, summed over tokens, per sequence.
     Feature(
@@ -284,6 +290,7 @@ _ROWS = (
         "((reader * (gram @ reader)).sum((1, 2)) / sequences)",
         "second order",
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     Feature(
         "L0b",
@@ -296,6 +303,7 @@ _ROWS = (
         ".clamp(min=0.0) / sequences)",
         "second order",
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     Feature(
         "Lr0",
@@ -306,6 +314,7 @@ _ROWS = (
         "(reader * torch.linalg.solve(inverse, reader)).sum((1, 2))",
         "second order",
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     Feature(
         "Lrb",
@@ -316,6 +325,7 @@ _ROWS = (
         "(reader * torch.linalg.solve(centred_inverse, reader)).sum((1, 2))",
         "second order",
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     # Rounding may take a cosine a little above one.
     Feature(
@@ -394,6 +404,7 @@ _ROWS = (
         "1",
         "kv_bytes",
         domains=("unit",),
+        kinds=_OF_ONE_READER,
     ),
     Feature(
         "RND",

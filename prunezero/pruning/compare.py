@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -161,13 +161,21 @@ class RecipeRunner:
                 folder=folder,
                 progress=progress,
             )
-            measured = self._measured(splits)
+            with self._without(recipe, outcome.selection):
+                measured = self._measured(splits)
             if with_costs:
                 measured |= self._costs(outcome.selection)
             if keep:
                 # An edit that nobody leaves.
                 edit.pop_all()
         return pruned_row(recipe, outcome, measured)
+
+    def _without(self, recipe: Recipe, selection: Selection) -> AbstractContextManager[None]:
+        """Within it the pruned model computes as if units were gone, where zeros do not do it."""
+        edit = recipe.unit.row.edit
+        if edit.zeros_suffice:
+            return nullcontext()
+        return edit.simulated(self.testbed.language_model, selection)
 
     def _costs(self, selection: Selection) -> dict[str, Any]:
         """What the model takes without the units that go, as columns."""

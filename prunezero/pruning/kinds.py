@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.word_options import Depth, Options, Units
+from prunezero.pruning.recipes.word_options import Channels, Depth, Options, Units
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
@@ -305,6 +305,22 @@ _ROWS = (
         measure="parameters",
         options=Units,
         whole_model=_SEVERAL_MATRICES,
+    ),
+    UnitKind(
+        word="channel",
+        meaning="a channel of the residual stream, in all matrices, norms and embeddings on it",
+        domain=DOMAINS["unit"],
+        compare={"group": ("unit",)},
+        baselines=("random_units", "minitron_channels"),
+        reference="A2",
+        finder="prunezero.models.anatomy.stream:channel_groups",
+        checker="prunezero.pruning.selecting:check_units",
+        scorer="prunezero.pruning.unit_scores:channel_scores",
+        selector="prunezero.pruning.selecting:select_units",
+        editor="prunezero.models.editing.slicing:NARROWER",
+        measure="parameters",
+        options=Channels,
+        whole_model="takes a part of every block along",
     ),
     _depth(
         "attention",

@@ -65,6 +65,8 @@ def prune(
 
     Weights that are zero already count towards the sparsity like any other weight. Units that go
     become zeros too: the outcome says which, and tensors become smaller when the model is saved.
+    Of channels of the residual stream only linear maps hold zeros, and no zeros stand for them: the
+    model computes without them within `edit.simulated` of their kind.
 
     Args:
         language_model: modified; after an error some of its layers may be pruned already.

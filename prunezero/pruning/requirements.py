@@ -121,6 +121,11 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
     for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
         matching(pattern, layers)
     _refuse_two_formulas(recipe, layers)
+    if recipe.statistics == "sequential" and any(map(_spans_blocks, groups)):
+        raise RecipeError(
+            f"recipe {recipe.name}: a {kind.word} has a part in every block, so no block is pruned "
+            "before another, and it needs statistics 'dense'"
+        )
     if recipe.needs_biases:
         refuse_without_bias(language_model, layers)
     return groups
@@ -148,8 +153,12 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
     else:
         shares = shares_of(groups, budget)
         counts = {group.name: left_of(group, shares[group.name]) for group in groups}
-    if width_setting(language_model, groups, counts).layers:
+    if width_setting(language_model, groups, counts).needs_own_class:
         refuse_without_class(language_model.model)
+
+
+def _spans_blocks(group: Group) -> bool:
+    return len({member.linear.block for member in group.members}) > 1
 
 
 def _one_less(group: Group, place: int) -> int:

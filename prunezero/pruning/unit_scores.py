@@ -12,12 +12,12 @@ from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.pruning.recipes.word_options import Depth, Options, Units
+from prunezero.pruning.recipes.word_options import Channels, Depth, Options, Units
 from prunezero.pruning.rescoring import reader_of, rescored
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import score, score_depth, score_units
 from prunezero.scoring.statistics import Statistics
-from prunezero.scoring.unit_features import noise, unit_feature
+from prunezero.scoring.unit_features import Reader, noise, unit_feature
 
 # How scores along the first axis become one: of several matrices [members, units], or of the
 # channels of each unit [channels, units].
@@ -139,6 +139,58 @@ def _member_scores(
     kind = group.kind.replace("_", " ")
     scores = score_units(criterion, part, features, group=group.name, kind=kind)
     return COMBINE[options.channels](scores.reshape(group.units, -1).T) if by_channel else scores
+
+
+def channel_scores(
+    group: Group,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    *,
+    damping: float,
+    options: Channels,
+) -> Tensor:
+    """The scores [channels] of the residual stream, by the matrices on it.
+
+    What a channel hands on is what matrices that read it saw: the output of a norm.
+
+    Raises:
+        ScoreError, StatisticsError: as `score_units` and `unit_feature`.
+    """
+    chosen = [member for member in group.members if _is_on_stream(member, options.members)]
+    scores = [
+        _channel_scores(group, member, criterion, statistics, damping, options.seed)
+        for member in chosen
+    ]
+    return scores[0] if len(scores) == 1 else COMBINE[options.combine](torch.stack(scores))
+
+
+def _is_on_stream(member: Member, word: str) -> bool:
+    if word == "inputs":
+        return member.role == "consumer" and not member.is_again
+    return word == "all" or word == {"consumer": "readers", "producer": "writers"}[member.role]
+
+
+def _channel_scores(
+    group: Group,
+    member: Member,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    damping: float,
+    seed: int,
+) -> Tensor:
+    """The scores [channels] by one matrix."""
+    linear = member.linear
+    known = statistics.get(linear.name)
+    reader = Reader(linear.weight, known, member.units, 1, group.cost, group.name, seed)
+    features = {}
+    for name in criterion.features:
+        if FEATURES[name].shape == "element":
+            value = feature(name, linear.weight, known, damping=damping)
+            features[name] = member.oriented(value)
+            continue
+        features[name] = unit_feature(name, reader, damping=damping)
+    part = member.oriented(linear.weight)
+    return score_units(criterion, part, features, group=linear.name, kind=group.kind)
 
 
 def depth_scores(

@@ -2,7 +2,8 @@
 
 A unit is whatever leaves a model as one: a single weight, or a neuron with its row of one matrix
 and its column of the next. Units of one place form a group. A unit's part of one matrix is a
-member; turned so that units are rows, members of all kinds look alike:
+member; turned so that units are rows, members of all kinds look alike. Other tensors that lose a
+slice with each unit are parts.
 
     down_proj [out, in], one column a neuron    ->  [neurons, out]
     q_proj [out, in], `width` rows a head       ->  [heads, width * in]
@@ -47,6 +48,8 @@ class Member:
     """in so many equal runs they stand, one behind the other"""
     gap: int = 0
     """rows or columns between two runs that belong to no unit, where matrices are interleaved"""
+    is_again: bool = False
+    """whether a member before it reads the very same inputs"""
 
     @property
     def run(self) -> int:
@@ -101,6 +104,16 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A parameter that is no linear map of a block, of which every unit has one slice."""
+
+    name: str
+    """of the parameter in the model, such as model.norm.weight"""
+    axis: int
+    """along which units lie, as the module holds it"""
+
+
+@dataclass(frozen=True)
 class Group:
     """Units of one place in a model, which compete among themselves or with those of others."""
 
@@ -124,6 +137,8 @@ class Group:
     """whether nothing may go"""
     strata: int = 1
     """equal parts in which neighbouring units stand, and of each of which as many stay"""
+    parts: tuple[Part, ...] = ()
+    """what goes as well, beside members: of embeddings, norms and the output head"""
 
     @property
     def units(self) -> int:

@@ -20,6 +20,8 @@ class Edit:
     model is bit for bit what it was, also after an error"""
     removal: Callable[[LanguageModel, Selection], None] | str
     """makes the tensors smaller; or, in one sentence, why that cannot be"""
+    zeros_suffice: bool = True
+    """whether zeros in linear maps alone make the model compute as if units were gone"""
 
     @property
     def makes_smaller(self) -> bool:

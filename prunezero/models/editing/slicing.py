@@ -22,6 +22,7 @@ from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.edit import Edit
+from prunezero.models.editing.narrowing import is_of_stream, narrowing_of
 from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import Shortening, is_of_layers, shorten, shortening_of
@@ -65,6 +66,10 @@ class Slices:
     """what stands in the place of modules that go as a whole, by name"""
     shortening: Shortening | None = None
     """how it loses whole layers"""
+    numbers: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    """plain numbers that modules keep and that follow from its width, by module and key"""
+    own: Mapping[str, Any] = field(default_factory=dict)
+    """what its configuration says where only a class of its own takes it"""
     fault: str = ""
     """why no configuration says so; such a model runs in memory, but cannot be saved"""
 
@@ -82,6 +87,11 @@ class Slices:
         if any(name.startswith(f"{module}.") for module in self.skipped):
             return None
         return name if self.shortening is None else self.shortening.name_now(name)
+
+    @property
+    def needs_own_class(self) -> bool:
+        """Whether it is saved with a class of its own."""
+        return bool(self.layers or self.own)
 
     @property
     def head_size(self) -> int | None:
@@ -108,6 +118,10 @@ def cuts_of(selection: Selection) -> dict[str, Cut]:
         cuts[f"{name}.weight"] = Cut(1 - axis if is_transposed else axis, places)
         if axis == 0 and linear.bias is not None:
             cuts[f"{name}.bias"] = Cut(0, places)
+    for group, kept in selection:
+        places = kept.cpu().nonzero().flatten()
+        if len(places) < group.units:
+            cuts |= {part.name: Cut(part.axis, places) for part in group.parts}
     return cuts
 
 
@@ -120,10 +134,14 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
     """
     model = language_model.model
     if is_of_layers(selection):
-        plan = shortening_of(model, selection)
-        return Slices({}, plan.setting, shortening=plan)
+        shorter = shortening_of(model, selection)
+        return Slices({}, shorter.setting, shortening=shorter)
     if is_of_sub_blocks(selection):
         return _without_sub_blocks(language_model, selection)
+    if is_of_stream(selection):
+        cuts = cuts_of(selection)
+        plan = narrowing_of(model, cuts)
+        return Slices(cuts, plan.setting, fault=plan.fault, numbers=plan.numbers, own=plan.own)
     parts = _emptied(model, selection)
     skipped = {name: _stand_in(model, name, part) for name, part in parts.items()}
     shared = Slices({}, {}, skipped=skipped)
@@ -193,16 +211,23 @@ def remove(language_model: LanguageModel, selection: Selection) -> None:
     """
     slices = slices_of(language_model, selection)
     slices.refuse_faults()
-    if slices.layers:
+    if slices.needs_own_class:
         raise ModelError(fault_of(language_model.model, slices.cuts))
     _slice(language_model.model, slices, ExitStack())
 
 
 def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
+    # A tensor that two modules share stays one.
+    smaller: dict[int, nn.Parameter] = {}
     for name, cut in slices.cuts.items():
         before = model.get_parameter(name)
         undo.callback(_put, model, name, before)
-        _put(model, name, cut.of(before.detach()))
+        if id(before) not in smaller:
+            part = cut.of(before.detach())
+            smaller[id(before)] = nn.Parameter(part, requires_grad=False)
+        _put(model, name, smaller[id(before)])
+    for (path, key), value in slices.numbers.items():
+        _set_number(model.get_submodule(path), key, value, undo)
     for index, heads in slices.heads.items():
         settings = layer_settings(model.config, index)
         for key, value in known_settings(settings, heads.settings).items():
@@ -220,6 +245,15 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
 def _set(owner: Any, key: str, value: Any, undo: ExitStack) -> None:
     undo.callback(setattr, owner, key, getattr(owner, key, None))
     setattr(owner, key, value)
+
+
+def _set_number(module: nn.Module, key: str, value: Any, undo: ExitStack) -> None:
+    """Let a module keep another number, and the buffers that hold it too."""
+    before = getattr(module, key)
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.dim() == 0 and torch.equal(buffer, torch.tensor(before).to(buffer)):
+            _set(module, name, torch.tensor(value).to(buffer), undo)
+    _set(module, key, value, undo)
 
 
 def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack) -> None:
@@ -280,6 +314,17 @@ def _holds_others(linear: Linear, selection: Selection, prefix: str) -> bool:
 SMALLER = Edit(zeroed, remove)
 
 
+@contextmanager
+def _narrowed(language_model: LanguageModel, selection: Selection) -> Iterator[None]:
+    with sliced(language_model, selection):
+        yield
+
+
+# A norm divides by the width, which zeros do not change, so nothing but the smaller model computes
+# what the smaller model does.
+NARROWER = Edit(_narrowed, remove, zeros_suffice=False)
+
+
 def width_setting(
     language_model: LanguageModel, groups: Sequence[Group], counts: Mapping[str, int]
 ) -> Slices:
@@ -313,6 +358,8 @@ def _first_of(group: Group, count: int) -> Tensor:
 def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids: Tensor) -> None:
     """Refuse a model that computes otherwise without some units than with zeros in their place.
 
+    Of channels of the stream no zeros can stand for the smaller model; that one has to run.
+
     Args:
         language_model: with zeros in the place of the units that go.
         ids: token ids [1, length] to compute.
@@ -323,6 +370,8 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
     before = logits_of(language_model, ids).double()
     with sliced(language_model, selection):
         after = logits_of(language_model, ids).double()
+    if is_of_stream(selection):
+        return
     change = float((after - before).norm()) / (float(before.norm()) or 1.0)
     if not change <= ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING):
         raise ModelError(
@@ -333,7 +382,7 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
 
 
 def _put(model: nn.Module, name: str, values: Tensor) -> None:
-    """Exchange a parameter of a linear map, and let the module know its own size."""
+    """Exchange a parameter of a module, and let it know its own size."""
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
     is_parameter = isinstance(values, nn.Parameter)
@@ -342,7 +391,11 @@ def _put(model: nn.Module, name: str, values: Tensor) -> None:
         return
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = values.shape
-    else:
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = values.shape[1]
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(values.shape)
+    elif values.dim() == 2:
         # transformers' Conv1D, whose weight is [in, out].
         for size, value in zip(("nx", "nf"), values.shape, strict=True):
             setattr(module, size, value)

@@ -56,9 +56,16 @@ class Heads:
 
 
 def setting_of_all(
-    model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
+    model: Any,
+    cuts: Mapping[str, Cut],
+    heads: Mapping[int, Heads],
+    fixed: Mapping[str, int] | None = None,
 ) -> dict[str, int] | None:
-    """The settings under which all layers are as wanted; None where there are none."""
+    """The settings under which all layers are as wanted; None where there are none.
+
+    Args:
+        fixed: settings that hold in any case.
+    """
     if not cuts:
         return {}
     if not _are_alike(model, cuts):
@@ -70,6 +77,7 @@ def setting_of_all(
     counts = known_settings(model.config.get_text_config(), dict(*alike))
     if counts:
         counts["head_dim"] = next(iter(heads.values())).size
+    counts |= fixed or {}
     narrower = _outside(cuts, heads)
     for change in _candidates(model.config, shapes, narrower):
         if _shapes_with(model, counts | change) == wanted:
@@ -86,7 +94,7 @@ def heads_of(model: Any, selection: Selection, cuts: Mapping[str, Cut]) -> dict[
         if group.kind not in ("kv_group", "head") or not is_cut:
             continue
         name = consumers[0].linear.name.rpartition(".")[0]
-        size = _head_size(model, name)
+        size = head_size(model, name)
         stays = int(kept.sum())
         queries = stays * consumers[0].width // size
         keys = stays if group.kind == "kv_group" else group.strata
@@ -94,7 +102,7 @@ def heads_of(model: Any, selection: Selection, cuts: Mapping[str, Cut]) -> dict[
     return found
 
 
-def _head_size(model: Any, name: str) -> int:
+def head_size(model: Any, name: str) -> int:
     """Numbers of one head of the named attention."""
     module, settings = model.get_submodule(name), model.config.get_text_config()
     for key in ("head_dim", "head_size"):
@@ -163,7 +171,8 @@ def known_settings(configuration: Any, settings: Mapping[str, int]) -> dict[str,
 
 
 def _shapes(module: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    return {f"{prefix}{name}": tuple(one.shape) for name, one in module.named_parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    return {f"{prefix}{name}": tuple(one.shape) for name, one in named}
 
 
 def _wanted(
@@ -204,6 +213,12 @@ def _candidates(
 
 def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     """Shapes of an empty model's parameters under other settings; none where that is no model."""
+    empty = empty_model(model, changes)
+    return {} if empty is None else _shapes(empty)
+
+
+def empty_model(model: Any, changes: Mapping[str, int]) -> nn.Module | None:
+    """A model without numbers under other settings; None where they exclude each other."""
     configuration = copy.deepcopy(model.config)
     try:
         for key, value in changes.items():
@@ -211,10 +226,11 @@ def _shapes_with(model: Any, changes: Mapping[str, int]) -> dict[str, tuple[int,
         # A file with such settings would be read like this.
         configuration = type(configuration).from_dict(configuration.to_dict())
         with torch.device("meta"):
-            return _shapes(type(model)(configuration))
+            empty: nn.Module = type(model)(configuration)
+            return empty
     # Whatever a model says to settings that exclude each other.
     except Exception:
-        return {}
+        return None
 
 
 def _layer_shapes(

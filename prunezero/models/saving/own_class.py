@@ -58,7 +58,7 @@ def write_own_class(folder: Path, model: Any, slices: Slices, tokenizer: Any) ->
     Args:
         folder: with weights, config.json and tokenizer.
         model: at full size.
-        slices: its `layers` are what single layers have.
+        slices: its `layers` are what single layers have, its `own` what all have.
         tokenizer: whose class is noted where its own files do not name it.
 
     Raises:
@@ -68,7 +68,7 @@ def write_own_class(folder: Path, model: Any, slices: Slices, tokenizer: Any) ->
     refuse_without_class(model)
     model_type = f"{PREFIX}{usual_type(model.config.model_type)}"
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    changes = dict(own_settings(model_type))
+    changes = {**own_settings(model_type), **slices.own}
     plan = slices.shortening
     before = (settings.get("per_layer_config") or {}) if plan is None else plan.layers
     changes["per_layer_config"] = _merged(before, slices.layers)

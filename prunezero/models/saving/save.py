@@ -100,7 +100,7 @@ def save_model(
     try:
         with sliced(language_model, smaller or Selection()) as slices:
             slices.refuse_faults()
-            if slices.layers:
+            if slices.needs_own_class:
                 refuse_without_class(language_model.model)
             source = language_model.source
             if source is None:
@@ -108,7 +108,7 @@ def save_model(
             else:
                 _save_as_source(language_model, source, unfinished, files or {}, slices)
             model = language_model.model
-            if slices.layers or is_own_type(model.config.model_type):
+            if slices.needs_own_class or is_own_type(model.config.model_type):
                 write_own_class(unfinished, model, slices, language_model.tokenizer)
         for name, text in (files or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")

@@ -85,6 +85,17 @@ Formula = Annotated[
 ]
 
 
+def refuse_features(unit: Unit, criterion: Criterion) -> None:
+    """Refuse a formula that looks at what a recipe's units do not have.
+
+    Raises:
+        CriterionError: names the feature.
+    """
+    fault = unit.options.fault_of([FEATURES[name] for name in criterion.features])
+    if fault:
+        raise CriterionError(f"criterion {criterion.text}: {fault}")
+
+
 # Keys that change no result.
 _TOLD_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
 
@@ -182,6 +193,7 @@ class Recipe(BaseModel):
             competing = kind.axes_of(self.compare, self.pattern)
             for criterion in self.formulas:
                 kind.domain.refuse(criterion)
+                refuse_features(self.unit, criterion)
         except PruneZeroError as error:
             raise ValueError(str(error)) from error
         for criterion in self.formulas:

@@ -5,11 +5,13 @@ One class for each word that has numbers; `words.WORDS` says where they belong.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from prunezero.formula.feature_row import Feature
 from prunezero.pruning.recipes.documents import MOST_WORDS, LayerPattern, LayerPatterns
 
 
@@ -31,6 +33,10 @@ class Options(BaseModel):
             blocks: how many the model has.
         """
         return {}
+
+    def fault_of(self, features: Sequence[Feature]) -> str:
+        """Why units so chosen do not have what a formula looks at; nothing where they do."""
+        return ""
 
     @classmethod
     def described(cls) -> list[str]:
@@ -97,6 +103,46 @@ class Units(Depth):
         """How many units of a group stay anyway, and of what they are a multiple."""
         told = super().limits(block, blocks)
         return told | {"least": self.least, "multiple_of": self.multiple_of}
+
+
+class Channels(Options):
+    """How channels of the residual stream are scored, and how many stay."""
+
+    members: Literal["inputs", "readers", "writers", "all"] = Field(
+        default="inputs",
+        description="what is scored of a channel: its activation once for each norm that hands it "
+        "on, or its part of the matrices that read it, write it, or do either",
+    )
+    combine: Literal["sum", "mean", "max", "product"] = Field(
+        default="sum", description="how scores of several members become one"
+    )
+    least: int = Field(default=1, ge=1, le=10**6, description="channels that stay anyway")
+    multiple_of: int = Field(
+        default=1,
+        ge=1,
+        le=10**6,
+        description="channels that stay are a multiple of this, so fewer go",
+    )
+    seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
+
+    def limits(self, block: int, blocks: int) -> dict[str, Any]:
+        """How many channels stay anyway, and of what they are a multiple."""
+        return {"least": self.least, "multiple_of": self.multiple_of}
+
+    def fault_of(self, features: Sequence[Feature]) -> str:
+        """Norms have no weights of matrices, and what writes to the stream reads nothing of it."""
+        for one in features:
+            if self.members == "inputs" and one.shape == "element":
+                return (
+                    f"{one.name} has a value for each weight, but members: inputs looks at what "
+                    "norms hand on; use members: readers, writers or all"
+                )
+            if self.members in ("writers", "all") and one.shape != "element" and one.sums:
+                return (
+                    f"{one.name} is of what norms hand on, which matrices that write to the stream "
+                    "do not see; use members: inputs or readers"
+                )
+        return ""
 
 
 class Owl(Options):

@@ -97,6 +97,8 @@ def _found(code: str) -> Callable[..., Any]:
 _EVERY = frozenset(UNITS)
 # Words that take columns out of matrices.
 _WIDTH = frozenset({"neuron", "head", "kv_group", "width"})
+# Those without which a norm divides by another number, so that no zeros stand for them.
+_STREAM = frozenset({"channel"})
 _OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.observer)
 _GRAM = frozenset({"gram"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
@@ -201,7 +203,7 @@ WORDS: dict[str, dict[str, Word]] = {
             order=3,
             sees_dense=True,
             needs_biases=True,
-            units=_EVERY - _OF_DEPTH,
+            units=_EVERY - _OF_DEPTH - _STREAM,
         ),
         "swaps": Word(
             Swaps,
@@ -249,7 +251,7 @@ WORDS: dict[str, dict[str, Word]] = {
             Iterative,
             "several pruning steps of growing sparsity",
             "schedule:iterative",
-            units=_EVERY - _OF_DEPTH,
+            units=_EVERY - _OF_DEPTH - _STREAM,
             whole_model="prunes the model several times",
         ),
         "greedy": Word(

@@ -15,6 +15,7 @@ from prunezero.errors import OutputError, reason
 from prunezero.files.atomic import write_text
 from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.linears import Linear, block_prefix
+from prunezero.models.editing.narrowing import is_of_stream
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
@@ -38,7 +39,8 @@ class Form:
     """What kind of folder a model without some units was saved as."""
 
     kind: str
-    """plain, for classes of transformers; or own_class, where layers differ in size"""
+    """plain, for classes of transformers; own_class, where layers differ in size; own_width, where
+    all are of a size that the usual configuration refuses"""
     load: str
     """the line of Python that loads it"""
     checked: str
@@ -53,6 +55,8 @@ class Form:
             "plain": "Any version of transformers that loads the dense model loads it.",
             "own_class": "Its layers differ in size: `per_layer_config` in `config.json` says how, "
             "and the two small Python files beside it are the classes that read that.",
+            "own_width": "Its width is one that the usual configuration refuses; the two small "
+            "Python files beside the weights are the classes that take it.",
         }
         return (
             f"{how[self.kind]} It is loaded by\n\n```python\n{self.load}\n```\n\n"
@@ -61,10 +65,13 @@ class Form:
         )
 
 
+_BY_OWN_FILES = (
+    'AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)'
+)
 LOADING = {
     "plain": 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-    "own_class": 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", '
-    "trust_remote_code=True)",
+    "own_class": _BY_OWN_FILES,
+    "own_width": _BY_OWN_FILES,
 }
 
 
@@ -210,7 +217,8 @@ def save_smaller(
     files = files_beside(model, recipe, rows, costs, dense_costs=dense)
     save_model(model, folder, files=files, smaller=smaller)
     stored = _stored(model, smaller, folder)
-    kind = "own_class" if (folder / f"{MODEL_FILE}.py").is_file() else "plain"
+    own = "own_width" if is_of_stream(smaller) else "own_class"
+    kind = own if (folder / f"{MODEL_FILE}.py").is_file() else "plain"
     checked = f"its files were read anew and their logits for {window.shape[1]} tokens compared"
     difference = refuse_other_reading(folder, model, window, expected)
     form = Form(kind, LOADING[kind], f"{checked} with those in memory", difference)
@@ -257,7 +265,7 @@ def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
     inside = f"{block_prefix(model.model)}."
     for name, wanted in now.items():
         have = list(tensors[found[name]].shape) if name in found else None
-        if name.startswith(inside) and have != wanted:
+        if have != wanted and (have is not None or name.startswith(inside)):
             raise OutputError(
                 f"{folder} holds '{name}' with shape {have}, not {wanted}; please report this"
             )
