@@ -14,7 +14,7 @@ from __future__ import annotations
 from prunezero.formula.feature_row import Feature
 
 # Units that one matrix reads, and no other.
-_OF_ONE_READER = ("neuron", "kv_group", "width")
+_OF_ONE_READER = ("neuron", "head", "kv_group", "width")
 
 _ROWS = (
     Feature(

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from prunezero.errors import ModelError
 from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.selection import Selection
@@ -178,9 +179,13 @@ class RecipeRunner:
         return edit.simulated(self.testbed.language_model, selection)
 
     def _costs(self, selection: Selection) -> dict[str, Any]:
-        """What the model takes without the units that go, as columns."""
+        """What the model takes without the units that go, as columns; none where they cannot."""
         ids = self._calibration[:1]
-        costs = asdict(costs_without(self.testbed.language_model, selection, ids))
+        try:
+            costs = asdict(costs_without(self.testbed.language_model, selection, ids))
+        except ModelError:
+            # Zeros were measured; that no smaller model can be made of it takes no row away.
+            return {}
         # How long the window was is said where FLOPs are explained.
         return {key: costs[key] for key in costs if key != "context"}
 

@@ -52,8 +52,10 @@ def model_costs(language_model: LanguageModel, ids: Tensor) -> Costs:
     ids = ids[:, :CONTEXT].to(language_model.device)
     context = ids.shape[1]
     # Fused attention is one call whose products the counter does not know on every device.
+    with torch.no_grad():
+        cache = _cache_behind(model, ids)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        cache = cache_of(model(ids, use_cache=True))
+        model(ids, use_cache=False)
     return Costs(
         parameters=_count(model.parameters()),
         parameters_without_embeddings=_count(_without_embeddings(model)),
@@ -71,12 +73,17 @@ def costs_without(language_model: LanguageModel, selection: Selection, ids: Tens
         ids: as for `model_costs`.
 
     Raises:
-        ModelError: units of this kind do not make the model smaller.
+        ModelError: units of this kind do not make the model smaller, or not this model.
     """
     if not selection.groups:
         return model_costs(language_model, ids)
-    with sliced(language_model, selection):
-        return model_costs(language_model, ids)
+    with sliced(language_model, selection) as slices:
+        try:
+            return model_costs(language_model, ids)
+        # What no configuration says may run all the same, or fail in any way.
+        except Exception:
+            slices.refuse_faults()
+            raise
 
 
 def group_cost(group: Group, measure: str) -> float:
@@ -86,6 +93,15 @@ def group_cost(group: Group, measure: str) -> float:
         SelectionError: removing such units saves nothing of that kind.
     """
     return group.cost_of(measure) * group.units
+
+
+def _cache_behind(model: Any, ids: Tensor) -> Any:
+    """Keys and values behind a forward pass; None where a model cannot make such a cache."""
+    try:
+        return cache_of(model(ids, use_cache=True))
+    # Whatever a model says that keeps none, or keeps it in its own way.
+    except Exception:
+        return None
 
 
 def cache_of(answer: Any) -> Any:

@@ -195,7 +195,7 @@ class _Job:
         shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
         evidence = Evidence(self.dense, self.language_model, self.windows, self.recipe, self.groups)
-        ratios = [self._allocated(share, evidence) for share in shares]
+        ratios = self._ratios(shares, evidence)
         # All layers: a permutation also moves rows of layers that are not pruned.
         every = find_linears(self.language_model.model)
         # Weights alone do not say which units stay, and such a pruning is one quick step.
@@ -212,6 +212,16 @@ class _Job:
                 settle(self.language_model, self.layers)
                 stages.keep(step, "tuned")
         return ratios[-1]
+
+    def _ratios(self, shares: Sequence[float], evidence: Evidence) -> list[dict[str, float]]:
+        """How much each layer loses after each step of the schedule."""
+        if self.recipe.unit.is_usual or self.recipe.compare != "group":
+            return [self._allocated(share, evidence) for share in shares]
+        # Where small units make up for large ones, they do so less once a large one fits: a share
+        # of what goes in the end never takes more than that.
+        final = self._allocated(shares[-1], evidence)
+        parts = [share / shares[-1] if shares[-1] else 1.0 for share in shares]
+        return [{name: ratio * part for name, ratio in final.items()} for part in parts]
 
     def _allocated(self, sparsity: float, evidence: Evidence) -> dict[str, float]:
         allocate = self.recipe.allocate

@@ -16,7 +16,9 @@ from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.models.saving.own_class import refuse_without_class
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.word_options import Evolve, Slopes
 from prunezero.pruning.selecting import left_of, shares_of
+from prunezero.pruning.unit_allocation import Ladder
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import pattern_sparsity, removed_count
 from prunezero.scoring.statistics import BLOCK_SUMS
@@ -120,6 +122,9 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
     layers = linears_of(groups)
     for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
         matching(pattern, layers)
+    options = recipe.allocate.options
+    if isinstance(options, Slopes | Evolve):
+        Ladder.of(groups, sparsity, recipe.unit.measure, options.steps)
     _refuse_two_formulas(recipe, layers)
     if recipe.statistics == "sequential" and any(map(_spans_blocks, groups)):
         raise RecipeError(
@@ -149,7 +154,9 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
         groups = [group for group in free if group.block == free[0].block]
         counts = dict.fromkeys((group.name for group in groups), 0)
     elif recipe.compare == "model" or recipe.allocate.row.tries:
-        counts = {group.name: _one_less(group, place) for place, group in enumerate(groups)}
+        counts = {group.name: _one_less(group) for group in groups}
+        # Attentions may stay whole beside others that do not.
+        counts[groups[0].name] = groups[0].units
     else:
         shares = shares_of(groups, budget)
         counts = {group.name: left_of(group, shares[group.name]) for group in groups}
@@ -161,9 +168,9 @@ def _spans_blocks(group: Group) -> bool:
     return len({member.linear.block for member in group.members}) > 1
 
 
-def _one_less(group: Group, place: int) -> int:
-    """A number of units that may stay of a group, other than that of its neighbours."""
-    fewer = group.units - (1 + place % 2) * group.step
+def _one_less(group: Group) -> int:
+    """A number of units that may stay of a group, other than in the blocks before and behind."""
+    fewer = group.units - (1 + group.block % 2) * group.step
     return fewer if fewer >= group.fewest and not group.is_protected else group.units
 
 

@@ -10,9 +10,11 @@ Source: Kurtic et al. 2023, ZipLM, arXiv:2302.04089, algorithm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +74,8 @@ def rescored(
 ) -> Tensor:
     """Scores [units] whose order is the one in which units go; each is the score it went by.
 
-    A score below one of a unit of its stratum that went before counts as that one.
+    A score that is not above that of a unit of its stratum that went before counts as the next
+    number above it. The last of each stratum, which stay as long as any do, have the next numbers.
 
     Args:
         at_once: units that go before the others are scored anew.
@@ -81,13 +84,7 @@ def rescored(
         ScoreError: the formula does not look at one of `RESCORED`, or at both, or ranks nothing.
         StatisticsError: as `unit_feature`.
     """
-    found = [name for name in criterion.features if name in RESCORED]
-    if len(found) != 1:
-        raise ScoreError(
-            f"criterion {criterion.text}: rescore scores units anew by what refitted columns lose, "
-            f"so the formula has to hold one of {' and '.join(RESCORED)}"
-        )
-    (name,) = found
+    name = _rescored_feature(criterion)
     reader = reader_of(group, statistics)
     others = {
         other: unit_feature(other, reader, damping=damping)
@@ -99,29 +96,47 @@ def rescored(
     device = columns.device
     state = _State(torch.arange(group.units, device=device), inverse, columns, reader.width)
     scores = torch.empty(group.units, dtype=torch.float32, device=device)
+    kind = group.kind.replace("_", " ")
     count, strata = (at_once if group.units >= _FEW else 1), group.strata
-    highest = torch.full((strata,), -torch.inf, device=device)
+    highest = [-math.inf] * strata
     while len(state.places):
         features = {other: value[state.places] for other, value in others.items()}
         features[name] = state.losses().float()[:, None]
         shape = state.columns.reshape(len(state.places), -1)
-        kind = group.kind.replace("_", " ")
         values = (
             score_units(criterion, shape, features, group=group.name, kind=kind)
             if len(state.places) > strata
-            else torch.full((strata,), torch.inf, device=device)
+            else torch.full((strata,), -torch.inf, device=device)
         )
         turn = max(strata, min(count // strata * strata, len(values) - strata))
         lowest = lowest_first(values, strata)[:turn]
-        stratum = state.places[lowest] // (group.units // strata)
-        reached = torch.maximum(values[lowest], highest[stratum])
-        scores[state.places[lowest]] = reached
-        highest = highest.scatter_reduce(0, stratum, reached, "amax")
+        for place, value in zip(
+            state.places[lowest].tolist(), values[lowest].tolist(), strict=True
+        ):
+            stratum = place // (group.units // strata)
+            highest[stratum] = scores[place] = _above(highest[stratum], value)
         gone = torch.zeros(len(values), dtype=torch.bool, device=device)
         gone[lowest] = True
         state.remove(gone)
-    # The last went by no score: they stay, as long as any do.
-    return scores.nan_to_num(posinf=torch.finfo(torch.float32).max)
+    # Of a group that is one stratum's last, nothing was scored.
+    return scores.nan_to_num(neginf=0.0)
+
+
+def _rescored_feature(criterion: Criterion) -> str:
+    found = [name for name in criterion.features if name in RESCORED]
+    if len(found) != 1:
+        raise ScoreError(
+            f"criterion {criterion.text}: rescore scores units anew by what refitted columns lose, "
+            f"so the formula has to hold one of {' and '.join(RESCORED)}"
+        )
+    return found[0]
+
+
+def _above(highest: float, value: float) -> float:
+    """The value, or the next number of float32 above the highest before it."""
+    if not math.isfinite(highest):
+        return value
+    return max(value, float(np.nextafter(np.float32(highest), np.float32(np.inf))))
 
 
 def reader_of(group: Group, statistics: Mapping[str, Statistics]) -> Reader:

@@ -65,7 +65,7 @@ def check_units(groups: Sequence[Group], budget: Budget, *, compare: str) -> Non
     is_mixed = len({_cost(group, budget) for group in groups}) > 1
     if (compare == "model" or is_mixed) and free < allowance(groups, budget):
         raise SelectionError(
-            f"{budget.amount:g} of the {budget.measure} of all {groups[0].kind}s cannot go, since "
+            f"{budget.amount:g} of the {budget.measure} of all units cannot go, since "
             f"some of each group have to stay; at most {free / _total(groups, budget):.4f} can"
         )
     if compare == "group":

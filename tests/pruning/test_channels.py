@@ -152,13 +152,16 @@ def test_formulas_may_hold_activations_and_weights_of_what_reads_the_stream() ->
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"criterion": "M2"}, "feature M2 is for unit neuron, kv_group, width, not for channel"),
+        (
+            {"criterion": "M2"},
+            "feature M2 is for unit neuron, head, kv_group, width, not for channel",
+        ),
         ({"criterion": "row_norm(W)"}, "W has a value for each weight, but members: inputs"),
         (
             {"criterion": "A2*row_norm(W)", "unit": {"channel": {"members": "all"}}},
             "A2 is of what norms hand on, which matrices that write",
         ),
-        ({"criterion": "Lr0"}, "feature Lr0 is for unit neuron, kv_group, width"),
+        ({"criterion": "Lr0"}, "feature Lr0 is for unit neuron, head, kv_group, width"),
         ({"compare": "model"}, "compare: model says nothing of unit: channel; known: group"),
         ({"update": "bias"}, "update: bias is for unit"),
         ({"update": "refit"}, "update: refit is for unit"),

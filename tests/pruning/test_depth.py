@@ -348,12 +348,12 @@ def test_a_budget_that_what_stays_does_not_leave_is_refused_before_the_work() ->
         ({"pattern": "2:4"}, "pattern: 2:4 says nothing of unit: layer"),
         (
             {"update": "bias"},
-            "update: bias is for unit kv_group, neuron, weight, width, not for layer",
+            "update: bias is for unit head, kv_group, neuron, weight, width, not for layer",
         ),
         ({"schedule": "span", "unit": "mlp"}, "schedule: span is for unit layer, not for mlp"),
         (
             {"schedule": "iterative"},
-            "schedule: iterative is for unit kv_group, neuron, weight, width",
+            "schedule: iterative is for unit head, kv_group, neuron, weight, width",
         ),
         ({"unit": {"layer": {"keep": 1}}}, "'layer.keep' is not a known number"),
         ({"unit": "weight", "criterion": "abs(W)*BI"}, "feature BI says nothing of output x input"),

@@ -215,3 +215,24 @@ def test_a_refit_without_its_sums_is_refused_by_name() -> None:
     model = noisy(tiny_model("llama"))
     with pytest.raises(StatisticsError, match="'gram' was not collected"):
         prune(model, recipe(update="refit", criterion="row_norm(W)"), 0.3, statistics={})
+
+
+@pytest.mark.parametrize("word", ["zscore", "mean", "l2", "max"])
+def test_scores_taken_anew_can_be_made_comparable(word: str) -> None:
+    numbers = {"neuron": {"rescore": 4, "normalise": word}}
+    chosen = recipe(unit=numbers, criterion="Lr0", update="refit", compare="model")
+    kept = pruned(noisy(tiny_model("llama")), chosen, 0.5).selection.kept
+    assert all(16 < int(one.sum()) < 48 for one in kept)
+
+
+def test_steps_of_a_schedule_lose_no_more_than_was_asked_for() -> None:
+    """Neurons that made up for a head in an early step would be missed once the head goes."""
+    steps = {"iterative": {"steps": 4, "shape": "linear"}}
+    for allocate in ("uniform", "slopes"):
+        chosen = recipe(criterion="M2", schedule=steps, allocate=allocate)
+        model = noisy(tiny_model("llama"))
+        outcome = pruned(model, chosen, 0.5)
+        for group, kept in outcome.selection:
+            reader = group.members[-1]
+            alive = reader.oriented(reader.linear.weight).any(1)
+            assert torch.equal(alive, kept)

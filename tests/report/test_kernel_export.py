@@ -45,6 +45,7 @@ EXACT = {
     "sums": "zscore(abs(W))*row_norm(W) + col_max(G)*layer_sum(H)*V",
     "before": "row_mean(abs(W))*C2",
     "scalar": "layer_mean(G1)",
+    "taylor": "abs(W*S)",
 }
 APPROXIMATE = {
     "powers": "abs(W)**0.7*X_ms**1.5 - 0.3*G1**-0.5",

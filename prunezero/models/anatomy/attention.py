@@ -203,7 +203,8 @@ def _proved(
         ModelError: not all units are like the first, or something else sees their rows.
     """
     channels = trace.inputs[reader.name].shape[-1]
-    if channels % width == 0:
+    # A channel by itself is no head: so convolutions mix tokens.
+    if width > 1 and channels % width == 0:
         starts = range(0, channels, width)
         behind = [_ROWS[kind](trace, reader.name, at, at + width) for at in starts]
         makers = _makers(probe, behind, strata)

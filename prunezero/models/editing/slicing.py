@@ -243,7 +243,11 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
 
 
 def _set(owner: Any, key: str, value: Any, undo: ExitStack) -> None:
-    undo.callback(setattr, owner, key, getattr(owner, key, None))
+    if hasattr(owner, key):
+        undo.callback(setattr, owner, key, getattr(owner, key))
+    else:
+        # None in the place of nothing would be another setting.
+        undo.callback(delattr, owner, key)
     setattr(owner, key, value)
 
 
