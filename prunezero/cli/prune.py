@@ -325,7 +325,8 @@ def _save_smaller(
     saved = saved_or_kept(save, output, saved_bytes(testbed.language_model))
     row = rows[-1]
     say(
-        f"saved to {output}: {row['units_removed']} of {row['units']} {row['unit']}s are gone; "
+        f"saved to {output}: {row['units_removed']:,} of {row['units']:,} "
+        f"{recipe.unit.row.several} are gone; "
         f"{saved.stored:,} numbers in the files, {saved.costs.parameters:,} of "
         f"{saved.dense.parameters:,} parameters and {saved.costs.flops / saved.dense.flops:.1%} of "
         "the FLOPs are left"

@@ -70,7 +70,7 @@ def _removed(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
     return {
         "sparsity_reached": None,
         "removed": outcome.sparsity_reached,
-        "removed_of": f"{outcome.measure} of {recipe.unit.word}s",
+        "removed_of": f"{outcome.measure} of {recipe.unit.row.several}",
         "unit": recipe.unit.word,
         "units": round(total),
         "units_removed": round(removed),

@@ -11,6 +11,7 @@ can be read and listed without it: the functions of a row are named, and found w
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ class UnitKind:
     """what a share to remove is a share of"""
     options: type[Options] = Options
     """the numbers that go with the word in a recipe"""
+    plural: str = ""
+    """several of them in a sentence; the word with an s, if left out"""
     whole_model: str = ""
     """why the whole model has to be in memory; nothing where one block at a time is enough"""
     observer: str = ""
@@ -88,7 +91,8 @@ class UnitKind:
         limits = (options or self.options()).limits
         blocks = 1 + max(linear.block for linear in find_linears(language_model.model))
         found = find(linears, language_model)
-        return [replace(group, **limits(group.block, blocks)) for group in found]
+        limited = [replace(group, **limits(group.block, blocks)) for group in found]
+        return [replace(group, multiple_of=_in_units(group)) for group in limited]
 
     def check(self, groups: Sequence[Group], budget: Budget, *, compare: str) -> None:
         """Refuse a budget that no selection fits, before anything is computed.
@@ -166,6 +170,11 @@ class UnitKind:
         return choose(groups, scores_of, budget, compare=compare)
 
     @property
+    def several(self) -> str:
+        """What several units are called."""
+        return self.plural or f"{self.word}s"
+
+    @property
     def edit(self) -> Edit:
         """How a selection is taken out of a model."""
         edit: Edit = _found(self.editor)
@@ -186,6 +195,12 @@ class UnitKind:
                 f"{chosen} says nothing of unit: {self.word}; known: {', '.join(self.compare)}"
             )
         return self.compare[word]
+
+
+def _in_units(group: Group) -> int:
+    """Of which number of units its channels are the multiple that was asked for."""
+    widths = [member.width for member in group.members if member.role == "consumer"]
+    return group.multiple_of // math.gcd(group.multiple_of, *widths[:1])
 
 
 def _found(path: str) -> Any:
@@ -276,6 +291,7 @@ _ROWS = (
     ),
     UnitKind(
         word="kv_group",
+        plural="key-value groups",
         meaning="a key-value head of attention with all query heads that read it",
         domain=DOMAINS["unit"],
         compare={"group": ("unit",), "model": ("unit",)},
@@ -292,6 +308,7 @@ _ROWS = (
     ),
     UnitKind(
         word="width",
+        plural="neurons and key-value groups",
         meaning="a neuron or a key-value group: what makes a block narrower",
         domain=DOMAINS["unit"],
         compare={"group": ("unit",), "model": ("unit",)},

@@ -88,7 +88,7 @@ class Units(Depth):
         default=1,
         ge=1,
         le=10**6,
-        description="units that stay are a multiple of this, so fewer go",
+        description="channels of units that stay are a multiple of this, so fewer go",
     )
     rescore: int = Field(
         default=0,
