@@ -42,6 +42,7 @@ def test_every_sum_has_the_shape_and_dtype_of_its_row(family: str) -> None:
     collected = calibrate(model, tiny_batches(), layers, SUMS)
     for layer in layers:
         size = dict(zip(("out", "in"), layer.weight.shape, strict=True))
+        size["sequence"] = len(tiny_batches())
         for name, row in SUMS.items():
             value = collected[layer.name].sums[name]
             assert list(value.shape) == [size[axis] for axis in row.shape]
