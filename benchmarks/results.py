@@ -27,6 +27,7 @@ import results_tables
 import rounding
 import scoring_report
 import search_efficiency
+import speed
 import units_report
 from rows import read
 
@@ -80,6 +81,7 @@ PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
     "pruning": lambda rows: pruning_report.report(latest(rows, pruning.CONDITIONS)),
     "rounding": lambda rows: rounding.report(latest(rows, rounding.CONDITIONS)),
     "scoring": lambda rows: scoring_report.report(scoring_report.latest(rows)),
+    "speed": speed.report,
     "units": units_report.report,
     "search_efficiency": lambda rows: efficiency_report.report(
         search_efficiency.shown(rows, rows[-1])
