@@ -47,6 +47,8 @@ def _not_too_many(value: object) -> object:
 
 # Of a list or mapping that people write; looked at before what is in it is.
 MAX_ENTRIES = 256
+# Names that a message lists.
+_SHOWN = 20
 MOST_WORDS = BeforeValidator(_not_too_many)
 Words = Annotated[tuple[str, ...], MOST_WORDS]
 LayerPattern = Annotated[str, AfterValidator(lambda value: checked(check_pattern, value))]
@@ -141,9 +143,12 @@ def find_document(name: str | Path, known: dict[str, Path], what: str) -> Path:
         return path
     if str(name) not in known:
         near = did_you_mean(str(name), known) or "."
+        # A page of names helps nobody.
+        few = len(known) <= _SHOWN
+        listed = ", ".join(known) if few else f"those of `prunezero list {what}s`"
         raise RecipeError(
-            f"'{name}' is not a known {what}{near} Known: {', '.join(known)}; or give the path of "
-            "a .yaml file."
+            f"'{name}' is not a known {what}{near} Known: {listed}; or give the path of a .yaml "
+            "file."
         )
     return known[str(name)]
 
