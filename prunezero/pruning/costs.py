@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
@@ -48,6 +47,9 @@ def model_costs(language_model: LanguageModel, ids: Tensor) -> Costs:
         ids: token ids [1, length], of which the first CONTEXT are used: text decides what a mixture
             of experts computes.
     """
+    # It imports Triton, whose mode is settled by whoever imports it first.
+    from torch.utils.flop_counter import FlopCounterMode
+
     model = language_model.model
     ids = ids[:, :CONTEXT].to(language_model.device)
     context = ids.shape[1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from prunezero.models.anatomy.linears import find_linears
@@ -45,3 +48,9 @@ def test_what_units_cost_is_what_is_missing_from_the_smaller_model() -> None:
             if group.kind == "kv_group"
         )
         assert smaller.flops < dense.flops
+
+
+def test_counting_leaves_triton_alone_until_it_counts() -> None:
+    """Whoever imports Triton first settles whether it interprets its kernels."""
+    line = "import sys, prunezero.pruning.compare; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", line]).returncode == 0
