@@ -117,9 +117,5 @@ def _lowest(groups: Sequence[Group], scores: Sequence[float]) -> int:
 
 def _without(groups: Sequence[Group], gone: Sequence[Group]) -> Selection:
     names = {group.name for group in gone}
-    devices = [group.members[0].linear.weight.device for group in groups]
-    kept = [
-        torch.tensor([group.name not in names], device=device)
-        for group, device in zip(groups, devices, strict=True)
-    ]
+    kept = [torch.tensor([group.name not in names], device=group.device) for group in groups]
     return Selection(tuple(groups), tuple(kept))

@@ -96,7 +96,6 @@ def rescored(
     device = columns.device
     state = _State(torch.arange(group.units, device=device), inverse, columns, reader.width)
     scores = torch.empty(group.units, dtype=torch.float32, device=device)
-    kind = group.kind.replace("_", " ")
     count, strata = (at_once if group.units >= _FEW else 1), group.strata
     highest = [-math.inf] * strata
     while len(state.places):
@@ -104,7 +103,7 @@ def rescored(
         features[name] = state.losses().float()[:, None]
         shape = state.columns.reshape(len(state.places), -1)
         values = (
-            score_units(criterion, shape, features, group=group.name, kind=kind)
+            score_units(criterion, shape, features, group=group.name, kind=group.called)
             if len(state.places) > strata
             else torch.full((strata,), -torch.inf, device=device)
         )
@@ -141,7 +140,7 @@ def _above(highest: float, value: float) -> float:
 
 def reader_of(group: Group, statistics: Mapping[str, Statistics]) -> Reader:
     """What reads the units of a group, and what it saw."""
-    (member,) = (member for member in group.members if member.role == "consumer")
+    member = group.reader
     return Reader(
         member.linear.weight,
         statistics.get(member.linear.name),

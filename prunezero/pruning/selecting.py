@@ -162,8 +162,7 @@ def select_units(
         shares = alone if len(groups) == 1 else shares_of(groups, budget)
         removed = [group.units - left_of(group, shares[group.name]) for group in groups]
     kept = [_kept(*one) for one in zip(groups, scores, removed, strict=True)]
-    devices = [group.members[0].linear.weight.device for group in groups]
-    placed = (one.to(device) for one, device in zip(kept, devices, strict=True))
+    placed = (one.to(group.device) for one, group in zip(kept, groups, strict=True))
     return Selection(tuple(groups), tuple(placed))
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from prunezero.models.anatomy.groups import Group
-from prunezero.models.anatomy.linears import Linear
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import DenseReference, dense_reference, evaluate
@@ -52,7 +51,7 @@ class Trials:
         self._statistics, self._windows = statistics, windows
         self._groups = {group.name: group for group in groups}
         self._order = {group.name: self._ascending(group) for group in groups}
-        self._readers = {group.name: _reader(group) for group in groups}
+        self._readers = {group.name: group.reader.linear for group in groups}
         self._reference = dense_reference(language_model, windows)
         self._dense = {
             name: (reader.weight.clone(), None if reader.bias is None else reader.bias.clone())
@@ -136,8 +135,3 @@ class Trials:
             options=recipe.unit.options,
         )
         return lowest_first(scores, group.strata)
-
-
-def _reader(group: Group) -> Linear:
-    (member,) = (member for member in group.members if member.role == "consumer")
-    return member.linear

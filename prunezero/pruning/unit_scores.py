@@ -116,29 +116,48 @@ def _member_scores(
     options: Units,
 ) -> Tensor:
     """The scores [units] by one matrix."""
-    known = statistics.get(member.linear.name)
     by_channel = options.channels != "whole" and member.width > 1
     reader = replace(reader_of(group, statistics), seed=options.seed)
     if by_channel:
         member = replace(member, units=member.units * member.width, width=1)
         reader = replace(reader, units=reader.units * reader.width, width=1)
-    features = {}
-    for name in criterion.features:
-        if FEATURES[name].shape == "element":
-            value = feature(name, member.linear.weight, known, damping=damping)
-            features[name] = member.oriented(value)
-            continue
-        if by_channel and reader.units != member.units:
-            raise StatisticsError(
-                f"criterion {criterion.text}: '{member.linear.name}' makes {member.units} channels "
-                f"of {group.name}, and {reader.units} are read, so {name} says nothing of each; "
-                "use members: consumer, or channels: whole"
-            )
-        features[name] = unit_feature(name, reader, damping=damping)
-    part = member.oriented(member.linear.weight)
-    kind = group.kind.replace("_", " ")
-    scores = score_units(criterion, part, features, group=group.name, kind=kind)
+    of_units = [name for name in criterion.features if FEATURES[name].shape != "element"]
+    if by_channel and of_units and reader.units != member.units:
+        raise StatisticsError(
+            f"criterion {criterion.text}: '{member.linear.name}' makes {member.units} channels "
+            f"of {group.name}, and {reader.units} are read, so {of_units[0]} says nothing of each; "
+            "use members: consumer, or channels: whole"
+        )
+    scores = _scored(
+        criterion, member, reader, statistics, damping, name=group.name, kind=group.called
+    )
     return COMBINE[options.channels](scores.reshape(group.units, -1).T) if by_channel else scores
+
+
+def _scored(
+    criterion: Criterion,
+    member: Member,
+    reader: Reader,
+    statistics: Mapping[str, Statistics],
+    damping: float,
+    *,
+    name: str,
+    kind: str,
+) -> Tensor:
+    """The scores [units] by one matrix, of whose weights and of whose reader the formula is.
+
+    Args:
+        name: what faults are told of.
+        kind: what a unit is called there.
+    """
+    weight, known = member.linear.weight, statistics.get(member.linear.name)
+    features = {
+        feature_name: member.oriented(feature(feature_name, weight, known, damping=damping))
+        if FEATURES[feature_name].shape == "element"
+        else unit_feature(feature_name, reader, damping=damping)
+        for feature_name in criterion.features
+    }
+    return score_units(criterion, member.oriented(weight), features, group=name, kind=kind)
 
 
 def channel_scores(
@@ -182,15 +201,9 @@ def _channel_scores(
     linear = member.linear
     known = statistics.get(linear.name)
     reader = Reader(linear.weight, known, member.units, 1, group.cost, group.name, seed)
-    features = {}
-    for name in criterion.features:
-        if FEATURES[name].shape == "element":
-            value = feature(name, linear.weight, known, damping=damping)
-            features[name] = member.oriented(value)
-            continue
-        features[name] = unit_feature(name, reader, damping=damping)
-    part = member.oriented(linear.weight)
-    return score_units(criterion, part, features, group=linear.name, kind=group.kind)
+    return _scored(
+        criterion, member, reader, statistics, damping, name=linear.name, kind=group.kind
+    )
 
 
 def depth_scores(

@@ -85,9 +85,9 @@ def is_among(group: Group, wanted: set[str]) -> bool:
     names = {member.linear.name for member in group.members}
     left = sorted(names - wanted)
     if left and len(left) < len(names):
-        word = group.kind.replace("_", " ")
         raise ModelError(
-            f"'{left[0]}' is not among the layers that are pruned, but a {word} of {group.name} "
-            f"takes a part of it along; choose or ignore {', '.join(sorted(names))} together"
+            f"'{left[0]}' is not among the layers that are pruned, but a {group.called} of "
+            f"{group.name} takes a part of it along; choose or ignore {', '.join(sorted(names))} "
+            "together"
         )
     return not left

@@ -156,6 +156,22 @@ class Group:
         return -(-self.least // self.strata) * self.strata
 
     @property
+    def reader(self) -> Member:
+        """The part of the one matrix that reads what its units hand on."""
+        (member,) = (member for member in self.members if member.role == "consumer")
+        return member
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.members[0].linear.weight.device
+
+    @property
+    def called(self) -> str:
+        """What a unit of it is called in a sentence."""
+        return self.kind.replace("_", " ")
+
+    @property
     def has_rows(self) -> bool:
         """Whether a unit is whole rows and columns of its members, which can be taken out."""
         return len(self.shape) == 1

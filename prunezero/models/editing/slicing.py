@@ -342,9 +342,7 @@ def width_setting(
     Raises:
         ModelError: no configuration has such widths, or the model computes otherwise.
     """
-    first = [_first_of(group, counts[group.name]) for group in groups]
-    devices = [group.members[0].linear.weight.device for group in groups]
-    kept = tuple(one.to(device) for one, device in zip(first, devices, strict=True))
+    kept = tuple(_first_of(group, counts[group.name]).to(group.device) for group in groups)
     selection = Selection(tuple(groups), kept)
     slices = slices_of(language_model, selection)
     slices.refuse_faults()
