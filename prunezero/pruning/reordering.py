@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from prunezero.errors import RecipeError
-from prunezero.models.anatomy.linears import Linear, matching
+from prunezero.models.anatomy.linears import Linear, by_block, matching
 from prunezero.models.editing.permuting import PermutableChannels, find_permutables, refusals
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.permutation import permute_block
@@ -43,10 +43,7 @@ class Reordering:
         self._find(language_model, [layer for layer in layers if layer.name in wanted])
 
     def _find(self, language_model: LanguageModel, layers: list[Linear]) -> None:
-        by_block: dict[int, list[Linear]] = defaultdict(list)
-        for layer in layers:
-            by_block[layer.block].append(layer)
-        for block, inside in by_block.items():
+        for block, inside in by_block(layers).items():
             self._permutables[block] = find_permutables(language_model, inside)
             names_layers = bool(self._recipe.permute.options.model_dump()["layers"])
             if names_layers and len(self._permutables[block]) < len(inside):

@@ -21,11 +21,19 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.block_probe import BlockProbe, Call, Trace, calls_of_blocks, probe_of
-from prunezero.models.anatomy.channels import by_block, is_among, names_of
+from prunezero.models.anatomy.block_probe import (
+    PROBE_TOKENS,
+    BlockProbe,
+    Call,
+    Trace,
+    calls_of_blocks,
+    probe_of,
+    relative_change,
+)
+from prunezero.models.anatomy.channels import inside_blocks, is_among, names_of, shapes_of
 from prunezero.models.anatomy.groups import Group, Member, unit_cost
 from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
-from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING
+from prunezero.models.editing.permuting import ROUNDING
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.unequal.layers import SkippedAttn
 
@@ -70,7 +78,7 @@ def _groups(
 ) -> list[Group]:
     wanted = {linear.name for linear in linears}
     groups: list[Group] = []
-    for inside in by_block(linears, language_model):
+    for inside in inside_blocks(linears, language_model):
         block = find_blocks(language_model.model)[inside[0].block]
         if any(isinstance(module, SkippedAttn) for module in block.modules()):
             continue
@@ -113,7 +121,7 @@ def _attention_of(
         ModelError: no such units could be proved.
     """
     known = vars(language_model.model).setdefault(_FOUND, {})
-    block, shapes = inside[0].block, [(linear.name, linear.weight.shape) for linear in inside]
+    block, shapes = inside[0].block, shapes_of(inside)
     if known.get((kind, block), (None,))[0] != shapes:
         probe = probe_of(language_model, block, _calls(language_model)[block])
         where = f"block {block} of {type(language_model.model).__name__}"
@@ -351,11 +359,8 @@ def _are_alone(probe: BlockProbe, members: Sequence[Member]) -> bool:
         noise = torch.randn(len(rows), member.linear.weight.shape[1], generator=generator)
         member.linear.weight[rows] = noise.to(member.linear.weight)
     after = probe.run().returned
-    changes = [
-        float((now - then).detach().norm()) / (float(then.detach().norm()) or 1.0)
-        for now, then in zip(after, before, strict=True)
-    ]
-    return all(change <= ROUNDING for change in changes)
+    pairs = zip(after, before, strict=True)
+    return all(relative_change(now, then) <= ROUNDING for now, then in pairs)
 
 
 def _of(linears: Mapping[str, Linear], member: Member) -> Member:

@@ -8,6 +8,7 @@ so that a change stands out from rounding.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,9 @@ from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.hooks import removing
 from prunezero.models.observing.walk import hidden_of, split_call
+
+# Tokens of the text that models are probed with.
+PROBE_TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,22 @@ def probe_of(language_model: LanguageModel, index: int, call: Call) -> BlockProb
     for layer in layers.values():
         _randomize(layer, generator)
     return BlockProbe(twin, layers, originals, state.normal_(generator=generator), rest, named)
+
+
+def probe_ids(language_model: LanguageModel, generator: torch.Generator) -> Tensor:
+    """Random token ids [1, PROBE_TOKENS]."""
+    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+    return ids.to(language_model.device)
+
+
+def relative_change(now: Tensor, before: Tensor) -> float:
+    """The norm of the difference relative to the norm before; zero where nothing changed."""
+    difference = float(torch.linalg.vector_norm((now - before).detach(), dtype=torch.float64))
+    scale = float(torch.linalg.vector_norm(before.detach(), dtype=torch.float64))
+    if scale == 0:
+        return math.inf if difference else 0.0
+    return difference / scale
 
 
 def _randomize(layer: Linear, generator: torch.Generator) -> None:

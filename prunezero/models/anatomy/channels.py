@@ -6,14 +6,14 @@ Which of them may be moved, and so may leave, shows on a copy of the block with 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.anatomy.linears import Linear, by_block, find_linears
 from prunezero.models.editing.permuting import PermutableChannels, find_all_permutables
 from prunezero.models.loading.language_model import LanguageModel
 
@@ -21,12 +21,12 @@ from prunezero.models.loading.language_model import LanguageModel
 _FOUND = "_prunezero_channels"
 
 
-def by_block(linears: Sequence[Linear], language_model: LanguageModel) -> Iterator[list[Linear]]:
+def inside_blocks(
+    linears: Sequence[Linear], language_model: LanguageModel
+) -> Iterator[list[Linear]]:
     """All linear maps of each block that some of the given ones are in, in the order of those."""
-    blocks: dict[int, list[Linear]] = defaultdict(list)
-    for linear in find_linears(language_model.model):
-        blocks[linear.block].append(linear)
-    for block in dict.fromkeys(linear.block for linear in linears):
+    blocks = by_block(find_linears(language_model.model))
+    for block in by_block(linears):
         yield blocks[block]
 
 
@@ -39,18 +39,17 @@ def permutables_of(
         inside: all linear maps of the block.
     """
     known = vars(language_model.model).setdefault(_FOUND, {})
-    block, shapes = inside[0].block, _shapes(inside)
+    block, shapes = inside[0].block, shapes_of(inside)
     if known.get(block, (None,))[0] != shapes:
-        blocks: dict[int, list[Linear]] = defaultdict(list)
-        for linear in find_linears(language_model.model):
-            blocks[linear.block].append(linear)
+        blocks = by_block(find_linears(language_model.model))
         for index, found in find_all_permutables(language_model, blocks).items():
-            known[index] = _shapes(blocks[index]), found
+            known[index] = shapes_of(blocks[index]), found
     permutables: list[PermutableChannels] = known[block][1]
     return permutables
 
 
-def _shapes(inside: Sequence[Linear]) -> list[tuple[str, torch.Size]]:
+def shapes_of(inside: Sequence[Linear]) -> list[tuple[str, torch.Size]]:
+    """Names and shapes of linear maps, which what a probe finds of them follows from."""
     return [(linear.name, linear.weight.shape) for linear in inside]
 
 
@@ -73,11 +72,12 @@ def names_of(parts: Sequence[Sequence[Member]]) -> list[str]:
     ]
 
 
-def is_among(group: Group, wanted: set[str]) -> bool:
+def is_among(group: Group, wanted: set[str], *, how: str = "") -> bool:
     """Whether a group is to be pruned: all its matrices are, or none.
 
     Args:
         wanted: names of the linear maps that are to be pruned.
+        how: its matrices hang together, in a sentence; else each unit takes a part of all along.
 
     Raises:
         ModelError: some are and others are not.
@@ -85,9 +85,9 @@ def is_among(group: Group, wanted: set[str]) -> bool:
     names = {member.linear.name for member in group.members}
     left = sorted(names - wanted)
     if left and len(left) < len(names):
+        said = how or f"a {group.called} of {group.name} takes a part of it along"
         raise ModelError(
-            f"'{left[0]}' is not among the layers that are pruned, but a {group.called} of "
-            f"{group.name} takes a part of it along; choose or ignore {', '.join(sorted(names))} "
-            "together"
+            f"'{left[0]}' is not among the layers that are pruned, but {said}; choose or ignore "
+            f"{', '.join(sorted(names))} together"
         )
     return not left

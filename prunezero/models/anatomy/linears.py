@@ -6,7 +6,8 @@ linear maps inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +74,30 @@ def block_prefix(model: nn.Module) -> str:
         ModelError: as `find_blocks`.
     """
     return _block_list(model)[0]
+
+
+def by_block(linears: Iterable[Linear]) -> dict[int, list[Linear]]:
+    """Linear maps by the index of their block, in their order."""
+    blocks: dict[int, list[Linear]] = defaultdict(list)
+    for linear in linears:
+        blocks[linear.block].append(linear)
+    return dict(blocks)
+
+
+def refuse_experts(linears: Iterable[Linear], who: str) -> None:
+    """Refuse linear maps of a mixture of experts.
+
+    Args:
+        who: what does not speak of them yet, and its verb, such as "unit neuron does".
+
+    Raises:
+        ModelError: one belongs to an expert.
+    """
+    for linear in linears:
+        if "expert" in linear.name:
+            raise ModelError(
+                f"'{linear.name}' belongs to an expert; {who} not speak of mixtures of experts yet"
+            )
 
 
 def find_linears(

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.channels import by_block, is_among, names_of, permutables_of
+from prunezero.models.anatomy.channels import inside_blocks, is_among, names_of, permutables_of
 from prunezero.models.anatomy.groups import Group, Member, unit_cost
-from prunezero.models.anatomy.linears import Linear, find_blocks
+from prunezero.models.anatomy.linears import Linear, find_blocks, refuse_experts
 from prunezero.models.editing.permuting import PermutableChannels
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.unequal.layers import SkippedMLP
@@ -29,7 +29,7 @@ def neuron_groups(linears: Sequence[Linear], language_model: LanguageModel) -> l
     """
     wanted = {linear.name for linear in linears}
     groups: list[Group] = []
-    for inside in by_block(linears, language_model):
+    for inside in inside_blocks(linears, language_model):
         found = _groups_of_block(language_model, inside)
         groups += [group for group in found if is_among(group, wanted)]
     if not groups:
@@ -41,12 +41,7 @@ def neuron_groups(linears: Sequence[Linear], language_model: LanguageModel) -> l
 
 
 def _groups_of_block(language_model: LanguageModel, inside: Sequence[Linear]) -> list[Group]:
-    for linear in inside:
-        if "expert" in linear.name:
-            raise ModelError(
-                f"'{linear.name}' belongs to an expert; unit neuron does not speak of mixtures of "
-                "experts yet"
-            )
+    refuse_experts(inside, "unit neuron does")
     block = find_blocks(language_model.model)[inside[0].block]
     if any(isinstance(module, SkippedMLP) for module in block.modules()):
         return []

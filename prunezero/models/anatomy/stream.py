@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, reason
-from prunezero.models.anatomy.block_probe import logits_of
+from prunezero.models.anatomy.block_probe import logits_of, probe_ids, relative_change
 from prunezero.models.anatomy.channels import is_among
 from prunezero.models.anatomy.groups import Group, Member, Part
-from prunezero.models.anatomy.linears import Linear, find_linears, is_linear
-from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
+from prunezero.models.anatomy.linears import Linear, find_linears, is_linear, refuse_experts
+from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel
@@ -119,10 +119,8 @@ class _Probe:
 
     def is_same(self, now: Tensor, then: Tensor) -> bool:
         """Whether two tensors differ by rounding alone."""
-        change = torch.linalg.vector_norm((now - then).float())
-        scale = torch.linalg.vector_norm(then.float())
         rounding = ROUNDING_OF_LOGITS.get(self.language_model.dtype, ROUNDING)
-        return float(change) <= rounding * float(scale)
+        return relative_change(now, then) <= rounding
 
 
 def _giving(answer: Tensor | None) -> Callable[[nn.Module, Any, Tensor], Tensor]:
@@ -209,12 +207,7 @@ def _found(language_model: LanguageModel) -> Group:
 def _probe(language_model: LanguageModel) -> _Probe:
     model = language_model.model
     linears = {linear.name: linear for linear in find_linears(model)}
-    for name in linears:
-        if "expert" in name:
-            raise ModelError(
-                f"'{name}' belongs to an expert; unit channel does not speak of mixtures of "
-                "experts yet"
-            )
+    refuse_experts(linears.values(), "unit channel does")
     tables = {name: one for name, one in model.named_modules() if isinstance(one, nn.Embedding)}
     head = model.get_output_embeddings()
     widths = {one.embedding_dim for one in tables.values()}
@@ -228,8 +221,7 @@ def _probe(language_model: LanguageModel) -> _Probe:
         )
     (width,) = widths
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+    ids = probe_ids(language_model, generator)
     order = torch.randperm(width, generator=generator)
     device = language_model.device
     return _Probe(
@@ -238,7 +230,7 @@ def _probe(language_model: LanguageModel) -> _Probe:
         {name: one for name, one in model.named_modules() if _is_norm(one, width)},
         tables,
         width,
-        ids.to(device),
+        ids,
         order.to(device),
     )
 

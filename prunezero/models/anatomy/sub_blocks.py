@@ -20,14 +20,27 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.block_probe import BlockProbe, Trace, probe_block
+from prunezero.models.anatomy.block_probe import (
+    BlockProbe,
+    Trace,
+    probe_block,
+    probe_ids,
+    relative_change,
+)
+from prunezero.models.anatomy.channels import is_among
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.models.anatomy.linears import Linear, block_prefix, find_blocks, find_linears
+from prunezero.models.anatomy.linears import (
+    Linear,
+    block_prefix,
+    by_block,
+    find_blocks,
+    find_linears,
+    refuse_experts,
+)
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.hooks import removing
 from prunezero.models.observing.walk import hidden_of
 
-PROBE_TOKENS = 12
 # Largest change, relative to the norm, that is rounding of float32.
 ROUNDING = 1e-5
 # Under this name a model keeps what a probe found of its blocks, whatever its weights become.
@@ -76,15 +89,13 @@ def find_sub_blocks(language_model: LanguageModel) -> list[SubBlock]:
     Raises:
         ModelError: a block is not an attention and an MLP that add to one stream.
     """
-    by_block: dict[int, list[Linear]] = defaultdict(list)
-    for linear in find_linears(language_model.model):
-        by_block[linear.block].append(linear)
+    blocks = by_block(find_linears(language_model.model))
     known = vars(language_model.model).setdefault(_FOUND, {})
-    for block, inside in by_block.items():
+    for block, inside in blocks.items():
         modules = [linear.module for linear in inside]
         if known.get(block, (None,))[0] != modules:
             known[block] = modules, _sub_blocks_of(language_model, inside)
-    return [one for block in by_block for one in known[block][1]]
+    return [one for block in blocks for one in known[block][1]]
 
 
 def sub_blocks_of(language_model: LanguageModel, groups: Sequence[Group]) -> list[SubBlock]:
@@ -127,9 +138,7 @@ def layer_groups(linears: Sequence[Linear], language_model: LanguageModel) -> li
         ModelError: as `block_groups`.
     """
     prefix, blocks = block_prefix(language_model.model), find_blocks(language_model.model)
-    by_block: dict[int, list[Linear]] = defaultdict(list)
-    for one in find_sub_blocks(language_model):
-        by_block[one.block] += one.linears
+    linears_of_all = (linear for one in find_sub_blocks(language_model) for linear in one.linears)
     groups = [
         _group(
             f"{prefix}.{block}",
@@ -137,7 +146,7 @@ def layer_groups(linears: Sequence[Linear], language_model: LanguageModel) -> li
             inside,
             sum(parameter.numel() for parameter in blocks[block].parameters()),
         )
-        for block, inside in by_block.items()
+        for block, inside in by_block(linears_of_all).items()
     ]
     return _among(groups, linears)
 
@@ -176,16 +185,9 @@ def _among(groups: Sequence[Group], linears: Sequence[Linear]) -> list[Group]:
         ModelError: of one some are and others are not, or no group is left.
     """
     wanted = {linear.name for linear in linears}
-    chosen = []
-    for group in groups:
-        names = {member.linear.name for member in group.members}
-        left = sorted(names - wanted)
-        if left and len(left) < len(names):
-            raise ModelError(
-                f"'{left[0]}' is not among the layers that are pruned, but it goes with "
-                f"{group.name}; choose or ignore {', '.join(sorted(names))} together"
-            )
-        chosen += [] if left else [group]
+    chosen = [
+        group for group in groups if is_among(group, wanted, how=f"it goes with {group.name}")
+    ]
     if not chosen:
         together = ", ".join(member.linear.name for member in groups[0].members)
         raise ModelError(
@@ -197,17 +199,10 @@ def _among(groups: Sequence[Group], linears: Sequence[Linear]) -> list[Group]:
 
 def _sub_blocks_of(language_model: LanguageModel, inside: Sequence[Linear]) -> list[SubBlock]:
     """The two sub-blocks of one block, in the order in which they run."""
-    for linear in inside:
-        if "expert" in linear.name:
-            raise ModelError(
-                f"'{linear.name}' belongs to an expert; units of depth do not speak of mixtures of "
-                "experts yet"
-            )
-    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
+    refuse_experts(inside, "units of depth do")
+    ids = probe_ids(language_model, torch.Generator().manual_seed(0))
     block = inside[0].block
-    probe, _ = probe_block(language_model, block, ids.to(language_model.device))
+    probe, _ = probe_block(language_model, block, ids)
     probe.block.requires_grad_(True)
     trace = probe.run()
     prefix = f"{block_prefix(language_model.model)}.{block}"
@@ -388,9 +383,7 @@ def _giving_zeros(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _differ(now: Any, before: Tensor) -> bool:
-    difference = torch.linalg.vector_norm((now - before).detach(), dtype=torch.float64)
-    scale = torch.linalg.vector_norm(before.detach(), dtype=torch.float64)
-    return not float(difference) <= ROUNDING * float(scale)
+    return not relative_change(now, before) <= ROUNDING
 
 
 def _unsupported(language_model: LanguageModel, block: int, what: str) -> ModelError:

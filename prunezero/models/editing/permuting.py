@@ -9,7 +9,6 @@ on the copy and then in the model.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,12 +25,13 @@ from prunezero.models.anatomy.block_probe import (
     calls_of_blocks,
     logits_of,
     probe_block,
+    probe_ids,
     probe_of,
+    relative_change,
 )
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 
-PROBE_TOKENS = 12
 # Largest change, relative to the norm, that is rounding: sums in another order.
 ROUNDING = 1e-4
 # Coarser dtypes, where every later block rounds again; only the logits are compared in them.
@@ -174,7 +174,7 @@ def find_all_permutables(
         ModelError: as `find_permutables`.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = _probe_ids(language_model, generator)
+    ids = probe_ids(language_model, generator)
     calls, logits = calls_of_blocks(language_model, ids, list(blocks))
     found: dict[int, list[PermutableChannels]] = {}
     for index, layers in blocks.items():
@@ -189,17 +189,10 @@ def find_all_permutables(
         for permutable in itertools.chain(*found.values()):
             moves.enter_context(_moved(permutable, _random_order(permutable, generator)))
         moved = logits_of(language_model, ids)
-    if _change(moved, logits) <= _rounding(language_model):
+    if relative_change(moved, logits) <= _rounding(language_model):
         return found
     # One of them is none; each by itself says which.
     return {index: find_permutables(language_model, layers) for index, layers in blocks.items()}
-
-
-def _probe_ids(language_model: LanguageModel, generator: torch.Generator) -> Tensor:
-    """Random token ids [1, PROBE_TOKENS]."""
-    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator)
-    return ids.to(language_model.device)
 
 
 def _rounding(language_model: LanguageModel) -> float:
@@ -213,7 +206,7 @@ def _examined(
     if not layers:
         return []
     generator = torch.Generator().manual_seed(0)
-    ids = _probe_ids(language_model, generator)
+    ids = probe_ids(language_model, generator)
     probe, logits = probe_block(language_model, layers[0].block, ids)
     examined: list[PermutableChannels | str] = []
     for layer in layers:
@@ -222,7 +215,9 @@ def _examined(
             found = _with_layers(found, probe.originals)
             with _moved(found, _random_order(found, generator)):
                 moved = logits_of(language_model, ids)
-            found = found if _change(moved, logits) <= _rounding(language_model) else CHANGED
+            found = (
+                found if relative_change(moved, logits) <= _rounding(language_model) else CHANGED
+            )
         examined.append(found)
     return examined
 
@@ -327,7 +322,7 @@ def _is_free(
         if other not in makers
     ]
     pairs += zip(moved.returned, trace.returned, strict=True)
-    return all(_change(now, before) <= ROUNDING for now, before in pairs)
+    return all(relative_change(now, before) <= ROUNDING for now, before in pairs)
 
 
 @contextmanager
@@ -351,12 +346,3 @@ def _with_layers(permutable: PermutableChannels, layers: dict[str, Linear]) -> P
     """The same permutable channels of other layers, found by name."""
     producers = tuple((layers[layer.name], start) for layer, start in permutable.producers)
     return replace(permutable, consumer=layers[permutable.consumer.name], producers=producers)
-
-
-def _change(now: Tensor, before: Tensor) -> float:
-    """The norm of the difference relative to the norm before; zero where nothing changed."""
-    difference = float(torch.linalg.vector_norm((now - before).detach(), dtype=torch.float64))
-    scale = float(torch.linalg.vector_norm(before.detach(), dtype=torch.float64))
-    if scale == 0:
-        return math.inf if difference else 0.0
-    return difference / scale

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.block_probe import logits_of
+from prunezero.models.anatomy.block_probe import PROBE_TOKENS, logits_of, relative_change
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.narrowing import is_of_stream, narrowing_of
-from prunezero.models.editing.permuting import PROBE_TOKENS, ROUNDING, ROUNDING_OF_LOGITS
+from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import Shortening, is_of_layers, shorten, shortening_of
 from prunezero.models.editing.skipping import (
@@ -374,7 +374,7 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
         after = logits_of(language_model, ids).double()
     if is_of_stream(selection):
         return
-    change = float((after - before).norm()) / (float(before.norm()) or 1.0)
+    change = relative_change(after, before)
     if not change <= ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING):
         raise ModelError(
             f"without the units that go {type(language_model.model).__name__} computes something "

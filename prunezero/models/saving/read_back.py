@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError, reason
+from prunezero.models.anatomy.block_probe import relative_change
 from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.loading.language_model import LanguageModel, quiet
 
@@ -39,7 +40,7 @@ def refuse_other_reading(
             f"{folder} cannot be read again ({reason(error, folder)}); please report this"
         ) from error
     before = expected.double()
-    change = float((found - before).norm()) / (float(before.norm()) or 1.0)
+    change = relative_change(found, before)
     if not change <= ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING):
         raise ModelError(
             f"{folder} computes something else than the model that was saved (logits differ by "
