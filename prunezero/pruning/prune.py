@@ -202,7 +202,7 @@ class _Job:
         kept = folder if self.recipe.unit.is_usual else None
         stages = Stages(kept, self._request(sparsity), every)
         for step, share in enumerate(shares):
-            if step and getattr(recipe.schedule.options, "anew", False):
+            if step and recipe.looks_anew:
                 self.dense = self._seen_anew(tell)
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)

@@ -16,7 +16,7 @@ from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.models.saving.own_class import refuse_without_class
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recipes.word_options import Evolve, Slopes
+from prunezero.pruning.recipes.word_options import Slopes
 from prunezero.pruning.selecting import left_of, shares_of
 from prunezero.pruning.unit_allocation import Ladder
 from prunezero.scoring.feature_values import needed_sums
@@ -79,7 +79,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
     needs = ["sequential statistics need"] if walks else []
     needs += [f"criterion {recipe.criterion.text} needs"] if depth_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
-    if getattr(recipe.schedule.options, "anew", False):
+    if recipe.looks_anew:
         needs.append("statistics that are collected anew need")
     if needs and windows is None:
         raise RecipeError(f"recipe {recipe.name}: {needs[0]} calibration text")
@@ -123,7 +123,7 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
     for pattern in recipe.allocate.options.model_dump().get("ratios", ()):
         matching(pattern, layers)
     options = recipe.allocate.options
-    if isinstance(options, Slopes | Evolve):
+    if isinstance(options, Slopes):
         Ladder.of(groups, sparsity, recipe.unit.measure, options.steps)
     _refuse_two_formulas(recipe, layers)
     if recipe.statistics == "sequential" and any(map(_spans_blocks, groups)):

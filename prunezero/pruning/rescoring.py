@@ -24,10 +24,11 @@ from prunezero.models.anatomy.groups import Group
 from prunezero.scoring.score import score_units
 from prunezero.scoring.selection import lowest_first
 from prunezero.scoring.statistics import Statistics
-from prunezero.scoring.unit_features import Reader, full_inverse, unit_feature
+from prunezero.scoring.torch_text import feature_function
+from prunezero.scoring.unit_features import Reader, diagonal_blocks, full_inverse, unit_feature
 
-# Features that are taken anew, and whether they look at inputs without their mean.
-RESCORED = {"Lr0": False, "Lrb": True}
+# Features that are taken anew, and the inverse that they look at.
+RESCORED = {"Lr0": "inverse", "Lrb": "centred_inverse"}
 # Groups with fewer units lose them one by one.
 _FEW = 64
 
@@ -45,13 +46,16 @@ class _State:
     width: int
     """channels of a unit"""
 
-    def losses(self) -> Tensor:
-        """What the outputs lose with each unit, [units]."""
+    def losses(self, name: str) -> Tensor:
+        """What the outputs lose with each unit, float32 [units, 1].
+
+        Args:
+            name: a key of `RESCORED`, whose torch text says it.
+        """
         units = len(self.places)
-        parts = self.inverse.reshape(units, self.width, units, self.width)
-        blocks = parts.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        inverse = diagonal_blocks(self.inverse, units, self.width)
         columns = self.columns.reshape(units, self.width, -1)
-        return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+        return feature_function(name)(**{"reader": columns, RESCORED[name]: inverse})
 
     def remove(self, gone: Tensor) -> None:
         """Take units out, bool [units], and refit the columns that stay."""
@@ -92,7 +96,7 @@ def rescored(
         if other != name
     }
     columns = reader.weight.double()[:, : reader.units * reader.width].T
-    inverse = full_inverse(reader, damping, is_centred=RESCORED[name])
+    inverse = full_inverse(reader, damping, is_centred=RESCORED[name] == "centred_inverse")
     device = columns.device
     state = _State(torch.arange(group.units, device=device), inverse, columns, reader.width)
     scores = torch.empty(group.units, dtype=torch.float32, device=device)
@@ -100,7 +104,7 @@ def rescored(
     highest = [-math.inf] * strata
     while len(state.places):
         features = {other: value[state.places] for other, value in others.items()}
-        features[name] = state.losses().float()[:, None]
+        features[name] = state.losses(name)
         shape = state.columns.reshape(len(state.places), -1)
         values = (
             score_units(criterion, shape, features, group=group.name, kind=group.called)

@@ -91,7 +91,7 @@ def shares_of(groups: Sequence[Group], budget: Budget) -> dict[str, float]:
     shares = dict.fromkeys((group.name for group in groups), 0.0)
     left = [group for group in groups if not group.is_protected]
     wanted = budget.amount * _total(groups, budget)
-    if not left or _total(left, budget) < math.floor(wanted):
+    if _total(left, budget) < math.floor(wanted):
         raise SelectionError(
             f"{budget.amount:g} of the {budget.measure} cannot go, since "
             f"{len(groups) - len(left)} of {len(groups)} groups are protected; remove less, or "
@@ -149,17 +149,14 @@ def select_units(
         SelectionError: as `check_units`.
         ScoreError: a score is NaN or infinite.
     """
-    if compare == "model" or not any(group.is_protected for group in groups):
-        check_units(groups, budget, compare=compare)
+    check_units(groups, budget, compare=compare)
     scores = [scores_of(group).float().cpu() for group in groups]
     for values in scores:
         refuse_non_finite(values)
     if compare == "model":
         removed = _removed_of_all(groups, scores, budget)
     else:
-        # One by itself loses what it was allocated.
-        alone = dict.fromkeys((group.name for group in groups), budget.amount)
-        shares = alone if len(groups) == 1 else shares_of(groups, budget)
+        shares = shares_of(groups, budget)
         removed = [group.units - left_of(group, shares[group.name]) for group in groups]
     kept = [_kept(*one) for one in zip(groups, scores, removed, strict=True)]
     placed = (one.to(group.device) for one, group in zip(kept, groups, strict=True))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import DenseReference, dense_reference, evaluate
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.recipes.recipe import Recipe
@@ -57,7 +56,6 @@ class Trials:
             name: (reader.weight.clone(), None if reader.bias is None else reader.bias.clone())
             for name, reader in self._readers.items()
         }
-        self._restoring = DenseWeights(list(self._readers.values()))
         self._now = dict.fromkeys(self._groups, 0)
         self._mended: OrderedDict[tuple[str, int], tuple[Tensor, Tensor | None]] = OrderedDict()
         self._bytes = 0
@@ -65,11 +63,11 @@ class Trials:
         """measurements so far"""
 
     def __enter__(self) -> Trials:
-        self._restoring.__enter__()
         return self
 
     def __exit__(self, *fault: object) -> None:
-        self._restoring.__exit__(*fault)
+        for name in self._groups:
+            self._put(name, *self._dense[name])
         self._now = dict.fromkeys(self._groups, 0)
 
     def kl(self, removed: Mapping[str, int], windows: int) -> float:
@@ -91,12 +89,14 @@ class Trials:
     def _set(self, name: str, count: int) -> None:
         if self._now[name] == count:
             return
+        self._put(name, *(self._dense[name] if count == 0 else self._of(name, count)))
+        self._now[name] = count
+
+    def _put(self, name: str, weight: Tensor, bias: Tensor | None) -> None:
         reader = self._readers[name]
-        weight, bias = self._dense[name] if count == 0 else self._of(name, count)
         reader.weight.copy_(weight)
         if reader.bias is not None and bias is not None:
             reader.bias.copy_(bias)
-        self._now[name] = count
 
     def _of(self, name: str, count: int) -> tuple[Tensor, Tensor | None]:
         """The mended weight and bias of a group's reader without so many units."""
@@ -113,10 +113,7 @@ class Trials:
 
     def _mend(self, group: Group, count: int) -> tuple[Tensor, Tensor | None]:
         reader = self._readers[group.name]
-        weight, bias = self._dense[group.name]
-        reader.weight.copy_(weight)
-        if reader.bias is not None and bias is not None:
-            reader.bias.copy_(bias)
+        self._put(group.name, *self._dense[group.name])
         kept = torch.ones(group.units, dtype=torch.bool, device=reader.weight.device)
         kept[self._order[group.name][:count]] = False
         mask = Selection((group,), (kept,)).matrix_masks()[reader.name]

@@ -102,11 +102,11 @@ def _input(name: str, reader: Reader, damping: float) -> Tensor | int:
             f"not {reader.units * reader.width}; the statistics belong to another layer or model"
         )
     if name == "gram":
-        return _blocks(value, *shape).double()
+        return diagonal_blocks(value, *shape).double()
     return value[..., : reader.units * reader.width].reshape(*value.shape[:-1], *shape)
 
 
-def _blocks(matrix: Tensor, units: int, width: int) -> Tensor:
+def diagonal_blocks(matrix: Tensor, units: int, width: int) -> Tensor:
     """The parts [units, width, width] of a matrix [in, in] along its diagonal."""
     count = units * width
     parts = matrix[:count, :count].reshape(units, width, units, width)
@@ -120,7 +120,7 @@ def _inverse(reader: Reader, damping: float, *, is_centred: bool) -> Tensor:
     if known is None or key not in known.memo:
         inverse = full_inverse(reader, damping, is_centred=is_centred)
         assert known is not None  # full_inverse refused it; for the type checker
-        known.memo[key] = _blocks(inverse, reader.units, reader.width)
+        known.memo[key] = diagonal_blocks(inverse, reader.units, reader.width)
     blocks: Tensor = known.memo[key]
     return blocks
 

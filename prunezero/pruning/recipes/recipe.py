@@ -49,6 +49,7 @@ from prunezero.pruning.recipes.documents import (
     write_document,
 )
 from prunezero.pruning.recipes.measured_rows import check_provenance
+from prunezero.pruning.recipes.word_options import Iterative
 from prunezero.pruning.recipes.words import (
     Allocate,
     Choice,
@@ -301,6 +302,11 @@ class Recipe(BaseModel):
     def mends(self) -> bool:
         """Whether weights that stay are solved for, so that rounding is seen in the result."""
         return any(choice.row.mends for choice in self.update)
+
+    @property
+    def looks_anew(self) -> bool:
+        """Whether each step of its schedule looks at the model as pruned so far."""
+        return isinstance(self.schedule.options, Iterative) and self.schedule.options.anew
 
     @property
     def needs_biases(self) -> bool:

@@ -206,15 +206,9 @@ class Slopes(Options):
     windows: int = Field(default=4, ge=1, le=100_000, description="calibration windows to look at")
 
 
-class Evolve(Options):
+class Evolve(Slopes):
     """Level switches by KL, Sieberling et al. 2024, EvoPress, arXiv:2410.14649."""
 
-    steps: int = Field(
-        default=16,
-        ge=1,
-        le=10_000,
-        description="parts that the largest group is taken away in, or fewer of a unit each",
-    )
     evaluations: int = Field(
         default=200, ge=2, le=10**6, description="allocations measured, beside each group's own"
     )
