@@ -47,22 +47,19 @@ def model_costs(language_model: LanguageModel, ids: Tensor) -> Costs:
         ids: token ids [1, length], of which the first CONTEXT are used: text decides what a mixture
             of experts computes.
     """
-    # It imports Triton, whose mode is settled by whoever imports it first.
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = language_model.model
     ids = ids[:, :CONTEXT].to(language_model.device)
     context = ids.shape[1]
-    # Fused attention is one call whose products the counter does not know on every device.
-    with torch.no_grad():
-        cache = _cache_behind(model, ids)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(ids, use_cache=False)
+    try:
+        flops, answer = _counted(model, ids, use_cache=True)
+    # Whatever a model says that keeps no keys and values, or keeps them in its own way.
+    except Exception:
+        flops, answer = _counted(model, ids, use_cache=False)
     return Costs(
         parameters=_count(model.parameters()),
         parameters_without_embeddings=_count(_without_embeddings(model)),
-        flops=counter.get_total_flops() / context,
-        kv_bytes=_bytes_held(cache) / context,
+        flops=flops / context,
+        kv_bytes=_bytes_held(cache_of(answer)) / context,
         context=context,
     )
 
@@ -97,13 +94,15 @@ def group_cost(group: Group, measure: str) -> float:
     return group.cost_of(measure) * group.units
 
 
-def _cache_behind(model: Any, ids: Tensor) -> Any:
-    """Keys and values behind a forward pass; None where a model cannot make such a cache."""
-    try:
-        return cache_of(model(ids, use_cache=True))
-    # Whatever a model says that keeps none, or keeps it in its own way.
-    except Exception:
-        return None
+def _counted(model: Any, ids: Tensor, *, use_cache: bool) -> tuple[int, Any]:
+    """FLOPs of a forward pass, and what it returns."""
+    # It imports Triton, whose mode is settled by whoever imports it first.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Fused attention is one call whose products the counter does not know on every device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        answer = model(ids, use_cache=use_cache)
+    return counter.get_total_flops(), answer
 
 
 def cache_of(answer: Any) -> Any:
