@@ -221,32 +221,15 @@ def _prune_in_memory(
         say_conditions,
         waiting,
     )
-    from prunezero.files.places import check_room
-    from prunezero.models.saving.save import check_names, saved_bytes
     from prunezero.pruning.compare import SPLITS, RecipeRunner
-    from prunezero.pruning.reordering import Reordering
-    from prunezero.pruning.requirements import check_recipe, dense_sums, refuse_unequal_widths
+    from prunezero.pruning.requirements import dense_sums
 
     name, output = testbed.language_model.name, places.output
     say_about([testbed])
-    if places.gguf is not None:
-        _refuse_without_gguf(testbed.language_model)
-    if padded and not recipe.unit.row.edit.zeros_suffice:
-        raise OutputError(
-            "--padded saves zeros at full size, but norms divide by the width, so a model with "
-            f"zeros is another one than that without {recipe.unit.word}s; leave --padded out"
-        )
-    layers = check_recipe(testbed.language_model, recipe, sparsity)
-    # Refuses a permutation that cannot be had.
-    reordering = Reordering(testbed.language_model, recipe, layers)
     is_smaller = output is not None and recipe.unit.row.edit.makes_smaller and not padded
-    if is_smaller:
-        refuse_unequal_widths(testbed.language_model, recipe, sparsity)
-    if output is not None:
-        check_names(testbed.language_model, moves=reordering.moves)
-        check_room(output, saved_bytes(testbed.language_model), "the pruned model")
-    if places.gguf is not None:
-        check_room(places.gguf, saved_bytes(testbed.language_model), "the GGUF file")
+    layers = _layers_once_checked(
+        testbed.language_model, recipe, sparsity, places, padded=padded, is_smaller=is_smaller
+    )
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
         sums = testbed.statistics(layers, dense_sums([recipe]), bars)
@@ -272,6 +255,45 @@ def _prune_in_memory(
             if steps is not None:
                 shutil.rmtree(steps, ignore_errors=True)
     return rows[-1]
+
+
+def _layers_once_checked(
+    language_model: LanguageModel,
+    recipe: Recipe,
+    sparsity: float,
+    places: Places,
+    *,
+    padded: bool,
+    is_smaller: bool,
+) -> list[Linear]:
+    """The layers that are pruned, once it is sure that what comes of it can be saved.
+
+    Raises:
+        PruneZeroError: it cannot, or the recipe does not fit the model.
+    """
+    from prunezero.files.places import check_room
+    from prunezero.models.saving.save import check_names, saved_bytes
+    from prunezero.pruning.reordering import Reordering
+    from prunezero.pruning.requirements import check_recipe, refuse_unequal_widths
+
+    if places.gguf is not None:
+        _refuse_without_gguf(language_model)
+    if padded and not recipe.unit.row.edit.zeros_suffice:
+        raise OutputError(
+            "--padded saves zeros at full size, but norms divide by the width, so a model with "
+            f"zeros is another one than that without {recipe.unit.row.several}; leave --padded out"
+        )
+    layers = check_recipe(language_model, recipe, sparsity)
+    # Refuses a permutation that cannot be had.
+    reordering = Reordering(language_model, recipe, layers)
+    if is_smaller:
+        refuse_unequal_widths(language_model, recipe, sparsity)
+    if places.output is not None:
+        check_names(language_model, moves=reordering.moves)
+        check_room(places.output, saved_bytes(language_model), "the pruned model")
+    if places.gguf is not None:
+        check_room(places.gguf, saved_bytes(language_model), "the GGUF file")
+    return layers
 
 
 def _save(

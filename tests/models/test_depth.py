@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
@@ -27,6 +26,7 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import refuse_unequal_widths
 from tests.models.test_mlp import noisy
+from tests.report.test_smaller import stored
 from tests.tiny_models import LAYOUTS, VOCABULARY, tiny_batches, tiny_model, tiny_tokenizer
 
 DEEP = 3
@@ -143,12 +143,13 @@ def test_a_module_that_adds_to_the_stream_itself_hands_it_on(family: str, kind: 
     assert torch.equal(cached, anew)
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return found
+def from_files(model: LanguageModel, folder: Path) -> LanguageModel:
+    """The same model, read from several files, one of which may lose all that it holds."""
+    model.model.save_pretrained(folder, max_shard_size="20KB")
+    model.tokenizer.save_pretrained(folder)
+    read = load_model(str(folder), device="cpu")
+    assert read.source is not None
+    return read
 
 
 @pytest.mark.parametrize("is_from_files", [False, True])
@@ -160,11 +161,7 @@ def test_plain_transformers_loads_the_model_with_fewer_layers(
 
     model, ids = deep_model(layout), tiny_batches(2)
     if is_from_files:
-        # Several files, one of which may lose all that it holds.
-        model.model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-        model.tokenizer.save_pretrained(tmp_path / "dense")
-        model = load_model(str(tmp_path / "dense"), device="cpu")
-        assert model.source is not None
+        model = from_files(model, tmp_path / "dense")
     dense, choice = model.model(ids).logits, without(groups_of(model, "layer"), 0)
     save_model(model, tmp_path / "out", smaller=choice)
     assert torch.equal(model.model(ids).logits, dense)
@@ -259,9 +256,7 @@ def test_a_model_without_sub_blocks_is_saved_with_a_class_of_its_own_or_refused_
 ) -> None:
     model, ids = deep_model(layout), tiny_batches(2)
     if is_from_files:
-        model.model.save_pretrained(tmp_path / "dense", max_shard_size="20KB")
-        model.tokenizer.save_pretrained(tmp_path / "dense")
-        model = load_model(str(tmp_path / "dense"), device="cpu")
+        model = from_files(model, tmp_path / "dense")
     # The first attention, and of a block both halves.
     choice = without(groups_of(model, kind), 0, *((4, 5) if kind == "block" else ()))
     dense, parameters = model.model(ids).logits, count(model)

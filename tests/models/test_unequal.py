@@ -18,14 +18,14 @@ from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import SMALLER, sliced, slices_of
 from prunezero.models.editing.zeroing import zeroed
-from prunezero.models.loading.language_model import LanguageModel, wrap_model
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.loading.shards import Shards
 from prunezero.models.saving.read_back import refuse_other_reading
 from prunezero.models.saving.save import save_model
 from prunezero.models.unequal.families import class_files
 from tests.models.test_mlp import groups_of
-from tests.tiny_models import tiny_batches, tiny_tokenizer
+from tests.tiny_models import tiny_batches
 from tests.unequal import (
     ALL,
     OF_FIXED_WIDTH,
@@ -286,22 +286,12 @@ def test_the_files_of_a_class_are_short_and_plain() -> None:
 
 
 def test_a_setting_that_was_not_there_is_not_there_afterwards() -> None:
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    config = Qwen2Config(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    network = AutoModelForCausalLM.from_config(config).eval()
-    model = wrap_model(network, tiny_tokenizer(), name="qwen2")
-    groups = attention.kv_groups(find_linears(network), model)
-    before = dict(vars(network.config))
+    model = unequal_model("qwen2")
+    config = model.model.config
+    groups = attention.kv_groups(find_linears(model.model), model)
+    before = dict(vars(config))
     assert "head_dim" not in before
     kept = tuple(torch.arange(group.units) > 0 for group in groups)
     with sliced(model, Selection(tuple(groups), kept)):
-        assert network.config.head_dim == 8
-    assert dict(vars(network.config)) == before
+        assert config.head_dim == 8
+    assert dict(vars(config)) == before
