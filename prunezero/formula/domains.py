@@ -38,18 +38,26 @@ class Domain:
             CriterionError: a feature is of another domain, the value has another shape, or a word
                 looks at what it may not.
         """
-        for name in criterion.features:
-            if self.name not in FEATURES[name].domains:
-                raise CriterionError(
-                    f"criterion {criterion.text}: feature {name} says nothing of "
-                    f"{' x '.join(self.axes)}; see `prunezero list features`"
-                )
+        self.refuse_words(criterion)
         if criterion.shape not in self.shapes:
             raise CriterionError(
                 f"criterion {criterion.text} gives one value per {criterion.shape} of "
                 f"{' x '.join(self.axes)}, but one per {' or '.join(self.shapes)} is needed; "
                 "reduce it, or use other features"
             )
+
+    def refuse_words(self, criterion: Criterion) -> None:
+        """Refuse a part of a formula, of any shape, that says nothing here.
+
+        Raises:
+            CriterionError: a feature is of another domain, or a word looks at what it may not.
+        """
+        for name in criterion.features:
+            if self.name not in FEATURES[name].domains:
+                raise CriterionError(
+                    f"criterion {criterion.text}: feature {name} says nothing of "
+                    f"{' x '.join(self.axes)}; see `prunezero list features`"
+                )
         words = {type(node).__name__ for node in criterion.sympy.atoms(MatrixFunction)}
         for word in sorted(words - self.reductions):
             raise CriterionError(
