@@ -9,6 +9,7 @@ much, and where the entries of a row compete, a value per row is too little.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from prunezero.errors import CriterionError
@@ -45,6 +46,13 @@ class Domain:
                 f"{' x '.join(self.axes)}, but one per {' or '.join(self.shapes)} is needed; "
                 "reduce it, or use other features"
             )
+
+    def takes(self, criterion: Criterion) -> bool:
+        """Whether a formula says something here."""
+        with suppress(CriterionError):
+            self.refuse(criterion)
+            return True
+        return False
 
     def refuse_words(self, criterion: Criterion) -> None:
         """Refuse a part of a formula, of any shape, that says nothing here.

@@ -293,7 +293,7 @@ _ROWS = (
         "a channel inside an MLP: rows that make it, the column that reads it",
         "mlp:neuron_groups",
         "A*row_mean(abs(W))",
-        ("neuron_magnitude", "wanda_sp", "flap"),
+        ("neuron_magnitude", "wanda_sp", "flap", "minitron_neurons", "mask_fisher"),
     ),
     _width(
         "head",
@@ -307,7 +307,7 @@ _ROWS = (
         "a key-value head of attention with all query heads that read it",
         "attention:kv_groups",
         "M2",
-        ("random_units",),
+        ("random_units", "fasp", "flap", "minitron_heads", "mask_fisher"),
         plural="key-value groups",
     ),
     _width(
@@ -315,7 +315,7 @@ _ROWS = (
         "a neuron or a key-value group: what makes a block narrower",
         "width:width_groups",
         "M2/PARAMS",
-        ("random_units",),
+        ("random_units", "wanda_sp", "flap", "minitron_neurons", "mask_fisher", "obs_bias"),
         plural="neurons and key-value groups",
     ),
     UnitKind(

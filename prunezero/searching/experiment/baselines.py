@@ -151,5 +151,5 @@ def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:
 
 def _published_units(own: Recipe) -> str | None:
     """The published recipe of such units with the same effect."""
-    alike = (recipe for recipe in published_of(own.unit.word) if recipe.effect == own.effect)
+    alike = (recipe for recipe in _for_units(own.unit.word) if recipe.effect == own.effect)
     return next((recipe.name for recipe in alike), None)

@@ -195,9 +195,12 @@ class SearchSpace(BaseModel):
     def holds(self, criterion: Criterion) -> bool:
         """Whether a formula ranks units, is small enough, and nests nothing that is forbidden."""
         # A formula of weights that is the same along a matrix would rank nothing in some groups.
-        shapes = ("element",) if self.unit == "weight" else UNITS[self.unit].domain.shapes
+        domain = UNITS[self.unit].domain
+        is_ranking = (
+            criterion.shape == "element" if self.unit == "weight" else domain.takes(criterion)
+        )
         return (
-            criterion.shape in shapes
+            is_ranking
             and criterion.complexity <= self.max_complexity
             and criterion.depth <= self.max_depth
             and not self.forbids(criterion)
