@@ -99,11 +99,11 @@ class UnitSamples:
         Raises:
             FactorizationError: a Gram matrix cannot be inverted.
         """
-        if self.groups[0].members[0].linear.name not in self.statistics:
+        if recipe.unit.row.observer:
             return self._distance(masks)
         lost = whole = 0.0
         for group, kept in zip(self.groups, masks, strict=True):
-            reading = self._reading(group, recipe.damping, "bias" in recipe.updates)
+            reading = _reading(self, group.name, recipe.damping, "bias" in recipe.updates)
             whole += reading.whole
             if not bool(kept.all()):
                 gone = (~kept).repeat_interleave(group.reader.width)
@@ -115,9 +115,6 @@ class UnitSamples:
         gone = [int((~kept).sum()) for kept in masks]
         lost = sum(size * count for size, count in zip(sizes, gone, strict=True))
         return max(lost, 0.0) / max(sum(map(abs, sizes)), 1e-30)
-
-    def _reading(self, group: Group, damping: float, is_centred: bool) -> _Reading:
-        return _reading(self, group.name, damping, is_centred)
 
     def __hash__(self) -> int:
         return id(self)
