@@ -98,6 +98,14 @@ class Units(Depth):
         "refitted; of fewer than 64 each by itself; 0 is never, and else the formula holds Lr0 or "
         "Lrb",
     )
+    swaps: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="exchanges at most of a unit that stays and one that goes, each the one that "
+        "lowers the most what refitted columns lose; 0 is none, and else the recipe has update: "
+        "refit",
+    )
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
         """How many units of a group stay anyway, and of what they are a multiple."""
