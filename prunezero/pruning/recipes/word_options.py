@@ -54,8 +54,9 @@ class Depth(Options):
         default=0, ge=0, le=10**6, description="blocks at the end that keep all units"
     )
     seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
-    measure: Literal["parameters", "flops", "kv bytes", "units"] = Field(
-        default="parameters", description="what the sparsity is a share of"
+    measure: Literal["parameters", "flops", "kv bytes", "milliseconds", "units"] = Field(
+        default="parameters",
+        description="what the sparsity is a share of; milliseconds are measured on this machine",
     )
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
