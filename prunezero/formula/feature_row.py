@@ -9,8 +9,9 @@ H^-1 = U^T U.
 Text of a feature of units reads the sums of the matrix that reads what units hand on, cut by units
 (`scoring/unit_features.py`): [units, width] of a sum [in], where a unit has `width` channels, and
 [units, width, width] of `gram`, `inverse` and `centred_inverse`; that matrix itself as `reader`
-[units, width, out]; and what a unit costs, `parameters`, `flops` and `kv_bytes`, and its `noise`,
-[units] each. Of a part of the depth sums, costs and noise are of one unit, [1] each.
+[units, width, out]; and what a unit costs, `parameters`, `flops`, `kv_bytes` and `milliseconds`,
+and its `noise`, [units] each. Of a part of the depth sums, costs and noise are of one unit, [1]
+each.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ WEIGHT_SIGNALS = SIGNALS[:-1]
 # What a text may read that is no sum, and the sums that it is made from.
 MADE_FROM: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
-    **dict.fromkeys(("parameters", "flops", "kv_bytes"), ()),
+    **dict.fromkeys(("parameters", "flops", "kv_bytes", "milliseconds"), ()),
     "upper": ("gram",),
     "inverse": ("gram",),
     "centred_inverse": ("gram", "input_sum"),

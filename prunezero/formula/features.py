@@ -15,6 +15,8 @@ from prunezero.formula.feature_row import Feature
 
 # Units that one matrix reads, and no other.
 _OF_ONE_READER = ("neuron", "head", "kv_group", "width")
+# Units that are a part of one block.
+_OF_ONE_BLOCK = (*_OF_ONE_READER, "attention", "mlp", "block", "layer")
 
 _ROWS = (
     Feature(
@@ -405,6 +407,16 @@ _ROWS = (
         "kv_bytes",
         domains=("unit",),
         kinds=_OF_ONE_READER,
+    ),
+    Feature(
+        "MS",
+        "row",
+        "milliseconds that its block takes less without a unit, as measured on this machine",
+        r"t_u",
+        "1",
+        "milliseconds",
+        domains=("unit", "block"),
+        kinds=_OF_ONE_BLOCK,
     ),
     Feature(
         "RND",

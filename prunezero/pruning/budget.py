@@ -14,8 +14,11 @@ MEASURES = {
     "units": "units, however large each is",
     "flops": "multiplications and additions of a forward pass, for each token",
     "kv bytes": "memory of keys and values, for each token",
+    "milliseconds": "time of a forward pass, as measured on this machine",
     "links": "pairs of a query and a key",
 }
+# Of sums of measured times, the part that may be rounding.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,17 @@ class Budget:
             ) from None
         removed_count(1, amount)
         return cls(amount, measure=measure)
+
+    def allowance(self, total: float) -> float:
+        """What may go of so much in the measure; whole numbers, but of time.
+
+        Raises:
+            SelectionError: the amount is not at least 0 and below 1.
+        """
+        if self.measure != "milliseconds":
+            return removed_count(round(total), self.amount)
+        removed_count(1, self.amount)
+        return total * self.amount * (1 + _ROUNDING)
 
     @property
     def word(self) -> str:

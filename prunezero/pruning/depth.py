@@ -34,7 +34,7 @@ def one_by_one(groups: Sequence[Group], scores_of: Scores, budget: Budget) -> Se
         ScoreError: a score is NaN or infinite, or all are equal.
     """
     gone: list[Group] = []
-    left = float(allowance(groups, budget))
+    left = allowance(groups, budget)
     while True:
         names = {group.name for group in gone}
         alive = [one for one in groups if one.name not in names and not one.is_protected]

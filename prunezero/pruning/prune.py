@@ -32,6 +32,7 @@ from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Prog
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
+from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.reordering import Reordering
@@ -270,6 +271,7 @@ class _Job:
             for group in selection.undecided(groups):
                 # All members of a group lose the same share.
                 selection |= self._selected([group], ratios[group.members[0].linear.name])
+            selection = improved(selection, self.recipe, self.known, before=self.selection)
             masks = selection.matrix_masks()
             prune_layers(self.recipe, inside, self.known, ratios, masks=masks)
             clear_biases(selection)

@@ -18,6 +18,7 @@ from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Slopes
 from prunezero.pruning.selecting import left_of, shares_of
+from prunezero.pruning.timing import are_needed, with_milliseconds
 from prunezero.pruning.unit_allocation import Ladder
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import pattern_sparsity, removed_count
@@ -103,10 +104,12 @@ def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float)
 def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Group]:
     """The groups of units that a recipe prunes, after every check that needs no computation.
 
+    Where the recipe asks for milliseconds, they are measured first, once for a model and machine.
+
     Raises:
         RecipeError: choices that exclude each other, or two formulas for one layer.
         ModelError: `targets`, `ignore`, `criteria` or ratios match nothing, a bias cannot be had,
-            or the model has no such units.
+            or the model has no such units; or what they take cannot be measured.
         SelectionError: the sparsity, group or pattern fits no selection of some group.
     """
     if recipe.compare == "model" and recipe.statistics == "sequential":
@@ -117,6 +120,8 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
     kind = recipe.unit.row
     found = find_linears(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
     groups = kind.groups(found, language_model, recipe.unit.options)
+    if are_needed(recipe):
+        groups = with_milliseconds(groups, language_model)
     budget = Budget(sparsity, measure=recipe.unit.measure, pattern=recipe.pattern)
     kind.check(groups, budget, compare=recipe.compare)
     layers = linears_of(groups)

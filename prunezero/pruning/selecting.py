@@ -91,7 +91,8 @@ def shares_of(groups: Sequence[Group], budget: Budget) -> dict[str, float]:
     shares = dict.fromkeys((group.name for group in groups), 0.0)
     left = [group for group in groups if not group.is_protected]
     wanted = budget.amount * _total(groups, budget)
-    if _total(left, budget) < math.floor(wanted):
+    least = wanted if budget.measure == "milliseconds" else math.floor(wanted)
+    if _total(left, budget) < least:
         raise SelectionError(
             f"{budget.amount:g} of the {budget.measure} cannot go, since "
             f"{len(groups) - len(left)} of {len(groups)} groups are protected; remove less, or "
@@ -178,7 +179,7 @@ def _removed_of_all(groups: Sequence[Group], scores: Sequence[Tensor], budget: B
     owners = torch.cat([torch.full((len(one),), place) for place, one in enumerate(free)])
     order = lowest_first(torch.cat(free))
     costs = [group.cost_of(budget.measure) * group.strata for group in groups]
-    left, removed = float(allowance(groups, budget)), [0] * len(groups)
+    left, removed = allowance(groups, budget), [0] * len(groups)
     # What no longer fits is passed over, so a large unit does not keep small ones from going; of
     # one group they go in order, since all cost the same.
     for owner in owners[order].tolist():
@@ -204,6 +205,6 @@ def _total(groups: Sequence[Group], budget: Budget) -> float:
     return sum(_cost(group, budget) * group.units for group in groups)
 
 
-def allowance(groups: Sequence[Group], budget: Budget) -> int:
+def allowance(groups: Sequence[Group], budget: Budget) -> float:
     """What may go together, in the budget's measure."""
-    return removed_count(round(_total(groups, budget)), budget.amount)
+    return budget.allowance(_total(groups, budget))

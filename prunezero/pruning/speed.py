@@ -75,7 +75,7 @@ def _seconds(language_model: LanguageModel, ids: Tensor) -> tuple[float, float]:
     """Seconds of reading a window, and of writing some tokens behind it."""
     begin = time.perf_counter()
     answer = language_model.model(ids, use_cache=True)
-    _wait(language_model)
+    wait_for(language_model)
     read = time.perf_counter() - begin
     begin = time.perf_counter()
     # Newer versions of transformers call it so.
@@ -85,10 +85,11 @@ def _seconds(language_model: LanguageModel, ids: Tensor) -> tuple[float, float]:
         following = answer.logits[:, -1:].argmax(-1)
         known = {name: cache_of(answer)}
         answer = language_model.model(following, use_cache=True, **known)
-    _wait(language_model)
+    wait_for(language_model)
     return read, time.perf_counter() - begin
 
 
-def _wait(language_model: LanguageModel) -> None:
+def wait_for(language_model: LanguageModel) -> None:
+    """Come back once the model's device has done all that it was told."""
     if language_model.device.type == "cuda":
         torch.cuda.synchronize(language_model.device)

@@ -1,8 +1,8 @@
 """Trials: how far a model moves from the dense one when its groups lose so many units.
 
-What goes in each group is settled by the recipe's scores; what is tried is how many. The columns
-that stay are mended as the recipe says, each reader by itself, and remembered, so a trial costs
-little more than the forward pass that measures it.
+What goes in each group is settled by the recipe's scores and swaps; what is tried is how many. The
+columns that stay are mended as the recipe says, each reader by itself, and remembered, so a trial
+costs little more than the forward pass that measures it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
 from prunezero.models.evaluation import DenseReference, dense_reference, evaluate
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.pruning.local_search import improved
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.selection import lowest_first
@@ -116,7 +117,8 @@ class Trials:
         self._put(group.name, *self._dense[group.name])
         kept = torch.ones(group.units, dtype=torch.bool, device=reader.weight.device)
         kept[self._order[group.name][:count]] = False
-        mask = Selection((group,), (kept,)).matrix_masks()[reader.name]
+        chosen = improved(Selection((group,), (kept,)), self._recipe, self._statistics)
+        mask = chosen.matrix_masks()[reader.name]
         known = self._statistics.get(reader.name)
         mend([Work(self._recipe, reader, known, count / group.units, mask)])
         return reader.weight.clone(), None if reader.bias is None else reader.bias.clone()

@@ -22,8 +22,8 @@ import numpy as np
 
 from prunezero.errors import RecipeError, SelectionError
 from prunezero.models.anatomy.groups import Group
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.trials import Trials
-from prunezero.scoring.request import removed_count
 
 if TYPE_CHECKING:
     from prunezero.models.anatomy.linears import Linear
@@ -73,10 +73,10 @@ class Ladder:
         turns = (cost[group.name] * group.strata for group in open_)
         grain = max(largest / steps, *turns, 0.0)
         counts = [_counts(group, grain / cost[group.name]) for group in open_]
-        wanted = float(removed_count(round(total), sparsity))
+        wanted = float(Budget(sparsity, measure=measure).allowance(total))
         if sum(len(one) - 1 for one in counts) < math.floor(wanted / grain + 1e-9):
             raise SelectionError(
-                f"{sparsity:g} of the {measure} cannot go in steps of {grain:.0f}, since some "
+                f"{sparsity:g} of the {measure} cannot go in steps of {grain:.12g}, since some "
                 "units of each group have to stay; remove less, or take more steps"
             )
         return cls(open_, counts, grain, wanted)

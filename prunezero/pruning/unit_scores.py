@@ -236,11 +236,9 @@ def depth_scores(
     Raises:
         ScoreError, StatisticsError: as `score_depth`.
     """
-    given = {
-        "parameters": group.cost["parameters"],
-        "flops": group.cost["flops"],
-        "noise": float(noise(group.name, 1, options.seed)),
-    }
+    given = {**group.cost, "noise": float(noise(group.name, 1, options.seed))}
+    if "MS" in criterion.features and "milliseconds" not in given:
+        raise StatisticsError(f"how many milliseconds {group.name} takes is not known")
     known = statistics.get(group.name)
     return score_depth(criterion, known, given, group=group.name, kind=group.kind)
 

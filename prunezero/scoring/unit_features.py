@@ -92,6 +92,8 @@ def _input(name: str, reader: Reader, damping: float) -> Tensor | int:
         return noise(reader.group, reader.units, reader.seed)
     if name in ("inverse", "centred_inverse"):
         return _inverse(reader, damping, is_centred=name == "centred_inverse")
+    if name == "milliseconds" and name not in (reader.cost or {}):
+        raise StatisticsError(f"how many milliseconds a unit of {reader.group} takes is not known")
     if name not in SUMS:
         cost = (reader.cost or {}).get(name.replace("_", " "), 0.0)
         return torch.full((reader.units,), cost, dtype=torch.float64)

@@ -66,7 +66,7 @@ def expected_features() -> dict[str, np.ndarray]:
 # The stream behind a part of the depth, and nats per predicted token without it.
 BEHIND = INPUTS.flip(2) + 1.0
 LOSSES = torch.tensor([[1.0, 2.5], [4.0, 0.5]])
-GIVEN = {"parameters": 12.0, "flops": 20.0, "noise": 0.25}
+GIVEN = {"parameters": 12.0, "flops": 20.0, "milliseconds": 1.5, "noise": 0.25}
 
 
 def expected_of_depth() -> dict[str, float]:
@@ -81,6 +81,7 @@ def expected_of_depth() -> dict[str, float]:
         "KL": 0.5,
         "PARAMS": 12.0,
         "FLOPS": 20.0,
+        "MS": 1.5,
         "RND": 0.25,
     }
 

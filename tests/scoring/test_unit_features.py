@@ -16,7 +16,8 @@ from prunezero.scoring.unit_features import Reader, unit_feature
 ROWS = [name for name in features_of_domain("unit") if FEATURES[name].shape == "row"]
 OUT, IN, TOKENS, SEQUENCES = 5, 6, 24, 3
 DAMPING = 0.01
-COST = {"parameters": 7.0, "flops": 14.0, "kv bytes": 3.0}
+COST = {"parameters": 7.0, "flops": 14.0, "kv bytes": 3.0, "milliseconds": 0.125}
+COSTS = {"PARAMS": "parameters", "FLOPS": "flops", "KV_BYTES": "kv bytes", "MS": "milliseconds"}
 
 Array = np.ndarray[Any, Any]
 
@@ -83,10 +84,8 @@ def expected(name: str, width: int, weight: Array, x: Array, e: Array) -> list[f
     if name in losses:
         refit, bias = losses[name]
         return [lost_output(weight, x, one, refit=refit, bias=bias) for one in slices]
-    if name in ("PARAMS", "FLOPS", "KV_BYTES"):
-        return [
-            COST[{"PARAMS": "parameters", "FLOPS": "flops", "KV_BYTES": "kv bytes"}[name]]
-        ] * len(units)
+    if name in COSTS:
+        return [COST[COSTS[name]]] * len(units)
     # The factor on a unit is one for all its channels.
     masks = [(x * e)[..., one].sum((1, 2)) for one in slices]
     magnitudes = np.abs(x).mean(1)

@@ -198,9 +198,16 @@ def sliced(language_model: LanguageModel, selection: Selection) -> Iterator[Slic
         ModelError: as `slices_of`.
     """
     slices = slices_of(language_model, selection)
+    with applied(language_model, slices):
+        yield slices
+
+
+@contextmanager
+def applied(language_model: LanguageModel, slices: Slices) -> Iterator[None]:
+    """Within it the model is smaller as is known already; see `sliced`."""
     with ExitStack() as undo:
         _slice(language_model.model, slices, undo)
-        yield slices
+        yield
 
 
 def remove(language_model: LanguageModel, selection: Selection) -> None:
@@ -342,7 +349,7 @@ def width_setting(
     Raises:
         ModelError: no configuration has such widths, or the model computes otherwise.
     """
-    kept = tuple(_first_of(group, counts[group.name]).to(group.device) for group in groups)
+    kept = tuple(first_units(group, counts[group.name]).to(group.device) for group in groups)
     selection = Selection(tuple(groups), kept)
     slices = slices_of(language_model, selection)
     slices.refuse_faults()
@@ -352,8 +359,8 @@ def width_setting(
     return slices
 
 
-def _first_of(group: Group, count: int) -> Tensor:
-    """Bool [units]: the first so many stay, as many of each stratum."""
+def first_units(group: Group, count: int) -> Tensor:
+    """Which units stay, bool [units]: the first so many, as many of each stratum."""
     return (torch.arange(group.units) % (group.units // group.strata)) < count // group.strata
 
 

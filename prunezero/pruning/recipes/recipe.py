@@ -222,6 +222,11 @@ class Recipe(BaseModel):
                 raise ValueError(
                     f"feature {name} is for unit {', '.join(kinds)}, not for {self.unit.word}"
                 )
+        if getattr(self.unit.options, "swaps", 0) and "refit" not in self.updates:
+            raise ValueError(
+                f"unit: {self.unit.word}: swaps lowers what is lost once columns are refitted, so "
+                "it needs update: refit"
+            )
         return self
 
     @model_validator(mode="after")

@@ -54,8 +54,9 @@ class Depth(Options):
         default=0, ge=0, le=10**6, description="blocks at the end that keep all units"
     )
     seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
-    measure: Literal["parameters", "flops", "kv bytes", "units"] = Field(
-        default="parameters", description="what the sparsity is a share of"
+    measure: Literal["parameters", "flops", "kv bytes", "milliseconds", "units"] = Field(
+        default="parameters",
+        description="what the sparsity is a share of; milliseconds are measured on this machine",
     )
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
@@ -97,6 +98,14 @@ class Units(Depth):
         description="units that go before the others are scored anew, with the columns that stay "
         "refitted; of fewer than 64 each by itself; 0 is never, and else the formula holds Lr0 or "
         "Lrb",
+    )
+    swaps: int = Field(
+        default=0,
+        ge=0,
+        le=10**6,
+        description="exchanges at most of a unit that stays and one that goes, each the one that "
+        "lowers the most what refitted columns lose; 0 is none, and else the recipe has update: "
+        "refit",
     )
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:

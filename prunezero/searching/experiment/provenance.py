@@ -9,7 +9,6 @@ import importlib.util
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from prunezero.errors import PruneZeroError, SearchError, TextError, reason
 from prunezero.files.digests import file_digest, joined_digest
+from prunezero.files.machine import graphics, processor
 from prunezero.formula.code import steps
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.models.text.splits import SPLITS
@@ -151,11 +151,10 @@ def machine(testbed: Testbed, threads: int) -> dict[str, Any]:
         threads: of each evaluator.
     """
     device = testbed.language_model.device
-    gpu = {"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
     return {
         "threads": threads,
-        "processor": _processor(),
-        **gpu,
+        "processor": processor(),
+        **graphics(device),
         "matmul": torch.get_float32_matmul_precision(),
         "code": _own_code(),
     }
@@ -170,17 +169,6 @@ def digest_of_code(package: Path) -> str:
     """Hexadecimal digest of the source of all floors that answers come from."""
     files = sorted(path for floor in _FLOORS for path in (package / floor).rglob("*.py"))
     return joined_digest(f"{path.relative_to(package)} {file_digest(path)}" for path in files)
-
-
-@lru_cache(maxsize=1)
-def _processor() -> str:
-    """What a processor can do, by which libraries choose among their kernels."""
-    found = [platform.machine(), torch.backends.cpu.get_cpu_capability()]
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        for key in ("model name", "flags", "Features"):
-            found += [line for line in lines if line.startswith(key)][:1]
-    return joined_digest(found)
 
 
 def _ids(testbed: Testbed, split: str) -> str:
