@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from prunezero.errors import RecipeError, did_you_mean
@@ -90,7 +91,10 @@ def is_usable(key: str, value: Any, pattern: str, unit: str = "weight") -> bool:
 
 def alike(key: str, left: Any, right: Any, unit: str = "weight") -> bool:
     """Whether two spellings of a value of this key say the same, such as `admm` and `[admm]`."""
-    return _example_of(key, left, unit) == _example_of(key, right, unit)
+    with suppress(RecipeError):
+        return _example_of(key, left, unit) == _example_of(key, right, unit)
+    # What stands only beside another choice is none that a space can offer by itself.
+    return False
 
 
 def _example_of(key: str, value: Any, unit: str) -> Recipe:
