@@ -38,7 +38,7 @@ def test_units_of_two_kinds_leave_one_folder(run: Run) -> None:
         ),
         (
             "prune MODEL --recipe minitron_width --sparsity 0.2 --padded --output out",
-            "another one than that without neurons and heads and channels; leave --padded out",
+            "another one than that without neurons, heads and channels; leave --padded out",
         ),
         ("prune MODEL --recipe two_ssp", "say how much to remove"),
     ],

@@ -205,7 +205,8 @@ class StagedUnits:
     @property
     def several(self) -> str:
         """What all units together are called."""
-        return " and ".join(stage.recipe.unit.row.several for stage in self.stages)
+        *first, last = (stage.recipe.unit.several for stage in self.stages)
+        return f"{', '.join(first)} and {last}"
 
     @property
     def zeros_suffice(self) -> bool:
