@@ -29,6 +29,7 @@ from prunezero.errors import PruneZeroError
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.staged import AnyRecipe, load_recipe, recipes_of
 from prunezero.pruning.requirements import checked_groups, dense_sums
 from prunezero.pruning.testbed import Settings, Testbed, set_up, with_choices
 
@@ -98,7 +99,7 @@ def measure(arguments: argparse.Namespace, seed: int, path: Path) -> None:
     )
     testbed = set_up(arguments.model, arguments.text, settings, dtype="float32")
     linears = find_linears(testbed.language_model.model)
-    sums = testbed.statistics(linears, dense_sums([recipe for recipe, _, _ in missing]))
+    sums = testbed.statistics(linears, dense_sums([recipes_of(one)[0] for one, _, _ in missing]))
     runner = RecipeRunner(testbed, sums)
     dense = {"recipe": "dense", "update": "", "share": 0.0, "seed": seed} | conditions
     if place_of(dense) not in known:
@@ -110,10 +111,10 @@ def measure(arguments: argparse.Namespace, seed: int, path: Path) -> None:
         print(told(row), flush=True)
 
 
-def wanted(names: str, shares: list[float]) -> Iterator[tuple[Recipe, float]]:
+def wanted(names: str, shares: list[float]) -> Iterator[tuple[AnyRecipe, float]]:
     """Each recipe as published, and with its columns refitted, at each share."""
-    chosen = [Recipe.load(name) for name in names.split(",") if name] or [
-        recipe for recipe in map(Recipe.load, published_recipes()) if not recipe.unit.is_usual
+    chosen = [load_recipe(name) for name in names.split(",") if name] or [
+        recipe for recipe in map(load_recipe, published_recipes()) if not recipe.unit.is_usual
     ]
     for share in shares:
         for recipe in chosen:
@@ -122,9 +123,10 @@ def wanted(names: str, shares: list[float]) -> Iterator[tuple[Recipe, float]]:
                 yield refitted, share
 
 
-def with_refit(recipe: Recipe) -> Recipe | None:
+def with_refit(recipe: AnyRecipe) -> AnyRecipe | None:
     """The recipe with its columns refitted; None where it does that, or where nothing can be."""
-    if "refit" in recipe.updates:
+    # The updates of several stages differ.
+    if not isinstance(recipe, Recipe) or "refit" in recipe.updates:
         return None
     updates = ["refit", *recipe.updates]
     try:
@@ -133,12 +135,13 @@ def with_refit(recipe: Recipe) -> Recipe | None:
         return None
 
 
-def update_of(recipe: Recipe) -> str:
+def update_of(recipe: AnyRecipe) -> str:
     """The updates in words."""
-    return ", ".join(recipe.updates) or "none"
+    words = dict.fromkeys(word for one in recipes_of(recipe) for word in one.updates)
+    return ", ".join(words) or "none"
 
 
-def measured_row(testbed: Testbed, runner: RecipeRunner, recipe: Recipe, share: float) -> Row:
+def measured_row(testbed: Testbed, runner: RecipeRunner, recipe: AnyRecipe, share: float) -> Row:
     """What a recipe leaves when so much of the blocks' parameters goes, or why it cannot."""
     try:
         amount = share_of_units(testbed, recipe, share)
@@ -148,8 +151,11 @@ def measured_row(testbed: Testbed, runner: RecipeRunner, recipe: Recipe, share: 
     return {"amount": amount} | kept_of(row)
 
 
-def share_of_units(testbed: Testbed, recipe: Recipe, share: float) -> float:
+def share_of_units(testbed: Testbed, recipe: AnyRecipe, share: float) -> float:
     """The share of what such units have that is this share of all blocks' parameters."""
+    if not isinstance(recipe, Recipe):
+        # Their sparsity is that share already.
+        return share
     language_model = testbed.language_model
     groups = checked_groups(language_model, recipe, 0.0)
     weights = sum(linear.weight.numel() for linear in find_linears(language_model.model))

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from prunezero.models.loading.load import load_model, save_model
     from prunezero.models.observing.calibration import calibrate
     from prunezero.pruning.compare import compare
-    from prunezero.pruning.prune import prune
     from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import load_recipe
+    from prunezero.pruning.staging import prune
     from prunezero.pruning.streamed import prune_streamed
     from prunezero.pruning.testbed import Settings, Testbed, set_up
     from prunezero.searching.session import find as search
@@ -36,6 +37,7 @@ __all__ = [
     "calibrate",
     "compare",
     "load_model",
+    "load_recipe",
     "prune",
     "prune_streamed",
     "save_model",
@@ -52,7 +54,8 @@ _HOMES = {
     "calibrate": "prunezero.models.observing.calibration:calibrate",
     "compare": "prunezero.pruning.compare:compare",
     "load_model": "prunezero.models.loading.load:load_model",
-    "prune": "prunezero.pruning.prune:prune",
+    "load_recipe": "prunezero.pruning.recipes.staged:load_recipe",
+    "prune": "prunezero.pruning.staging:prune",
     "prune_streamed": "prunezero.pruning.streamed:prune_streamed",
     "save_model": "prunezero.models.loading.load:save_model",
     "search": "prunezero.searching.session:find",

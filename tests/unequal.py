@@ -127,10 +127,10 @@ def unequal(model: LanguageModel, what: str) -> Selection:
 
 
 def whole_mlp(model: LanguageModel) -> Group:
-    """The MLP of the first layer as one unit."""
+    """The neurons of the first MLP as one unit, which is not yet the MLP as a sub-block."""
     group = groups_of(model)[0]
     members = tuple(
         Member(one.linear, one.role, units=1, start=one.start, width=one.units * one.width)
         for one in group.members
     )
-    return Group(group.name, 0, "mlp", (1,), members, cost=unit_cost(members))
+    return Group(group.name, 0, "neuron", (1,), members, cost=unit_cost(members))

@@ -29,7 +29,7 @@ from prunezero.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import AnyRecipe
     from prunezero.pruning.testbed import Testbed
     from prunezero.report.tracking.tracker import Tracker
 
@@ -150,7 +150,7 @@ def compare(
 
 def _measured(
     testbed: Testbed,
-    recipes: Sequence[Recipe],
+    recipes: Sequence[AnyRecipe],
     sparsity: float | None,
     statistics: str,
     tracker: Tracker,

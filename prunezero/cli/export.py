@@ -53,7 +53,7 @@ def export(
     from prunezero.cli.tables import say
     from prunezero.errors import shell_word
     from prunezero.files.places import check_apart, try_file
-    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import load_recipe, refuse_stages
     from prunezero.pruning.testbed import with_choices
     from prunezero.report.export.kernel import refuse_several, write_kernel
     from prunezero.report.export.page import write_pruner
@@ -65,8 +65,9 @@ def export(
     try_file(kernel, "--kernel", example="kernel.py")
     check_apart({"--output": output, "--kernel": kernel})
     found = runs_dir / recipe / "recipe.yaml"
-    chosen = Recipe.load(found if os.path.isfile(found) else recipe)
-    chosen = with_choices(chosen, pattern=pattern, statistics=statistics)
+    loaded = load_recipe(found if os.path.isfile(found) else recipe)
+    why = "which one file of plain torch cannot follow; use `prunezero prune` with the recipe"
+    chosen = with_choices(refuse_stages(loaded, why), pattern=pattern, statistics=statistics)
     # What one file cannot follow is told before the other is written.
     if kernel is not None:
         refuse_several(chosen)

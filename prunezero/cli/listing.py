@@ -13,7 +13,9 @@ from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from prunezero.formula.operators import Operator
-    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.kinds import UnitKind
+    from prunezero.pruning.recipes.staged import AnyRecipe, ShareWord
+    from prunezero.pruning.recipes.words import Word
 
 Rows = list[dict[str, Any]]
 
@@ -60,7 +62,8 @@ def list_(
 
 
 def _recipes(runs_dir: Path) -> Rows:
-    from prunezero.pruning.recipes.recipe import Recipe, published_recipes
+    from prunezero.pruning.recipes.recipe import published_recipes
+    from prunezero.pruning.recipes.staged import load_recipe
 
     return [
         {
@@ -71,19 +74,23 @@ def _recipes(runs_dir: Path) -> Rows:
             "needs": recipe.signal,
             "source": recipe.source,
         }
-        for recipe in map(Recipe.load, published_recipes())
+        for recipe in map(load_recipe, published_recipes())
     ]
 
 
-def _around(recipe: Recipe) -> list[str]:
+def _around(recipe: AnyRecipe) -> list[str]:
     """What a recipe chooses beside its formula and group, where it is not the usual."""
-    walk = ["sequential"] if recipe.statistics == "sequential" else []
+    from prunezero.pruning.recipes.staged import recipes_of
+
+    stages = recipes_of(recipe)
+    walk = ["sequential"] if any(one.statistics == "sequential" for one in stages) else []
     unit = [] if recipe.unit.is_usual else [f"unit {recipe.unit.text}"]
-    return [*unit, *(choice.text for choice in recipe.extras), *walk]
+    return [*unit, *(choice.text for one in stages for choice in one.extras), *walk]
 
 
 def _choices(runs_dir: Path) -> Rows:
     from prunezero.pruning.kinds import UNITS
+    from prunezero.pruning.recipes.staged import SHARES
     from prunezero.pruning.recipes.words import PLAIN_WORDS, WORDS
 
     plain = [
@@ -91,29 +98,18 @@ def _choices(runs_dir: Path) -> Rows:
         for key, words in PLAIN_WORDS.items()
         for word, meaning in words.items()
     ]
-    units = [
-        {
-            "key": "unit",
-            "word": word,
-            "meaning": kind.meaning,
-            "numbers": "\n".join(kind.options.described()),
-        }
-        for word, kind in UNITS.items()
+    return [
+        *(_choice("unit", word, kind) for word, kind in UNITS.items()),
+        *plain,
+        *(_choice(key, word, row) for key, words in WORDS.items() for word, row in words.items()),
+        # Of a stage, beside its recipe.
+        *(_choice("share", word, share) for word, share in SHARES.items()),
     ]
-    return (
-        units
-        + plain
-        + [
-            {
-                "key": key,
-                "word": word,
-                "meaning": row.meaning,
-                "numbers": "\n".join(row.options.described()),
-            }
-            for key, words in WORDS.items()
-            for word, row in words.items()
-        ]
-    )
+
+
+def _choice(key: str, word: str, row: UnitKind | Word | ShareWord) -> dict[str, Any]:
+    numbers = "\n".join(row.options.described())
+    return {"key": key, "word": word, "meaning": row.meaning, "numbers": numbers}
 
 
 def _spaces(runs_dir: Path) -> Rows:

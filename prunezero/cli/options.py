@@ -12,7 +12,7 @@ import typer
 from prunezero.errors import RecipeError, reason
 
 if TYPE_CHECKING:
-    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import AnyRecipe
     from prunezero.pruning.testbed import Settings
 
 _TEXT = "Calibration and evaluation text"
@@ -141,26 +141,29 @@ def check_settings(settings: Settings) -> None:
             )
 
 
-def load_recipes(names: str) -> list[Recipe]:
+def load_recipes(names: str) -> list[AnyRecipe]:
     """The recipes of a comma-separated list.
 
     Raises:
         RecipeError: one is unknown or faulty, or none is named.
     """
-    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import load_recipe
 
     words = [word.strip() for word in names.split(",") if word.strip()]
     if not words:
         raise RecipeError("--recipes names no recipe; see `prunezero list recipes`")
-    return [Recipe.load(word) for word in words]
+    return [load_recipe(word) for word in words]
 
 
-def on_unit(recipes: Sequence[Recipe], word: str | None) -> list[Recipe]:
+def on_unit(recipes: Sequence[AnyRecipe], word: str | None) -> list[AnyRecipe]:
     """The recipes, those of whole units for other units; those of single weights as they are.
 
     Raises:
-        RecipeError: there are no such units, or none of the recipes is of whole units.
+        RecipeError: there are no such units, or none of the recipes is of whole units, or one has
+            stages of units of its own.
     """
+    from prunezero.pruning.recipes.staged import refuse_stages
+
     if word is None:
         return list(recipes)
     if all(recipe.unit.is_usual for recipe in recipes):
@@ -168,7 +171,11 @@ def on_unit(recipes: Sequence[Recipe], word: str | None) -> list[Recipe]:
             f"--unit {word} is for recipes that remove whole units, and none is named; see "
             "`prunezero list recipes`"
         )
-    return [recipe if recipe.unit.is_usual else recipe.on_unit(word) for recipe in recipes]
+    why = f"each of units of its own, so --unit {word} says nothing of it; leave one of them out"
+    return [
+        recipe if recipe.unit.is_usual else refuse_stages(recipe, why).on_unit(word)
+        for recipe in recipes
+    ]
 
 
 def check_statistics(word: str | None) -> None:

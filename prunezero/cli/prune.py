@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from prunezero.models.editing.selection import Selection
     from prunezero.models.loading.language_model import LanguageModel
     from prunezero.models.saving.save import SavedSparsity
-    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import AnyRecipe
     from prunezero.pruning.testbed import Testbed
 
 PATTERN_LINE = "Zeros do not make a model smaller or faster unless its kernels use the pattern."
@@ -122,7 +122,7 @@ def prune(
     from prunezero.cli.tables import say, waiting
     from prunezero.files.places import check_apart, try_folder
     from prunezero.models.anatomy.patterns import patterns_of
-    from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import load_recipe, refuse_stages
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.pruning.testbed import set_up, with_choices
 
@@ -131,7 +131,7 @@ def prune(
     check_apart({"--json": json_file, "--output": output, "--gguf": gguf})
     limit = bytes_of(memory_limit)
     _check_gguf(gguf, output, memory_limit)
-    (found,) = options.on_unit([Recipe.load(recipe)], unit)
+    (found,) = options.on_unit([load_recipe(recipe)], unit)
     chosen = with_choices(
         found,
         pattern=pattern,
@@ -157,9 +157,11 @@ def prune(
 
         if output is None:
             raise OutputError("--memory-limit prunes into files, so it needs an --output folder")
+        why = "which look at the whole model as pruned so far; leave --memory-limit out"
+        one = refuse_stages(chosen, why)
         with waiting(f"opening {model}"):
             streamed, testbed = open_files(model, text, settings, dtype=dtype, device=device)
-        row = prune_files(streamed, testbed, chosen, fraction, output, limit)
+        row = prune_files(streamed, testbed, one, fraction, output, limit)
     if chosen.unit.is_usual:
         say(FIRST_LINE if chosen.pattern == "free" else PATTERN_LINE)
     elif padded:
@@ -202,7 +204,7 @@ def _check_gguf(gguf: Path | None, output: Path | None, memory_limit: str | None
 
 def _prune_in_memory(
     testbed: Testbed,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     sparsity: float,
     places: Places,
     faults: list[OutputError],
@@ -222,17 +224,19 @@ def _prune_in_memory(
         waiting,
     )
     from prunezero.pruning.compare import SPLITS, RecipeRunner
+    from prunezero.pruning.recipes.staged import recipes_of
     from prunezero.pruning.requirements import dense_sums
+    from prunezero.pruning.staging import edit_of
 
     name, output = testbed.language_model.name, places.output
     say_about([testbed])
-    is_smaller = output is not None and recipe.unit.row.edit.makes_smaller and not padded
+    is_smaller = output is not None and edit_of(recipe).makes_smaller and not padded
     layers = _layers_once_checked(
         testbed.language_model, recipe, sparsity, places, padded=padded, is_smaller=is_smaller
     )
     steps = _folder_of_steps(recipe, output)
     with Bars() as bars:
-        sums = testbed.statistics(layers, dense_sums([recipe]), bars)
+        sums = testbed.statistics(layers, dense_sums(recipes_of(recipe)[:1]), bars)
         with waiting("measuring the dense model"):
             runner = RecipeRunner(testbed, sums)
             rows = [runner.dense_row(SPLITS)]
@@ -259,7 +263,7 @@ def _prune_in_memory(
 
 def _layers_once_checked(
     language_model: LanguageModel,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     sparsity: float,
     places: Places,
     *,
@@ -273,23 +277,24 @@ def _layers_once_checked(
     """
     from prunezero.files.places import check_room
     from prunezero.models.saving.save import check_names, saved_bytes
+    from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.reordering import Reordering
-    from prunezero.pruning.requirements import check_recipe, refuse_unequal_widths
+    from prunezero.pruning.staging import check_recipe, edit_of, refuse_unequal_widths
 
     if places.gguf is not None:
         _refuse_without_gguf(language_model)
-    if padded and not recipe.unit.row.edit.zeros_suffice:
+    if padded and not edit_of(recipe).zeros_suffice:
         raise OutputError(
             "--padded saves zeros at full size, but norms divide by the width, so a model with "
-            f"zeros is another one than that without {recipe.unit.row.several}; leave --padded out"
+            f"zeros is another one than that without {recipe.unit.several}; leave --padded out"
         )
     layers = check_recipe(language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
-    reordering = Reordering(language_model, recipe, layers)
+    moves = isinstance(recipe, Recipe) and Reordering(language_model, recipe, layers).moves
     if is_smaller:
         refuse_unequal_widths(language_model, recipe, sparsity)
     if places.output is not None:
-        check_names(language_model, moves=reordering.moves)
+        check_names(language_model, moves=moves)
         check_room(places.output, saved_bytes(language_model), "the pruned model")
     if places.gguf is not None:
         check_room(places.gguf, saved_bytes(language_model), "the GGUF file")
@@ -298,7 +303,7 @@ def _layers_once_checked(
 
 def _save(
     testbed: Testbed,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     rows: Sequence[dict[str, Any]],
     layers: Sequence[Linear],
     output: Path,
@@ -326,7 +331,7 @@ def _save(
 
 def _save_smaller(
     testbed: Testbed,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     rows: Sequence[dict[str, Any]],
     selection: Selection,
     output: Path,
@@ -348,7 +353,7 @@ def _save_smaller(
     row = rows[-1]
     say(
         f"saved to {output}: {row['units_removed']:,} of {row['units']:,} "
-        f"{recipe.unit.row.several} are gone; "
+        f"{recipe.unit.several} are gone; "
         f"{saved.stored:,} numbers in the files, {saved.costs.parameters:,} of "
         f"{saved.dense.parameters:,} parameters and {saved.costs.flops / saved.dense.flops:.1%} of "
         "the FLOPs are left"
@@ -407,16 +412,19 @@ def _noted(faults: list[OutputError]) -> Iterator[None]:
         faults.append(error)
 
 
-def _folder_of_steps(recipe: Recipe, output: Path | None) -> Path | None:
+def _folder_of_steps(recipe: AnyRecipe, output: Path | None) -> Path | None:
     """Where the finished steps of a pruning of several wait, in case it is stopped.
 
     Raises:
         OutputError: something else is there.
     """
     from prunezero.cli.tables import say
+    from prunezero.pruning.recipes.staged import recipes_of
 
-    is_quick = recipe.schedule.is_usual and recipe.recover.is_usual
-    if output is None or is_quick:
+    stages = recipes_of(recipe)
+    is_quick = all(one.schedule.is_usual and one.recover.is_usual for one in stages)
+    # Of several stages none is kept: weights alone do not say which units went.
+    if output is None or is_quick or len(stages) > 1:
         return None
     folder = output.absolute().with_name(f"{output.absolute().name}.partial")
     if (folder / "request.json").is_file():

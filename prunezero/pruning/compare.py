@@ -19,10 +19,11 @@ from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.costs import costs_without
 from prunezero.pruning.outcome import Outcome
-from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
+from prunezero.pruning.recipes.staged import AnyRecipe, recipes_of
 from prunezero.pruning.reordering import Reordering
-from prunezero.pruning.requirements import check_recipe, dense_sums, settled_sparsity
+from prunezero.pruning.requirements import dense_sums, settled_sparsity
+from prunezero.pruning.staging import check_recipe, edit_of, prune
 from prunezero.pruning.testbed import Testbed, beginning, with_choices
 from prunezero.scoring.statistics import Statistics
 
@@ -41,36 +42,49 @@ def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {**head, **measured, **tail, "compare": "", "allocate": "", "update": ""}
 
 
-def pruned_row(recipe: Recipe, outcome: Outcome, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of a pruned model, from how it was pruned and what was measured on it."""
+def pruned_row(recipe: AnyRecipe, outcome: Outcome, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a pruned model, from how it was pruned and what was measured on it.
+
+    Of a recipe of several stages a column tells the words of each in their order.
+    """
+    stages = recipes_of(recipe)
+    formulas = [criterion for one in stages for criterion in one.formulas]
+    own = recipe.criteria if isinstance(recipe, Recipe) else {}
     return {
         "recipe": recipe.name,
         "sparsity": outcome.sparsity,
         "pattern": recipe.pattern,
-        "statistics": recipe.statistics,
+        "statistics": ", ".join(dict.fromkeys(one.statistics for one in stages)),
         **measured,
         **_removed(recipe, outcome),
         "seconds": outcome.seconds,
-        "formula": recipe.criterion.text,
-        "criteria": "; ".join(with_patterns(recipe.criteria)),
-        "complexity": sum(criterion.complexity for criterion in recipe.formulas),
-        "signal": costliest(one.signal for one in recipe.formulas),
+        "formula": recipe.criterion.text if isinstance(recipe, Recipe) else recipe.text,
+        "criteria": "; ".join(with_patterns(own)),
+        "complexity": sum(criterion.complexity for criterion in formulas),
+        "signal": costliest(one.signal for one in formulas),
         "compare": recipe.compare,
-        "allocate": recipe.allocate.text,
-        "update": ", ".join(recipe.updates) or "none",
-        **layers_told(recipe.targets, recipe.ignore),
+        "allocate": ", then ".join(dict.fromkeys(one.allocate.text for one in stages)),
+        "update": ", ".join(dict.fromkeys(word for one in stages for word in one.updates))
+        or "none",
+        **layers_told(
+            *(
+                tuple(dict.fromkeys(word for one in stages for word in getattr(one, key)))
+                for key in ("targets", "ignore")
+            )
+        ),
     }
 
 
-def _removed(recipe: Recipe, outcome: Outcome) -> dict[str, Any]:
+def _removed(recipe: AnyRecipe, outcome: Outcome) -> dict[str, Any]:
     """What went, in columns: zeros among weights are one thing, units another."""
     if not outcome.selection.groups:
         return {"sparsity_reached": outcome.sparsity_reached}
     total, removed = outcome.selection.total(), outcome.selection.removed()
+    whole = recipe.unit.several if isinstance(recipe, Recipe) else "all blocks"
     return {
         "sparsity_reached": None,
         "removed": outcome.sparsity_reached,
-        "removed_of": f"{outcome.measure} of {recipe.unit.row.several}",
+        "removed_of": f"{outcome.measure} of {whole}",
         "unit": recipe.unit.word,
         "units": round(total),
         "units_removed": round(removed),
@@ -131,7 +145,7 @@ class RecipeRunner:
 
     def row(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         sparsity: float | None,
         splits: Sequence[str],
         *,
@@ -171,9 +185,9 @@ class RecipeRunner:
                 edit.pop_all()
         return pruned_row(recipe, outcome, measured)
 
-    def _without(self, recipe: Recipe, selection: Selection) -> AbstractContextManager[None]:
+    def _without(self, recipe: AnyRecipe, selection: Selection) -> AbstractContextManager[None]:
         """Within it the pruned model computes as if units were gone, where zeros do not do it."""
-        edit = recipe.unit.row.edit
+        edit = edit_of(recipe)
         if edit.zeros_suffice:
             return nullcontext()
         return edit.simulated(self.testbed.language_model, selection)
@@ -189,17 +203,19 @@ class RecipeRunner:
         # How long the window was is said where FLOPs are explained.
         return {key: costs[key] for key in costs if key != "context"}
 
-    def reversed(self, recipe: Recipe) -> RecipeRunner:
+    def reversed(self, recipe: AnyRecipe) -> RecipeRunner:
         """The stand of this recipe on the same calibration windows in the opposite order.
 
         Its sums are the same up to rounding, so what changes in a perplexity says nothing of the
         recipe. Collects the dense model's sums anew where the recipe looks at them.
         """
         testbed = self.testbed.reversed()
+        # Later stages collect their own.
+        first = recipes_of(recipe)[0]
         layers = find_linears(
-            testbed.language_model.model, targets=recipe.targets, ignore=recipe.ignore
+            testbed.language_model.model, targets=first.targets, ignore=first.ignore
         )
-        return self.redrawn(testbed, testbed.statistics(layers, dense_sums([recipe])))
+        return self.redrawn(testbed, testbed.statistics(layers, dense_sums([first])))
 
     def _measured(self, splits: Sequence[str]) -> dict[str, Any]:
         settings = self.testbed.settings
@@ -236,7 +252,7 @@ def rounding(
 
 def compare(
     testbed: Testbed,
-    recipes: Sequence[Recipe],
+    recipes: Sequence[AnyRecipe],
     sparsity: float | None = None,
     *,
     pattern: str | None = None,
@@ -280,7 +296,10 @@ def compare(
     layers_chosen = {"targets": targets, "ignore": ignore}
     changed = [with_choices(recipe, **choices, **layers_chosen) for recipe in recipes]
     every = _checked(testbed, changed, sparsity)
-    runner = RecipeRunner(testbed, testbed.statistics(every, dense_sums(changed), progress))
+    runner = RecipeRunner(
+        testbed,
+        testbed.statistics(every, dense_sums([recipes_of(one)[0] for one in changed]), progress),
+    )
     counts = with_costs or any(not recipe.unit.is_usual for recipe in changed)
     yield runner.dense_row(SPLITS, with_costs=counts)
     for recipe in changed:
@@ -290,14 +309,17 @@ def compare(
         yield row
 
 
-def _checked(testbed: Testbed, recipes: Sequence[Recipe], sparsity: float | None) -> list[Linear]:
+def _checked(
+    testbed: Testbed, recipes: Sequence[AnyRecipe], sparsity: float | None
+) -> list[Linear]:
     """The layers that the recipes prune, once it is sure that all can be applied."""
     layers: dict[str, Linear] = {}
     for recipe in recipes:
         fraction = settled_sparsity(recipe.pattern, sparsity)
         found = check_recipe(testbed.language_model, recipe, fraction)
-        # Refuses a permutation that cannot be had.
-        Reordering(testbed.language_model, recipe, found)
+        if isinstance(recipe, Recipe):
+            # Refuses a permutation that cannot be had.
+            Reordering(testbed.language_model, recipe, found)
         layers |= {layer.name: layer for layer in found}
     return list(layers.values())
 

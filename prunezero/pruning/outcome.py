@@ -30,10 +30,14 @@ class Outcome:
     """units that stay, where units can be taken out; none for single weights"""
     measure: str = "weights"
     """what `sparsity` is a fraction of"""
+    reached: float | None = None
+    """the fraction that went, where units of several kinds may have weights in common"""
 
     @property
     def sparsity_reached(self) -> float:
         """The fraction that went: of weights, those that are zero; of units, what they cost."""
+        if self.reached is not None:
+            return self.reached
         if self.selection.groups:
             return self.selection.removed(self.measure) / self.selection.total(self.measure)
         return self.zeros / self.total

@@ -10,7 +10,8 @@ from prunezero.errors import ModelError, RecipeError, SelectionError
 from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.anatomy.linears import Linear, find_linears, matching
 from prunezero.models.editing.biases import refuse_without_bias
-from prunezero.models.editing.slicing import width_setting
+from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.slicing import first_of_each, setting_of
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.models.saving.own_class import refuse_without_class
@@ -153,19 +154,36 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
             layers have settings of their own; or the smaller model would compute otherwise.
     """
     groups = checked_groups(language_model, recipe, sparsity)
-    budget = Budget(sparsity, measure=recipe.unit.measure)
+    refuse_unsaveable(language_model, units_tried(recipe, groups, sparsity))
+
+
+def units_tried(recipe: Recipe, groups: Sequence[Group], sparsity: float) -> Selection:
+    """A selection that makes a model smaller in the way in which the recipe will.
+
+    Raises:
+        SelectionError: as `shares_of`.
+    """
     if recipe.unit.row.observer:
         free = [group for group in groups if not group.is_protected]
         groups = [group for group in free if group.block == free[0].block]
         counts = dict.fromkeys((group.name for group in groups), 0)
-    elif recipe.compare == "model" or recipe.allocate.row.tries:
+    elif recipe.competes_freely:
         counts = {group.name: _one_less(group) for group in groups}
         # Attentions may stay whole beside others that do not.
         counts[groups[0].name] = groups[0].units
     else:
-        shares = shares_of(groups, budget)
+        shares = shares_of(groups, Budget(sparsity, measure=recipe.unit.measure))
         counts = {group.name: left_of(group, shares[group.name]) for group in groups}
-    if width_setting(language_model, groups, counts).needs_own_class:
+    return first_of_each(groups, counts)
+
+
+def refuse_unsaveable(language_model: LanguageModel, selection: Selection) -> None:
+    """Refuse to make a model smaller by such units, where it could not be saved or loaded then.
+
+    Raises:
+        ModelError: as `refuse_unequal_widths`.
+    """
+    if setting_of(language_model, selection).needs_own_class:
         refuse_without_class(language_model.model)
 
 

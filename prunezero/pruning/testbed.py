@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from prunezero.models.text.splits import Text, load_text, windows
 from prunezero.models.text.windows import begin_with
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.staged import AnyRecipe
 from prunezero.scoring.statistics import Statistics
 
 
@@ -153,12 +155,24 @@ def set_up(
     return Testbed(loaded, load_text(str(text)), settings or Settings())
 
 
-def with_choices(recipe: Recipe, **choices: object) -> Recipe:
-    """The recipe with other choices, checked like any recipe; a choice of None stays as it is.
+@overload
+def with_choices(recipe: Recipe, **choices: object) -> Recipe: ...
+
+
+@overload
+def with_choices(recipe: AnyRecipe, **choices: object) -> AnyRecipe: ...
+
+
+def with_choices(recipe: AnyRecipe, **choices: object) -> AnyRecipe:
+    """The recipe with other choices, in all its stages, checked like any recipe.
+
+    A choice of None stays as it is.
 
     Raises:
         RecipeError: a choice is not a known word.
     """
-    fields = recipe.model_dump(by_alias=True)
-    fields |= {key: value for key, value in choices.items() if value is not None}
+    changes = {key: value for key, value in choices.items() if value is not None}
+    if not isinstance(recipe, Recipe):
+        return recipe.with_recipes(tuple(with_choices(one, **changes) for one in recipe.recipes))
+    fields = recipe.model_dump(by_alias=True) | changes
     return validated(Recipe, fields, f"recipe {recipe.name}")

@@ -12,11 +12,11 @@ from prunezero.errors import ModelError
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.anatomy.mlp import neuron_groups
-from prunezero.models.editing import slicing
+from prunezero.models.editing import slices
 from prunezero.models.editing.selection import Selection
+from prunezero.models.editing.slices import cuts_of
 from prunezero.models.editing.slicing import (
     SMALLER,
-    cuts_of,
     refuse_other_logits,
     sliced,
     width_setting,
@@ -217,7 +217,7 @@ def test_what_permuting_does_not_show_is_seen_when_the_model_is_made_smaller() -
     with pytest.raises(ModelError, match="no configuration of llama"):
         width_setting(model, groups, {group.name: 43 for group in groups})
     with zeroed(model, selection), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slicing, "setting_of_all", lambda model, cuts, heads: {})
+        patch.setattr(slices, "setting_of_all", lambda *asked, **more: {})
         with pytest.raises(ModelError, match="computes something else than with zeros"):
             refuse_other_logits(model, selection, tiny_batches(1))
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from prunezero.pruning.recipes.published import PUBLISHED, dense_warning
-from prunezero.pruning.recipes.recipe import Recipe, published_recipes
+from prunezero.pruning.recipes.recipe import published_recipes
+from prunezero.pruning.recipes.staged import load_recipe
 
 MODEL = "meta-llama/Llama-2-7b-hf"
 TEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -105,7 +106,7 @@ def test_nothing_is_said_of_other_models_of_other_text_or_of_folders_and_files(
 
 
 def test_a_published_row_of_a_recipe_can_be_held_against_its_dense_model() -> None:
-    rows = [row for name in published_recipes() for row in Recipe.load(name).published]
+    rows = [row for name in published_recipes() for row in load_recipe(name).published]
     settled = [row for row in rows if "sequence_length" in row]
     assert len(settled) > 10
     for row in settled:

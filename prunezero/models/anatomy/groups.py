@@ -141,6 +141,11 @@ class Group:
     """what goes as well, beside members: of embeddings, norms and the output head"""
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from all others of a model: one place may hold units of several kinds."""
+        return self.kind, self.name
+
+    @property
     def units(self) -> int:
         """How many units it has."""
         return math.prod(self.shape)

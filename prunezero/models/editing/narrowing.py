@@ -16,7 +16,7 @@ from torch import nn
 
 from prunezero.models.anatomy.linears import block_prefix
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.widths import Cut, empty_model, head_size, setting_of_all
+from prunezero.models.editing.widths import Cut, Heads, empty_model, head_size, setting_of_all
 from prunezero.models.unequal.families import PREFIX, is_own_type, parts_of, register
 
 # Plain numbers of modules that say nothing of a width.
@@ -42,16 +42,23 @@ def is_of_stream(selection: Selection) -> bool:
     return any(group.parts for group in selection.groups)
 
 
-def narrowing_of(model: Any, cuts: Mapping[str, Cut]) -> Narrowing:
-    """How a model says what some cuts leave of its stream."""
+def narrowing_of(
+    model: Any, cuts: Mapping[str, Cut], told: Mapping[str, int] | None = None
+) -> Narrowing:
+    """How a model says what some cuts leave of its stream.
+
+    Args:
+        told: settings of what it lost before, which its own configuration refuses.
+    """
     if not cuts:
         return Narrowing()
     attention = _attention(model)
     fixed = {"head_dim": head_size(model, attention)} if attention else {}
+    fixed |= told or {}
     setting = setting_of_all(model, cuts, {}, fixed)
     if setting is not None:
         return Narrowing(setting, numbers=_numbers(model, empty_model(model, setting)))
-    twin = _own_twin(model)
+    twin = _own_twin(model, told or {})
     own = None if twin is None else setting_of_all(twin, cuts, {}, fixed)
     if own is not None:
         return Narrowing(own=own, numbers=_numbers(model, empty_model(twin, own)))
@@ -63,6 +70,14 @@ def narrowing_of(model: Any, cuts: Mapping[str, Cut]) -> Narrowing:
     )
 
 
+def own_setting_of_all(
+    model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
+) -> dict[str, int] | None:
+    """The settings of a class of its own under which all layers are as wanted; None if none are."""
+    twin = _own_twin(model, {})
+    return None if twin is None else setting_of_all(twin, cuts, heads)
+
+
 def _attention(model: Any) -> str:
     """The name of the first module that knows the size of a head; empty where none does."""
     for name, module in model.named_modules():
@@ -71,8 +86,12 @@ def _attention(model: Any) -> str:
     return ""
 
 
-def _own_twin(model: Any) -> Any:
-    """An empty model of the class that takes any number of channels; None where there is none."""
+def _own_twin(model: Any, settings: Mapping[str, int]) -> Any:
+    """An empty model of the class that takes any number of channels; None where there is none.
+
+    Args:
+        settings: other than those of the model.
+    """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind = f"{PREFIX}{model.config.model_type}"
@@ -82,7 +101,7 @@ def _own_twin(model: Any) -> Any:
     is_odd = block_prefix(model).rpartition(".")[2] != parts_of(kind).layer_list
     if is_odd or kind not in CONFIG_MAPPING:
         return None
-    told = {**model.config.to_dict(), "model_type": kind}
+    told = {**model.config.to_dict(), **settings, "model_type": kind}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(told))
 

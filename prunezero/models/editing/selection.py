@@ -28,13 +28,13 @@ class Selection:
 
     def __or__(self, other: Selection) -> Selection:
         """Both; of groups in both, what the other says."""
-        both = {group.name: (group, kept) for part in (self, other) for group, kept in part}
+        both = {group.key: (group, kept) for part in (self, other) for group, kept in part}
         return Selection(*map(tuple, zip(*both.values(), strict=True)))
 
     def of(self, groups: Sequence[Group]) -> Selection:
         """The part of it that speaks of these groups."""
-        names = {group.name for group in groups}
-        parts = [(group, kept) for group, kept in self if group.name in names]
+        keys = {group.key for group in groups}
+        parts = [(group, kept) for group, kept in self if group.key in keys]
         return Selection(*map(tuple, zip(*parts, strict=True)))
 
     def with_rows(self) -> Selection:
@@ -43,8 +43,8 @@ class Selection:
 
     def undecided(self, groups: Sequence[Group]) -> list[Group]:
         """Those of the groups that it does not speak of."""
-        names = {group.name for group in self.groups}
-        return [group for group in groups if group.name not in names]
+        keys = {group.key for group in self.groups}
+        return [group for group in groups if group.key not in keys]
 
     def matrix_masks(self) -> dict[str, Tensor]:
         """The masks of these matrices, bool [out, in], by name: a weight stays if its units do."""

@@ -1,17 +1,16 @@
 """Units that go leave for good: smaller tensors, and a configuration that knows of them.
 
 A model is sliced within a context, so that what is saved and measured is the smaller model, while
-everything before it works on tensors of full size. What the configuration then says is found in
-`widths.py`; a part of a layer that goes, or loses all of its units, is skipped, and whole layers
-leave as `shortening.py` says.
+everything before it works on tensors of full size. How is planned in `slices.py`: where units of
+several kinds go, each way to leave by itself, that of the stream on the model as the others leave
+it; all of them are made at once.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,109 +19,23 @@ from torch import Tensor, nn
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import PROBE_TOKENS, logits_of, relative_change
 from prunezero.models.anatomy.groups import Group
-from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.edit import Edit
-from prunezero.models.editing.narrowing import is_of_stream, narrowing_of
+from prunezero.models.editing.narrowing import is_of_stream, own_setting_of_all
 from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.shortening import Shortening, is_of_layers, shorten, shortening_of
+from prunezero.models.editing.shortening import is_of_layers, shorten
 from prunezero.models.editing.skipping import (
-    fault_of_skipping,
-    gone_of,
     is_of_sub_blocks,
-    known_part,
-    stand_in_of,
-    stand_ins_of,
 )
+from prunezero.models.editing.slices import Slices, slices_of_one_way
 from prunezero.models.editing.widths import (
-    Cut,
     Heads,
     fault_of,
-    heads_of,
     known_settings,
-    layer_index,
-    setting_of_all,
-    settings_of_layers,
 )
 from prunezero.models.editing.zeroing import zeroed
 from prunezero.models.loading.language_model import LanguageModel
-from prunezero.models.unequal.families import layer_settings, parts_of
-from prunezero.models.unequal.layers import SkippedAttn, SkippedMLP
-
-
-@dataclass(frozen=True)
-class Slices:
-    """How a model becomes smaller."""
-
-    cuts: Mapping[str, Cut]
-    """what stays of each parameter that loses something, by name"""
-    setting: Mapping[str, Any]
-    """what its configuration says of it, where layers are alike"""
-    layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
-    """what it says of single layers, as `per_layer_config` has it, where they are not"""
-    heads: Mapping[int, Heads] = field(default_factory=dict)
-    """of each layer whose attention loses some"""
-    skipped: Mapping[str, nn.Module] = field(default_factory=dict)
-    """what stands in the place of modules that go as a whole, by name"""
-    shortening: Shortening | None = None
-    """how it loses whole layers"""
-    numbers: Mapping[tuple[str, str], Any] = field(default_factory=dict)
-    """plain numbers that modules keep and that follow from its width, by module and key"""
-    own: Mapping[str, Any] = field(default_factory=dict)
-    """what its configuration says where only a class of its own takes it"""
-    fault: str = ""
-    """why no configuration says so; such a model runs in memory, but cannot be saved"""
-
-    def refuse_faults(self) -> None:
-        """Refuse what could not be saved.
-
-        Raises:
-            ModelError: no configuration of the model has such widths, or lacks such parts.
-        """
-        if self.fault:
-            raise ModelError(self.fault)
-
-    def name_now(self, name: str) -> str | None:
-        """The name of a parameter in the smaller model by the one before; None where it goes."""
-        if any(name.startswith(f"{module}.") for module in self.skipped):
-            return None
-        return name if self.shortening is None else self.shortening.name_now(name)
-
-    @property
-    def needs_own_class(self) -> bool:
-        """Whether it is saved with a class of its own."""
-        return bool(self.layers or self.own)
-
-    @property
-    def head_size(self) -> int | None:
-        """Numbers of one head, where their count says it no longer."""
-        return next((one.size for one in self.heads.values()), None)
-
-
-def cuts_of(selection: Selection) -> dict[str, Cut]:
-    """What stays of each parameter that loses something, by its name in the model."""
-    stays: dict[tuple[str, int], Tensor] = {}
-    modules: dict[str, Linear] = {}
-    for group, kept in selection:
-        for member in group.members:
-            name, axis = member.linear.name, member.axis
-            modules[name] = member.linear
-            rows = member.kept_rows(kept)
-            stays[name, axis] = stays[name, axis] & rows if (name, axis) in stays else rows
-    cuts = {}
-    for (name, axis), rows in stays.items():
-        linear, places = modules[name], rows.nonzero().flatten()
-        if len(places) == len(rows):
-            continue
-        is_transposed = not isinstance(linear.module, nn.Linear)
-        cuts[f"{name}.weight"] = Cut(1 - axis if is_transposed else axis, places)
-        if axis == 0 and linear.bias is not None:
-            cuts[f"{name}.bias"] = Cut(0, places)
-    for group, kept in selection:
-        places = kept.cpu().nonzero().flatten()
-        if len(places) < group.units:
-            cuts |= {part.name: Cut(part.axis, places) for part in group.parts}
-    return cuts
+from prunezero.models.unequal.families import layer_settings
 
 
 def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
@@ -130,62 +43,68 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
 
     Raises:
         ModelError: what loses all of its units cannot be left out, or no configuration has so few
-            layers.
+            layers; or whole layers or channels go beside units of which layers keep different
+            numbers.
     """
-    model = language_model.model
-    if is_of_layers(selection):
-        shorter = shortening_of(model, selection)
-        return Slices({}, shorter.setting, shortening=shorter)
-    if is_of_sub_blocks(selection):
-        return _without_sub_blocks(language_model, selection)
-    if is_of_stream(selection):
-        cuts = cuts_of(selection)
-        plan = narrowing_of(model, cuts)
-        return Slices(cuts, plan.setting, fault=plan.fault, numbers=plan.numbers, own=plan.own)
-    parts = _emptied(model, selection)
-    skipped = {name: _stand_in(model, name, part) for name, part in parts.items()}
-    shared = Slices({}, {}, skipped=skipped)
-    cuts = {name: cut for name, cut in cuts_of(selection).items() if shared.name_now(name)}
-    heads = heads_of(model, selection, cuts)
-    alike = None if skipped else setting_of_all(model, cuts, heads)
-    if alike is not None:
-        return Slices(cuts, alike, heads=heads)
-    layers = settings_of_layers(model, cuts, heads)
-    if layers is None:
-        return Slices(cuts, {}, heads=heads, skipped=skipped, fault=fault_of(model, cuts))
-    _note_skipped(layers, parts, block_prefix(model))
-    return Slices(cuts, {}, layers, heads, skipped)
+    inside, *around = _in_their_order(selection)
+    if len(around) > 1:
+        raise ModelError(
+            f"units of kind {_kinds_of(selection)} do not leave one model together: each changes "
+            "what its blocks are made of in a way of its own; remove those of one kind"
+        )
+    part = around[0] if around else Selection()
+    if is_of_stream(part):
+        slices = _alike(language_model.model, slices_of_one_way(language_model, inside))
+        _refuse_unlike_layers(slices, selection)
+        with ExitStack() as undo:
+            # How wide the stream is shows in matrices that others have cut.
+            _slice(language_model.model, slices, undo)
+            narrower = slices_of_one_way(language_model, part, slices)
+        if narrower.setting:
+            # What was refused by itself may be taken beside a narrower stream.
+            slices = replace(slices, own={})
+        return slices.then(narrower)
+    around_them = slices_of_one_way(language_model, part)
+    slices = slices_of_one_way(language_model, inside, around_them)
+    if around_them.shortening is not None:
+        _refuse_unlike_layers(slices, selection)
+    return slices.then(around_them)
 
 
-def _without_sub_blocks(language_model: LanguageModel, selection: Selection) -> Slices:
-    """How a model loses attentions and MLPs.
+def _alike(model: Any, slices: Slices) -> Slices:
+    """The same of layers that keep equal numbers, where only a class of its own says so of all."""
+    own = own_setting_of_all(model, slices.cuts, slices.heads) if slices.layers else None
+    return slices if own is None else replace(slices, layers={}, own=own)
+
+
+def _refuse_unlike_layers(slices: Slices, selection: Selection) -> None:
+    """Refuse what no configuration says beside a change of all layers.
 
     Raises:
-        ModelError: as `find_sub_blocks`.
+        ModelError: layers keep different numbers of units.
     """
-    model, gone = language_model.model, gone_of(language_model, selection)
-    parts = {one.module: part for one in gone if (part := known_part(model, one))}
-    if len(parts) < len(gone):
-        return Slices({}, {}, skipped=stand_ins_of(model, gone), fault=fault_of_skipping(model))
-    layers: defaultdict[int, dict[str, Any]] = defaultdict(dict)
-    _note_skipped(layers, parts, block_prefix(model))
-    # Norms that nobody reads then stay where they are, since the class of its own has them.
-    skipped = {one.module: stand_in_of(model, one) for one in gone}
-    return Slices({}, {}, layers, skipped=skipped)
+    if slices.layers:
+        raise ModelError(
+            f"units of kind {_kinds_of(selection)} go, and layers keep different numbers of some, "
+            "which no configuration says of a model that loses layers or channels too; let units "
+            "of each place compete (compare: group)"
+        )
 
 
-def _note_skipped(
-    layers: defaultdict[int, dict[str, Any]], parts: Mapping[str, str], prefix: str
-) -> None:
-    """Say in the settings of single layers which of their parts go as a whole."""
-    for name, part in parts.items():
-        own = layers[layer_index(prefix, name)]
-        own["skip"] = sorted({*own.get("skip", ()), part})
+def _kinds_of(selection: Selection) -> str:
+    return " and ".join(dict.fromkeys(group.called for group in selection.groups))
 
 
-def _stand_in(model: Any, name: str, part: str) -> nn.Module:
-    kind = SkippedAttn if part == "attention" else SkippedMLP
-    return kind(layer_index(block_prefix(model), name), model.get_submodule(name))
+def _in_their_order(selection: Selection) -> list[Selection]:
+    """Units inside of layers, of all kinds, and then those of each other way to leave."""
+    ways = (is_of_sub_blocks, is_of_layers, is_of_stream)
+    parts: list[list[Group]] = [[], [], [], []]
+    for group in selection.groups:
+        alone = selection.of([group])
+        places = [place for place, is_of in enumerate(ways, start=1) if is_of(alone)]
+        parts[places[0] if places else 0].append(group)
+    inside, *around = map(selection.of, parts)
+    return [inside, *(part for part in around if part.groups)]
 
 
 @contextmanager
@@ -283,45 +202,6 @@ def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack)
             _set(module, key, value, undo)
 
 
-def _emptied(model: Any, selection: Selection) -> dict[str, str]:
-    """Modules of layers that lose all of their units, by name: attention or mlp.
-
-    Raises:
-        ModelError: what loses all is no module of its own, or a bias would be lost with it.
-    """
-    parts, prefix = parts_of(model.config.model_type), block_prefix(model)
-    words = {parts.attention: "attention", parts.mlp: "mlp"}
-    found: dict[str, str] = {}
-    for group, kept in selection:
-        if not group.has_rows or bool(kept.any()):
-            continue
-        for member in group.members:
-            child = member.linear.name.removeprefix(f"{prefix}.").split(".")[1]
-            if child not in words or _holds_others(member.linear, selection, f"{prefix}."):
-                raise ModelError(
-                    f"no unit of {group.name} would stay, and in {type(model).__name__} it is no "
-                    "part that can be left out; keep one unit of it"
-                )
-            bias = member.linear.bias
-            if member.role == "consumer" and bias is not None and bool(bias.any()):
-                raise ModelError(
-                    f"no unit of {group.name} would stay, but '{member.linear.name}' has a bias "
-                    "that would be lost with it; keep one unit of it"
-                )
-            found[f"{prefix}.{group.block}.{child}"] = words[child]
-    return found
-
-
-def _holds_others(linear: Linear, selection: Selection, prefix: str) -> bool:
-    """Whether its part of a layer holds units that stay."""
-    part = ".".join(linear.name.removeprefix(prefix).split(".")[:2])
-    return any(
-        bool(kept.any()) and member.linear.name.startswith(f"{prefix}{part}.")
-        for group, kept in selection
-        for member in group.members
-    )
-
-
 SMALLER = Edit(zeroed, remove)
 
 
@@ -349,8 +229,25 @@ def width_setting(
     Raises:
         ModelError: no configuration has such widths, or the model computes otherwise.
     """
-    kept = tuple(first_units(group, counts[group.name]).to(group.device) for group in groups)
-    selection = Selection(tuple(groups), kept)
+    return setting_of(language_model, first_of_each(groups, counts))
+
+
+def first_of_each(groups: Sequence[Group], counts: Mapping[str, int]) -> Selection:
+    """The selection of which the first so many units of each group stay.
+
+    Args:
+        counts: units that stay, by the name of the group.
+    """
+    kept = (first_units(group, counts[group.name]).to(group.device) for group in groups)
+    return Selection(tuple(groups), tuple(kept))
+
+
+def setting_of(language_model: LanguageModel, selection: Selection) -> Slices:
+    """How units of a selection go, once it is tried that the model then computes as with zeros.
+
+    Raises:
+        ModelError: as `width_setting`.
+    """
     slices = slices_of(language_model, selection)
     slices.refuse_faults()
     ids = torch.arange(PROBE_TOKENS, device=language_model.device)[None]

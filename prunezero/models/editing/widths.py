@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,13 @@ class Cut:
     """of the parameter as its module holds it"""
     kept: Tensor
     """int64, places along that axis, in their order"""
+    then: Cut | None = None
+    """what stays of that along another axis"""
 
     def of(self, values: Tensor) -> Tensor:
         """The part that stays of values in the parameter's place."""
-        return values.index_select(self.axis, self.kept.to(values.device)).contiguous()
+        part = values.index_select(self.axis, self.kept.to(values.device)).contiguous()
+        return part if self.then is None else self.then.of(part)
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,21 @@ def setting_of_all(
     cuts: Mapping[str, Cut],
     heads: Mapping[int, Heads],
     fixed: Mapping[str, int] | None = None,
+    *,
+    gone: Callable[[str], bool] | None = None,
 ) -> dict[str, int] | None:
     """The settings under which all layers are as wanted; None where there are none.
 
     Args:
         fixed: settings that hold in any case.
+        gone: whether a parameter of that name leaves as a whole, however large it is.
     """
     if not cuts:
         return {}
     if not _are_alike(model, cuts):
         return None
     shapes, wanted = _shapes(model), _wanted(_shapes(model), cuts)
+    left = [name for name in wanted if gone is None or not gone(name)]
     alike = {tuple(one.settings.items()) for one in heads.values()}
     if len(alike) > 1:
         return None
@@ -80,7 +87,8 @@ def setting_of_all(
     counts |= fixed or {}
     narrower = _outside(cuts, heads)
     for change in _candidates(model.config, shapes, narrower):
-        if _shapes_with(model, counts | change) == wanted:
+        found = _shapes_with(model, counts | change)
+        if found.keys() == wanted.keys() and all(found[name] == wanted[name] for name in left):
             return counts | change
     return None
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import block_prefix
-from prunezero.models.editing.slicing import Slices
+from prunezero.models.editing.slices import Slices
 from prunezero.models.saving.companions import edit_configuration
 from prunezero.models.unequal.families import (
     PREFIX,

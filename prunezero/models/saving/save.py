@@ -20,7 +20,8 @@ from prunezero.files.places import try_folder
 from prunezero.models.anatomy.linears import Linear, block_prefix, find_linears
 from prunezero.models.editing.biases import note_opened_biases
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.slicing import Slices, sliced
+from prunezero.models.editing.slices import Slices
+from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel, quiet
 from prunezero.models.loading.shards import STORED_DTYPES, Shards, StoredTensor
 from prunezero.models.loading.source import Source, holds, names_in_files
@@ -147,7 +148,8 @@ def _save_as_source(
     parts = {name: cut.of for name, cut in slices.cuts.items() if name in source.names}
     reshaped = {
         source.names[name]: replace(
-            source.shards.tensors[source.names[name]], shape=tuple(tensors[name].shape)
+            source.shards.tensors[source.names[name]],
+            shape=tuple(tensors[slices.name_now(name) or name].shape),
         )
         for name in parts
     }

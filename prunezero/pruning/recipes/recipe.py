@@ -98,7 +98,7 @@ def refuse_features(unit: Unit, criterion: Criterion) -> None:
 
 
 # Keys that change no result.
-_TOLD_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
+TOLD_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
 
 
 class Recipe(BaseModel):
@@ -299,14 +299,17 @@ class Recipe(BaseModel):
     @property
     def effect(self) -> dict[str, Any]:
         """What of it changes results, in the spelling of its YAML; what is usual is left out."""
-        return self.model_dump(
-            mode="json", by_alias=True, exclude=_TOLD_ONLY, exclude_defaults=True
-        )
+        return self.model_dump(mode="json", by_alias=True, exclude=TOLD_ONLY, exclude_defaults=True)
 
     @property
     def mends(self) -> bool:
         """Whether weights that stay are solved for, so that rounding is seen in the result."""
         return any(choice.row.mends for choice in self.update)
+
+    @property
+    def competes_freely(self) -> bool:
+        """Whether how much each group loses shows only when all of them have been looked at."""
+        return self.compare == "model" or self.allocate.row.tries
 
     @property
     def looks_anew(self) -> bool:
@@ -341,7 +344,13 @@ class Recipe(BaseModel):
         if Path(name).suffix == ".json":
             return cls.from_pruner_zero(Path(name))
         path = find_document(name, published_recipes(), "recipe")
-        return validated(cls, read_document(path), str(path))
+        document = read_document(path)
+        if "stages" in document:
+            raise RecipeError(
+                f"{path} is a recipe of several stages, and one without stages is needed here; "
+                "name one, or read it by load_recipe"
+            )
+        return validated(cls, document, str(path))
 
     @classmethod
     def from_pruner_zero(cls, path: Path) -> Recipe:
@@ -392,8 +401,13 @@ def folder(name: Literal["baselines", "search_spaces"]) -> Path:
 
 
 def published_of(unit: str) -> list[Recipe]:
-    """The recipes of `baselines/` that remove such units, in the order of their names."""
-    found = map(Recipe.load, published_recipes())
+    """The recipes of `baselines/` that remove such units alone, in the order of their names."""
+    documents = {str(path): read_document(path) for path in published_recipes().values()}
+    found = [
+        validated(Recipe, document, path)
+        for path, document in documents.items()
+        if "stages" not in document
+    ]
     return [recipe for recipe in found if recipe.unit.word == unit]
 
 

@@ -333,6 +333,24 @@ class Tune(Options):
     )
 
 
+class Part(Options):
+    """A stage that takes so much of what is asked for."""
+
+    of: float = Field(gt=0, lt=1, description="fraction of the parameters that all stages remove")
+
+
+class Power(Options):
+    """How many attentions go beside neurons, Sandri et al. 2025, 2SSP, arXiv:2501.17771."""
+
+    divisor: float = Field(
+        default=1.5,
+        gt=0,
+        le=100,
+        description="round(units * sparsity ** (parameters of the other stages' units / its own / "
+        "divisor)) of its units go",
+    )
+
+
 def _described(name: str, field: FieldInfo) -> str:
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
     bounds = [

@@ -325,7 +325,7 @@ class Choice:
     @property
     def text(self) -> str:
         """The word, and in brackets the numbers that are not the usual ones."""
-        return _with_numbers(self.word, self.options)
+        return with_numbers(self.word, self.options)
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,11 @@ class Unit:
         return self == Unit("weight", Options())
 
     @property
+    def several(self) -> str:
+        """What several of them are called."""
+        return self.row.several
+
+    @property
     def measure(self) -> str:
         """What a sparsity is a share of."""
         chosen: str = getattr(self.options, "measure", self.row.measure)
@@ -354,13 +359,24 @@ class Unit:
     @property
     def text(self) -> str:
         """The word, and in brackets the numbers that are not the usual ones."""
-        return _with_numbers(self.word, self.options)
+        return with_numbers(self.word, self.options)
 
 
-def _with_numbers(word: str, options: Options) -> str:
+def with_numbers(word: str, options: Options) -> str:
+    """A word, and in brackets those of its numbers that are not the usual ones."""
     changed = options.model_dump(exclude_defaults=True)
     numbers = ", ".join(f"{key} {value}" for key, value in changed.items())
     return f"{word} ({numbers})" if numbers else word
+
+
+class _Spelled(Protocol):
+    """What a recipe spells by a word and its numbers."""
+
+    @property
+    def word(self) -> str: ...
+
+    @property
+    def options(self) -> Options: ...
 
 
 class _Row(Protocol):
@@ -380,7 +396,7 @@ def chosen(arrow: str, value: object) -> Choice:
     """
     if isinstance(value, Choice):
         return value
-    return Choice(arrow, *_read(value, WORDS[arrow], "not a known word"))
+    return Choice(arrow, *read_word(value, WORDS[arrow], "not a known word"))
 
 
 def chosen_unit(value: object) -> Unit:
@@ -389,11 +405,18 @@ def chosen_unit(value: object) -> Unit:
     Raises:
         ValueError: as `chosen`.
     """
-    return value if isinstance(value, Unit) else Unit(*_read(value, UNITS, "no kind of unit"))
+    return value if isinstance(value, Unit) else Unit(*read_word(value, UNITS, "no kind of unit"))
 
 
-def _read(value: object, rows: Mapping[str, _Row], what: str) -> tuple[str, Options]:
-    """The word and the numbers that a value spells."""
+def read_word(value: object, rows: Mapping[str, _Row], what: str) -> tuple[str, Options]:
+    """The word and the numbers that a value spells.
+
+    Args:
+        what: a word that is in no row, in a sentence.
+
+    Raises:
+        ValueError: the word or one of its numbers is not known; said in words.
+    """
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
@@ -413,7 +436,7 @@ def _read(value: object, rows: Mapping[str, _Row], what: str) -> tuple[str, Opti
         raise ValueError(faults) from error
 
 
-def spelled(choice: Choice | Unit) -> str | dict[str, Any]:
+def spelled(choice: _Spelled) -> str | dict[str, Any]:
     """How a recipe file spells a choice."""
     numbers = choice.options.model_dump(mode="json", exclude_defaults=True)
     return {choice.word: numbers} if numbers else choice.word
@@ -463,13 +486,14 @@ def _fault(word: str, fault: Any, known: Mapping[str, FieldInfo]) -> str:
     return f"{where}: {fault_in_words(fault)}"
 
 
-def _field(check: Callable[[object], Any], spell: Callable[[Any], Any]) -> Any:
+def field_of(check: Callable[[object], Any], spell: Callable[[Any], Any]) -> Any:
+    """What makes a type one that a recipe spells by words."""
     return (BeforeValidator(check), PlainSerializer(spell), WithJsonSchema({}))
 
 
-Allocate = Annotated[Choice, *_field(lambda value: chosen("allocate", value), spelled)]
-Permute = Annotated[Choice, *_field(lambda value: chosen("permute", value), spelled)]
-Schedule = Annotated[Choice, *_field(lambda value: chosen("schedule", value), spelled)]
-Recover = Annotated[Choice, *_field(lambda value: chosen("recover", value), spelled)]
-UnitWord = Annotated[Unit, *_field(chosen_unit, spelled)]
-Update = Annotated[tuple[Choice, ...], *_field(chain, spelled_chain)]
+Allocate = Annotated[Choice, *field_of(lambda value: chosen("allocate", value), spelled)]
+Permute = Annotated[Choice, *field_of(lambda value: chosen("permute", value), spelled)]
+Schedule = Annotated[Choice, *field_of(lambda value: chosen("schedule", value), spelled)]
+Recover = Annotated[Choice, *field_of(lambda value: chosen("recover", value), spelled)]
+UnitWord = Annotated[Unit, *field_of(chosen_unit, spelled)]
+Update = Annotated[tuple[Choice, ...], *field_of(chain, spelled_chain)]

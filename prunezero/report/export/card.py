@@ -37,6 +37,7 @@ def model_card(
     results: Sequence[Mapping[str, Any]],
     *,
     criteria: Mapping[str, Criterion] | None = None,
+    then: Sequence[tuple[str, Criterion]] = (),
     recipe: str = "",
     license_id: str = "",
     note: str = "",
@@ -50,6 +51,7 @@ def model_card(
         results: one row per measured model, with keys of `COLUMNS` (`method` names the row);
             columns that no row fills are left out.
         criteria: formulas of some layers instead, by pattern.
+        then: units that went after those, on the model without them, and their formulas.
         recipe: the recipe's YAML, shown whole.
         license_id: the base model's license when it is known, such as "apache-2.0".
         note: Markdown to add at the end.
@@ -68,6 +70,11 @@ def model_card(
         f"Layers {markdown_code(layers)} have a formula of their own:\n\n$$ {own.latex} $$\n\n"
         f"As text: {markdown_code(own.text)}"
         for layers, own in (criteria or {}).items()
+    ]
+    parts += [
+        f"Then the {several} with the lowest value of another formula went, on the model without "
+        f"those:\n\n$$ {own.latex} $$\n\nAs text: {markdown_code(own.text)}"
+        for several, own in then
     ]
     if results:
         parts.append(f"## Results\n\n{results_table(results)}\n\nPerplexity: lower is better.")

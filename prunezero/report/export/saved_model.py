@@ -27,7 +27,7 @@ from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_mod
 from prunezero.models.unequal.families import MODEL_FILE
 from prunezero.pruning.compare import finite_row
 from prunezero.pruning.costs import Costs, model_costs
-from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.staged import AnyRecipe, recipes_of
 from prunezero.pruning.streamed import FILES_BESIDE
 from prunezero.pruning.testbed import Testbed
 from prunezero.report.export.card import ZEROS_TAKE_ROOM, model_card
@@ -77,7 +77,7 @@ LOADING = {
 
 def files_beside(
     language_model: LanguageModel,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     rows: Sequence[Mapping[str, Any]],
     costs: Costs | None = None,
     *,
@@ -93,6 +93,7 @@ def files_beside(
         dense_costs: what the dense model takes, where the pruned one is really smaller.
         form: how that one was saved and checked.
     """
+    first, *others = recipes_of(recipe)
     model = language_model.name
     plain = [finite_row(row) for row in rows]
     results = [{**row, "method": row["recipe"], "model": model} for row in plain]
@@ -102,14 +103,15 @@ def files_beside(
     return {
         "README.md": model_card(
             model,
-            recipe.criterion,
+            first.criterion,
             results,
-            criteria=recipe.criteria,
+            criteria=first.criteria,
+            then=[(one.unit.several, one.criterion) for one in others],
             recipe=recipe.to_yaml(),
             license_id=licence,
             note=note,
             size=_size(costs, dense_costs, form),
-            unit=recipe.unit.word,
+            unit=first.unit.word,
         ),
         "recipe.yaml": recipe.to_yaml(),
         "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
@@ -147,7 +149,7 @@ def _terms(source: Source | None) -> tuple[str, str]:
 
 def save_pruned(
     testbed: Testbed,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     rows: Sequence[dict[str, Any]],
     layers: Sequence[Linear],
     folder: Path,
@@ -189,7 +191,7 @@ class SavedUnits:
 
 def save_smaller(
     testbed: Testbed,
-    recipe: Recipe,
+    recipe: AnyRecipe,
     rows: Sequence[dict[str, Any]],
     smaller: Selection,
     folder: Path,
