@@ -9,6 +9,7 @@ much, and where the entries of a row compete, a value per row is too little.
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 
 from prunezero.errors import CriterionError
@@ -38,18 +39,33 @@ class Domain:
             CriterionError: a feature is of another domain, the value has another shape, or a word
                 looks at what it may not.
         """
-        for name in criterion.features:
-            if self.name not in FEATURES[name].domains:
-                raise CriterionError(
-                    f"criterion {criterion.text}: feature {name} says nothing of "
-                    f"{' x '.join(self.axes)}; see `prunezero list features`"
-                )
+        self.refuse_words(criterion)
         if criterion.shape not in self.shapes:
             raise CriterionError(
                 f"criterion {criterion.text} gives one value per {criterion.shape} of "
                 f"{' x '.join(self.axes)}, but one per {' or '.join(self.shapes)} is needed; "
                 "reduce it, or use other features"
             )
+
+    def takes(self, criterion: Criterion) -> bool:
+        """Whether a formula says something here."""
+        with suppress(CriterionError):
+            self.refuse(criterion)
+            return True
+        return False
+
+    def refuse_words(self, criterion: Criterion) -> None:
+        """Refuse a part of a formula, of any shape, that says nothing here.
+
+        Raises:
+            CriterionError: a feature is of another domain, or a word looks at what it may not.
+        """
+        for name in criterion.features:
+            if self.name not in FEATURES[name].domains:
+                raise CriterionError(
+                    f"criterion {criterion.text}: feature {name} says nothing of "
+                    f"{' x '.join(self.axes)}; see `prunezero list features`"
+                )
         words = {type(node).__name__ for node in criterion.sympy.atoms(MatrixFunction)}
         for word in sorted(words - self.reductions):
             raise CriterionError(

@@ -25,9 +25,15 @@ from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.functions import MINMAX, ZSCORE, shape_of
 from prunezero.formula.signs import never_negative
 
+# In place of who competes, where values count and not their order alone: nothing is taken away.
+AS_IT_IS = "as it is"
 # Shapes of a value that is the same for all weights that compete in a row or in the model; each
 # layer has scalars of its own, so that among all layers only numbers are.
-_CONSTANT_SHAPES = {"row": frozenset({"row", "scalar"}), "model": frozenset[str]()}
+_CONSTANT_SHAPES = {
+    "row": frozenset({"row", "scalar"}),
+    "model": frozenset[str](),
+    AS_IT_IS: frozenset[str](),
+}
 # Denominators up to this one are written as they are, as in 2/3.
 _LARGEST = 12
 # All other groups hold several rows of one layer.
@@ -49,6 +55,8 @@ def ranking_form(expression: Any, compare: str) -> Any:
     """
     if _is_constant(expression, compare):
         raise CriterionError("the formula is the same for all weights that compete; it ranks none")
+    if compare == AS_IT_IS:
+        return expression
     seen: set[Any] = set()
     while expression not in seen:
         seen.add(expression)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prunezero.models.loading.language_model import LanguageModel
     from prunezero.pruning.budget import Budget
     from prunezero.scoring.statistics import Statistics
+    from prunezero.scoring.tables import Tables
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ class UnitKind:
         from prunezero.models.anatomy.linears import find_linears
 
         find: Callable[..., list[Group]] = _found(self.finder)
-        limits = (options or self.options()).limits
         blocks = 1 + max(linear.block for linear in find_linears(language_model.model))
-        found = find(linears, language_model)
-        limited = [replace(group, **limits(group.block, blocks)) for group in found]
+        return self.limited(find(linears, language_model), options or self.options(), blocks)
+
+    def limited(self, groups: Sequence[Group], options: Options, blocks: int) -> list[Group]:
+        """The groups of a model of so many blocks, with what the options say of all."""
+        limited = [replace(group, **options.limits(group.block, blocks)) for group in groups]
         return [replace(group, multiple_of=_in_units(group)) for group in limited]
 
     def check(self, groups: Sequence[Group], budget: Budget, *, compare: str) -> None:
@@ -135,6 +138,7 @@ class UnitKind:
         *,
         damping: float,
         options: Options,
+        tables: Tables | None = None,
     ) -> Tensor:
         """How much each unit of a group matters, of the group's shape; the lowest go first.
 
@@ -142,13 +146,14 @@ class UnitKind:
             statistics: by the name of a linear map; of what `observe` gives, by that of a group.
             damping: of the features that look at an inverse.
             options: the numbers of the word.
+            tables: of one model and one draw of text, where many formulas are asked for.
 
         Raises:
             ScoreError: a score is NaN or infinite, or all are equal.
             StatisticsError: a sum that the formula needs was not collected.
         """
         value: Callable[..., Tensor] = _found(self.scorer)
-        return value(group, criterion, statistics, damping=damping, options=options)
+        return value(group, criterion, statistics, damping=damping, options=options, tables=tables)
 
     def select(
         self,
@@ -288,7 +293,7 @@ _ROWS = (
         "a channel inside an MLP: rows that make it, the column that reads it",
         "mlp:neuron_groups",
         "A*row_mean(abs(W))",
-        ("neuron_magnitude", "wanda_sp", "flap"),
+        ("neuron_magnitude", "wanda_sp", "flap", "minitron_neurons", "mask_fisher"),
     ),
     _width(
         "head",
@@ -302,7 +307,7 @@ _ROWS = (
         "a key-value head of attention with all query heads that read it",
         "attention:kv_groups",
         "M2",
-        ("random_units",),
+        ("random_units", "fasp", "flap", "minitron_heads", "mask_fisher"),
         plural="key-value groups",
     ),
     _width(
@@ -310,7 +315,7 @@ _ROWS = (
         "a neuron or a key-value group: what makes a block narrower",
         "width:width_groups",
         "M2/PARAMS",
-        ("random_units",),
+        ("random_units", "wanda_sp", "flap", "minitron_neurons", "mask_fisher", "obs_bias"),
         plural="neurons and key-value groups",
     ),
     UnitKind(

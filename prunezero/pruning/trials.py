@@ -21,7 +21,8 @@ from prunezero.pruning.local_search import improved
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.updates.mend import Work, mend
 from prunezero.scoring.selection import lowest_first
-from prunezero.scoring.statistics import Statistics
+from prunezero.scoring.statistics import Statistics, sum_of
+from prunezero.scoring.unit_features import centred
 
 # Bytes of mended weights that are remembered.
 _REMEMBERED = 2**31
@@ -86,6 +87,23 @@ class Trials:
         assert result.kl is not None  # a reference was given; for the type checker
         self.count += 1
         return result.kl
+
+    def lost(self, name: str, count: int) -> float:
+        """Energy for each token of what the outputs of a group's reader lose without so many units.
+
+        Raises:
+            StatisticsError: a sum was not collected.
+        """
+        if count == 0:
+            return 0.0
+        reader = self._readers[name]
+        change = self._dense[name][0].double() - self._of(name, count)[0].double()
+        known = self._statistics.get(reader.name)
+        gram = sum_of(known, "gram").double()
+        assert known is not None  # sum_of refused it; for the type checker
+        if "bias" in self._recipe.updates:
+            gram = centred(gram, sum_of(known, "input_sum"), known.tokens)
+        return float(((change @ gram) * change).sum()) / known.tokens
 
     def _set(self, name: str, count: int) -> None:
         if self._now[name] == count:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from prunezero.pruning.allocation import Evidence
     from prunezero.pruning.recipes.word_options import Evolve, Slopes
 
-# Steps of a group by itself whose cost is measured; the others follow a power of their number.
+# Steps of a group by itself whose distance is measured; that of the others follows a power of what
+# the outputs of its reader lose, which is known of every step.
 _PROBED = (1, 3)
+_POWERS = (0.5, 3.0)
 # What is believed of single costs once all are together: they differ by so much, and a measured
 # allocation from their sum by so much, as fractions.
 _SPREAD, _MISFIT = 0.3, 0.02
@@ -182,18 +184,28 @@ def _curves(ladder: Ladder, trials: Trials, windows: int) -> list[np.ndarray]:
         measured = {
             step: max(trials.kl({group.name: counts[step]}, windows), 1e-9) for step in probed
         }
-        curves.append(_power(measured, most))
+        lost = [trials.lost(group.name, count) for count in counts]
+        curves.append(_through(measured, np.maximum.accumulate(lost)))
     return curves
 
 
-def _power(measured: Mapping[int, float], most: int) -> np.ndarray:
-    """A power of the number of steps through one or two measurements, at least linear."""
-    steps = np.arange(most + 1, dtype=float)
+def _through(measured: Mapping[int, float], lost: np.ndarray) -> np.ndarray:
+    """A power of what each step loses, through one or two measurements; no step is a bargain.
+
+    Args:
+        measured: distances after some steps.
+        lost: energy of the outputs that are lost after 0, 1, ... steps, rising.
+    """
     if not measured:
-        return steps
+        return lost
     (first, low), (last, high) = min(measured.items()), max(measured.items())
-    power = 1.5 if first == last else math.log(high / low) / math.log(last / first)
-    return high * (steps / last) ** min(max(power, 1.0), 4.0)
+    if lost[first] <= 0:
+        return high * np.arange(len(lost)) / last
+    rise = math.log(max(lost[last] / lost[first], 1 + 1e-9))
+    power = 1.0 if first == last else math.log(high / low) / rise
+    curve = high * (lost / lost[last]) ** min(max(power, _POWERS[0]), _POWERS[1])
+    # Steps are taken from the cheapest on, so a later one must not cost less than those before it.
+    return np.concatenate([[0.0], np.maximum.accumulate(np.diff(curve)).cumsum()])
 
 
 def _cheapest(

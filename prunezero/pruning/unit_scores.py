@@ -15,8 +15,9 @@ from prunezero.models.anatomy.groups import Group, Member
 from prunezero.pruning.recipes.word_options import Channels, Depth, Options, Units
 from prunezero.pruning.rescoring import reader_of, rescored
 from prunezero.scoring.feature_values import feature
-from prunezero.scoring.score import score, score_depth, score_units
+from prunezero.scoring.score import evaluate, refuse_unusable, score, score_depth
 from prunezero.scoring.statistics import Statistics
+from prunezero.scoring.tables import Tables
 from prunezero.scoring.unit_features import Reader, noise, unit_feature
 
 # How scores along the first axis become one: of several matrices [members, units], or of the
@@ -45,6 +46,7 @@ def weight_scores(
     *,
     damping: float,
     options: Options | None = None,
+    tables: Tables | None = None,
 ) -> Tensor:
     """The scores [out, in] of single weights: their group is one matrix.
 
@@ -63,6 +65,7 @@ def row_scores(
     *,
     damping: float,
     options: Units,
+    tables: Tables | None = None,
 ) -> Tensor:
     """The scores [units] of units that are rows and columns of several matrices.
 
@@ -74,7 +77,7 @@ def row_scores(
             normalised.
     """
     try:
-        normalised = _normalised(group, criterion, statistics, damping, options)
+        normalised = _normalised(group, criterion, statistics, damping, options, tables)
     except StatisticsError as error:
         raise type(error)(f"{group.name}: {error}") from error
     if not bool(torch.isfinite(normalised).all()):
@@ -91,6 +94,7 @@ def _normalised(
     statistics: Mapping[str, Statistics],
     damping: float,
     options: Units,
+    tables: Tables | None,
 ) -> Tensor:
     """The scores [units] of a group, made comparable."""
     if options.rescore:
@@ -98,7 +102,7 @@ def _normalised(
             rescored(group, criterion, statistics, damping=damping, at_once=options.rescore)
         )
     scores = [
-        _member_scores(group, member, criterion, statistics, damping, options)
+        _member_scores(group, member, criterion, statistics, damping, options, tables)
         for member in group.members
         if _is_asked(member, options.members)
     ]
@@ -114,6 +118,7 @@ def _member_scores(
     statistics: Mapping[str, Statistics],
     damping: float,
     options: Units,
+    tables: Tables | None,
 ) -> Tensor:
     """The scores [units] by one matrix."""
     by_channel = options.channels != "whole" and member.width > 1
@@ -129,7 +134,7 @@ def _member_scores(
             "use members: consumer, or channels: whole"
         )
     scores = _scored(
-        criterion, member, reader, statistics, damping, name=group.name, kind=group.called
+        criterion, member, reader, statistics, damping, tables, name=group.name, kind=group.called
     )
     return COMBINE[options.channels](scores.reshape(group.units, -1).T) if by_channel else scores
 
@@ -140,6 +145,7 @@ def _scored(
     reader: Reader,
     statistics: Mapping[str, Statistics],
     damping: float,
+    tables: Tables | None,
     *,
     name: str,
     kind: str,
@@ -151,13 +157,21 @@ def _scored(
         kind: what a unit is called there.
     """
     weight, known = member.linear.weight, statistics.get(member.linear.name)
-    features = {
-        feature_name: member.oriented(feature(feature_name, weight, known, damping=damping))
-        if FEATURES[feature_name].shape == "element"
-        else unit_feature(feature_name, reader, damping=damping)
-        for feature_name in criterion.features
-    }
-    return score_units(criterion, member.oriented(weight), features, group=name, kind=kind)
+
+    def value(of: str) -> Tensor:
+        if FEATURES[of].shape == "element":
+            return member.oriented(feature(of, weight, known, damping=damping))
+        return unit_feature(of, reader, damping=damping)
+
+    part = member.oriented(weight)
+    if tables is None:
+        values = {of: value(of) for of in criterion.features}
+        scores = evaluate(criterion, values, part.shape)[:, :1]
+    else:
+        place = (member.linear.name, reader.units, reader.seed, damping)
+        scores = tables.value(criterion, place, value)
+    refuse_unusable(scores, criterion, part, name, kind=kind)
+    return scores[:, 0]
 
 
 def channel_scores(
@@ -167,6 +181,7 @@ def channel_scores(
     *,
     damping: float,
     options: Channels,
+    tables: Tables | None = None,
 ) -> Tensor:
     """The scores [channels] of the residual stream, by the matrices on it.
 
@@ -177,7 +192,7 @@ def channel_scores(
     """
     chosen = [member for member in group.members if _is_on_stream(member, options.members)]
     scores = [
-        _channel_scores(group, member, criterion, statistics, damping, options.seed)
+        _channel_scores(group, member, criterion, statistics, damping, options.seed, tables)
         for member in chosen
     ]
     return scores[0] if len(scores) == 1 else COMBINE[options.combine](torch.stack(scores))
@@ -196,13 +211,14 @@ def _channel_scores(
     statistics: Mapping[str, Statistics],
     damping: float,
     seed: int,
+    tables: Tables | None,
 ) -> Tensor:
     """The scores [channels] by one matrix."""
     linear = member.linear
     known = statistics.get(linear.name)
     reader = Reader(linear.weight, known, member.units, 1, group.cost, group.name, seed)
     return _scored(
-        criterion, member, reader, statistics, damping, name=linear.name, kind=group.kind
+        criterion, member, reader, statistics, damping, tables, name=linear.name, kind=group.kind
     )
 
 
@@ -213,6 +229,7 @@ def depth_scores(
     *,
     damping: float,
     options: Depth,
+    tables: Tables | None = None,
 ) -> Tensor:
     """The score [1] of one part of the depth.
 

@@ -30,6 +30,12 @@ LARGEST_DAMPING = 1.0
 _SOLVED_AT_ONCE = 192
 # Features that follow from the factor.
 OF_FACTOR = tuple(name for name, row in FEATURES.items() if "upper" in row.inputs)
+# Features that look at an inverse in any way, and so at the damping.
+DAMPED = frozenset(
+    name
+    for name, row in FEATURES.items()
+    if not {"upper", "inverse", "centred_inverse"}.isdisjoint(row.inputs)
+)
 
 _log = logging.getLogger(__name__)
 

@@ -119,7 +119,7 @@ def _mask_key(rule: Rule, mask: str) -> str:
 
 def beside_mask(rule: Rule) -> list[tuple[str, str]]:
     """The choices of a rule that its mask does not show."""
-    shown = ("compare", "criteria")
+    shown = ("compare", "criteria", "unit")
     return sorted((key, str(value)) for key, value in rule.choices.items() if key not in shown)
 
 

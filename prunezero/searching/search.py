@@ -77,7 +77,7 @@ class _Run:
         self._stop = stop
         self._tuned: set[tuple[str, str, str]] = set()
         self._value_of_mask: dict[str, float | None] = {}
-        self._wanda = rungs.probe(_usual(rungs.task.space.features))
+        self._usual = rungs.probe(rungs.task.usual)
 
     @property
     def charged(self) -> int:
@@ -164,7 +164,7 @@ class _Run:
         duplicate = self.history.duplicate(rule, probe.digest)
         if duplicate is not None:
             return self.history.keep_known(candidate, duplicate)
-        distance = 1.0 if self._wanda is None else probe.differs(self._wanda)
+        distance = 1.0 if self._usual is None else probe.differs(self._usual)
         behaviour = sum(distance > limit for limit in _DISTANCES)
         return self.history.keep(
             replace(candidate, status="new", mask=probe.digest, behaviour=behaviour)
@@ -239,8 +239,3 @@ class _Run:
                 yield self.history.keep(replace(candidate, status="invalid", fault=fault))
             else:
                 yield self.history.keep(replace(candidate, **{field: value}))
-
-
-def _usual(features: Sequence[str]) -> Criterion:
-    """The formula that behaviour is measured from: Wanda's, or what the space has of it."""
-    return Criterion.parse("abs(W)*X" if "X" in features else "abs(W)")

@@ -10,14 +10,14 @@ from typing import Any
 from prunezero.errors import SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.recipes.recipe import Recipe, published_of
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Testbed, beginning
 from prunezero.searching.evaluation.archive import Archive, check_archive
 from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.evaluation.promotion import FINALISTS
 from prunezero.searching.evaluation.rungs import Evaluators, Rungs
-from prunezero.searching.experiment.baselines import baselines, on_terms_of
+from prunezero.searching.experiment.baselines import baselines, on_terms_of, published_rules
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.config import SearchConfig, starting_rules
 from prunezero.searching.experiment.provenance import header, machine
@@ -81,10 +81,7 @@ def make_task(config: SearchConfig) -> Task:
             f"none of the {len(start)} rules to start from can be written in search space "
             f"'{task.space.name}'; leave them out, or choose another space"
         )
-    published = [recipe.criterion for recipe in published_of("weight")]
-    # Simplest first: of formulas with equal masks the first one stands for all.
-    published.sort(key=lambda criterion: (criterion.complexity, criterion.text))
-    first = [] if config.from_scratch else [Rule(criterion) for criterion in published]
+    first = [] if config.from_scratch else published_rules(task)
     return replace(task, seeds=_writable(task, [*begun, *first]))
 
 
@@ -102,7 +99,7 @@ def _writable(task: Task, rules: Sequence[Rule]) -> tuple[Rule, ...]:
                 key: one
                 for key, value in rule.choices.items()
                 for one in task.options.get(key, ())
-                if alike(key, one, value)
+                if alike(key, one, value, space.unit)
             }
             own = Rule(rule.criterion, offered)
             if set(rule.per_layer) <= set(space.criteria) and all(map(is_writable, rule.formulas)):

@@ -92,8 +92,8 @@ def test_a_candidate_that_needs_too_much_memory_is_a_fault_and_the_model_is_dens
     dense = weights_of(session)
     recipe = Recipe.load("wanda")
     for place, request in {
-        "searching.evaluation.evaluator.layer_error": Request.of(recipe),
-        "searching.evaluation.evaluator.masks_on": Request.of(recipe, trials=3),
+        "searching.proxies.layer_error.layer_error": Request.of(recipe),
+        "searching.proxies.layer_error.masks_on": Request.of(recipe, trials=3),
         # By then the model is pruned.
         "pruning.compare.evaluate": Request.of(recipe, ("search",)),
     }.items():
@@ -113,7 +113,7 @@ def test_an_error_that_is_not_for_lack_of_memory_is_no_fault_of_the_candidate(
     session = opened(tmp_path / "run")
     evaluator = Evaluator(session.task, [session.testbeds[0]])
     monkeypatch.setattr(
-        "prunezero.searching.evaluation.evaluator.layer_error", raising(RuntimeError("a mistake"))
+        "prunezero.searching.proxies.layer_error.layer_error", raising(RuntimeError("a mistake"))
     )
     with pytest.raises(RuntimeError, match="a mistake"):
         evaluator.result(Request.of(Recipe.load("wanda")))

@@ -50,10 +50,10 @@ def test_five_thousand_formulas_leave_caches_of_bounded_size(
     evaluator = Evaluator(make_task(tiny_space(), 0.5), [tiny_testbed()])
     mask = torch.ones(2, 8, dtype=torch.bool)
     monkeypatch.setattr(
-        "prunezero.searching.evaluation.evaluator.masks_on", lambda *args, **scores: [mask]
+        "prunezero.searching.proxies.layer_error.masks_on", lambda *args, **scores: [mask]
     )
     for criterion in many():
-        evaluator.probe(criterion, "row")
+        evaluator.probe(Rule(criterion))
         score._compiled(criterion)
         history_module.skeleton(criterion)
     for cache in (evaluator.probe, score._compiled, history_module._skeleton):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.rule import Rule, factor_of, scaled
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.history import History
-from prunezero.searching.proxies.layer_error import masks_on
-from prunezero.searching.proxies.samples import Sample, probe_of
+from prunezero.searching.proxies.layer_error import WeightSamples, masks_on
+from prunezero.searching.proxies.samples import Sample, Stack, probe_of
 from prunezero.searching.session import find, open_session
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.catalogue import STRATEGIES
@@ -214,10 +215,16 @@ def test_formulas_of_some_layers_are_dropped_where_other_weights_now_compete() -
     assert other.choices["criteria"] == {"q_proj": "abs(W)*G"}
 
 
+def stacks_of(evaluator: Evaluator) -> Sequence[Stack]:
+    samples = evaluator._sampled[0].samples
+    assert isinstance(samples, WeightSamples)
+    return samples.stacks
+
+
 def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
     testbed, task = tiny_testbed(), task_of()
     evaluator = Evaluator(task, [testbed])
-    stacks = evaluator._sampled[0].samples
+    stacks = stacks_of(evaluator)
     formulas = {kind: Criterion.parse(text) for kind, text in OWN.items()}
     mixed = masks_on(stacks, Recipe(name="it", criterion=WANDA, criteria=formulas), 0.5, "free")
     names = [name for stack in stacks for name in stack.names]
@@ -232,7 +239,7 @@ def test_the_layer_error_is_that_of_each_layers_own_formula() -> None:
 
 
 def test_a_formula_that_ranks_nothing_where_it_counts_is_told_by_layer_and_formula() -> None:
-    stacks = Evaluator(task_of(), [tiny_testbed()])._sampled[0].samples
+    stacks = stacks_of(Evaluator(task_of(), [tiny_testbed()]))
     # Beyond what exp can tell apart.
     own = {"down_proj": Criterion.parse("exp(abs(W) + 100)")}
     with pytest.raises(ScoreError, match=r"exp\(.*\) gives every weight of .*down_proj the same"):

@@ -114,7 +114,7 @@ def test_memory_too_short_for_all_formulas_together_is_no_fault_of_each(
             raise torch.OutOfMemoryError("CUDA out of memory")
         yield from scores_on(stacks, criteria)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("prunezero.searching.evaluation.evaluator.scores_on", greedy)
+    monkeypatch.setattr("prunezero.searching.proxies.layer_error.scores_on", greedy)
     assert [plain(result) for result in evaluator.results(requests())] == expected
 
 

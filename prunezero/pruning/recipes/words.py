@@ -101,6 +101,7 @@ _WIDTH = frozenset({"neuron", "head", "kv_group", "width"})
 _STREAM = frozenset({"channel"})
 _OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.observer)
 _GRAM = frozenset({"gram"})
+_SEEN_BY_READERS = frozenset({"gram", "input_sum"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
 _ALL_BLOCKS = "looks at all blocks before the first is pruned"
 _REORDERS = "reorders the model as a whole"
@@ -141,6 +142,7 @@ WORDS: dict[str, dict[str, Word]] = {
             Slopes,
             "groups that move the model less by themselves lose more",
             "unit_allocation:slopes",
+            sums=_SEEN_BY_READERS,
             needs_text=True,
             whole_model=_ALL_BLOCKS,
             units=_WIDTH,
@@ -150,6 +152,7 @@ WORDS: dict[str, dict[str, Word]] = {
             Evolve,
             "the best of many allocations by KL to the dense model",
             "unit_allocation:evolve",
+            sums=_SEEN_BY_READERS,
             needs_text=True,
             whole_model=_ALL_BLOCKS,
             units=_WIDTH,
@@ -188,7 +191,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "least squares on the columns that stay",
             "updates.mend:refit_columns",
             "second order",
-            frozenset({"gram", "input_sum"}),
+            _SEEN_BY_READERS,
             order=2,
             mends=True,
             sees_dense=True,

@@ -27,22 +27,16 @@ from prunezero.pruning.compare import finite_row, rounding
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Testbed, with_choices
-from prunezero.scoring.second_order import DAMPING
 from prunezero.searching.evaluation.request import Request
-from prunezero.searching.evaluation.sampled_testbed import SampledTestbed
+from prunezero.searching.evaluation.sampled_testbed import SampledTestbed, Samples
 from prunezero.searching.evaluation.tuning import tune
 from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.budgets import geometric_mean, over_budgets
+from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.experiment.testbeds import about, drawn, progress_of
-from prunezero.searching.proxies.layer_error import (
-    layer_error,
-    mask_digest,
-    masks_on,
-    merged_scores,
-    scores_on,
-)
-from prunezero.searching.proxies.samples import Stack, rung_sums
+from prunezero.searching.proxies.layer_error import mask_digest
+from prunezero.searching.proxies.samples import rung_sums
 
 # Masks that are compared again and again are those of the best few hundred.
 _PROBES = 1024
@@ -85,7 +79,7 @@ class Evaluator:
         """
         self.task = task
         space = task.space
-        sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
+        sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient, unit=space.unit)
         for budget in task.budgets:
             sums |= dense_sums(space.examples(budget.pattern))
         sums |= dense_sums(baselines(task))
@@ -117,21 +111,18 @@ class Evaluator:
         models = [testbed.language_model for testbed in self._testbeds]
         return {model.fingerprint: model.name for model in models}
 
-    def _probed(
-        self,
-        criterion: Criterion,
-        compare: str,
-        own: tuple[tuple[str, Criterion], ...] = (),
-        damping: float = DAMPING,
-    ) -> ProbeMask | None:
-        """Rung 0: the mask on the probe; None for a formula whose scores rank nothing there."""
+    def _probed(self, rule: Rule) -> ProbeMask | None:
+        """Rung 0: the mask on the probe; None for a rule whose scores rank nothing there.
+
+        Args:
+            rule: its choices are those that a mask shows.
+        """
+        recipe = self.task.recipe(rule, "it")
         try:
-            fields: dict[str, Any] = {"compare": compare, "damping": damping}
-            recipe = Recipe(name="it", criterion=criterion, criteria=dict(own), **fields)
             masks = [
                 mask
                 for one in self._sampled
-                for of_budget in self._masks(one.probe, recipe)
+                for of_budget in one.probe.masks_under(recipe, self.task.budgets)
                 for mask in of_budget
             ]
         except ScoreError:
@@ -186,7 +177,7 @@ class Evaluator:
     def _layer_error(
         self,
         request: Request,
-        scores: Sequence[Sequence[Tensor]] | None = None,
+        scores: Sequence[Sequence[Tensor] | None] | None = None,
         begin: float | None = None,
     ) -> dict[str, Any]:
         begin = time.perf_counter() if begin is None else begin
@@ -198,37 +189,25 @@ class Evaluator:
 
     def _scores(
         self, criteria: Sequence[Criterion], damping: float
-    ) -> Iterator[tuple[list[Tensor], ...]]:
-        """Of each formula the scores on the samples of each testbed."""
-        damped = [[stack.at_damping(damping) for stack in one.samples] for one in self._sampled]
-        of_sampled = [scores_on(stacks, criteria) for stacks in damped]
+    ) -> Iterator[tuple[Sequence[Tensor] | None, ...]]:
+        """Of each formula the scores on the samples of each testbed, where they come together."""
+        of_sampled = [one.samples.scores(criteria, damping) for one in self._sampled]
         return zip(*of_sampled, strict=True)
 
     def _lost(
         self,
-        of_sampled: Sequence[Sequence[Stack]],
+        of_sampled: Sequence[Samples],
         recipe: Recipe,
-        scores: Sequence[Sequence[Tensor]] | None = None,
+        scores: Sequence[Sequence[Tensor] | None] | None = None,
     ) -> float:
         """The layer error, of several testbeds and budgets the geometric mean."""
-        known: Sequence[Sequence[Tensor] | None] = scores or [None] * len(of_sampled)
+        known = scores or [None] * len(of_sampled)
         lost: list[float] = []
         for testbed, samples, own in zip(self._testbeds, of_sampled, known, strict=True):
             with about(testbed, self._testbeds):
-                for of_budget in self._masks(samples, recipe, own):
-                    lost.append(layer_error(samples, of_budget))
+                for masks in samples.masks_under(recipe, self.task.budgets, own):
+                    lost.append(samples.error(recipe, masks))
         return geometric_mean(lost)
-
-    def _masks(
-        self,
-        samples: Sequence[Stack],
-        recipe: Recipe,
-        scores: Sequence[Tensor] | None = None,
-    ) -> Iterator[list[Tensor]]:
-        """The masks of all samples under each budget, one after the other."""
-        merged = merged_scores(samples, recipe, scores)
-        for budget in self.task.budgets:
-            yield masks_on(samples, recipe, budget.amount, budget.pattern, scores=merged)
 
     def _tuned(self, request: Request) -> dict[str, Any]:
         recipe = request.named

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from prunezero.errors import ScoreError
 from prunezero.formula.criterion import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.scoring.second_order import DAMPING, OF_FACTOR
+from prunezero.scoring.second_order import DAMPED
 from prunezero.searching.evaluation.archive import Archive
 from prunezero.searching.evaluation.evaluator import Evaluator, ProbeMask
 from prunezero.searching.evaluation.journal import Journal
@@ -79,10 +79,7 @@ class Rungs:
     def probe(self, rule: Rule | Criterion) -> ProbeMask | None:
         """Rung 0: the mask on the probe; None for a rule whose scores rank nothing there."""
         rule = Rule(rule) if isinstance(rule, Criterion) else rule
-        compare = rule.choices.get("compare", self.task.space.compare)
-        own = tuple(sorted(rule.per_layer.items()))
-        damping = shown_by_mask(rule).get("damping", DAMPING)
-        return self._evaluator.probe(rule.criterion, compare, own, damping)
+        return self._evaluator.probe(Rule(rule.criterion, shown_by_mask(rule)))
 
     def errors(self, rules: Sequence[Rule]) -> Iterator[dict[str, Any]]:
         """Rung 1: `layer_error` and `seconds`, or a `fault`."""
@@ -94,8 +91,19 @@ class Rungs:
         return self._results([Request.of(recipe, trials=trials) for recipe in recipes])
 
     def _masking(self, rules: Sequence[Rule]) -> list[Recipe]:
-        """Of each rule what makes the mask; how the weights that stay are mended is not seen."""
-        return [self.task.recipe(Rule(rule.criterion, shown_by_mask(rule)), "it") for rule in rules]
+        """Of each rule what the layer error sees; how single weights are mended it does not."""
+        also = () if self.task.space.unit == "weight" else ("update", "damping")
+        return [
+            self.task.recipe(
+                Rule(
+                    rule.criterion,
+                    shown_by_mask(rule)
+                    | {key: rule.choices[key] for key in also if key in rule.choices},
+                ),
+                "it",
+            )
+            for rule in rules
+        ]
 
     def rows(self, recipes: Sequence[Recipe], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Higher rungs: one row of results on the pruned model for each recipe, or a `fault`.
@@ -172,6 +180,6 @@ class Rungs:
 
 def shown_by_mask(rule: Rule) -> dict[str, Any]:
     """The choices of a rule that its mask shows; its damping where a formula looks at a factor."""
-    looks_at_factor = any(not {*OF_FACTOR}.isdisjoint(one.features) for one in rule.formulas)
-    keys = ("compare", "criteria", *(["damping"] if looks_at_factor else []))
+    looks_at_factor = any(not DAMPED.isdisjoint(one.features) for one in rule.formulas)
+    keys = ("compare", "criteria", "unit", *(["damping"] if looks_at_factor else []))
     return {key: rule.choices[key] for key in keys if key in rule.choices}

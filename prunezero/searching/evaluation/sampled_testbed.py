@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from prunezero.models.anatomy.linears import find_linears
+from torch import Tensor
+
+from prunezero.formula.criterion import Criterion
+from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
 from prunezero.models.observing.calibration import Progress
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.compare import RecipeRunner
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Testbed
+from prunezero.scoring.feature_values import needed_sums
+from prunezero.scoring.statistics import BLOCK_SUMS, Statistics
 from prunezero.searching.experiment.task import Task
-from prunezero.searching.proxies.samples import Stack, probe_of, sample_rows, stacked
+from prunezero.searching.proxies.layer_error import WeightSamples
+from prunezero.searching.proxies.samples import probe_of, sample_rows, stacked
+from prunezero.searching.proxies.unit_samples import DISTANCE, UnitSamples
 
 # Numbers of a formula are tried on every third layer; a Llama block has seven kinds.
 _TUNED_ON = 3
+
+
+class Samples(Protocol):
+    """What the first two rungs look at: which parts of a model a recipe takes, how bad that is."""
+
+    def scores(
+        self, criteria: Sequence[Criterion], damping: float
+    ) -> Iterator[Sequence[Tensor] | None]:
+        """What `masks_under` wants to know of each formula, where it is had for many at once."""
+        ...
+
+    def masks_under(
+        self,
+        recipe: Recipe,
+        budgets: Iterable[Budget],
+        scores: Sequence[Tensor] | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """What stays under each budget, bool."""
+        ...
+
+    def error(self, recipe: Recipe, masks: Sequence[Tensor]) -> float:
+        """The share of the layers' outputs that the masks lose, 0 to about 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,13 +54,13 @@ class SampledTestbed:
     """One model under one draw of calibration text: to prune and measure on, and to look at."""
 
     runner: RecipeRunner
-    """where it is pruned and measured"""
-    samples: Sequence[Stack]
-    """rows of every layer, for the layer error"""
-    tuning_samples: Sequence[Stack]
-    """those of some layers, for many layer errors"""
-    probe: Sequence[Stack]
-    """few rows of few layers, to tell masks apart"""
+    """prunes the model, measures what is left, and makes it dense again"""
+    samples: Samples
+    """for the layer error: rows of every layer, or all units"""
+    tuning_samples: Samples
+    """those of some layers, for many layer errors; all units"""
+    probe: Samples
+    """to tell masks apart: few rows of few layers, or all units"""
 
     @classmethod
     def of(
@@ -50,7 +83,7 @@ class SampledTestbed:
         Raises:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
-        config, space = task.config, task.space
+        config = task.config
         layers = find_linears(
             testbed.language_model.model, targets=config.targets, ignore=config.ignore
         )
@@ -59,8 +92,40 @@ class SampledTestbed:
             runner = RecipeRunner(testbed, statistics, splits=("search", "validation", "test"))
         else:
             runner = runner.redrawn(testbed, statistics)
-        offered = [*space.choices.get("damping", ())]
-        offered += [rule.choices["damping"] for rule in task.seeds if "damping" in rule.choices]
-        samples = sample_rows(layers, statistics, space.features, dampings=offered)
-        of_some = (samples, samples[::_TUNED_ON], probe_of(samples, kinds=space.criteria))
-        return cls(runner, *map(stacked, of_some))
+        if task.space.unit == "weight":
+            return cls(runner, *_weights(task, layers, statistics))
+        units = _units(task, testbed, layers, statistics, progress)
+        return cls(runner, units, units, units)
+
+
+def _weights(
+    task: Task, layers: Sequence[Linear], statistics: Mapping[str, Statistics]
+) -> list[Samples]:
+    """Rows of all layers, of some, and few rows of few."""
+    space = task.space
+    offered = [*space.choices.get("damping", ())]
+    offered += [rule.choices["damping"] for rule in task.seeds if "damping" in rule.choices]
+    samples = sample_rows(layers, statistics, space.features, dampings=offered)
+    of_some = (samples, samples[::_TUNED_ON], probe_of(samples, kinds=space.criteria))
+    return [WeightSamples(stacked(one)) for one in of_some]
+
+
+def _units(
+    task: Task,
+    testbed: Testbed,
+    layers: Sequence[Linear],
+    statistics: Mapping[str, Statistics],
+    progress: Progress | None,
+) -> UnitSamples:
+    """All units of the model, and of parts of the depth what the model does without each."""
+    recipe = task.recipe(task.usual, "it")
+    kind = recipe.unit.row
+    groups = tuple(kind.groups(layers, testbed.language_model))
+    blocks = len(find_blocks(testbed.language_model.model))
+    if kind.observer:
+        sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}
+        seen = kind.observe(
+            testbed.language_model, groups, testbed.windows("calibration"), sums, progress=progress
+        )
+        statistics = {**statistics, **seen}
+    return UnitSamples(groups, blocks, statistics)

@@ -33,12 +33,41 @@ def baselines(task: Task) -> list[Recipe]:
         "ignore": task.config.ignore,
     }
     found = []
-    for published in map(Recipe.load, UNITS["weight"].baselines):
-        if not published.extras:
+    unit = task.space.unit
+    for published in map(Recipe.load, UNITS[unit].baselines):
+        if not published.extras and unit == "weight":
             found.append(with_choices(published, statistics="dense", **same))
-        elif "update" in task.options:
-            found.append(with_choices(published, **same))
+        elif "update" in task.options or unit != "weight":
+            found.append(with_choices(published.on_unit(unit), **same))
     return [one for one in found if has_gradients or one.criterion.signal != "gradients"]
+
+
+def published_rules(task: Task) -> list[Rule]:
+    """What a search starts from: published formulas of its units, with the choices around them.
+
+    Simplest first: of formulas with equal masks the first one stands for all.
+    """
+    unit = task.space.unit
+    if unit == "weight":
+        rules = [Rule(recipe.criterion) for recipe in published_of(unit)]
+    else:
+        rules = [rule for recipe in _for_units(unit) for rule in _as_published(recipe, task)]
+    rules.sort(key=lambda rule: (rule.criterion.complexity, rule.text))
+    return rules
+
+
+def _for_units(unit: str) -> list[Recipe]:
+    """Published recipes of such units, and those of others whose formulas say as much of them."""
+    names = dict.fromkeys([*(one.name for one in published_of(unit)), *UNITS[unit].baselines])
+    return [Recipe.load(name).on_unit(unit) for name in names]
+
+
+def _as_published(recipe: Recipe, task: Task) -> list[Rule]:
+    """The rule of a recipe, as far as the space offers its choices, and its formula alone."""
+    alone = Rule(recipe.criterion)
+    effect, usual = recipe.effect, task.recipe(alone, "alone").effect
+    keys = [key for key in task.options if key in effect and effect[key] != usual.get(key)]
+    return [Rule(recipe.criterion, {key: effect[key] for key in keys}), alone]
 
 
 def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]]:
@@ -108,6 +137,8 @@ def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:
     own = task.recipe(rule, "own")
     if own.extras or own.criteria:
         return None
+    if task.space.unit != "weight":
+        return _published_units(own)
     compare = task.competing({"compare": own.compare})
     mine = ranking_form(own.criterion.sympy, compare)
     for recipe in published_of("weight"):
@@ -116,3 +147,9 @@ def published_equivalent(task: Task, rule: Rule | Criterion) -> str | None:
             if ranking_form(recipe.criterion.sympy, compare) == mine:
                 return recipe.name
     return None
+
+
+def _published_units(own: Recipe) -> str | None:
+    """The published recipe of such units with the same effect."""
+    alike = (recipe for recipe in _for_units(own.unit.word) if recipe.effect == own.effect)
+    return next((recipe.name for recipe in alike), None)

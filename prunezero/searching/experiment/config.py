@@ -214,7 +214,7 @@ class SearchConfig(BaseModel):
     def decided_by(self) -> dict[str, Any]:
         """What decides how the search goes, beside its answers, as JSON."""
         return {
-            "space": self.space_content.model_dump(mode="json"),
+            "space": self.space_content.decides(),
             "pattern": self.pattern,
             "seed": self.seed,
             "strategy": self.strategy,

@@ -50,7 +50,7 @@ def fingerprints(config: SearchConfig, testbeds: Sequence[Testbed]) -> dict[str,
     """What the names of a search lead to (models, text, packages), as JSON."""
     testbed, *others = testbeds
     space = config.space_content
-    sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient)
+    sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient, unit=space.unit)
     return {
         **_surroundings(testbed),
         "format": FORMAT,

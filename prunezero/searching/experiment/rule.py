@@ -24,6 +24,9 @@ class Rule:
     choices: Mapping[str, Any] = field(default_factory=dict)
     """values of recipe keys, as their YAML spells them"""
 
+    def __hash__(self) -> int:
+        return hash(self.text)
+
     @classmethod
     def read(cls, formula: str, choices: Mapping[str, Any]) -> Rule:
         """The rule of a formula as text, and choices as JSON has them.

@@ -12,11 +12,13 @@ from prunezero.errors import ModelError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.linears import Linear, matching
 from prunezero.pruning.budget import Budget
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.experiment.rule import Rule, rescaled
 from prunezero.searching.spaces.space import SearchSpace
+from prunezero.searching.spaces.space_choices import competing_units
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Task:
 
         Inside an N:M pattern that is a part of a row, whatever the rule says.
         """
-        return str(choices.get("compare", self.space.compare)) if self.competes_freely else "row"
+        compare = str(choices.get("compare", self.space.compare))
+        if self.space.unit != "weight":
+            return competing_units(choices.get("unit", self.space.unit), compare)
+        return compare if self.competes_freely else "row"
 
     @cached_property
     def options(self) -> dict[str, tuple[Any, ...]]:
@@ -97,6 +102,17 @@ class Task:
         unlike = {seed.text: seed for seed in seeds}
         return replace(self, ratios=ratios, criteria=tuple(criteria), seeds=tuple(unlike.values()))
 
+    @cached_property
+    def usual(self) -> Rule:
+        """The rule that others are told apart from: the reference of the units, if it may be."""
+        unit, features = self.space.unit, self.space.features
+        if unit == "weight":
+            return Rule(Criterion.parse("abs(W)*X" if "X" in features else "abs(W)"))
+        reference = Criterion.parse(UNITS[unit].reference)
+        if set(reference.features) <= set(features):
+            return Rule(reference)
+        return Rule(next(one for one in self.space.terminals if self.space.holds(one)))
+
     def recipe(self, rule: Rule | Criterion, name: str) -> Recipe:
         """The recipe that a rule stands for in this search.
 
@@ -105,7 +121,8 @@ class Task:
         """
         if isinstance(rule, Criterion):
             rule = Rule(rule)
-        fields = {"compare": self.space.compare, "pattern": self.budgets[0].pattern, **rule.choices}
+        fields: dict[str, Any] = {"unit": self.space.unit, "compare": self.space.compare}
+        fields |= {"pattern": self.budgets[0].pattern, **rule.choices}
         fields |= {"name": name, "criterion": rule.criterion}
         fields |= {"targets": self.config.targets, "ignore": self.config.ignore}
         return validated(Recipe, fields, f"candidate {rule.text}")

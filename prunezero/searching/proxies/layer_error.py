@@ -12,7 +12,8 @@ On 4 % of the rows it orders formulas as on all of them (tau 0.996 over 56 formu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,46 @@ import torch
 from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
+from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.masking import cleared
 from prunezero.scoring.population import select_stacked, stacked_scores
 from prunezero.scoring.score import refuse_unusable
 from prunezero.scoring.selection import select_model
 from prunezero.searching.proxies.samples import Stack
+
+
+@dataclass(frozen=True)
+class WeightSamples:
+    """Rows of layers, in stacks of one shape."""
+
+    stacks: Sequence[Stack]
+
+    def scores(self, criteria: Sequence[Criterion], damping: float) -> Iterator[list[Tensor]]:
+        """What `masks_under` needs of each formula: on a GPU they are scored together."""
+        return scores_on([stack.at_damping(damping) for stack in self.stacks], criteria)
+
+    def masks_under(
+        self,
+        recipe: Recipe,
+        budgets: Iterable[Budget],
+        scores: Sequence[Tensor] | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """The masks of all samples under each budget, one after the other.
+
+        Args:
+            scores: what `scores` says of its criterion, where that is known.
+
+        Raises:
+            ScoreError: the scores are not finite, or rank nothing.
+        """
+        merged = merged_scores(self.stacks, recipe, scores)
+        for budget in budgets:
+            yield masks_on(self.stacks, recipe, budget.amount, budget.pattern, scores=merged)
+
+    def error(self, recipe: Recipe, masks: Sequence[Tensor]) -> float:
+        """What `layer_error` says; how the weights that stay are mended is not seen."""
+        return layer_error(self.stacks, masks)
 
 
 def scores_on(stacks: Sequence[Stack], criteria: Sequence[Criterion]) -> Iterator[list[Tensor]]:

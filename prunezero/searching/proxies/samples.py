@@ -14,9 +14,10 @@ from torch import Tensor
 
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.anatomy.patterns import fits
+from prunezero.pruning.kinds import UNITS
 from prunezero.scoring.feature_values import feature, needed_sums
 from prunezero.scoring.second_order import DAMPING, OF_FACTOR
-from prunezero.scoring.statistics import Statistics
+from prunezero.scoring.statistics import BLOCK_SUMS, Statistics
 
 # Its share of the Fisher information weighs the error of an output.
 ROW_WEIGHTS = "output_gradient_square_sum"
@@ -154,9 +155,15 @@ def _stacked_features(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tens
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def rung_sums(features: Iterable[str], *, with_gradients: bool) -> frozenset[str]:
-    """Names of the sums over calibration text that the rungs need for these features."""
-    return needed_sums(features) | {"gram"} | ({ROW_WEIGHTS} if with_gradients else set())
+def rung_sums(
+    features: Iterable[str], *, with_gradients: bool, unit: str = "weight"
+) -> frozenset[str]:
+    """Names of the sums of linear maps that the rungs need for formulas of these features."""
+    needed = needed_sums(features) - BLOCK_SUMS.keys()
+    if UNITS[unit].observer:
+        return needed
+    also = {"gram"} if unit == "weight" else {"gram", "input_sum"}
+    return needed | also | ({ROW_WEIGHTS} if with_gradients else set())
 
 
 def sample_rows(

@@ -12,11 +12,18 @@ from prunezero.formula.code import steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import WEIGHT_SIGNALS, costliest
 from prunezero.formula.features import FEATURES
+from prunezero.formula.ranking import AS_IT_IS
 from prunezero.formula.reading import MAX_DEPTH, MAX_NODES
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import find_document, read_document, validated
 from prunezero.pruning.recipes.recipe import Recipe, folder
 from prunezero.searching.spaces.nesting import computed_words, nested_words
-from prunezero.searching.spaces.space_choices import example, is_usable, signal_of
+from prunezero.searching.spaces.space_choices import (
+    competing_units,
+    example,
+    is_usable,
+    signal_of,
+)
 from prunezero.searching.spaces.space_types import (
     Count,
     CountOrNone,
@@ -31,6 +38,7 @@ from prunezero.searching.spaces.space_types import (
     Share,
     Signal,
     Terminals,
+    UnitWord,
 )
 
 
@@ -49,6 +57,8 @@ class SearchSpace(BaseModel):
     name: str = Field(min_length=1, max_length=100)
     source: str = ""
     note: str = ""
+    # what is removed, a word of a recipe's `unit`; choices may offer numbers of it
+    unit: UnitWord = "weight"
     # the costliest signal that a rule may look at
     signals: Signal = WEIGHT_SIGNALS[-1]
     # leaves of a formula: features, or formulas of features
@@ -133,6 +143,14 @@ class SearchSpace(BaseModel):
         limit = {} if signals is None else {"signals": signals}
         return validated(cls, read_document(path) | limit, str(path))
 
+    def decides(self) -> dict[str, Any]:
+        """What of it decides how a search goes, as JSON."""
+        found = self.model_dump(mode="json")
+        if self.unit == "weight":
+            # Journals of single weights began before there were others.
+            del found["unit"]
+        return found
+
     @property
     def features(self) -> tuple[str, ...]:
         """Every feature that some formula of the space may use."""
@@ -142,13 +160,19 @@ class SearchSpace(BaseModel):
     @property
     def costliest_signal(self) -> str:
         """The costliest signal that a rule of the space can look at, whatever it may."""
-        chosen = [signal_of(key, one) for key, values in self.choices.items() for one in values]
+        chosen = [
+            signal_of(key, one, self.unit) for key, values in self.choices.items() for one in values
+        ]
         return costliest([*(terminal.signal for terminal in self.terminals), *chosen])
 
     @property
     def widest_group(self) -> str:
         """The widest group of its recipes: what no mask can see there, none sees anywhere."""
         groups = [self.compare, *self.choices.get("compare", ())]
+        if self.unit != "weight":
+            units = self.choices.get("unit", (self.unit,))
+            found = {competing_units(unit, one) for unit in units for one in groups}
+            return next(word for word in (AS_IT_IS, "model", "group") if word in found)
         widest = [group for group in ("model", "layer") if group in groups]
         inside = [group for group in groups if group != "row"]
         return [*widest, *inside, "row"][0]
@@ -157,7 +181,7 @@ class SearchSpace(BaseModel):
         """The values of each key that make a recipe of this pattern; keys with two or more."""
         # Inside an N:M pattern, only its own groups compete.
         usable = {
-            key: tuple(value for value in values if is_usable(key, value, pattern))
+            key: tuple(value for value in values if is_usable(key, value, pattern, self.unit))
             for key, values in self.choices.items()
             if key != "compare" or pattern == "free"
         }
@@ -166,12 +190,17 @@ class SearchSpace(BaseModel):
     def examples(self, pattern: str) -> list[Recipe]:
         """A recipe for every choice, whose needs are those of the whole space."""
         chosen = self.choices_for(pattern)
-        return [example(key, value, pattern) for key in chosen for value in chosen[key]]
+        return [example(key, value, pattern, self.unit) for key in chosen for value in chosen[key]]
 
     def holds(self, criterion: Criterion) -> bool:
-        """Whether a formula ranks weights, is small enough, and nests nothing that is forbidden."""
+        """Whether a formula ranks units, is small enough, and nests nothing that is forbidden."""
+        # A formula of weights that is the same along a matrix would rank nothing in some groups.
+        domain = UNITS[self.unit].domain
+        is_ranking = (
+            criterion.shape == "element" if self.unit == "weight" else domain.takes(criterion)
+        )
         return (
-            criterion.shape == "element"
+            is_ranking
             and criterion.complexity <= self.max_complexity
             and criterion.depth <= self.max_depth
             and not self.forbids(criterion)

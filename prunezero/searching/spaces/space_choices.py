@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from prunezero.errors import RecipeError, did_you_mean
-from prunezero.formula.feature_row import WEIGHT_SIGNALS
+from prunezero.formula.feature_row import SIGNALS, WEIGHT_SIGNALS
+from prunezero.formula.ranking import AS_IT_IS
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.words import chosen_unit
 
 # Keys of a recipe that a space may offer values for.
-CHOOSABLE = ("compare", "allocate", "update", "permute", "damping")
+CHOOSABLE = ("compare", "allocate", "update", "permute", "damping", "unit", "schedule")
+# A formula that every kind of unit has, and that costs nothing.
+_CHEAPEST = {"weight": "abs(W)"}
+_OF_UNITS = "RND"
 
 Choices = Mapping[str, tuple[Any, ...]]
 
 
-def check_choices(choices: Choices) -> None:
+def check_choices(choices: Choices, unit: str = "weight") -> None:
     """Refuse what no recipe may hold.
 
     Raises:
@@ -30,21 +37,26 @@ def check_choices(choices: Choices) -> None:
             )
         for value in values:
             try:
-                _example_of(key, value)
+                made = _example_of(key, value, unit)
             except RecipeError as error:
                 raise ValueError(str(error)) from error
+            if made.unit.word != unit:
+                raise ValueError(
+                    f"unit: {made.unit.word} is another than the space's own, {unit}; offer other "
+                    "numbers of that one, or write a space for each"
+                )
 
 
-def signal_of(key: str, value: Any) -> str:
-    """The costliest signal that a value of a recipe's key looks at, one of WEIGHT_SIGNALS."""
+def signal_of(key: str, value: Any, unit: str = "weight") -> str:
+    """The costliest signal that a value of a recipe's key looks at, one of SIGNALS."""
     # It is a share of Gram matrices, and without them it changes nothing.
-    return WEIGHT_SIGNALS[-1] if key == "damping" else _example_of(key, value).signal
+    return WEIGHT_SIGNALS[-1] if key == "damping" else _example_of(key, value, unit).signal
 
 
-def within(choices: Choices, signal: str) -> dict[str, tuple[Any, ...]]:
+def within(choices: Choices, signal: str, unit: str = "weight") -> dict[str, tuple[Any, ...]]:
     """The choices that look at no costlier signal than this one; keys that keep a value."""
     kept = {
-        key: tuple(value for value in values if is_within(signal_of(key, value), signal))
+        key: tuple(value for value in values if is_within(signal_of(key, value, unit), signal))
         for key, values in choices.items()
     }
     return {key: values for key, values in kept.items() if values}
@@ -52,33 +64,51 @@ def within(choices: Choices, signal: str) -> dict[str, tuple[Any, ...]]:
 
 def is_within(signal: str, costliest: str) -> bool:
     """Whether a signal costs no more than another one."""
-    return WEIGHT_SIGNALS.index(signal) <= WEIGHT_SIGNALS.index(costliest)
+    return SIGNALS.index(signal) <= SIGNALS.index(costliest)
 
 
-def example(key: str, value: Any, pattern: str) -> Recipe:
+def example(key: str, value: Any, pattern: str, unit: str = "weight") -> Recipe:
     """A recipe with this one choice.
 
     Raises:
         RecipeError: there is no such recipe.
     """
-    fields = {"name": "example", "criterion": "abs(W)", "pattern": pattern, key: value}
+    criterion = _CHEAPEST.get(unit, _OF_UNITS)
+    compare = next(iter(UNITS[unit].compare))
+    fields = {"name": "example", "criterion": criterion, "pattern": pattern, "unit": unit}
+    fields |= {"compare": compare, key: value}
     return validated(Recipe, fields, f"choices: {key}: {value}")
 
 
-def is_usable(key: str, value: Any, pattern: str) -> bool:
+def is_usable(key: str, value: Any, pattern: str, unit: str = "weight") -> bool:
     """Whether a recipe of this pattern may make the choice."""
     try:
-        example(key, value, pattern)
+        example(key, value, pattern, unit)
     except RecipeError:
         return False
     return True
 
 
-def alike(key: str, left: Any, right: Any) -> bool:
+def alike(key: str, left: Any, right: Any, unit: str = "weight") -> bool:
     """Whether two spellings of a value of this key say the same, such as `admm` and `[admm]`."""
-    return _example_of(key, left) == _example_of(key, right)
+    with suppress(RecipeError):
+        return _example_of(key, left, unit) == _example_of(key, right, unit)
+    # What stands only beside another choice is none that a space can offer by itself.
+    return False
 
 
-def _example_of(key: str, value: Any) -> Recipe:
+def _example_of(key: str, value: Any, unit: str) -> Recipe:
     """A recipe with the choice, of a pattern under which it may stand."""
-    return example(key, value, "2:4" if key == "permute" else "free")
+    return example(key, value, "2:4" if key == "permute" else "free", unit)
+
+
+def competing_units(unit: Any, compare: str) -> str:
+    """Who competes under a recipe's `unit` and `compare`, as far as a formula can tell.
+
+    Where values of several channels or matrices are added up, or made comparable, or where a unit
+    of each stratum goes at a time, the values themselves count, and not their order: AS_IT_IS.
+    """
+    made = chosen_unit(unit)
+    options = made.options.model_dump(exclude_defaults=True)
+    counts = {"members", "channels", "normalise", "rescore"}.intersection(options)
+    return AS_IT_IS if counts or made.word == "head" else compare

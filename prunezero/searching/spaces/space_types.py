@@ -14,10 +14,11 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from prunezero.errors import CriterionError, PruneZeroError, did_you_mean
 from prunezero.formula.constants import MAX_EXPONENT, number
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.domains import DOMAINS
-from prunezero.formula.feature_row import WEIGHT_SIGNALS
+from prunezero.formula.feature_row import SIGNALS, WEIGHT_SIGNALS
+from prunezero.formula.features import FEATURES
 from prunezero.formula.vocabulary import OPERATORS, current_word
 from prunezero.models.anatomy.patterns import check_pattern
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import MOST_WORDS, Words
 from prunezero.pruning.recipes.recipe import Formula
 from prunezero.scoring.request import group_columns
@@ -29,19 +30,43 @@ def _limit(info: ValidationInfo) -> str:
     return str(info.data.get("signals", WEIGHT_SIGNALS[-1]))
 
 
-def _known_signal(value: str) -> str:
-    if value not in WEIGHT_SIGNALS:
-        near = did_you_mean(value, WEIGHT_SIGNALS) or "."
-        raise ValueError(f"'{value}' is no signal{near} Known: {', '.join(WEIGHT_SIGNALS)}")
+def _unit(info: ValidationInfo) -> str:
+    """What is removed; single weights where that key is at fault itself."""
+    return str(info.data.get("unit", "weight"))
+
+
+def _known_unit(value: str) -> str:
+    if value not in UNITS:
+        near = did_you_mean(value, UNITS) or "."
+        raise ValueError(f"'{value}' is nothing that is removed{near} Known: {', '.join(UNITS)}")
+    if value == "channel":
+        raise ValueError(
+            "channels of the residual stream are one group for the whole model, of which no block "
+            "by itself loses anything, so their formulas cannot be screened; prune by one"
+        )
+    return value
+
+
+def _known_signal(value: str, info: ValidationInfo) -> str:
+    known = WEIGHT_SIGNALS if _unit(info) == "weight" else SIGNALS
+    if value not in known:
+        near = did_you_mean(value, known) or "."
+        raise ValueError(f"'{value}' is no signal{near} Known: {', '.join(known)}")
     return value
 
 
 def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tuple[Criterion, ...]:
+    unit = _unit(info)
     for terminal in value:
         try:
-            DOMAINS["matrix"].refuse(terminal)
+            UNITS[unit].domain.refuse_words(terminal)
         except CriterionError as error:
             raise ValueError(str(error)) from error
+        for name in terminal.features:
+            if FEATURES[name].kinds and unit not in FEATURES[name].kinds:
+                raise ValueError(f"feature {name} says nothing of a {unit.replace('_', ' ')}")
+    if unit != "weight":
+        return _cheap_terminals_of_units(value, unit, _limit(info))
     if not any(terminal.shape == "element" for terminal in value):
         raise ValueError("none varies by weight, so no formula could rank weights")
     limit = _limit(info)
@@ -54,11 +79,23 @@ def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tupl
     return kept
 
 
+def _cheap_terminals_of_units(
+    value: tuple[Criterion, ...], unit: str, limit: str
+) -> tuple[Criterion, ...]:
+    kept = tuple(terminal for terminal in value if is_within(terminal.signal, limit))
+    if not any(terminal.shape in ("row", "element") for terminal in kept):
+        raise ValueError(
+            f"none that varies by {unit.replace('_', ' ')} looks at '{limit}' or less, so no "
+            "formula could rank them; allow costlier signals, or add PARAMS"
+        )
+    return kept
+
+
 def _cheap_choices(
     value: dict[str, tuple[Any, ...]], info: ValidationInfo
 ) -> dict[str, tuple[Any, ...]]:
-    check_choices(value)
-    return within(value, _limit(info))
+    check_choices(value, _unit(info))
+    return within(value, _limit(info), _unit(info))
 
 
 def _cheap_weights(value: bool, info: ValidationInfo) -> bool:
@@ -124,15 +161,23 @@ def _readable_patterns(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-def _known_group(value: str) -> str:
-    _refused_by(group_columns, value)
-    return value
+def _known_group(value: str, info: ValidationInfo) -> str:
+    unit = _unit(info)
+    if unit == "weight":
+        _refused_by(group_columns, value)
+        return value
+    # Left out, it is the first of those that such units know.
+    known = UNITS[unit].compare
+    if value != "row":
+        _refused_by(lambda word: UNITS[unit].axes_of(word, "free"), value)
+    return value if value in known else next(iter(known))
 
 
 # What a search does in each generation is at most so much.
 Count = Annotated[int, Field(ge=1, le=100_000)]
 CountOrNone = Annotated[int, Field(ge=0, le=100_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
+UnitWord = Annotated[str, AfterValidator(_known_unit)]
 Signal = Annotated[str, AfterValidator(_known_signal)]
 Terminals = Annotated[
     tuple[Formula, ...], Field(min_length=1), MOST_WORDS, AfterValidator(_cheap_terminals)
@@ -145,7 +190,7 @@ Numbers = Annotated[
 ]
 Exponents = Annotated[Numbers, AfterValidator(_usable_exponents)]
 Nestings = Annotated[dict[str, Words], MOST_WORDS, AfterValidator(_known_nestings)]
-Group = Annotated[str, AfterValidator(_known_group)]
+Group = Annotated[str, Field(validate_default=True), AfterValidator(_known_group)]
 OpenChoices = Annotated[
     dict[str, Annotated[tuple[Any, ...], MOST_WORDS]], AfterValidator(_cheap_choices)
 ]

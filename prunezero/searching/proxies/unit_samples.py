@@ -1,0 +1,181 @@
+"""Proxy for units: which of them a recipe takes, and what the outputs of their blocks lose by it.
+
+Units are few, so nothing is sampled: the selection is that of the pruning itself, where all of a
+budget is chosen by scores. The error of a group is
+
+    tr D W_R S W_R' D,   S = H_RR          where the columns that stay are left as they are,
+                         S = (H^-1)_RR^-1  where they are refitted by least squares,
+
+with W_R the columns that go of the matrix that reads the units, H the Gram matrix of what it reads
+(without its mean, where biases take that over) and D the root mean square of the loss gradient at
+its outputs. It is summed over groups and divided by what all outputs hold, since K-FAC makes such
+losses comparable between places, and who loses how much is what a search over units is about.
+
+A part of the depth has one number, the distance of the model without it to the dense one, and the
+error of several is their sum: that they add up is the assumption of every one-shot choice.
+
+Sources: Martens & Grosse 2015, K-FAC, arXiv:1503.05671; Kurtic et al. 2023, ZipLM,
+arXiv:2302.04089, for S.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from prunezero.errors import FactorizationError
+from prunezero.formula.criterion import Criterion
+from prunezero.models.anatomy.groups import Group
+from prunezero.models.editing.selection import Selection
+from prunezero.pruning.budget import Budget
+from prunezero.pruning.kinds import UnitKind
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.scoring.second_order import damped_gram
+from prunezero.scoring.statistics import Statistics, sum_of
+from prunezero.scoring.tables import Tables
+from prunezero.scoring.unit_features import centred
+from prunezero.searching.proxies.samples import ROW_WEIGHTS
+
+# What is looked at to say how bad it is that a part of the depth goes.
+DISTANCE = "divergence_without_sum"
+
+
+@dataclass(frozen=True)
+class UnitSamples:
+    """All units of a model that a search may take, and what is known of them."""
+
+    groups: tuple[Group, ...]
+    blocks: int
+    """of the model"""
+    statistics: Mapping[str, Statistics]
+    """by the name of a linear map; of parts of the depth, by that of a group"""
+    tables: Tables = field(default_factory=Tables)
+    """of the features and reductions that formulas share"""
+
+    def scores(
+        self, criteria: Sequence[Criterion], damping: float
+    ) -> Iterator[Sequence[Tensor] | None]:
+        """Nothing: formulas of units are scored one by one."""
+        return iter([None] * len(criteria))
+
+    def masks_under(
+        self,
+        recipe: Recipe,
+        budgets: Iterable[Budget],
+        scores: Sequence[Tensor] | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """The units that stay under each budget, bool of each group's shape.
+
+        How the budget is spread by measured losses is not seen: groups that do not compete lose
+        equal shares here.
+
+        Raises:
+            ScoreError, StatisticsError: as the scores of the recipe's unit.
+        """
+        kind, options = recipe.unit.row, recipe.unit.options
+        groups = kind.limited(self.groups, options, self.blocks)
+        known = {
+            group.name: kind.scores(
+                group,
+                recipe.criterion,
+                self.statistics,
+                damping=recipe.damping,
+                options=options,
+                tables=self.tables,
+            )
+            for group in groups
+        }
+        for budget in budgets:
+            asked = replace(budget, measure=recipe.unit.measure)
+            yield list(_chosen(kind, groups, known, asked, recipe.compare).kept)
+
+    def error(self, recipe: Recipe, masks: Sequence[Tensor]) -> float:
+        """The share of the blocks' outputs that is lost, gradient-weighted.
+
+        Raises:
+            FactorizationError: a Gram matrix cannot be inverted.
+        """
+        if recipe.unit.row.observer:
+            return self._distance(masks)
+        lost = whole = 0.0
+        for group, kept in zip(self.groups, masks, strict=True):
+            reading = _reading(self, group.name, recipe.damping, "bias" in recipe.updates)
+            whole += reading.whole
+            if not bool(kept.all()):
+                gone = (~kept).repeat_interleave(group.reader.width)
+                lost += reading.lost(gone, is_refitted="refit" in recipe.updates)
+        return lost / max(whole, 1e-30)
+
+    def _distance(self, masks: Sequence[Tensor]) -> float:
+        sizes = [float(sum_of(self.statistics[group.name], DISTANCE)) for group in self.groups]
+        gone = [int((~kept).sum()) for kept in masks]
+        lost = sum(size * count for size, count in zip(sizes, gone, strict=True))
+        return max(lost, 0.0) / max(sum(map(abs, sizes)), 1e-30)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _chosen(
+    kind: UnitKind,
+    groups: Sequence[Group],
+    known: Mapping[str, Tensor],
+    budget: Budget,
+    compare: str,
+) -> Selection:
+    return kind.select(groups, lambda group: known[group.name], budget, compare=compare)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What one matrix makes of units that it reads."""
+
+    columns: Tensor
+    """float64 [in, out], weighted by outputs"""
+    gram: Tensor
+    """float64 [in, in], damped as the refit has it"""
+    inverse: Tensor
+    """of it, float64 [in, in]"""
+    ridge: float
+    """what was added to the diagonal"""
+    whole: float
+    """energy of all outputs"""
+
+    def lost(self, gone: Tensor, *, is_refitted: bool) -> float:
+        """Energy of the outputs that columns made which go, bool [in]."""
+        columns = self.columns[gone]
+        if not is_refitted:
+            inside = self.gram[gone][:, gone]
+            energy = (columns * (inside @ columns)).sum()
+            return float(energy - self.ridge * columns.square().sum())
+        factor = torch.linalg.cholesky(self.inverse[gone][:, gone])
+        return float(torch.linalg.solve_triangular(factor, columns, upper=False).square().sum())
+
+
+@functools.lru_cache(maxsize=4096)
+def _reading(samples: UnitSamples, name: str, damping: float, is_centred: bool) -> _Reading:
+    group = next(group for group in samples.groups if group.name == name)
+    linear, count = group.reader.linear, group.units * group.reader.width
+    known = samples.statistics[linear.name]
+    gram = sum_of(known, "gram").double() / known.tokens
+    if is_centred:
+        total = sum_of(known, "input_sum")
+        gram = centred(sum_of(known, "gram"), total, known.tokens) / known.tokens
+    weight = linear.weight.detach().double()
+    if ROW_WEIGHTS in known.sums:
+        weight = weight * (known.sums[ROW_WEIGHTS].double() / known.tokens).sqrt()[:, None]
+    matrix = damped_gram(gram, damping)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed) != 0:
+        raise FactorizationError(f"the Gram matrix of {group.name} is not positive definite")
+    columns = weight.T[:count]
+    ridge = float((matrix.diagonal() - gram.diagonal()).mean())
+    whole = float((weight * (weight @ gram)).sum())
+    return _Reading(columns, matrix, torch.cholesky_inverse(factor), ridge, whole)
