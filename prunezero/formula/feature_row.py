@@ -10,8 +10,8 @@ Text of a feature of units reads the sums of the matrix that reads what units ha
 (`scoring/unit_features.py`): [units, width] of a sum [in], where a unit has `width` channels, and
 [units, width, width] of `gram`, `inverse` and `centred_inverse`; that matrix itself as `reader`
 [units, width, out]; and what a unit costs, `parameters`, `flops`, `kv_bytes` and `milliseconds`,
-and its `noise`, [units] each. Of a part of the depth sums, costs and noise are of one unit, [1]
-each.
+the `slope` of its place, and its `noise`, [units] each. Of a part of the depth sums, costs and
+noise are of one unit, [1] each.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ WEIGHT_SIGNALS = SIGNALS[:-1]
 MADE_FROM: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
     **dict.fromkeys(("parameters", "flops", "kv_bytes", "milliseconds"), ()),
+    # what the distance is measured by: M2 and a refit
+    "slope": ("gram", "input_sum", "mask_gradients"),
     "upper": ("gram",),
     "inverse": ("gram",),
     "centred_inverse": ("gram", "input_sum"),

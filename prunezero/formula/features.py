@@ -419,6 +419,17 @@ _ROWS = (
         kinds=_OF_ONE_BLOCK,
     ),
     Feature(
+        "SLOPE",
+        "row",
+        "how far the model moves for each unit when the first of its place go: nats per token",
+        r"\kappa_g",
+        "L",
+        "slope",
+        "oracle",
+        domains=("unit",),
+        kinds=_OF_ONE_READER,
+    ),
+    Feature(
         "RND",
         "row",
         "a number from 0 to 1 that place and seed decide, and nothing else",

@@ -44,6 +44,7 @@ from prunezero.pruning.requirements import (
     layer_sums,
     settled_sparsity,
 )
+from prunezero.pruning.slopes import looks_at_slopes, with_slopes
 from prunezero.pruning.stages import Stages
 from prunezero.pruning.unit_scores import weight_scores
 from prunezero.pruning.updates.mend import Work, mend
@@ -193,6 +194,16 @@ class _Job:
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
         recipe = self.recipe
+        if looks_at_slopes(recipe):
+            assert self.windows is not None  # check_text refused it; for the type checker
+            self.groups = with_slopes(
+                self.groups,
+                self.language_model,
+                recipe.unit.word,
+                self.dense,
+                self.windows,
+                progress=tell,
+            )
         shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
         evidence = Evidence(self.dense, self.language_model, self.windows, self.recipe, self.groups)

@@ -19,6 +19,7 @@ from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Slopes
 from prunezero.pruning.selecting import left_of, shares_of
+from prunezero.pruning.slopes import looks_at_slopes
 from prunezero.pruning.timing import are_needed, with_milliseconds
 from prunezero.pruning.unit_allocation import Ladder
 from prunezero.scoring.feature_values import needed_sums
@@ -81,6 +82,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
     needs = ["sequential statistics need"] if walks else []
     needs += [f"criterion {recipe.criterion.text} needs"] if depth_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
+    needs += ["feature SLOPE needs"] if looks_at_slopes(recipe) else []
     if recipe.looks_anew:
         needs.append("statistics that are collected anew need")
     if needs and windows is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -24,12 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunezero.errors import ModelError, PruneZeroWarning, reason
-from prunezero.files.atomic import replace_bytes
+from prunezero.errors import ModelError, PruneZeroWarning
 from prunezero.files.cache import cache_dir
-from prunezero.files.checked_lines import line_of, record_of
 from prunezero.files.digests import joined_digest
 from prunezero.files.machine import graphics, processor
+from prunezero.files.measured import keep_numbers, numbers_in
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import find_blocks
 from prunezero.models.editing.selection import Selection
@@ -47,7 +46,7 @@ _TURNS = 9
 # Of groups that differ, so many are told of.
 _TOLD = 4
 # Raise it when what is measured changes: older numbers are then never read.
-_FORMAT = 1
+_FORMAT = 2
 # Under this name a model keeps what was measured of it, by file of the cache.
 _FOUND = "_prunezero_milliseconds"
 
@@ -85,7 +84,7 @@ def with_milliseconds(
     path = (cache or cache_dir()) / "milliseconds" / f"{_machine(language_model, length)}.json"
     memo = vars(language_model.model).setdefault(_FOUND, {})
     found: dict[str, float] = memo.setdefault(str(path), {})
-    found |= {key: value for key, value in _read(path).items() if key not in found}
+    found |= {key: value for key, value in numbers_in(path).items() if key not in found}
     kinds = {group.name: _looks_of(group, language_model) for group in groups}
     new: dict[str, Group] = {}
     for group in groups:
@@ -95,8 +94,8 @@ def with_milliseconds(
         seconds = _Stopwatch.of(language_model, length, clock)
         measured = {kind: 1000 * seconds.of_unit(group) for kind, group in new.items()}
         # What another process has measured meanwhile counts, so that all see the same.
-        found |= {**measured, **_read(path)}
-        _keep(path, found)
+        found |= {**measured, **numbers_in(path)}
+        keep_numbers(path, found)
         told = [f"{found[kind]:.3g} for a {one.called} of {one.name}" for kind, one in new.items()]
         more = [f"{len(told) - _TOLD} more"] if len(told) > _TOLD else []
         warnings.warn(
@@ -226,35 +225,3 @@ def _counts(group: Group) -> list[int]:
         return [group.units, 0]
     each = group.units // group.strata
     return sorted({max(1, round(each * width)) * group.strata for width in _WIDTHS}, reverse=True)
-
-
-def _read(path: Path) -> dict[str, float]:
-    """What was measured before; what is damaged is measured anew, with a warning."""
-    try:
-        line = path.read_bytes()
-    except OSError:
-        return {}
-    record = record_of(line.rstrip(b"\n"))
-    if record is None or record.get("place") != path.name:
-        warnings.warn(
-            f"{path} is damaged, and what it held is measured anew", PruneZeroWarning, stacklevel=3
-        )
-        # It would be read, and told of, once more before it is written.
-        with suppress(OSError):
-            path.unlink()
-        return {}
-    kept: dict[str, float] = record["milliseconds"]
-    return kept
-
-
-def _keep(path: Path, found: Mapping[str, float]) -> None:
-    """Write what was measured for the next run; where that cannot be, it measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_bytes(line_of({"place": path.name, "milliseconds": dict(found)}), path)
-    except OSError as error:
-        warnings.warn(
-            f"measured milliseconds are not kept in {path}: {reason(error, path)}",
-            PruneZeroWarning,
-            stacklevel=3,
-        )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,6 +92,17 @@ class Ladder:
         """Units that go after so many steps of each group, by its name."""
         rows = zip(self.groups, self.counts, taken, strict=True)
         return {group.name: counts[steps] for group, counts, steps in rows}
+
+
+def first_steps(groups: Sequence[Group], measure: str, steps: int = 16) -> dict[str, int]:
+    """Units that each group loses in its first step, by name; none where it has no more than stay.
+
+    Args:
+        steps: into so many the largest group is divided, or fewer where a unit is larger.
+    """
+    ladder = Ladder.of([replace(one, is_protected=False) for one in groups], 0.0, measure, steps)
+    rows = zip(ladder.groups, ladder.counts, strict=True)
+    return {group.name: counts[1] if len(counts) > 1 else 0 for group, counts in rows}
 
 
 def _counts(group: Group, units: float) -> list[int]:

@@ -24,6 +24,12 @@ from prunezero.scoring.second_order import damped_inverse
 from prunezero.scoring.statistics import SUMS, Statistics, sum_of
 from prunezero.scoring.torch_text import feature_function
 
+# What is measured of a group before its units are scored, and not counted.
+_MEASURED = {
+    "milliseconds": "how many milliseconds a unit of {} takes",
+    "slope": "how far the model moves for a unit of {}",
+}
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -92,8 +98,8 @@ def _input(name: str, reader: Reader, damping: float) -> Tensor | int:
         return noise(reader.group, reader.units, reader.seed)
     if name in ("inverse", "centred_inverse"):
         return _inverse(reader, damping, is_centred=name == "centred_inverse")
-    if name == "milliseconds" and name not in (reader.cost or {}):
-        raise StatisticsError(f"how many milliseconds a unit of {reader.group} takes is not known")
+    if name in _MEASURED and name not in (reader.cost or {}):
+        raise StatisticsError(f"{_MEASURED[name].format(reader.group)} is not known")
     if name not in SUMS:
         cost = (reader.cost or {}).get(name.replace("_", " "), 0.0)
         return torch.full((reader.units,), cost, dtype=torch.float64)

@@ -39,7 +39,7 @@ def test_nothing_in_a_space_looks_at_dearer_signals_than_were_asked_for(
         [one.text for one in whole.terminals if one.signal in allowed]
     )
     assert all(
-        signal_of(key, value) in allowed
+        signal_of(key, value, whole.unit) in allowed
         for key, values in space.choices.items()
         for value in values
     )

@@ -14,6 +14,7 @@ from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.compare import RecipeRunner
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.slopes import with_slopes
 from prunezero.pruning.testbed import Testbed
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.statistics import BLOCK_SUMS, Statistics
@@ -121,6 +122,10 @@ def _units(
     recipe = task.recipe(task.usual, "it")
     kind = recipe.unit.row
     groups = tuple(kind.groups(layers, testbed.language_model))
+    if "SLOPE" in task.space.features:
+        calibration = testbed.windows("calibration")
+        model, unit = testbed.language_model, kind.word
+        groups = tuple(with_slopes(groups, model, unit, statistics, calibration, progress=progress))
     blocks = len(find_blocks(testbed.language_model.model))
     if kind.observer:
         sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}

@@ -1,0 +1,103 @@
+"""How far does a model move, for each unit of a place, when the first of them go?
+
+The feature `SLOPE`: every group loses one step by itself, those units that `M2` ranks lowest, the
+columns that stay are refitted, and the distance to the dense model is measured on calibration text.
+It is one number for a group, which formulas set off against what tells its units apart: scores of
+one place say little of another place, and a forward pass says it.
+
+What is measured is kept in the cache, for a model, its calibration text, processor and number of
+threads, so that a search measures it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunezero.files.cache import cache_dir
+from prunezero.files.digests import joined_digest
+from prunezero.files.machine import graphics, processor
+from prunezero.files.measured import keep_numbers, numbers_in
+from prunezero.models.anatomy.groups import Group
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.text.windows import windows_fingerprint
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.trials import Trials
+from prunezero.pruning.unit_allocation import first_steps
+from prunezero.scoring.statistics import Statistics
+
+# Calibration windows that the distance is measured on.
+_WINDOWS = 4
+# Raise it when what is measured changes: older numbers are then never read.
+_FORMAT = 1
+
+
+def looks_at_slopes(recipe: Recipe) -> bool:
+    """Whether a formula of the recipe holds `SLOPE`."""
+    return any("SLOPE" in criterion.features for criterion in recipe.formulas)
+
+
+def with_slopes(
+    groups: Sequence[Group],
+    language_model: LanguageModel,
+    unit: str,
+    statistics: Mapping[str, Statistics],
+    windows: Tensor,
+    *,
+    cache: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Group]:
+    """The groups, whose costs say by how many nats per token the model moves for a unit.
+
+    Args:
+        language_model: dense, and so again afterwards.
+        unit: the word of a recipe that has these groups.
+        statistics: of the dense model by layer name, those of the feature's row.
+        windows: calibration token ids [count, length], of which the first are looked at.
+        cache: holds what was measured before; that of prunezero if None.
+        progress: told (what, done, total) as the work goes on.
+
+    Raises:
+        ScoreError, StatisticsError, FactorizationError: as the scores and the refit.
+    """
+    path = (cache or cache_dir()) / "slopes" / f"{_conditions(language_model, unit, windows)}.json"
+    known = numbers_in(path)
+    if missing := [group for group in groups if group.name not in known]:
+        fields = {"name": "slope", "criterion": "M2", "compare": "group", "update": "refit"}
+        recipe = validated(Recipe, {**fields, "unit": unit}, "the recipe of SLOPE")
+        seen = windows[:_WINDOWS]
+        counts = first_steps(groups, recipe.unit.measure)
+        with torch.no_grad(), Trials(language_model, recipe, groups, statistics, seen) as trials:
+            for done, group in enumerate(missing, start=1):
+                count = counts[group.name]
+                moved = trials.kl({group.name: count}, len(seen)) if count else 0.0
+                known[group.name] = max(moved, 0.0) / max(count, 1)
+                if progress is not None:
+                    progress("distances without some units, of group", done, len(missing))
+        keep_numbers(path, known)
+    return [replace(one, cost={**one.cost, "slope": known[one.name]}) for one in groups]
+
+
+def _conditions(language_model: LanguageModel, unit: str, windows: Tensor) -> str:
+    """Hexadecimal digits that change with whatever could change a distance."""
+    device = language_model.device
+    return joined_digest(
+        [
+            language_model.fingerprint,
+            str(language_model.dtype),
+            unit,
+            windows_fingerprint(windows),
+            device.type,
+            *graphics(device).values(),
+            processor(),
+            str(torch.get_num_threads()),
+            *(version(name) for name in ("prunezero", "torch", "transformers")),
+            str(_FORMAT),
+        ]
+    )

@@ -1,0 +1,129 @@
+"""SLOPE is how far the model moves when the first units of a place go, measured once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunezero.errors import PruneZeroError, PruneZeroWarning
+from prunezero.models.anatomy.groups import Group
+from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.evaluation import dense_reference, evaluate
+from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.calibration import calibrate
+from prunezero.pruning import slopes as slopes_module
+from prunezero.pruning.kinds import UNITS
+from prunezero.pruning.prune import prune
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.slopes import with_slopes
+from prunezero.pruning.unit_allocation import first_steps
+from prunezero.scoring.statistics import Statistics
+from tests.tiny_models import VOCABULARY, tiny_model
+
+WINDOWS = torch.randint(0, VOCABULARY, (6, 16), generator=torch.Generator().manual_seed(3))
+
+
+def recipe_of(**fields: object) -> Recipe:
+    told = {"name": "it", "criterion": "SLOPE*M2", "unit": "width", "compare": "model"}
+    return Recipe.model_validate({**told, **fields})
+
+
+def seen(model: LanguageModel) -> dict[str, Statistics]:
+    return calibrate(
+        model, WINDOWS, find_linears(model.model), dense_sums([recipe_of(update="refit")])
+    )
+
+
+def found(model: LanguageModel, known: dict[str, Statistics], cache: Path) -> list[Group]:
+    groups = UNITS["width"].groups(find_linears(model.model), model)
+    return with_slopes(groups, model, "width", known, WINDOWS, cache=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_slope_is_the_distance_without_the_first_step_by_the_units_that_went(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    known = seen(model)
+    groups = found(model, known, tmp_path)
+    counts = first_steps(groups, "parameters")
+    reference = dense_reference(model, WINDOWS[:4])
+    for group in groups:
+        linear, count = group.reader.linear, counts[group.name]
+        dense = linear.weight.detach().clone()
+        # By hand: M2 from gradients of a mask of ones, and least squares on the columns that stay.
+        scores = by_autograd(model, group)
+        gone = torch.zeros(group.units, dtype=torch.bool)
+        gone[scores.argsort(stable=True)[:count]] = True
+        columns = gone.repeat_interleave(group.reader.width)
+        gram = known[linear.name].sums["gram"].double()
+        damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        upper = torch.linalg.cholesky(damped, upper=True)
+        wanted = upper @ dense.double().T
+        mended = torch.linalg.lstsq(upper[:, ~columns], wanted).solution.T
+        with torch.no_grad():
+            linear.weight.zero_()
+            linear.weight[:, ~columns] = mended.float()
+        moved = evaluate(model, WINDOWS[:4], reference=reference).kl
+        with torch.no_grad():
+            linear.weight.copy_(dense)
+        assert moved is not None
+        assert group.cost_of("slope") * count == pytest.approx(moved, rel=2e-3, abs=2e-8)
+
+
+def by_autograd(model: LanguageModel, group: Group) -> torch.Tensor:
+    """The sum over sequences of squared gradients of a mask on each unit."""
+    linear, width = group.reader.linear, group.reader.width
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for ids in WINDOWS:
+        mask = torch.ones(group.units, requires_grad=True)
+        handle = linear.module.register_forward_pre_hook(
+            lambda _, args, mask=mask: (args[0] * mask.repeat_interleave(width),)
+        )
+        with torch.enable_grad():
+            loss = model.model(ids[None], labels=ids[None]).loss
+            (gradient,) = torch.autograd.grad(loss, mask)
+        handle.remove()
+        total += gradient.double().square()
+    return total
+
+
+def test_what_was_measured_is_read_and_what_is_damaged_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    first = [group.cost_of("slope") for group in found(model, known, tmp_path)]
+    with monkeypatch.context() as patched:
+        patched.setattr(slopes_module, "Trials", None)
+        assert [group.cost_of("slope") for group in found(model, known, tmp_path)] == first
+    (path,) = (tmp_path / "slopes").iterdir()
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.warns(PruneZeroWarning, match="damaged"):
+        assert [group.cost_of("slope") for group in found(model, known, tmp_path)] == first
+
+
+def test_formulas_of_slopes_prune_and_need_calibration_text() -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    dense = [linear.weight.detach().clone() for linear in find_linears(model.model)]
+    outcome = prune(model, recipe_of(update="refit"), 0.3, statistics=known, windows=WINDOWS)
+    assert outcome.selection.removed("parameters") > 0
+    for linear, weight in zip(find_linears(model.model), dense, strict=True):
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+    with pytest.raises(PruneZeroError, match="feature SLOPE needs calibration text"):
+        prune(model, recipe_of(), 0.3, statistics=known)
+
+
+def test_a_slope_that_nobody_measured_is_told() -> None:
+    model = tiny_model("llama")
+    (group, *_) = UNITS["width"].groups(find_linears(model.model), model)
+    chosen = recipe_of()
+    with pytest.raises(PruneZeroError, match="how far the model moves for a unit of .* not known"):
+        UNITS["width"].scores(
+            group, chosen.criterion, seen(model), damping=0.01, options=chosen.unit.options
+        )
