@@ -31,7 +31,18 @@ def commands() -> list[str]:
 def test_the_readme_shows_every_command() -> None:
     shown = {command.split()[1] for command in commands()}
     assert shown == (
-        {"search", "show", "verify", "compare", "prune", "export", "list", "ui", "doctor"}
+        {
+            "search",
+            "show",
+            "verify",
+            "transfer",
+            "compare",
+            "prune",
+            "export",
+            "list",
+            "ui",
+            "doctor",
+        }
     )
     assert "make search" in README and "make test" in README
 
@@ -47,6 +58,7 @@ def test_the_commands_of_the_readme_run_one_after_another(
             continue
         # The same command on a tiny model, for fewer candidates.
         small = command.replace("--model demo", f"--model {model} --text {text} {SMALL}")
+        small = small.replace("s demo --texts demo", f"s {model} --texts {text} {SMALL}")
         small = re.sub(r"--time \w+", "--budget 8", re.sub(r"--budget \d+", "--budget 8", small))
         result = CliRunner().invoke(app, shlex.split(small)[1:])
         assert result.exit_code == 0, (command, result.output, result.exception)

@@ -20,6 +20,7 @@ from prunezero.cli.listing import list_
 from prunezero.cli.prune import prune
 from prunezero.cli.search import search
 from prunezero.cli.show import show
+from prunezero.cli.transfer import transfer
 from prunezero.cli.ui import ui
 from prunezero.cli.verify import verify
 from prunezero.errors import PruneZeroWarning
@@ -36,6 +37,7 @@ app.command()(search)
 app.command()(show)
 app.command()(verify)
 app.command()(compare)
+app.command()(transfer)
 app.command()(prune)
 app.command()(export)
 app.command(name="list")(list_)

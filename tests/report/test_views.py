@@ -22,11 +22,12 @@ def state_of(key: str) -> dict[str, Any]:
     return json.loads(zlib.decompress(base64.b64decode(packed)))
 
 
-def test_there_are_four_views_with_fixed_ids() -> None:
+def test_the_views_have_fixed_ids() -> None:
     assert {key: name for key, (name, _) in views.VIEWS.items()} == {
         "prunezero-leaderboard": "Leaderboard",
         "prunezero-pareto": "Pareto",
         "prunezero-evolution": "Evolution",
+        "prunezero-transfer": "Transfer",
         "prunezero-baselines": "Baselines",
     }
 

@@ -1,4 +1,4 @@
-"""The web page's ready-made views of an experiment: Leaderboard, Pareto, Evolution, Baselines.
+"""The web page's ready-made views of an experiment: Leaderboard, Pareto, Transfer and others.
 
 MLflow (3.16 and later) keeps a saved view as an experiment tag of JSON. The format is not
 documented: it was read from MLflow 3.17.2's web page and is pinned by a test, and when MLflow
@@ -24,7 +24,7 @@ NOTE = """Each row is one pruned model, or one search that holds its candidates.
   (the model before pruning), `winner` (the exported winner), `search`.
 - **eval/search_perplexity** decides the search; **eval/validation_perplexity** was never searched
   on, and **eval/test_perplexity** is only read at the end. Lower is better.
-- Saved views: Leaderboard, Pareto, Evolution, Baselines (the list's view menu).
+- Saved views: Leaderboard, Pareto, Evolution, Transfer, Baselines (the list's view menu).
 """
 
 # Pixels: formulas are long, and the headings name their section.
@@ -204,6 +204,21 @@ VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
                     _line("search/screened"),
                 ]
             },
+        ),
+    ),
+    "prunezero-transfer": (
+        "Transfer",
+        _view(
+            filter_text="params.origin LIKE 'transfer of %'",
+            columns=(
+                "metrics.`eval/test_perplexity`",
+                "metrics.`eval/validation_perplexity`",
+                "params.`model`",
+                "params.`text`",
+                "params.`formula`",
+            ),
+            order="params.model",
+            charts={"On other models and texts": [_bar("eval/test_perplexity"), _bar("eval/kl")]},
         ),
     ),
     "prunezero-baselines": (

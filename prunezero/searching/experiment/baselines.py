@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from prunezero.errors import RecipeError
@@ -95,6 +96,30 @@ def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]
             known.append(_measured_by(under, task))
             recipes.append(under)
     return recipes, refused
+
+
+def rivals_of(found: Recipe) -> list[Recipe]:
+    """Published recipes of the units that a recipe removes, as they are and on its terms.
+
+    Those whose formula excludes its choices stand there as published alone, and of two that do the
+    same the first.
+    """
+    unit, known = found.unit.word, [found.effect]
+    rivals: list[Recipe] = []
+    same = {"pattern": found.pattern, "targets": found.targets, "ignore": found.ignore}
+    published = [Recipe.load(name).on_unit(unit) for name in UNITS[unit].baselines]
+    for recipe in published:
+        with suppress(RecipeError):
+            rivals.append(with_choices(recipe, statistics=found.statistics, **same))
+    for recipe in published:
+        with suppress(RecipeError):
+            rivals.append(_under(found, f"{recipe.name}{SAME_TERMS}", recipe.criterion))
+    unlike = []
+    for recipe in rivals:
+        if recipe.effect not in known:
+            known.append(recipe.effect)
+            unlike.append(recipe)
+    return unlike
 
 
 def _under(found: Recipe, name: str, criterion: Criterion) -> Recipe:
