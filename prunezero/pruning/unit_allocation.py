@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from prunezero.pruning.allocation import Evidence
     from prunezero.pruning.recipes.word_options import Evolve, Slopes
 
-# Steps of a group by itself whose distance is measured; that of the others follows a power of what
-# the outputs of its reader lose, which is known of every step.
+# Steps of a group by itself whose distance is measured; that of the others follows what the outputs
+# of its reader lose, which is known of every step.
 _PROBED = (1, 3)
-_POWERS = (0.5, 3.0)
 # What is believed of single costs once all are together: they differ by so much, and a measured
 # allocation from their sum by so much, as fractions.
 _SPREAD, _MISFIT = 0.3, 0.02
@@ -201,20 +200,21 @@ def _curves(ladder: Ladder, trials: Trials, windows: int) -> list[np.ndarray]:
 
 
 def _through(measured: Mapping[int, float], lost: np.ndarray) -> np.ndarray:
-    """A power of what each step loses, through one or two measurements; no step is a bargain.
+    """What each step loses, in the distances that were measured; no step is a bargain.
 
     Args:
-        measured: distances after some steps.
+        measured: distances after some steps; where these are all steps, they stand as they are.
         lost: energy of the outputs that are lost after 0, 1, ... steps, rising.
     """
     if not measured:
         return lost
-    (first, low), (last, high) = min(measured.items()), max(measured.items())
-    if lost[first] <= 0:
-        return high * np.arange(len(lost)) / last
-    rise = math.log(max(lost[last] / lost[first], 1 + 1e-9))
-    power = 1.0 if first == last else math.log(high / low) / rise
-    curve = high * (lost / lost[last]) ** min(max(power, _POWERS[0]), _POWERS[1])
+    steps = np.arange(len(lost), dtype=float)
+    shape = lost if lost[min(measured)] > 0 else steps
+    # A power of the loss through both would carry the noise of two distances far beyond them.
+    scale = math.exp(np.mean([math.log(value / shape[step]) for step, value in measured.items()]))
+    curve = scale * shape
+    if len(measured) == len(lost) - 1:
+        curve = np.array([0.0, *(measured[step] for step in sorted(measured))])
     # Steps are taken from the cheapest on, so a later one must not cost less than those before it.
     return np.concatenate([[0.0], np.maximum.accumulate(np.diff(curve)).cumsum()])
 

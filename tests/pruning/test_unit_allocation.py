@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from prunezero.errors import PruneZeroError, RecipeError, SelectionError
 from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.editing.biases import open_biases
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.allocation import Evidence
@@ -24,7 +26,7 @@ from prunezero.pruning.recipes.word_options import Slopes
 from prunezero.pruning.requirements import checked_groups, dense_sums
 from prunezero.pruning.selecting import check_units, left_of, shares_of
 from prunezero.pruning.trials import Trials
-from prunezero.pruning.unit_allocation import Ladder, _Belief, _cheapest, slopes
+from prunezero.pruning.unit_allocation import Ladder, _Belief, _cheapest, _through, slopes
 from tests.models.test_mlp import noisy
 from tests.pruning.test_neurons import group_of
 from tests.tiny_models import LAYOUTS, tiny_batches, tiny_model
@@ -218,3 +220,42 @@ def test_a_share_may_be_of_whatever_units_cost(measure: str) -> None:
     assert outcome.selection.removed() == 3
     with pytest.raises(SelectionError, match="saves no kv bytes"):
         pruned(tiny_model("llama"), recipe(unit={"width": {"measure": "kv bytes"}}), 0.2)
+
+
+def test_steps_that_were_all_measured_stand_as_they_are_and_others_follow_the_loss() -> None:
+    lost = np.array([0.0, 1.0, 3.0, 6.0, 10.0])
+    assert _through({1: 0.2, 2: 0.5}, lost[:3]).tolist() == [0.0, 0.2, 0.5]
+    curve = _through({1: 0.1, 3: 1.2}, lost)
+    # The geometric mean of 0.1 and 0.2 for each unit of loss.
+    assert curve == pytest.approx(lost * math.sqrt(0.1 * 0.2))
+    # A second step that costs less than the first one waits for no other.
+    assert _through({1: 0.4, 2: 0.5}, lost[:3]).tolist() == pytest.approx([0.0, 0.4, 0.8])
+    assert _through({1: 0.3}, np.zeros(3)) == pytest.approx([0.0, 0.3, 0.6])
+
+
+@pytest.mark.parametrize("update", ["none", "bias", "refit"])
+def test_what_a_reader_loses_is_what_its_outputs_lack_after_the_update(update: str) -> None:
+    chosen = recipe(update=update, allocate="slopes")
+    model = noisy(tiny_model("llama"))
+    groups = checked_groups(model, chosen, 0.3)
+    if chosen.needs_biases:
+        open_biases(model, linears_of(groups))
+    with Trials(model, chosen, groups, known_of(model, chosen), BATCHES) as trials:
+        for group in groups:
+            seen: list[torch.Tensor] = []
+            linear = group.reader.linear
+            handle = linear.module.register_forward_pre_hook(
+                lambda _, args, seen=seen: seen.append(args[0][0].double())
+            )
+            for ids in BATCHES:
+                model.model(ids[None])
+            handle.remove()
+            inputs, dense = torch.cat(seen), linear.weight.detach().double()
+            count = group.units // 2
+            lost = trials.lost(group.name, count)
+            trials.kl({group.name: count}, 1)
+            lacking = inputs @ (dense - linear.weight.detach().double()).T
+            if update == "bias":
+                lacking = lacking - lacking.mean(0)
+            assert lost == pytest.approx(float(lacking.square().sum()) / len(inputs), rel=1e-4)
+            trials.kl({}, 1)
