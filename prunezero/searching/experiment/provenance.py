@@ -101,7 +101,7 @@ def _older(header: Mapping[str, Any]) -> dict[str, Any]:
     """A header of the time when it was on one level already, under other words."""
     found = dict(header)
     if "space" in found:
-        found["space"] = SearchSpace.model_validate(found["space"]).model_dump(mode="json")
+        found["space"] = SearchSpace.model_validate(found["space"]).decides()
     # What a search is compared with decides nothing of how it goes.
     found.pop("rivals", None)
     return found
