@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Names of models, files and recipes may hold brackets and colons, which are no markup here.
 console = Console(markup=False, emoji=False)
+# What a terminal does without where all columns together are wider than it.
+_SPARE = ("acceptance",)
 # Columns of the patterns that choose layers, where there are any.
 _LAYERS = ("targets", "ignore")
 
@@ -47,6 +49,7 @@ _COLUMNS = {
     "validation_perplexity": "validation",
     "test_perplexity": "test",
     "kl": "KL to dense",
+    "acceptance": "accepted",
     "parameters_without_embeddings": "parameters",
     "flops": "FLOPs",
     "seconds": "seconds",
@@ -58,7 +61,8 @@ def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "")
     shown = [key for key in _COLUMNS if _is_told(key, rows)]
     table = Table(title=title)
     for key in shown:
-        table.add_column(_COLUMNS[key], justify="left" if key == "recipe" else "right")
+        justify = "left" if key == "recipe" else "right"
+        table.add_column(_COLUMNS[key], justify=justify, is_spare=key in _SPARE)
     pruned = [row for row in rows if row["recipe"] != "dense" and row.get(best) is not None]
     winner = min(pruned, key=lambda row: row[best], default=None)
     for row in rows:
@@ -147,7 +151,7 @@ def cell(key: str, value: Any) -> str:
         return "-"
     if key.endswith("perplexity"):
         return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
-    if key in ("sparsity_reached", "removed"):
+    if key in ("sparsity_reached", "removed", *_SPARE):
         return f"{100 * value:.2f} %"
     if key == "kl":
         return f"{value:.4f}"

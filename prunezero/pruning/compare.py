@@ -15,7 +15,7 @@ from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import DenseWeights
-from prunezero.models.evaluation import dense_reference, evaluate
+from prunezero.models.evaluation import TO_DENSE, dense_reference, evaluate
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.costs import costs_without
 from prunezero.pruning.outcome import Outcome
@@ -154,7 +154,7 @@ class RecipeRunner:
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """One flat row of results: perplexity on each split; KL on validation text or QUICK_KL.
+        """One flat row: perplexity on each split, `TO_DENSE` on validation text or QUICK_KL.
 
         Args:
             keep: leave the model pruned, unless something failed.
@@ -235,7 +235,7 @@ class RecipeRunner:
             row[f"{split}_perplexity"] = result.perplexity
             row["window_losses"][split] = list(result.window_losses)
             if result.kl is not None:
-                row["kl"] = result.kl
+                row |= {key: getattr(result, key) for key in TO_DENSE}
         return row
 
 
@@ -267,15 +267,15 @@ def compare(
     """Measure recipes one after another, the dense model first; yields one flat row for each.
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
-    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`,
-    `windows_begin_with` where the tokenizer does so by itself, and the formula, those of some
-    layers, the words of all of them and the costliest signal they look at, their comparison group,
-    allocation and updates, and where some layers are chosen, `targets` and `ignore`. Where units
-    are removed, `sparsity_reached` is None; `removed` is the fraction of what `removed_of` says,
-    and `unit`, `units` and `units_removed` stand beside it. Perplexity is exp of the mean nats per
-    token, kl is in nats per token on validation text, seconds are those of pruning alone;
-    `window_losses` holds the nats per token of each window by split, so that recipes can be
-    compared in pairs.
+    sparsity_reached, validation_perplexity, test_perplexity, kl, top1_agreement, top5_agreement,
+    acceptance, seconds`, `windows_begin_with` where the tokenizer does so by itself, and the
+    formula, those of some layers, the words of all of them and the costliest signal they look at,
+    their comparison group, allocation and updates, and where some layers are chosen, `targets` and
+    `ignore`. Where units are removed, `sparsity_reached` is None; `removed` is the fraction of what
+    `removed_of` says, and `unit`, `units` and `units_removed` stand beside it. Perplexity is exp of
+    the mean nats per token, kl is in nats per token on validation text, the three behind it are
+    shares of its tokens (`Evaluation`), seconds are those of pruning alone; `window_losses` holds
+    the nats per token of each window by split, so that recipes can be compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.

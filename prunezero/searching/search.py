@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
+from prunezero.models.evaluation import SHARES
 from prunezero.pruning.compare import QUICK_KL
 from prunezero.searching.evaluation.promotion import to_measure, to_quick_kl, to_validate
 from prunezero.searching.evaluation.rungs import Rungs, shown_by_mask
@@ -103,7 +104,8 @@ class _Run:
         yield from self._screened(fresh)
         yield from self._with_better_numbers(number, max_candidates)
         rungs, history = self._rungs, self.history
-        yield from self._measured_on(QUICK_KL, to_quick_kl(rungs, history, number), "kl")
+        chosen = to_quick_kl(rungs, history, number)
+        yield from self._measured_on(QUICK_KL, chosen, "kl", *SHARES)
         chosen = to_measure(rungs, history, number)
         yield from self._measured_on("search", chosen, "search_perplexity")
         yield from self._measured_on("validation", to_validate(history), "validation_perplexity")
@@ -209,33 +211,38 @@ class _Run:
         return skeleton(candidate.criterion), competing, damping
 
     def _measured_on(
-        self, split: str, candidates: Sequence[Candidate], field: str
+        self, split: str, candidates: Sequence[Candidate], *fields: str
     ) -> Iterator[Candidate]:
         task = self._rungs.task
         recipes = [task.recipe(one.rule, f"candidate-{one.slot}") for one in candidates]
-        yield from self._taken(candidates, self._rungs.rows(recipes, (split,)), field)
+        yield from self._taken(candidates, self._rungs.rows(recipes, (split,)), *fields)
 
     def _taken(
         self,
         candidates: Sequence[Candidate],
         answers: Iterator[dict[str, Any]],
-        field: str,
+        *fields: str,
     ) -> Iterator[Candidate]:
-        """The candidates with their answers; one that fails on some layer is invalid."""
+        """The candidates with their answers; one that fails on some layer is invalid.
+
+        Args:
+            fields: of the answers; without a number in the first there is none.
+        """
         for candidate in candidates:
             if self._stop():
                 return
             answer = next(answers)
-            value = answer.get(field)
+            values: dict[str, Any] = {field: answer.get(field) for field in fields}
             seconds = answer.get("elapsed", answer.get("seconds", 0.0))
             candidate = replace(
                 candidate,
                 seconds=candidate.seconds + seconds,
                 is_replayed=answer.get("is_replayed", False),
             )
-            if value is None:
-                self.history.new -= field == "layer_error"
-                fault = answer.get("fault", f"its {field.replace('_', ' ')} is not finite")
+            first = fields[0]
+            if values[first] is None:
+                self.history.new -= first == "layer_error"
+                fault = answer.get("fault", f"its {first.replace('_', ' ')} is not finite")
                 yield self.history.keep(replace(candidate, status="invalid", fault=fault))
             else:
-                yield self.history.keep(replace(candidate, **{field: value}))
+                yield self.history.keep(replace(candidate, **values))

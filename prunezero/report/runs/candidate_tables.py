@@ -15,6 +15,7 @@ from typing import Any
 
 from prunezero.errors import OutputError, reason
 from prunezero.files.atomic import replace_whole
+from prunezero.models.evaluation import TO_DENSE
 from prunezero.searching.experiment.candidate import Candidate
 
 COLUMNS = (
@@ -31,7 +32,7 @@ COLUMNS = (
     "fingerprint",
     "mask",
     "layer_error",
-    "kl",
+    *TO_DENSE,
     "search_perplexity",
     "validation_perplexity",
     "seconds",
@@ -41,7 +42,7 @@ COLUMNS = (
 READABLE = {
     "search_perplexity": 3,
     "validation_perplexity": 3,
-    "kl": 4,
+    **dict.fromkeys(TO_DENSE, 4),
     "layer_error": 5,
     "complexity": None,
     "formula": None,
@@ -142,9 +143,8 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     whole, text, number = pa.int64(), pa.string(), pa.float64()
     types = {"parents": pa.list_(whole)}
     types |= dict.fromkeys(("slot", "generation", "complexity", "depth"), whole)
-    types |= dict.fromkeys(
-        ("layer_error", "kl", "search_perplexity", "validation_perplexity", "seconds"), number
-    )
+    measured = ("layer_error", *TO_DENSE, "search_perplexity", "validation_perplexity", "seconds")
+    types |= dict.fromkeys(measured, number)
     schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
     plain = [{name: _plain(row.get(name)) for name in COLUMNS} for row in rows]
     parquet.write_table(pa.Table.from_pylist(plain, schema=schema), path)

@@ -11,6 +11,7 @@ from typing import Any
 from prunezero.errors import OutputError, PruneZeroWarning, RecipeError, SearchError, reason
 from prunezero.files.atomic import replace_text, write_json
 from prunezero.files.places import try_inside
+from prunezero.models.evaluation import TO_DENSE
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.export.page import no_page, write_pruner
 from prunezero.report.plots.plots import pareto, progress, proxy_against_truth
@@ -39,7 +40,7 @@ _MEASURED = (
     *_PERPLEXITIES,
     "validation_rounding",
     "test_rounding",
-    "kl",
+    *TO_DENSE,
     "regimes",
 )
 

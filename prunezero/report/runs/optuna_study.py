@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from prunezero.formula.feature_row import SIGNALS
+from prunezero.models.evaluation import TO_DENSE
 from prunezero.searching.experiment.budgets import in_words
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Task
@@ -26,7 +27,7 @@ TOLD = (
     "origin",
     "formula",
     "layer_error",
-    "kl",
+    *TO_DENSE,
     "validation_perplexity",
     "seconds",
 )

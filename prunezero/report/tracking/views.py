@@ -232,6 +232,7 @@ VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
                     _bar("eval/validation_perplexity"),
                     _bar(PERPLEXITY),
                     _bar("eval/kl"),
+                    _bar("eval/acceptance"),
                     _bar("mask/sparsity"),
                     _bar("cost/seconds"),
                 ]

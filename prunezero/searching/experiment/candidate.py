@@ -10,6 +10,7 @@ from typing import Any
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import costliest
+from prunezero.models.evaluation import TO_DENSE
 from prunezero.searching.experiment.rule import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
@@ -42,6 +43,12 @@ class Candidate:
     """gradient-weighted error of the layers' outputs on sampled rows"""
     kl: float | None = None
     """nats per token from the dense model to the pruned one, on a little search text"""
+    top1_agreement: float | None = None
+    """share of tokens whose most likely follower is the same, on that text"""
+    top5_agreement: float | None = None
+    """where it is among the pruned model's five, on that text"""
+    acceptance: float | None = None
+    """share of tokens that speculative sampling keeps, on that text"""
     search_perplexity: float | None = None
     """of the pruned model on search text; None unless it earned that"""
     validation_perplexity: float | None = None
@@ -84,7 +91,7 @@ class Candidate:
             "fingerprint": self.criterion.fingerprint,
             "mask": self.mask,
             "layer_error": self.layer_error,
-            "kl": self.kl,
+            **{key: getattr(self, key) for key in TO_DENSE},
             "search_perplexity": self.search_perplexity,
             "validation_perplexity": self.validation_perplexity,
             "seconds": self.seconds,
