@@ -80,7 +80,9 @@ class Table(rich_table.Table):
         width = 1
         for column in self.columns:
             cells = [Measurement.get(console, options, cell).maximum for cell in column.cells]
-            heading = Measurement.get(console, options, column.header).minimum
+            # A heading that is not folded has its lines as they are given.
+            heads = Measurement.get(console, options, column.header)
+            heading = heads.maximum if column.no_wrap else heads.minimum
             longest = max(cells, default=0)
             width += 3 + max(heading, longest if column.no_wrap else min(longest, _NARROWEST))
         return width
@@ -88,7 +90,8 @@ class Table(rich_table.Table):
     def _stacked(self) -> Iterator[Text]:
         if self.title:
             yield Text(str(self.title), style="italic")
-        headings = [f"{column.header} ".lstrip() for column in self.columns]
+        words = [" ".join(str(column.header).split("\n")) for column in self.columns]
+        headings = [f"{one} ".lstrip() for one in words]
         cells = zip(*(column.cells for column in self.columns), strict=True)
         for row, values in zip(self.rows, cells, strict=True):
             told = [f"{one}{value}" for one, value in zip(headings, values, strict=True) if value]

@@ -180,7 +180,7 @@ class _Report:
         return files_beside(model, self.recipe, self.rows)
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
-        from prunezero.models.evaluation import TO_DENSE
+        from prunezero.models.measures import TO_DENSE
         from prunezero.models.streaming.evaluation import evaluate_streamed
         from prunezero.pruning.testbed import beginning
 

@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from prunezero.errors import ModelError
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.measures import TO_DENSE
 from prunezero.models.saving.save import SavedSparsity, count_sparsity
 from prunezero.models.text.windows import check_windows
 
 __all__ = [
-    "SHARES",
-    "TO_DENSE",
     "DenseReference",
     "Evaluation",
     "SavedSparsity",
@@ -40,9 +39,6 @@ __all__ = [
 
 # Tokens whose logits exist together.
 CHUNK = 512
-# What is measured against a dense model, by the name of the column: shares of tokens, and KL.
-SHARES = ("top1_agreement", "top5_agreement", "acceptance")
-TO_DENSE = ("kl", *SHARES)
 # Tokens among which the dense model's first choice is looked for, where it need not be the first.
 _LIKELIEST = 5
 # Tokens on which the head alone is compared with the model's own logits.

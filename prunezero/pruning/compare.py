@@ -15,7 +15,8 @@ from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import DenseWeights
-from prunezero.models.evaluation import TO_DENSE, dense_reference, evaluate
+from prunezero.models.evaluation import dense_reference, evaluate
+from prunezero.models.measures import TO_DENSE
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.costs import costs_without
 from prunezero.pruning.outcome import Outcome
@@ -32,6 +33,8 @@ SPLITS = ("validation", "test")
 # model, of which few tokens tell more than of perplexity.
 # Called so in journals.
 QUICK_KL = "glance"
+# Texts on which all of `TO_DENSE` is told.
+_WITH_DISTANCE = ("validation", QUICK_KL)
 
 
 def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +112,13 @@ class RecipeRunner:
         statistics: Mapping[str, Statistics],
         *,
         splits: Sequence[str] = SPLITS,
+        also: str = "",
     ) -> None:
         """Keep the dense weights, and the dense model's answers on validation text.
+
+        Args:
+            splits: texts that rows may be asked for.
+            also: one of `TO_DENSE` that is measured on every text, and kept for each window.
 
         Raises:
             TextError: a split is too short for the settings.
@@ -125,8 +133,9 @@ class RecipeRunner:
         self._references = {
             split: dense_reference(testbed.language_model, ids)
             for split, ids in self._windows.items()
-            if split in ("validation", QUICK_KL)
+            if also or split in _WITH_DISTANCE
         }
+        self._also = also
         self.outcome: Outcome | None = None
         """of the last pruning"""
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
@@ -234,19 +243,27 @@ class RecipeRunner:
             )
             row[f"{split}_perplexity"] = result.perplexity
             row["window_losses"][split] = list(result.window_losses)
-            if result.kl is not None:
+            if split in _WITH_DISTANCE:
                 row |= {key: getattr(result, key) for key in TO_DENSE}
+            if self._also:
+                row[f"{split}_{self._also}"] = getattr(result, self._also)
+                windows = row.setdefault(f"window_{self._also}", {})
+                windows[split] = list(result.windows[self._also])
         return row
 
 
 def rounding(
-    row: Mapping[str, Any], again: Mapping[str, Any], splits: Sequence[str]
+    row: Mapping[str, Any], again: Mapping[str, Any], splits: Sequence[str], also: str = ""
 ) -> dict[str, float]:
-    """By how much the perplexity on each split differs between two rows, as columns of results."""
-    changes = {
-        f"{split}_rounding": abs(row[f"{split}_perplexity"] - again[f"{split}_perplexity"])
-        for split in splits
-    }
+    """By how much the perplexity on each split differs between two rows, as columns of results.
+
+    Args:
+        also: a measure of every split for which it is told as well.
+    """
+    keys = {f"{split}_rounding": f"{split}_perplexity" for split in splits}
+    if also:
+        keys |= {f"{split}_{also}_rounding": f"{split}_{also}" for split in splits}
+    changes = {told: abs(row[key] - again[key]) for told, key in keys.items()}
     return {key: change for key, change in changes.items() if math.isfinite(change)}
 
 

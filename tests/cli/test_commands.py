@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import PruneZeroError
-from prunezero.models.evaluation import TO_DENSE
+from prunezero.models.measures import TO_DENSE
 from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run, small_space
 

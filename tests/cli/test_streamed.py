@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from prunezero.errors import ModelError, OutputError, PruneZeroError, RecipeError
-from prunezero.models.evaluation import TO_DENSE
+from prunezero.models.measures import TO_DENSE
 from prunezero.models.saving.resumable import ResumableCheckpoint
 from prunezero.models.streaming import evaluation as streamed_evaluation
 from prunezero.pruning import prune as pruning

@@ -12,14 +12,9 @@ from torch.nn.functional import cross_entropy, kl_div
 from prunezero.errors import ModelError, TextError
 from prunezero.models import evaluation
 from prunezero.models.anatomy.linears import find_linears
-from prunezero.models.evaluation import (
-    SHARES,
-    TO_DENSE,
-    count_sparsity,
-    dense_reference,
-    evaluate,
-)
+from prunezero.models.evaluation import count_sparsity, dense_reference, evaluate
 from prunezero.models.loading.load import wrap_model
+from prunezero.models.measures import SHARES, TO_DENSE
 from prunezero.models.saving.save import save_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_tokenizer
 

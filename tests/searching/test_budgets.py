@@ -11,7 +11,7 @@ import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
-from prunezero.models.evaluation import SHARES
+from prunezero.models.measures import SHARES
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.evaluation.journal import read_journal

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
-from prunezero.models.evaluation import SHARES
+from prunezero.models.measures import SHARES
 from prunezero.report.quoting import markdown_block, markdown_code, markdown_text
 
 COLUMNS = {

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunezero.errors import SelectionError
-from prunezero.models.evaluation import SHARES
+from prunezero.models.measures import SHARES
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.testbed import beginning
 
@@ -69,16 +69,15 @@ def over_budgets(
     first = dict(rows[0])
     if len(rows) == 1:
         return first
-    means = [key for key in first if key.endswith("_perplexity") or key == "kl"]
+    numbers = [key for key in first if not key.startswith("window_")]
+    means = [key for key in numbers if key == "kl" or key.endswith(("_perplexity", "_kl"))]
     for key in means:
         first[key] = geometric_mean([row[key] for row in rows])
-    shares = [key for key in first if key in SHARES]
+    shares = [key for key in numbers if key.endswith(SHARES)]
     for key in shares:
         first[key] = math.fsum(row[key] for row in rows) / len(rows)
-    first["window_losses"] = {
-        split: _means([row["window_losses"][split] for row in rows])
-        for split in first["window_losses"]
-    }
+    for key in [key for key in first if key.startswith("window_")]:
+        first[key] = {split: _means([row[key][split] for row in rows]) for split in first[key]}
     first["pattern"] = in_words(budgets)
     first |= beginning(row.get("windows_begin_with", "") for row in rows)
     # There is no one number; each budget has its own.
