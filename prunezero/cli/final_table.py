@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from prunezero.searching.experiment.objectives import PERPLEXITY, Objective
 
 if TYPE_CHECKING:
     from prunezero.pruning.recipes.recipe import Recipe
@@ -29,9 +32,12 @@ def measured_finally(
     recipe = write_winner(recipe, rows, folder)
     for record in tracked_rows(rows[:-1], session.testbeds):
         tracker.record(record)
-    winner = {**rows[-1], "search_perplexity": best.search_perplexity}
+    objective = task.objective
+    searched = best.row()
+    keys = ("search_perplexity", objective.key("search"))
+    winner = {**rows[-1], **{key: searched[key] for key in keys}}
     tracker.record(tracked_winner(recipe, winner, session, name, folder))
-    print_results(rows, f"search {name}", best="test_perplexity")
+    print_results(rows, f"search {name}", best=objective.key("test"))
     say_conditions(rows, session.models, session.testbeds)
     say_same_terms(rows, recipe)
     for row in faults:
@@ -40,7 +46,7 @@ def measured_finally(
     equivalent = published_equivalent(task, best.rule)
     if equivalent is not None:
         say(f"it ranks weights as the published {equivalent} does")
-    for sentence in verdict(rows):
+    for sentence in verdict(rows, objective):
         say(sentence)
     _say_files(recipe, folder)
     return rows
@@ -56,7 +62,13 @@ def _best_finalist(session: Session, candidates: list[Candidate]) -> Candidate:
         for done, candidate in enumerate(final, start=1):
             pairs.append((measure_finalist(session, candidate), candidate))
             bars("finalists on validation text", done, len(final))
-    return min(pairs, key=lambda pair: pair[0]["validation_perplexity"] or float("inf"))[1]
+    objective = session.task.objective
+
+    def place(pair: tuple[dict[str, Any], Candidate]) -> float:
+        value = objective.of(pair[0], "validation")
+        return math.inf if value is None else value
+
+    return min(pairs, key=place)[1]
 
 
 def _on_all_texts(
@@ -92,19 +104,19 @@ def _say_files(recipe: Recipe, folder: Path) -> None:
     say(f"no pruner page: {reason}" if reason else f"pruner: {folder / 'pruner.py'}")
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(rows: list[dict[str, Any]], objective: Objective = PERPLEXITY) -> list[str]:
     """Is the winner, the last row, better than the strongest of the others, and by whose merit?
 
     The strongest is the best on validation text, as published or with the winner's choices.
     """
     winner, others = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
-    best = _best(others)
-    if best is None or winner["test_perplexity"] is None:
+    best = _best(others, objective)
+    if best is None or objective.of(winner, "test") is None:
         return ["no published recipe to compare with was measurable"]
-    published = _best([row for row in others if not _is_on_same_terms(row)])
-    told = [_compared(winner, best)]
+    published = _best([row for row in others if not _is_on_same_terms(row)], objective)
+    told = [_compared(winner, best, objective)]
     if published is not None and _is_on_same_terms(best):
-        told.append(_shared(winner, best, published))
+        told.append(_shared(winner, best, published, objective))
     return told
 
 
@@ -114,42 +126,53 @@ def _is_on_same_terms(row: dict[str, Any]) -> bool:
     return str(row["recipe"]).endswith(SAME_TERMS)
 
 
-def _best(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    measured = [row for row in rows if None not in _perplexities(row)]
-    return min(measured, key=lambda row: row["validation_perplexity"], default=None)
+def _best(rows: list[dict[str, Any]], objective: Objective) -> dict[str, Any] | None:
+    found = [(row, [objective.of(row, split) for split in ("validation", "test")]) for row in rows]
+    measured = [(values[0], row) for row, values in found if None not in values]
+    return min(measured, key=lambda pair: pair[0] or 0.0, default=(None, None))[1]
 
 
-def _perplexities(row: dict[str, Any]) -> tuple[float | None, float | None]:
-    return row["validation_perplexity"], row["test_perplexity"]
-
-
-def _compared(winner: dict[str, Any], best: dict[str, Any]) -> str:
+def _compared(winner: dict[str, Any], best: dict[str, Any], objective: Objective) -> str:
+    from prunezero.cli.tables import cell, change
     from prunezero.searching.evaluation.rung_correlation import chance_of_no_gain
 
-    change = winner["test_perplexity"] / best["test_perplexity"] - 1
-    noise = max(row.get("test_rounding") or 0.0 for row in (winner, best))
-    is_better = winner["test_perplexity"] + noise < best["test_perplexity"]
+    key, noise_key = objective.key("test"), objective.rounding_key("test")
+    noise = max(row.get(noise_key) or 0.0 for row in (winner, best))
+    is_better = objective.turned(winner[key]) + noise < objective.turned(best[key])
     verdict = "better than" if is_better else "no better than"
-    losses = [row["window_losses"]["test"] for row in (winner, best)]
+    losses = [objective.of_windows(row, "test") for row in (winner, best)]
+    numbers = [cell(key, row[key]) for row in (winner, best)]
     return (
         f"{verdict} {best['recipe']}, the best of these on validation text: test "
-        f"perplexity {winner['test_perplexity']:.2f} against {best['test_perplexity']:.2f} "
-        f"({change:+.1%}; chance of no gain {chance_of_no_gain(*losses):.2g} "
-        f"over {len(losses[0])} windows)" + (f"; {noise:.2f} may be rounding" if noise else "")
+        f"{objective.text} {numbers[0]} against {numbers[1]} "
+        f"({change(objective, winner[key], best[key])}; chance of no gain "
+        f"{chance_of_no_gain(*losses):.2g} "
+        f"over {len(losses[0])} windows)"
+        + (f"; {cell(key, noise)} may be rounding" if noise else "")
     )
 
 
-def _shared(winner: dict[str, Any], fair: dict[str, Any], published: dict[str, Any]) -> str:
+def _shared(
+    winner: dict[str, Any],
+    fair: dict[str, Any],
+    published: dict[str, Any],
+    objective: Objective,
+) -> str:
     """What of the gain over the best recipe as published is left on the same terms."""
-    gain, own = (row["test_perplexity"] - winner["test_perplexity"] for row in (published, fair))
+    from prunezero.cli.tables import cell
+
+    key = objective.key("test")
+    gain, own = (
+        objective.turned(row[key]) - objective.turned(winner[key]) for row in (published, fair)
+    )
     if gain <= 0:
         return f"{published['recipe']} as published is not beaten"
-    beaten = f"the {gain:.2f} that it gains over {published['recipe']} as published"
+    beaten = f"the {cell(key, gain)} that it gains over {published['recipe']} as published"
     if own <= 0:
         return f"nothing of {beaten} is left on the same terms: it is what the choices around gain"
     if own >= gain:
         return f"all of {beaten} is left on the same terms: it is the formula's"
     return (
-        f"of {beaten}, {own:.2f} ({own / gain:.0%}) are left on the same terms: those are the "
-        "formula's"
+        f"of {beaten}, {cell(key, own)} ({own / gain:.0%}) are left on the same terms: those are "
+        "the formula's"
     )

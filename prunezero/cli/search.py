@@ -24,6 +24,7 @@ from prunezero.cli.search_options import (
     FromScratch,
     Ignore,
     Model,
+    ObjectiveWord,
     Pattern,
     Resume,
     SearchName,
@@ -73,6 +74,7 @@ def search(
     from_scratch: FromScratch = None,
     start_from: StartFrom = None,
     strategy: StrategyWord = None,
+    objective: ObjectiveWord = None,
     workers: Workers = 1,
     threads: Threads = None,
     cluster: Cluster = None,
@@ -107,6 +109,8 @@ def search(
 
         prunezero search --model demo --sparsity 0.5 --space tiny --budget 20 --name quick
 
+        prunezero search --model demo --sparsity 0.5 --objective acceptance --time 30m
+
         prunezero search --model demo --sparsity 0.5 --targets q_proj,k_proj,v_proj --time 10m
 
         prunezero search --time 10m --name first --resume
@@ -140,6 +144,7 @@ def search(
         "from_scratch": from_scratch,
         "start_from": start_from,
         "strategy": strategy,
+        "objective": objective,
         "sequence_length": sequence_length,
         "calibration_tokens": calibration_tokens,
         "evaluation_tokens": evaluation_tokens,
@@ -265,7 +270,8 @@ def _searched(
     name = folder.name
     found: dict[int, Candidate] = {}
     tables = RunningTables(folder)
-    view = SearchView(known, budget=budget, seconds=seconds)
+    objective = session.task.objective
+    view = SearchView(known, budget=budget, seconds=seconds, objective=objective)
     with view, Stopping(seconds, view.say) as stopping:
         proposed = candidates_of(
             session.rungs, max_candidates=budget, stop=stopping, ended=view.say
@@ -273,9 +279,9 @@ def _searched(
         for candidate in proposed:
             found[candidate.slot] = candidate
             view.show(candidate)
-            if candidate.search_perplexity is not None:
+            if candidate.search_fitness is not None:
                 tracker.record(tracked_candidate(candidate, session, name))
-                if candidate.validation_perplexity is None:
+                if candidate.validation_fitness is None:
                     key = search_key(session, name)
                     tracker.progress(key, view.measured, view.progress())
             try:

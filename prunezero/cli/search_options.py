@@ -100,6 +100,17 @@ StrategyWord = Annotated[
         show_default="evolution",
     ),
 ]
+ObjectiveWord = Annotated[
+    str | None,
+    typer.Option(
+        "--objective",
+        help="What decides on search, validation and test text: `perplexity`, `kl` (nats per token "
+        "to the dense model), `agreement` (share of tokens whose most likely follower is the dense "
+        "model's) or `acceptance` (share of drafted tokens that speculative decoding with the "
+        "dense model keeps).",
+        show_default="perplexity",
+    ),
+]
 Workers = Annotated[
     int, typer.Option(help="Processes or actors that evaluate candidates.", min=1, max=MOST_HANDS)
 ]

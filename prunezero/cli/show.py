@@ -10,6 +10,7 @@ import typer
 
 from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
 from prunezero.cli.search_setup import way_on
+from prunezero.searching.experiment.objectives import FURTHER
 
 if TYPE_CHECKING:
     from prunezero.cli.fitting import Table
@@ -20,6 +21,7 @@ _FRONT = {
     "complexity": "words",
     "search_perplexity": "search",
     "validation_perplexity": "validation",
+    **{key: " ".join(key.split("_")) for key in FURTHER},
     "kl": "quick KL",
     "signal": "needs",
     "formula": "formula",
@@ -44,8 +46,9 @@ def show(
 ) -> None:
     """Show what a search looked for and found: its counts, baselines, front and winner.
 
-    The front holds the best candidate of each size that no smaller one beats, by perplexity on
-    search text. No model is loaded, and a search that runs or was stopped is shown as far as it is.
+    The front holds the best candidate of each size that no smaller one beats, by what the search
+    measures on search text. No model is loaded, and a search that runs or was stopped is shown as
+    far as it is.
 
     Examples:
 
@@ -79,7 +82,7 @@ def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:
     say(_counts(run))
     rows = results(run)
     if rows:
-        shown = "test_perplexity" if run.measured else "validation_perplexity"
+        shown = run.task.objective.key("test" if run.measured else "validation")
         print_results(rows, "measured", best=shown)
         say_same_terms(rows, run.recipe)
     if front:
@@ -111,6 +114,7 @@ def _about(run: Run) -> dict[str, str]:
         "sparsity": f"{task.budgets[0].amount:g}, pattern {in_words(task.budgets)}",
         "space": f"{task.space.name}, strategy {config.strategy}, seed {config.seed}{start}",
         "signals": f"{task.space.costliest_signal}, the costliest that a rule can look at",
+        **({} if task.objective.is_usual else {"objective": task.objective.text}),
         **({"draws": f"{config.draws} of calibration text"} if config.draws > 1 else {}),
         **{key: ", ".join(value) for key, value in layers.items() if value},
         "windows": f"{config.sequence_length} tokens each; {config.calibration_tokens} "
@@ -138,7 +142,7 @@ def _front_table(front: Sequence[dict[str, Any]], each: int) -> Table:
 
     those = "the best" if each == 1 else f"the best {each}"
     table = Table(title=f"front: {those} of each size on search text")
-    shown = [key for key in _FRONT if any(row[key] not in (None, "") for row in front)]
+    shown = [key for key in _FRONT if any(row.get(key) not in (None, "") for row in front)]
     for key in shown:
         is_word = key in ("signal", "formula", "choices")
         table.add_column(

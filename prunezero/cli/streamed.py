@@ -180,6 +180,7 @@ class _Report:
         return files_beside(model, self.recipe, self.rows)
 
     def _measured(self, streamed: StreamedModel, kind: str) -> dict[str, Any]:
+        from prunezero.models.measures import TO_DENSE
         from prunezero.models.streaming.evaluation import evaluate_streamed
         from prunezero.pruning.testbed import beginning
 
@@ -200,4 +201,4 @@ class _Report:
             row[f"{split}_perplexity"] = result.perplexity
             row["window_losses"][split] = list(result.window_losses)
         # The distance to the dense model would need the hidden states of both at once.
-        return row | {"kl": None}
+        return row | dict.fromkeys(TO_DENSE)

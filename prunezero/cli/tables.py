@@ -13,13 +13,17 @@ from rich.text import Text
 
 from prunezero.cli.fitting import Table
 from prunezero.errors import printable
+from prunezero.models.measures import SHARES
 
 if TYPE_CHECKING:
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.testbed import Testbed
+    from prunezero.searching.experiment.objectives import Objective
 
 # Names of models, files and recipes may hold brackets and colons, which are no markup here.
 console = Console(markup=False, emoji=False)
+# What a terminal does without where all columns together are wider than it.
+_SPARE = ("acceptance",)
 # Columns of the patterns that choose layers, where there are any.
 _LAYERS = ("targets", "ignore")
 
@@ -39,6 +43,12 @@ def waiting(text: str) -> Status:
 # In a log, a stage that is longer than this tells how far it is.
 SECONDS_OF_SILENCE = 30.0
 
+# How the columns of what is measured are headed, behind the name of a text.
+_MEASURES = {
+    "kl": "KL",
+    "top1_agreement": "agreed",
+    "acceptance": "accepted",
+}
 _COLUMNS = {
     "recipe": "recipe",
     "sparsity_reached": "sparsity",
@@ -46,7 +56,13 @@ _COLUMNS = {
     "search_perplexity": "search",
     "validation_perplexity": "validation",
     "test_perplexity": "test",
+    **{
+        f"{split}_{column}": f"{split}\n{heading}"
+        for column, heading in _MEASURES.items()
+        for split in ("search", "validation", "test")
+    },
     "kl": "KL to dense",
+    "acceptance": "accepted",
     "parameters_without_embeddings": "parameters",
     "flops": "FLOPs",
     "seconds": "seconds",
@@ -54,13 +70,20 @@ _COLUMNS = {
 
 
 def results_table(rows: Sequence[dict[str, Any]], title: str, *, best: str = "") -> Table:
-    """Rows of results; the best pruned one on split `best` is bold."""
+    """Rows of results; the pruned one that is best in the column `best` is bold.
+
+    Where that is of another measure than perplexity, the table can do without all beside both.
+    """
     shown = [key for key in _COLUMNS if _is_told(key, rows)]
+    is_usual = best == "" or best.endswith("_perplexity")
+    spare = _SPARE if is_usual else (*_SPARE, "kl", "seconds", "search_perplexity")
     table = Table(title=title)
     for key in shown:
-        table.add_column(_COLUMNS[key], justify="left" if key == "recipe" else "right")
+        justify = "left" if key == "recipe" else "right"
+        table.add_column(_COLUMNS[key], justify=justify, is_spare=key in spare)
     pruned = [row for row in rows if row["recipe"] != "dense" and row.get(best) is not None]
-    winner = min(pruned, key=lambda row: row[best], default=None)
+    way = -1 if best.endswith(SHARES) else 1
+    winner = min(pruned, key=lambda row: way * row[best], default=None)
     for row in rows:
         style = "bold" if row is winner else None
         table.add_row(*(_with_rounding(key, row) for key in shown), style=style)
@@ -118,7 +141,9 @@ def _parts_table(told: Sequence[dict[str, Any]], key: str) -> Table:
     ]
     # What all have in common needs no saying.
     each = [key for key in headings[0] if len({one[key] for one in headings}) > 1]
-    title = f"perplexity on {key.removesuffix('_perplexity')} text {' and '.join(each)}"
+    split, _, column = key.partition("_")
+    what = _MEASURES.get(column, column)
+    title = f"{what} on {split} text {' and '.join(each)}"
     table = Table(title=title)
     table.add_column("recipe")
     for heading in headings:
@@ -147,15 +172,22 @@ def cell(key: str, value: Any) -> str:
         return "-"
     if key.endswith("perplexity"):
         return f"{value:.2f}" if value < 1e5 else f"{value:.2e}"
-    if key in ("sparsity_reached", "removed"):
+    if key in ("sparsity_reached", "removed") or key.endswith(SHARES):
         return f"{100 * value:.2f} %"
-    if key == "kl":
+    if key.endswith("kl"):
         return f"{value:.4f}"
     if key in ("parameters_without_embeddings", "flops"):
         return f"{value / 1e6:,.1f} M"
     if key == "seconds":
         return f"{value:.1f}"
     return str(value)
+
+
+def change(objective: Objective, value: float, other: float) -> str:
+    """How far a number is from another: relative, and of shares in points of a hundred."""
+    if objective.rises:
+        return f"{100 * (value - other):+.2f} points"
+    return f"{value / other - 1:+.1%}" if other else "from 0"
 
 
 def one_line(row: dict[str, Any]) -> str:

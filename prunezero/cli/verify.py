@@ -55,14 +55,15 @@ def verify(
         total = len(claimed) * len(verification.SPLITS)
         for check in verification.verify(found, testbeds, claimed, bars):
             checks.append(check)
-            bars("perplexities", len(checks), total)
+            bars(verification.measured_things(found), len(checks), total)
     console.print(_table(checks, f"verify {found.folder.name}"))
     rows = [{**asdict(one), "difference": one.difference, "agrees": one.agrees} for one in checks]
     write_json({"run": str(found.folder), "rows": rows}, json_file)
     wrong = verification.verdict(found, checks)
     if wrong:
         raise SearchError(wrong)
-    say(f"{found.folder} holds: {sum(one.is_reported for one in checks)} perplexities agree")
+    count = sum(one.is_reported for one in checks)
+    say(f"{found.folder} holds: {count} {verification.measured_things(found)} agree")
 
 
 def _table(checks: Sequence[Check], title: str) -> Table:

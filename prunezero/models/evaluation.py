@@ -3,6 +3,9 @@
 Windows go through the model one at a time; the output head runs in chunks, so the logits of a
 whole window over a large vocabulary never exist at once. The dense model is remembered by its
 final hidden states and by its own head, which make its answers whatever becomes of the model.
+
+Beside them stand KL and two measures of what the pruned model is worth in use: how often the most
+likely next token is the same, and how many tokens that it drafts speculative decoding keeps.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from prunezero.errors import ModelError
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.measures import TO_DENSE
 from prunezero.models.saving.save import SavedSparsity, count_sparsity
 from prunezero.models.text.windows import check_windows
 
@@ -35,6 +39,8 @@ __all__ = [
 
 # Tokens whose logits exist together.
 CHUNK = 512
+# Tokens among which the dense model's first choice is looked for, where it need not be the first.
+_LIKELIEST = 5
 # Tokens on which the head alone is compared with the model's own logits.
 PROBE = 8
 
@@ -53,6 +59,16 @@ class Evaluation:
     """elapsed"""
     window_losses: tuple[float, ...]
     """mean nats per predicted token of each window"""
+    top1_agreement: float | None = None
+    """share of tokens at which the dense model's most likely token is also this model's"""
+    top5_agreement: float | None = None
+    """share of tokens at which it is among this model's five most likely"""
+    acceptance: float | None = None
+    """of tokens that this model drafts for the dense one, the share that speculative sampling
+    keeps: the mean over tokens of the sum of min(p_dense, p_model) over the vocabulary (Leviathan
+    et al. 2023, arXiv:2211.17192)"""
+    windows: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """of each of `TO_DENSE` the mean of each window; nothing without a reference"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +119,9 @@ def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 def evaluate(
     language_model: LanguageModel, windows: Tensor, *, reference: DenseReference | None = None
 ) -> Evaluation:
-    """Measure perplexity, and the distance to the dense model when its `reference` is given.
+    """Measure perplexity, and what is of `TO_DENSE` when the dense model's `reference` is given.
+
+    Of tokens that are equally likely, the first of the vocabulary counts as the likelier one.
 
     Args:
         language_model: dense or pruned.
@@ -118,7 +136,7 @@ def evaluate(
     check_windows(windows, language_model)
     started = time.perf_counter()
     losses: list[float] = []
-    divergences: list[float] = []
+    nearness: list[tuple[float, ...]] = []
     with torch.no_grad():
         if reference is not None:
             _check_reference(reference, windows)
@@ -130,15 +148,22 @@ def evaluate(
             if reference is not None:
                 states = reference.states[place].to(hidden.device)
                 dense = partial(_dense_logits, language_model, reference, head, states)
-            loss, divergence = _window(head, hidden, dense, ids)
+            loss, near = _window(head, hidden, dense, ids)
             losses.append(loss)
-            divergences.append(divergence)
+            nearness.append(near)
+    columns = zip(*nearness, strict=True)
+    by_measure = {} if reference is None else dict(zip(TO_DENSE, columns, strict=True))
+    means: dict[str, float | None] = {
+        key: math.fsum(values) / len(values) for key, values in by_measure.items()
+    }
     return Evaluation(
         perplexity=_perplexity(losses),
-        kl=None if reference is None else math.fsum(divergences) / len(divergences),
+        kl=means.pop("kl", None),
         tokens=windows.shape[0] * (windows.shape[1] - 1),
         seconds=time.perf_counter() - started,
         window_losses=tuple(losses),
+        windows=by_measure,
+        **means,
     )
 
 
@@ -164,14 +189,14 @@ Head = Callable[[Tensor], Tensor]
 
 def _window(
     head: Head, hidden: Tensor, dense: Callable[[slice], Tensor] | None, ids: Tensor
-) -> tuple[float, float]:
-    """Mean loss and mean divergence of one window, in nats per predicted token.
+) -> tuple[float, tuple[float, ...]]:
+    """Mean loss of one window in nats per predicted token, and its means of `TO_DENSE`.
 
     Args:
-        dense: the dense model's logits at some places of the window.
+        dense: the dense model's logits at some places of the window; without it those are 0.
     """
     loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    divergence = loss.clone()
+    near = loss.new_zeros(len(TO_DENSE))
     predicted = len(ids) - 1
     for start in range(0, predicted, CHUNK):
         places = slice(start, min(start + CHUNK, predicted))
@@ -179,10 +204,47 @@ def _window(
         answers = ids[1:][places, None]
         loss -= log_chances.gather(1, answers).sum(dtype=torch.float64)
         if dense is not None:
-            wanted = dense(places).float().log_softmax(-1)
-            differences = (wanted.exp() * (wanted - log_chances)).sum(-1)
-            divergence += differences.sum(dtype=torch.float64)
-    return float(loss) / predicted, float(divergence) / predicted
+            near += _to_dense(log_chances, dense(places).float().log_softmax(-1))
+    return float(loss) / predicted, tuple(total / predicted for total in near.tolist())
+
+
+def _to_dense(log_chances: Tensor, wanted: Tensor) -> Tensor:
+    """Sums over tokens of `TO_DENSE`, float64; `log_chances` are overwritten.
+
+    Args:
+        log_chances: of the model [tokens, vocabulary].
+        wanted: those of the dense model.
+    """
+    chances = wanted.exp()
+    differences = (chances * (wanted - log_chances)).sum(-1)
+    ahead = _ahead(log_chances, wanted.argmax(-1, keepdim=True))
+    agreements = [
+        (ahead < count).double().masked_fill_(ahead.isnan(), math.nan) for count in (1, _LIKELIEST)
+    ]
+    # The sum of minima, by what the dense model gives more: exactly 1 where the two are the same.
+    refused = chances.sub_(log_chances.exp_()).clamp_(min=0).sum(-1)
+    found = (differences, *agreements, 1 - refused.double())
+    return torch.stack([values.sum(dtype=torch.float64) for values in found])
+
+
+def _ahead(log_chances: Tensor, tokens: Tensor) -> Tensor:
+    """How many tokens the model finds likelier than one of each row, as far as it is less than 5.
+
+    Of equally likely ones the first counts as likelier. NaN where the model gives no number.
+
+    Args:
+        log_chances: [rows, vocabulary].
+        tokens: indices of it [rows, 1].
+    """
+    own = log_chances.gather(1, tokens)
+    top = log_chances.topk(min(_LIKELIEST, log_chances.shape[-1])).values
+    ahead = (top > own).sum(-1)
+    # Whoever is as likely is looked for where there may be one, since to count takes long.
+    tied = (top == own).sum(-1).gt(1) | (top[:, -1] == own[:, 0])
+    indices = torch.arange(log_chances.shape[-1], device=tokens.device)
+    before = (log_chances[tied] == own[tied]) & (indices < tokens[tied])
+    ahead[tied] += before.sum(-1)
+    return ahead.float().masked_fill_(own[:, 0].isnan(), math.nan)
 
 
 def _dense_logits(

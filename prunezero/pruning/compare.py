@@ -16,6 +16,7 @@ from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import dense_reference, evaluate
+from prunezero.models.measures import TO_DENSE
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.costs import costs_without
 from prunezero.pruning.outcome import Outcome
@@ -32,6 +33,8 @@ SPLITS = ("validation", "test")
 # model, of which few tokens tell more than of perplexity.
 # Called so in journals.
 QUICK_KL = "glance"
+# Texts on which all of `TO_DENSE` is told.
+_WITH_DISTANCE = ("validation", QUICK_KL)
 
 
 def dense_row(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +112,13 @@ class RecipeRunner:
         statistics: Mapping[str, Statistics],
         *,
         splits: Sequence[str] = SPLITS,
+        also: str = "",
     ) -> None:
         """Keep the dense weights, and the dense model's answers on validation text.
+
+        Args:
+            splits: texts that rows may be asked for.
+            also: one of `TO_DENSE` that is measured on every text, and kept for each window.
 
         Raises:
             TextError: a split is too short for the settings.
@@ -125,8 +133,9 @@ class RecipeRunner:
         self._references = {
             split: dense_reference(testbed.language_model, ids)
             for split, ids in self._windows.items()
-            if split in ("validation", QUICK_KL)
+            if also or split in _WITH_DISTANCE
         }
+        self._also = also
         self.outcome: Outcome | None = None
         """of the last pruning"""
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
@@ -154,7 +163,7 @@ class RecipeRunner:
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """One flat row of results: perplexity on each split; KL on validation text or QUICK_KL.
+        """One flat row: perplexity on each split, `TO_DENSE` on validation text or QUICK_KL.
 
         Args:
             keep: leave the model pruned, unless something failed.
@@ -234,19 +243,27 @@ class RecipeRunner:
             )
             row[f"{split}_perplexity"] = result.perplexity
             row["window_losses"][split] = list(result.window_losses)
-            if result.kl is not None:
-                row["kl"] = result.kl
+            if split in _WITH_DISTANCE:
+                row |= {key: getattr(result, key) for key in TO_DENSE}
+            if self._also:
+                row[f"{split}_{self._also}"] = getattr(result, self._also)
+                windows = row.setdefault(f"window_{self._also}", {})
+                windows[split] = list(result.windows[self._also])
         return row
 
 
 def rounding(
-    row: Mapping[str, Any], again: Mapping[str, Any], splits: Sequence[str]
+    row: Mapping[str, Any], again: Mapping[str, Any], splits: Sequence[str], also: str = ""
 ) -> dict[str, float]:
-    """By how much the perplexity on each split differs between two rows, as columns of results."""
-    changes = {
-        f"{split}_rounding": abs(row[f"{split}_perplexity"] - again[f"{split}_perplexity"])
-        for split in splits
-    }
+    """By how much the perplexity on each split differs between two rows, as columns of results.
+
+    Args:
+        also: a measure of every split for which it is told as well.
+    """
+    keys = {f"{split}_rounding": f"{split}_perplexity" for split in splits}
+    if also:
+        keys |= {f"{split}_{also}_rounding": f"{split}_{also}" for split in splits}
+    changes = {told: abs(row[key] - again[key]) for told, key in keys.items()}
     return {key: change for key, change in changes.items() if math.isfinite(change)}
 
 
@@ -267,15 +284,15 @@ def compare(
     """Measure recipes one after another, the dense model first; yields one flat row for each.
 
     Columns: `recipe, sparsity, pattern, statistics, seed, calibration_tokens, sequence_length,
-    sparsity_reached, validation_perplexity, test_perplexity, kl, seconds`,
-    `windows_begin_with` where the tokenizer does so by itself, and the formula, those of some
-    layers, the words of all of them and the costliest signal they look at, their comparison group,
-    allocation and updates, and where some layers are chosen, `targets` and `ignore`. Where units
-    are removed, `sparsity_reached` is None; `removed` is the fraction of what `removed_of` says,
-    and `unit`, `units` and `units_removed` stand beside it. Perplexity is exp of the mean nats per
-    token, kl is in nats per token on validation text, seconds are those of pruning alone;
-    `window_losses` holds the nats per token of each window by split, so that recipes can be
-    compared in pairs.
+    sparsity_reached, validation_perplexity, test_perplexity, kl, top1_agreement, top5_agreement,
+    acceptance, seconds`, `windows_begin_with` where the tokenizer does so by itself, and the
+    formula, those of some layers, the words of all of them and the costliest signal they look at,
+    their comparison group, allocation and updates, and where some layers are chosen, `targets` and
+    `ignore`. Where units are removed, `sparsity_reached` is None; `removed` is the fraction of what
+    `removed_of` says, and `unit`, `units` and `units_removed` stand beside it. Perplexity is exp of
+    the mean nats per token, kl is in nats per token on validation text, the three behind it are
+    shares of its tokens (`Evaluation`), seconds are those of pruning alone; `window_losses` holds
+    the nats per token of each window by split, so that recipes can be compared in pairs.
 
     Args:
         pattern: for all recipes; None leaves each its own.

@@ -16,7 +16,7 @@ from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.rule import Rule
 
 # A result of each rung, cheapest first; candidates are ordered by one of them, never by two.
-RUNGS = ("layer_error", "kl", "search_perplexity", "validation_perplexity")
+RUNGS = ("layer_error", "kl", "search_fitness", "validation_fitness")
 
 
 class History:

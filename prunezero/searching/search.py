@@ -10,11 +10,12 @@ candidates by its own number.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
+from prunezero.models.measures import TO_DENSE
 from prunezero.pruning.compare import QUICK_KL
 from prunezero.searching.evaluation.promotion import to_measure, to_quick_kl, to_validate
 from prunezero.searching.evaluation.rungs import Rungs, shown_by_mask
@@ -76,7 +77,7 @@ class _Run:
         self._propose = strategy.start(rungs.task)
         self._stop = stop
         self._tuned: set[tuple[str, str, str]] = set()
-        self._value_of_mask: dict[str, float | None] = {}
+        self._values_of_mask: dict[str, dict[str, Any]] = {}
         self._usual = rungs.probe(rungs.task.usual)
 
     @property
@@ -103,26 +104,26 @@ class _Run:
         yield from self._screened(fresh)
         yield from self._with_better_numbers(number, max_candidates)
         rungs, history = self._rungs, self.history
-        yield from self._measured_on(QUICK_KL, to_quick_kl(rungs, history, number), "kl")
-        chosen = to_measure(rungs, history, number)
-        yield from self._measured_on("search", chosen, "search_perplexity")
-        yield from self._measured_on("validation", to_validate(history), "validation_perplexity")
+        chosen = to_quick_kl(rungs, history, number)
+        yield from self._measured_on(QUICK_KL, chosen)
+        yield from self._measured_on("search", to_measure(rungs, history, number))
+        yield from self._measured_on("validation", to_validate(history))
 
     def _unscreened(self, generation: int, max_candidates: int | None) -> Iterator[Candidate]:
         """All candidates of one generation, measured at once; a known mask has its own value."""
         found = list(self._proposed(generation, self._wanted(max_candidates)))
         new = [one for one in found if one.status == "new"]
-        measured = self._measured_on("search", new, "search_perplexity")
+        measured = self._measured_on("search", new)
+        fields = self._fields("search")
         for one in found:
             if one.status == "new":
                 now = next(measured, None)
                 if now is None:
                     return
-                self._value_of_mask[now.mask] = now.search_perplexity
+                self._values_of_mask[now.mask] = {key: getattr(now, key) for key in fields}
                 yield now
             else:
-                value = self._value_of_mask.get(one.mask)
-                yield self.history.keep(replace(one, search_perplexity=value))
+                yield self.history.keep(replace(one, **self._values_of_mask.get(one.mask, {})))
 
     def _wanted(self, max_candidates: int | None) -> int:
         size = self._strategy.generation or self._rungs.task.space.generation
@@ -154,6 +155,7 @@ class _Run:
             proposal.parents,
             "known",
             rule.choices,
+            objective=self._rungs.task.config.objective,
         )
         duplicate = self.history.duplicate(rule)
         if duplicate is not None:
@@ -172,7 +174,7 @@ class _Run:
 
     def _screened(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
         answers = self._rungs.errors([candidate.rule for candidate in candidates])
-        yield from self._taken(candidates, answers, "layer_error")
+        yield from self._taken(candidates, answers, {"layer_error": "layer_error"})
 
     def _with_better_numbers(
         self, generation: int, max_candidates: int | None
@@ -208,34 +210,46 @@ class _Run:
         damping = str(shown_by_mask(candidate.rule).get("damping", ""))
         return skeleton(candidate.criterion), competing, damping
 
-    def _measured_on(
-        self, split: str, candidates: Sequence[Candidate], field: str
-    ) -> Iterator[Candidate]:
+    def _fields(self, split: str) -> dict[str, str]:
+        """What a candidate keeps of an answer on a text: its field, and the answer's key."""
+        if split == QUICK_KL:
+            return {key: key for key in TO_DENSE}
+        own = self._rungs.task.objective
+        perplexity = {f"{split}_perplexity": f"{split}_perplexity"}
+        return perplexity if own.is_usual else {f"{split}_objective": own.key(split), **perplexity}
+
+    def _measured_on(self, split: str, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
         task = self._rungs.task
         recipes = [task.recipe(one.rule, f"candidate-{one.slot}") for one in candidates]
-        yield from self._taken(candidates, self._rungs.rows(recipes, (split,)), field)
+        answers = self._rungs.rows(recipes, (split,))
+        yield from self._taken(candidates, answers, self._fields(split))
 
     def _taken(
         self,
         candidates: Sequence[Candidate],
         answers: Iterator[dict[str, Any]],
-        field: str,
+        fields: Mapping[str, str],
     ) -> Iterator[Candidate]:
-        """The candidates with their answers; one that fails on some layer is invalid."""
+        """The candidates with their answers; one that fails on some layer is invalid.
+
+        Args:
+            fields: of a candidate, and keys of answers; who has no number in the first failed.
+        """
+        first, decisive = next(iter(fields.items()))
         for candidate in candidates:
             if self._stop():
                 return
             answer = next(answers)
-            value = answer.get(field)
+            values: dict[str, Any] = {field: answer.get(key) for field, key in fields.items()}
             seconds = answer.get("elapsed", answer.get("seconds", 0.0))
             candidate = replace(
                 candidate,
                 seconds=candidate.seconds + seconds,
                 is_replayed=answer.get("is_replayed", False),
             )
-            if value is None:
-                self.history.new -= field == "layer_error"
-                fault = answer.get("fault", f"its {field.replace('_', ' ')} is not finite")
+            if values[first] is None:
+                self.history.new -= first == "layer_error"
+                fault = answer.get("fault", f"its {decisive.replace('_', ' ')} is not finite")
                 yield self.history.keep(replace(candidate, status="invalid", fault=fault))
             else:
-                yield self.history.keep(replace(candidate, **{field: value}))
+                yield self.history.keep(replace(candidate, **values))

@@ -20,6 +20,7 @@ from prunezero.searching.evaluation.rungs import Evaluators, Rungs
 from prunezero.searching.experiment.baselines import baselines, on_terms_of, published_rules
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.config import SearchConfig, starting_rules
+from prunezero.searching.experiment.objectives import find_objective
 from prunezero.searching.experiment.provenance import header, machine
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
@@ -59,10 +60,12 @@ def make_task(config: SearchConfig) -> Task:
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
-        SearchError: no such strategy (the message gives the nearest), no such budget, one twice, or
-            one in which nothing goes, no draw, or no rule to start with that the space can write.
+        SearchError: no such strategy or objective (the message gives the nearest), no such budget,
+            one twice, or one in which nothing goes, no draw, or no rule to start with that the
+            space can write.
     """
     find_strategy(config.strategy)
+    find_objective(config.objective)
     if config.draws < 1:
         raise SearchError(
             f"draws is {config.draws}; rules need at least 1 draw of calibration text"
@@ -176,16 +179,18 @@ def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
         SearchError: no candidate was measured.
     """
     measured = [
-        one for one in candidates if one.search_perplexity is not None and one.status == "new"
+        (one.search_fitness, one.slot, one)
+        for one in candidates
+        if one.search_fitness is not None and one.status == "new"
     ]
     if not measured:
         raise SearchError(
             "no candidate was measured on the model; give the search more --budget or --time, and "
             "go on with --resume"
         )
-    measured.sort(key=lambda one: (one.search_perplexity or 0.0, one.slot))
-    late = measured[FINALISTS:]
-    return measured[:FINALISTS] + [one for one in late if one.validation_perplexity is not None]
+    ranked = [one for *_, one in sorted(measured, key=lambda known: known[:2])]
+    late = ranked[FINALISTS:]
+    return ranked[:FINALISTS] + [one for one in late if one.validation_fitness is not None]
 
 
 def measure_finalist(session: Session, candidate: Candidate) -> dict[str, Any]:
@@ -240,7 +245,7 @@ def find(
         start: rules or formulas to begin with, beside published formulas.
         budget: candidates with a new mask to screen; None goes on until the caller stops asking.
         named: other fields of `SearchConfig`: pattern, also, draws, targets, ignore, seed,
-            from_scratch, strategy.
+            from_scratch, strategy, objective.
 
     Raises:
         PruneZeroError: model, text and task do not go together, or the journal belongs to others.

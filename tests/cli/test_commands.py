@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import PruneZeroError
+from prunezero.models.measures import TO_DENSE
 from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run, small_space
 
@@ -26,7 +27,7 @@ ROW = [
     "sparsity_reached",
     "validation_perplexity",
     "test_perplexity",
-    "kl",
+    *TO_DENSE,
     "seconds",
 ]
 
@@ -47,6 +48,9 @@ def test_compare_writes_one_flat_row_per_recipe(run: Run) -> None:
     for row in found["rows"]:
         assert set(ROW) <= set(row)
         assert row["validation_perplexity"] > 1
+        assert 0 <= row["top1_agreement"] <= row["top5_agreement"] <= 1 and row["acceptance"] > 0.5
+    assert [found["rows"][0][key] for key in TO_DENSE] == [0.0, 1.0, 1.0, 1.0]
+    assert all(row["acceptance"] < 1 for row in found["rows"][1:])
     assert found["rows"][2]["sparsity_reached"] == 0.5
     assert {row["statistics"] for row in found["rows"][1:]} == {"dense"}
     assert "windows of 16 tokens" in result.output

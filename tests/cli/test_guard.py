@@ -148,13 +148,15 @@ def shown(table: Table, width: int) -> str:
     return into.getvalue()
 
 
-def results() -> Table:
+def results(*spare: str) -> Table:
     table = Table(title="[red]2 of 2[/] recipes")
     table.add_column("recipe")
     for heading in ("sparsity", "validation", "test", "KL to dense"):
         table.add_column(heading, justify="right")
+    for _ in spare:
+        table.add_column("accepted", justify="right", is_spare=True)
     name = "a_recipe_of_a_long_name_that_somebody_chose"
-    table.add_row(name, "50.00 %", "123456.78", "1.23e+08", "0.0002", style="bold")
+    table.add_row(name, "50.00 %", "123456.78", "1.23e+08", "0.0002", *spare, style="bold")
     return table
 
 
@@ -167,6 +169,14 @@ def test_numbers_are_whole_on_a_terminal_of_any_width(width: int) -> None:
     letters = "".join(sign for sign in text if sign.isalpha() or sign == "_")
     assert "somebody_chose" in letters or width > 40
     assert all(len(line) <= width for line in text.splitlines())
+
+
+def test_a_spare_column_stands_there_only_where_nothing_has_to_be_folded_for_it() -> None:
+    table = results("87.65 %")
+    whole = len(shown(table, 500).splitlines()[1])
+    assert "87.65 %" in shown(table, whole) and "somebody_chose" in shown(table, whole)
+    for width in (20, 60, 80, whole - 1):
+        assert shown(table, width) == shown(results(), width)
 
 
 def test_brackets_and_control_characters_of_others_are_shown_and_not_obeyed() -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from prunezero.errors import ModelError, OutputError, PruneZeroError, RecipeError
+from prunezero.models.measures import TO_DENSE
 from prunezero.models.saving.resumable import ResumableCheckpoint
 from prunezero.models.streaming import evaluation as streamed_evaluation
 from prunezero.pruning import prune as pruning
@@ -60,9 +61,9 @@ def test_within_a_memory_limit_the_result_is_that_of_the_way_in_memory(run: Run)
     for split in ("validation", "test"):
         key = f"{split}_perplexity"
         assert row.pop(key) == pytest.approx(expected.pop(key), rel=1e-5)
-    for key in expected.keys() - {"seconds", "kl"}:
+    for key in expected.keys() - {"seconds", *TO_DENSE}:
         assert row[key] == expected[key], key
-    assert row["kl"] is None and row["estimated_bytes"] < 900 * 2**20
+    assert [row[key] for key in TO_DENSE] == [None] * 4 and row["estimated_bytes"] < 900 * 2**20
 
 
 def test_it_tells_of_memory_blocks_zeros_and_both_models(run: Run) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 from prunezero.errors import ModelError, TextError
@@ -14,6 +14,7 @@ from prunezero.models import evaluation
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.evaluation import count_sparsity, dense_reference, evaluate
 from prunezero.models.loading.load import wrap_model
+from prunezero.models.measures import SHARES, TO_DENSE
 from prunezero.models.saving.save import save_model
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_tokenizer
 
@@ -158,3 +159,70 @@ def test_a_folder_without_a_model_a_damaged_file_and_a_missing_layer_are_refused
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ModelError, match="is damaged"):
         count_sparsity(tmp_path / "saved", ["a"])
+
+
+def loop_over_tokens(dense: Tensor, pruned: Tensor) -> dict[str, list[float]]:
+    """Each of `TO_DENSE` for every token, from logits [tokens, vocabulary], one word at a time."""
+    found: dict[str, list[float]] = {key: [] for key in TO_DENSE}
+    for wanted, given in zip(dense.double().tolist(), pruned.double().tolist(), strict=True):
+        p, q = ([math.exp(one) for one in logits] for logits in (wanted, given))
+        p, q = ([one / math.fsum(chances) for one in chances] for chances in (p, q))
+        choice = min(range(len(p)), key=lambda word: (-wanted[word], word))
+        order = sorted(range(len(q)), key=lambda word: (-given[word], word))
+        both = list(zip(p, q, strict=True))
+        found["kl"].append(math.fsum(one * math.log(one / other) for one, other in both))
+        found["top1_agreement"].append(float(order[0] == choice))
+        found["top5_agreement"].append(float(choice in order[:5]))
+        found["acceptance"].append(math.fsum(min(one, other) for one, other in both))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_agreement_and_acceptance_are_what_a_loop_over_tokens_and_words_finds(family: str) -> None:
+    model, ids = tiny_model(family), tiny_batches(3, 40)
+    reference = dense_reference(model, ids)
+    with torch.no_grad():
+        dense = model.model(ids).logits[:, :-1]
+        for layer in find_linears(model.model)[::2]:
+            layer.weight.mul_(-4.0)
+        pruned = model.model(ids).logits[:, :-1]
+    measured = evaluate(model, ids, reference=reference)
+    slow = [loop_over_tokens(*pair) for pair in zip(dense, pruned, strict=True)]
+    for key in TO_DENSE:
+        expected = [math.fsum(one[key]) / 39 for one in slow]
+        assert measured.windows[key] == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert getattr(measured, key) == pytest.approx(math.fsum(expected) / 3, rel=1e-4)
+    top1, top5, accepted = (getattr(measured, key) for key in SHARES)
+    assert top1 < top5 < 1 and 0.1 < accepted < 0.99
+
+
+def test_of_equally_likely_tokens_the_first_of_the_vocabulary_is_the_likelier() -> None:
+    # Whole numbers, of which many are equal; seven that share the first place; all alike.
+    drawn = torch.Generator().manual_seed(0)
+    dense = torch.randint(0, 4, (200, 12), generator=drawn).float()
+    pruned = torch.randint(0, 4, (200, 12), generator=drawn).float()
+    pruned[:20] = torch.tensor([0.0] * 5 + [1.0] * 7)
+    pruned[20:30] = 2.0
+    slow = loop_over_tokens(dense, pruned)
+    found = evaluation._to_dense(pruned.log_softmax(-1), dense.log_softmax(-1))
+    expected = [math.fsum(slow[key]) for key in TO_DENSE]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    assert found[1:3].tolist() == expected[1:3] and expected[1] < expected[2] < 200
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_model_agrees_and_accepts_everywhere_to_the_last_bit(family: str) -> None:
+    model, ids = tiny_model(family), tiny_batches(2, 24)
+    measured = evaluate(model, ids, reference=dense_reference(model, ids))
+    assert [getattr(measured, key) for key in TO_DENSE] == [0.0, 1.0, 1.0, 1.0]
+    alone = evaluate(model, ids)
+    assert [getattr(alone, key) for key in TO_DENSE] == [None] * 4 and not alone.windows
+    assert alone.window_losses == measured.window_losses
+
+
+def test_a_model_that_blew_up_agrees_with_nobody() -> None:
+    model, ids = tiny_model(), tiny_batches()
+    reference = dense_reference(model, ids)
+    find_linears(model.model)[0].weight.fill_(float("nan"))
+    measured = evaluate(model, ids, reference=reference)
+    assert all(math.isnan(getattr(measured, key)) for key in TO_DENSE)

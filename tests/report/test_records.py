@@ -31,6 +31,10 @@ ROW = {
     "status": "ok",
     "search_perplexity": 8.414,
     "layer_error": 0.25,
+    "kl": 0.125,
+    "top1_agreement": 0.75,
+    "top5_agreement": 0.875,
+    "acceptance": 0.5,
     "validation_perplexity": None,
     "sparsity": 0.5,
     "unknown": "x",
@@ -43,6 +47,10 @@ def test_every_role_uses_the_same_names(role: str) -> None:
     assert record.metrics == {
         "eval/search_perplexity": 8.414,
         "eval/layer_error": 0.25,
+        "eval/kl": 0.125,
+        "eval/top1_agreement": 0.75,
+        "eval/top5_agreement": 0.875,
+        "eval/acceptance": 0.5,
         "formula/complexity": 4.0,
     }
     assert record.params == {

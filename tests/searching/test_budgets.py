@@ -11,6 +11,7 @@ import pytest
 
 from prunezero.errors import PruneZeroError, SearchError
 from prunezero.formula import Criterion
+from prunezero.models.measures import SHARES
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.evaluation.journal import read_journal
@@ -101,6 +102,10 @@ def test_a_row_holds_geometric_means_and_each_budget_by_itself(sessions: list[Se
     )
     for key in ("search_perplexity", "validation_perplexity", "test_perplexity", "kl"):
         assert both[key] == pytest.approx(math.sqrt(half[key] * pattern[key]))
+    for key in SHARES:
+        assert both[key] == pytest.approx((half[key] + pattern[key]) / 2)
+        assert [one[key] for one in both["regimes"]] == [half[key], pattern[key]]
+    assert half["acceptance"] != pattern["acceptance"]
     assert [one["test_perplexity"] for one in both["regimes"]] == [
         half["test_perplexity"],
         pattern["test_perplexity"],

@@ -269,8 +269,8 @@ def test_numbers_of_different_rungs_are_never_ranked_together() -> None:
     assert slots == {
         "layer_error": [0, 1, 2, 3],
         "kl": [1, 2, 3],
-        "search_perplexity": [2, 3],
-        "validation_perplexity": [3],
+        "search_fitness": [2, 3],
+        "validation_fitness": [3],
     }
     assert [one.slot for one in finalists(found)] == [2, 3]
     view = SearchView([], budget=None, seconds=None)

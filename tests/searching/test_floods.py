@@ -79,7 +79,7 @@ def held_by(root: object) -> tuple[int, set[type]]:
 def test_a_memory_of_five_thousand_candidates_holds_no_tensor_and_few_megabytes() -> None:
     history = History()
     for slot, criterion in enumerate(many()):
-        values = {rung: 1.0 + slot for rung in RUNGS}
+        values = {one.replace("fitness", "perplexity"): 1.0 + slot for one in RUNGS}
         history.keep(replace(candidate(slot, "abs(W)", **values), criterion=criterion))
     size, kinds = held_by(history)
     assert {Candidate, Criterion} <= kinds

@@ -31,6 +31,9 @@ class _Row(_Place):
     calibration_tokens: int
     sparsity_reached: int | float | None = None
     kl: int | float | None = None
+    top1_agreement: int | float | None = None
+    top5_agreement: int | float | None = None
+    acceptance: int | float | None = None
     budgets: list[_Place] | None = None
 
 

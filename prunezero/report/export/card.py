@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunezero.formula.criterion import Criterion
+from prunezero.models.measures import SHARES
 from prunezero.report.quoting import markdown_block, markdown_code, markdown_text
 
 COLUMNS = {
@@ -22,6 +23,9 @@ COLUMNS = {
     "validation_perplexity": "Validation perplexity",
     "search_perplexity": "Search perplexity",
     "kl": "KL to dense (nats)",
+    "top1_agreement": "Top-1 agreement",
+    "top5_agreement": "Top-5 agreement",
+    "acceptance": "Speculative acceptance",
 }
 ZEROS_TAKE_ROOM = (
     "Zeros do not make a model smaller or faster by themselves: the files keep the size of the "
@@ -123,7 +127,7 @@ def _cell(key: str, value: Any) -> str:
         return f"{value:.2f}"
     if key == "kl":
         return f"{value:.4f}"
-    if key == "removed":
+    if key in ("removed", *SHARES):
         return f"{value:.2%}"
     return (
         f"{value:.0%}"

@@ -20,10 +20,11 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.export.page_lines import feature_lines, sum_lines
 from prunezero.report.export.page_text import check_page, exchange, parts
 from prunezero.report.quoting import python_docstring, python_string, python_strings
-from prunezero.report.tracking.search_records import shown
+from prunezero.report.tracking.records import shown
 from prunezero.scoring.statistics import LETTERS, SUMS
 from prunezero.searching.experiment.baselines import SAME_TERMS
 from prunezero.searching.experiment.budgets import seeds_of, windows_of
+from prunezero.searching.experiment.objectives import PERPLEXITY
 
 TEMPLATE = Path(__file__).with_name("pruner_template.py")
 
@@ -179,7 +180,9 @@ def _docstring(recipe: Recipe) -> str:
 
 def _sentence(row: dict[str, Any]) -> str:
     """A measured result, for the docstring of a page."""
-    validation, test = (shown(row.get(key)) for key in ("validation_perplexity", "test_perplexity"))
+    validation, test = (
+        shown(PERPLEXITY, row.get(key)) for key in ("validation_perplexity", "test_perplexity")
+    )
     mean = "geometric mean of " if row.get("regimes") else ""
     return (
         f"{_named(row)}: {mean}test perplexity {test}, validation {validation}, at sparsity "

@@ -8,7 +8,7 @@ left out of it. Colours are Okabe and Ito's, and shapes repeat what colours say.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,11 +130,16 @@ def progress(candidates: Sequence[Row], baselines: Sequence[Row], path: Path) ->
     save_picture(figure, path)
 
 
-def pareto_front(rows: Sequence[Row]) -> list[Row]:
-    """Rows that no row of equal or smaller size beats, from small to large."""
+def pareto_front(rows: Sequence[Row], value: Callable[[Row], float] | None = None) -> list[Row]:
+    """Rows that no row of equal or smaller size beats, from small to large.
+
+    Args:
+        value: of a row, lower is better; None takes its perplexity on search text.
+    """
+    of = value or _value
     front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row["complexity"], _value(row))):
-        if not front or _value(row) < _value(front[-1]):
+    for row in sorted(rows, key=lambda row: (row["complexity"], of(row))):
+        if not front or of(row) < of(front[-1]):
             front.append(row)
     return front
 

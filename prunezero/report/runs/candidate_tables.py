@@ -15,7 +15,9 @@ from typing import Any
 
 from prunezero.errors import OutputError, reason
 from prunezero.files.atomic import replace_whole
+from prunezero.models.measures import TO_DENSE
 from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.objectives import objective_of
 
 COLUMNS = (
     "slot",
@@ -31,7 +33,7 @@ COLUMNS = (
     "fingerprint",
     "mask",
     "layer_error",
-    "kl",
+    *TO_DENSE,
     "search_perplexity",
     "validation_perplexity",
     "seconds",
@@ -41,7 +43,7 @@ COLUMNS = (
 READABLE = {
     "search_perplexity": 3,
     "validation_perplexity": 3,
-    "kl": 4,
+    **dict.fromkeys(TO_DENSE, 4),
     "layer_error": 5,
     "complexity": None,
     "formula": None,
@@ -106,6 +108,8 @@ class RunningTables:
 def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write `candidates.parquet` and `candidates.csv`; keys outside `COLUMNS` are left out.
 
+    A search by another objective than perplexity has two columns more.
+
     Raises:
         OutputError: the folder cannot be written.
     """
@@ -119,12 +123,19 @@ def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         ) from error
 
 
+def _by_objective(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns of what the search measures by, where that is not perplexity."""
+    own = objective_of(rows)
+    return [] if own.is_usual else [own.key(split) for split in ("search", "validation")]
+
+
 def best_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows by perplexity on the search text, then by layer error; unmeasured ones last."""
+    """Rows by the search's objective on search text, then by layer error; unmeasured ones last."""
+    own = objective_of(rows)
     return sorted(
         rows,
         key=lambda row: (
-            _or_last(row.get("search_perplexity")),
+            _or_last(own.of(row, "search")),
             _or_last(row.get("layer_error")),
             row.get("slot") or 0,
         ),
@@ -142,11 +153,12 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     whole, text, number = pa.int64(), pa.string(), pa.float64()
     types = {"parents": pa.list_(whole)}
     types |= dict.fromkeys(("slot", "generation", "complexity", "depth"), whole)
-    types |= dict.fromkeys(
-        ("layer_error", "kl", "search_perplexity", "validation_perplexity", "seconds"), number
-    )
-    schema = pa.schema([(name, types.get(name, text)) for name in COLUMNS])
-    plain = [{name: _plain(row.get(name)) for name in COLUMNS} for row in rows]
+    measured = ("layer_error", *TO_DENSE, "search_perplexity", "validation_perplexity", "seconds")
+    further = _by_objective(rows)
+    types |= dict.fromkeys((*measured, *further), number)
+    columns = (*COLUMNS, *further)
+    schema = pa.schema([(name, types.get(name, text)) for name in columns])
+    plain = [{name: _plain(row.get(name)) for name in columns} for row in rows]
     parquet.write_table(pa.Table.from_pylist(plain, schema=schema), path)
 
 
@@ -157,9 +169,11 @@ def _plain(value: Any) -> Any:
 def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(READABLE)
+        digits_of = {**dict.fromkeys(_by_objective(rows), 4), **READABLE}
+        writer.writerow(digits_of)
         for row in rows:
-            writer.writerow([_readable(row.get(name), digits) for name, digits in READABLE.items()])
+            cells = [_readable(row.get(name), digits) for name, digits in digits_of.items()]
+            writer.writerow(cells)
 
 
 def _readable(value: Any, digits: int | None) -> str:

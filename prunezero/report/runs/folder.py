@@ -11,6 +11,7 @@ from typing import Any
 from prunezero.errors import OutputError, PruneZeroWarning, RecipeError, SearchError, reason
 from prunezero.files.atomic import replace_text, write_json
 from prunezero.files.places import try_inside
+from prunezero.models.measures import TO_DENSE
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.report.export.page import no_page, write_pruner
 from prunezero.report.plots.plots import pareto, progress, proxy_against_truth
@@ -20,6 +21,7 @@ from prunezero.report.runs.search_file import FILE as SEARCH_FILE
 from prunezero.report.runs.search_file import read_config
 from prunezero.report.tracking.search_records import baseline_row
 from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.objectives import FURTHER
 from prunezero.searching.session import Session
 
 # The file that `optuna-dashboard` opens.
@@ -39,7 +41,8 @@ _MEASURED = (
     *_PERPLEXITIES,
     "validation_rounding",
     "test_rounding",
-    "kl",
+    *TO_DENSE,
+    *FURTHER,
     "regimes",
 )
 

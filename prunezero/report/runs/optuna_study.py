@@ -13,12 +13,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from prunezero.formula.feature_row import SIGNALS
+from prunezero.models.measures import TO_DENSE
 from prunezero.searching.experiment.budgets import in_words
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.task import Task
 
-# What a study minimizes, both at once, so that its best trials are the front.
-OBJECTIVES = ("search_perplexity", "complexity")
 # What a trial also tells, where it is known.
 TOLD = (
     "slot",
@@ -26,7 +25,7 @@ TOLD = (
     "origin",
     "formula",
     "layer_error",
-    "kl",
+    *TO_DENSE,
     "validation_perplexity",
     "seconds",
 )
@@ -58,9 +57,7 @@ def study_journal(candidates: Sequence[Candidate], task: Task, name: str) -> str
         candidates: in order of slots; those of a known mask were not measured themselves.
         name: of the study.
     """
-    measured = [
-        one for one in candidates if one.status == "new" and one.search_perplexity is not None
-    ]
+    measured = [one for one in candidates if one.status == "new" and one.search_fitness is not None]
     if not measured:
         return ""
     import optuna
@@ -70,7 +67,7 @@ def study_journal(candidates: Sequence[Candidate], task: Task, name: str) -> str
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(lines),
         study_name=name,
-        directions=["minimize"] * len(OBJECTIVES),
+        directions=["maximize" if task.objective.rises else "minimize", "minimize"],
     )
     _describe(study, task)
     study.add_trials(_trials(measured, task))
@@ -83,10 +80,15 @@ def _describe(study: Any, task: Task) -> None:
     with warnings.catch_warnings():
         # Optuna still calls names of objectives an experiment.
         warnings.simplefilter("ignore")
-        study.set_metric_names(list(OBJECTIVES))
+        study.set_metric_names(_objectives(task))
     for key in ("space", "signals", "sparsity", "strategy", "seed"):
         study.set_user_attr(key, task.config.shown()[key])
     study.set_user_attr("pattern", in_words(task.budgets))
+
+
+def _objectives(task: Task) -> list[str]:
+    """Columns that a study makes better, both at once, so that its best trials are the front."""
+    return [task.objective.key("search"), "complexity"]
 
 
 def _trials(measured: Sequence[Candidate], task: Task) -> Iterator[Any]:
@@ -96,26 +98,28 @@ def _trials(measured: Sequence[Candidate], task: Task) -> Iterator[Any]:
     began = _BEGINNING
     for number, (candidate, params) in enumerate(zip(measured, settings, strict=True)):
         ended = began + timedelta(seconds=candidate.seconds)
-        yield _trial(number, candidate, params, distributions, (began, ended))
+        row = candidate.row()
+        values = [row[key] for key in _objectives(task)]
+        yield _trial(number, row, values, params, distributions, (began, ended))
         began = ended
 
 
 def _trial(
     number: int,
-    candidate: Candidate,
+    row: dict[str, Any],
+    values: list[Any],
     params: dict[str, Any],
     distributions: dict[str, Any],
     times: tuple[datetime, datetime],
 ) -> Any:
     from optuna.trial import FrozenTrial, TrialState
 
-    row = candidate.row()
     return FrozenTrial(
         number=number,
         trial_id=number,
         state=TrialState.COMPLETE,
         value=None,
-        values=[row[key] for key in OBJECTIVES],
+        values=values,
         params=params,
         distributions=distributions,
         user_attrs={key: row[key] for key in TOLD if row[key] is not None},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,11 +27,13 @@ from prunezero.pruning.testbed import Settings
 from prunezero.report.plots.plots import pareto_front
 from prunezero.report.quoting import latex_text
 from prunezero.report.runs.search_file import read_config
+from prunezero.report.tracking.records import shown
 from prunezero.searching.evaluation.journal import read_journal
 from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.baselines import baselines
 from prunezero.searching.experiment.budgets import with_names
 from prunezero.searching.experiment.config import SearchConfig
+from prunezero.searching.experiment.objectives import Objective, objective_of
 from prunezero.searching.experiment.provenance import comparable, config_of
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
@@ -220,31 +223,42 @@ def counted(candidates: Sequence[Row]) -> dict[str, int]:
     """How many candidates came how far up the rungs."""
     statuses = Counter(row["status"] for row in candidates)
     own = [row for row in candidates if row["status"] != "known"]
+    objective = objective_of(candidates)
     return {
         "proposed": len(candidates),
         "known": statuses["known"],
         "invalid": statuses["invalid"],
         "screened": statuses["new"],
         "by quick KL": sum(row["kl"] is not None for row in own),
-        "measured": sum(row["search_perplexity"] is not None for row in own),
+        "measured": sum(objective.of(row, "search") is not None for row in own),
     }
 
 
 def front(candidates: Sequence[Row], top: int | None = None, *, each: int = 1) -> list[Row]:
     """The candidates that none of equal or smaller size beats on search text, small to large.
 
+    The search's objective says which is the better one.
+
     Args:
         top: keeps that many sizes, those of the best on search text; None keeps all.
         each: how many of each such size to keep, its best first; the others of a size may be
             beaten by smaller ones.
     """
+    objective = objective_of(candidates)
+
+    def value(row: Mapping[str, Any]) -> float:
+        found = objective.of(row, "search")
+        return math.inf if found is None else found
+
     measured = [
-        row for row in candidates if row["status"] == "new" and row["search_perplexity"] is not None
+        row
+        for row in candidates
+        if row["status"] == "new" and row.get(objective.key("search")) is not None
     ]
-    best = pareto_front(measured)
+    best = pareto_front(measured, value)
     # Along the front, larger is better.
     kept = best[max(0, len(best) - top) if top is not None else 0 :]
-    measured.sort(key=lambda row: (row["search_perplexity"], row["slot"]))
+    measured.sort(key=lambda row: (value(row), row["slot"]))
     found = []
     for size in [row["complexity"] for row in kept]:
         found += [row for row in measured if row["complexity"] == size][:each]
@@ -279,13 +293,15 @@ def results(run: Run) -> list[Row]:
     Raises:
         RecipeError: the recipe of the winner holds rows that are none.
     """
-    searched = {row["recipe"]: row.get("search_perplexity") for row in run.baselines}
-    winner = best_row(run)
+    keys = dict.fromkeys(("search_perplexity", run.task.objective.key("search")))
+    searched = {row["recipe"]: {key: row.get(key) for key in keys} for row in run.baselines}
+    winner = best_row(run) or {}
     if not run.measured:
         return [dict(row) for row in run.baselines]
     try:
-        searched[run.measured[-1]["recipe"]] = winner["search_perplexity"] if winner else None
-        return [{**row, "search_perplexity": searched.get(row["recipe"])} for row in run.measured]
+        searched[run.measured[-1]["recipe"]] = {key: winner.get(key) for key in keys}
+        unknown = dict.fromkeys(keys)
+        return [{**row, **searched.get(row["recipe"], unknown)} for row in run.measured]
     except (KeyError, TypeError) as error:
         raise RecipeError(f"{run.folder / 'recipe.yaml'} holds rows that are no results") from error
 
@@ -299,6 +315,7 @@ def latex_of_front(rows: Sequence[Row]) -> str:
         r"Complexity & Search & Validation & Formula \\",
         r"\midrule",
     ]
+    objective = objective_of(rows)
     for row in rows:
         formula = f"${Criterion.parse(row['formula']).latex}$"
         rule = rule_of(row)
@@ -307,10 +324,12 @@ def latex_of_front(rows: Sequence[Row]) -> str:
         around = ", ".join(rule.with_per_layer({}).other_choices)
         if around:
             formula += f" ({latex_text(around)})"
-        numbers = [_number(row[key]) for key in ("search_perplexity", "validation_perplexity")]
+        numbers = [
+            _number(objective, row[objective.key(split)]) for split in ("search", "validation")
+        ]
         lines.append(rf"{' & '.join([str(row['complexity']), *numbers, formula])} \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
 
 
-def _number(perplexity: float | None) -> str:
-    return "--" if perplexity is None else f"{perplexity:.2f}"
+def _number(objective: Objective, value: float | None) -> str:
+    return "--" if value is None else shown(objective, value)

@@ -20,25 +20,25 @@ from prunezero.searching.experiment.testbeds import beside
 from prunezero.searching.session import open_session
 
 SPLITS = ("search", "validation", "test")
-# Perplexities that differ by no more than this fraction are the same.
+# Numbers that differ by no more than this fraction are the same.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A recipe and the perplexities that a search reports of it."""
+    """A recipe and what a search reports of it, by its objective."""
 
     name: str
     """of the recipe, for a table"""
     recipe: Recipe
     """what was measured"""
     reported: Mapping[str, float | None]
-    """perplexity by split; None where it was not finite; splits that it was not measured on lack"""
+    """number by split; None where it was not finite; splits that it was not measured on lack"""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One perplexity, measured anew."""
+    """One number, measured anew."""
 
     name: str
     """of the recipe"""
@@ -109,14 +109,15 @@ def claims(run: Run, top: int) -> list[Claim]:
         PruneZeroError: a recipe or formula cannot be read.
     """
     found = []
+    keys = {split: run.task.objective.key(split) for split in SPLITS}
     if run.recipe is not None and run.measured:
         reported = {**(best_row(run) or {}), **run.measured[-1]}
-        # A perplexity that was not finite is left out of the recipe's rows.
-        shown = {split: reported.get(f"{split}_perplexity") for split in SPLITS}
+        # A number that was not finite is left out of the recipe's rows.
+        shown = {split: reported.get(key) for split, key in keys.items()}
         found.append(Claim(f"winner {run.recipe.name}", run.recipe, shown))
     for row in reversed(front(run.candidates or (), top)):
         name = f"candidate-{row['slot']}"
-        values = {split: row.get(f"{split}_perplexity") for split in SPLITS}
+        values = {split: row.get(key) for split, key in keys.items()}
         measured = {split: value for split, value in values.items() if value is not None}
         found.append(Claim(name, run.task.recipe(rule_of(row), name), measured))
     if not found:
@@ -130,7 +131,7 @@ def claims(run: Run, top: int) -> list[Claim]:
 def verify(
     run: Run, testbeds: Sequence[Testbed], claimed: list[Claim], progress: Progress | None = None
 ) -> Iterator[Check]:
-    """Measure every claim anew on all three texts; yields each perplexity as it is known.
+    """Measure every claim anew on all three texts; yields each number as it is known.
 
     Args:
         testbeds: of the search, its own model first.
@@ -142,13 +143,13 @@ def verify(
         session = open_session(testbeds, run.task, Path(folder) / "anew", progress=progress)
         try:
             for claim in claimed:
-                # What fails on some layer has no perplexity, and says so by a fault.
+                # What fails on some layer has no number, and says so by a fault.
                 row: dict[str, Any] = next(session.rungs.rows([claim.recipe], SPLITS))
                 for split in SPLITS:
                     yield Check(
                         claim.name,
                         split,
-                        row.get(f"{split}_perplexity"),
+                        row.get(run.task.objective.key(split)),
                         claim.reported.get(split),
                         split in claim.reported,
                     )
@@ -169,10 +170,16 @@ def verdict(run: Run, checks: list[Check]) -> str:
     more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     count = sum(check.is_reported for check in checks)
     return (
-        f"{run.folder} does not hold: {len(wrong)} of {count} perplexities differ by more than "
-        f"{TOLERANCE:.2%}: {'; '.join(told)}{more}"
+        f"{run.folder} does not hold: {len(wrong)} of {count} {measured_things(run)} differ by "
+        f"more than {TOLERANCE:.2%}: {'; '.join(told)}{more}"
     )
 
 
-def _shown(perplexity: float | None) -> str:
-    return "not finite" if perplexity is None else f"{perplexity:.6g}"
+def measured_things(run: Run) -> str:
+    """What was measured of it, in the plural."""
+    objective = run.task.objective
+    return "perplexities" if objective.is_usual else f"numbers of {objective.text}"
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6g}"

@@ -17,6 +17,7 @@ from typing import Any
 
 from prunezero.files.digests import joined_digest
 from prunezero.report.quoting import markdown_code
+from prunezero.searching.experiment.objectives import FURTHER, Objective, objective_of
 
 # Row key -> metric name. Section names before the slash group the charts of the web page.
 METRIC_NAMES = {
@@ -25,7 +26,11 @@ METRIC_NAMES = {
     "test_perplexity": "eval/test_perplexity",
     "validation_rounding": "eval/validation_rounding",
     "test_rounding": "eval/test_rounding",
+    **{key: f"eval/{key}" for key in FURTHER},
     "kl": "eval/kl",
+    "top1_agreement": "eval/top1_agreement",
+    "top5_agreement": "eval/top5_agreement",
+    "acceptance": "eval/acceptance",
     "layer_error": "eval/layer_error",
     "sparsity_reached": "mask/sparsity",
     "removed": "units/removed",
@@ -138,10 +143,18 @@ def row_params(row: Mapping[str, Any]) -> dict[str, str | Number]:
 
 
 def candidate_name(row: Mapping[str, Any]) -> str:
-    """A run name that sorts and reads well: "g07-c0031 · 8.41"."""
+    """A run name that sorts and reads well: "g07-c0031 · 8.41", by what the search measures."""
     name = f"g{int(row.get('generation') or 0):02d}-c{int(row['slot']):04d}"
-    perplexity = row.get("search_perplexity")
-    return name if perplexity is None else f"{name} · {perplexity:.2f}"
+    objective = objective_of([row])
+    value = row.get(objective.key("search"))
+    return name if value is None else f"{name} · {shown(objective, value)}"
+
+
+def shown(objective: Objective, value: float | None) -> str:
+    """What was measured as text; None is a number that was not finite."""
+    if value is None:
+        return "not finite"
+    return f"{value:.2f}" if objective.is_usual else f"{value:.4f}"
 
 
 def clean_name(name: str) -> str:

@@ -11,7 +11,7 @@ from prunezero.files.digests import joined_digest
 from prunezero.pruning.compare import layers_told
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
 from prunezero.pruning.testbed import Testbed, beginning
-from prunezero.report.tracking.records import RunRecord, candidate_name, run_record
+from prunezero.report.tracking.records import RunRecord, candidate_name, run_record, shown
 from prunezero.searching.experiment.budgets import in_words
 from prunezero.searching.experiment.candidate import Candidate
 from prunezero.searching.experiment.provenance import surroundings
@@ -87,7 +87,8 @@ def tracked_winner(
     full = {**baseline_row(row), **told, "origin": "search"}
     named = (folder / file for file in ("recipe.yaml", "pruner.py"))
     files = tuple(path for path in named if path.is_file())
-    title = f"{name} champion · {shown(row['validation_perplexity'])}"
+    objective = session.task.objective
+    title = f"{name} champion · {shown(objective, row[objective.key('validation')])}"
     parent = search_key(session, name)
     return run_record(
         f"{parent}/champion", title, "champion", full, parent_key=parent, artifacts=files
@@ -135,11 +136,6 @@ def described(testbeds: Sequence[Testbed]) -> dict[str, str]:
         "dtype": own.language_model.dtype_word,
         **beginning(one.begin_with for one in testbeds),
     }
-
-
-def shown(perplexity: float | None) -> str:
-    """A perplexity as text; None is one that was not finite."""
-    return "not finite" if perplexity is None else f"{perplexity:.2f}"
 
 
 def baseline_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ NOTE = """Each row is one pruned model, or one search that holds its candidates.
 
 - **role**: `candidate` (a formula that was measured), `baseline` (a published method), `dense`
   (the model before pruning), `winner` (the exported winner), `search`.
-- **eval/search_perplexity** decides the search; **eval/validation_perplexity** was never searched
+- **eval/search_perplexity** decides the search, unless it has another objective, such as
+  **eval/search_acceptance**; **eval/validation_perplexity** was never searched
   on, and **eval/test_perplexity** is only read at the end. Lower is better.
 - Saved views: Leaderboard, Pareto, Evolution, Transfer, Baselines (the list's view menu).
 """
@@ -232,6 +233,7 @@ VIEWS: dict[str, tuple[str, dict[str, Any]]] = {
                     _bar("eval/validation_perplexity"),
                     _bar(PERPLEXITY),
                     _bar("eval/kl"),
+                    _bar("eval/acceptance"),
                     _bar("mask/sparsity"),
                     _bar("cost/seconds"),
                 ]

@@ -234,7 +234,7 @@ class Evaluator:
         # Test text is asked for at the end alone, when others are compared with what was found.
         if recipe.mends and "test" in request.splits:
             again = self._measured(recipe, request.splits, is_reversed=True)
-            row |= rounding(row, again, request.splits)
+            row |= rounding(row, again, request.splits, self.task.objective.also)
         return finite_row(row) | {"elapsed": time.perf_counter() - begin}
 
     def _measured(

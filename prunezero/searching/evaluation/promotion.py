@@ -28,7 +28,7 @@ def to_quick_kl(rungs: Rungs, history: History, generation: int) -> list[Candida
     """Those whose distance to the dense model is looked at next, on a little text."""
     space = rungs.task.space
     count = width(space.quick_kl, rung_correlation(history.candidates, "layer_error", "kl"))
-    chosen = _promoted(rungs, history, ("layer_error", "kl"), count, generation)
+    chosen = _promoted(rungs, history, ("layer_error", "kl"), count, (generation, "kl"))
     waiting = [
         one
         for one in history.candidates
@@ -44,30 +44,35 @@ def to_quick_kl(rungs: Rungs, history: History, generation: int) -> list[Candida
 
 
 def to_measure(rungs: Rungs, history: History, generation: int) -> list[Candidate]:
-    """Those whose perplexity is measured next, on all search text."""
-    pair = ("kl", "search_perplexity")
+    """Those that are measured next, on all search text."""
+    pair = ("kl", "search_fitness")
     count = width(rungs.task.space.measured, rung_correlation(history.candidates, *pair))
-    return _promoted(rungs, history, pair, count, generation)
+    return _promoted(rungs, history, pair, count, (generation, "search_perplexity"))
 
 
 def to_validate(history: History) -> list[Candidate]:
     """Those that are among the best on search text, and not yet on validation text."""
     return [
         one
-        for one in history.ranked("search_perplexity")[:FINALISTS]
-        if one.validation_perplexity is None and one.status == "new"
+        for one in history.ranked("search_fitness")[:FINALISTS]
+        if one.validation_fitness is None and one.status == "new"
     ]
 
 
 def _promoted(
-    rungs: Rungs, history: History, pair: tuple[str, str], count: int, generation: int
+    rungs: Rungs, history: History, pair: tuple[str, str], count: int, draw: tuple[int, str]
 ) -> list[Candidate]:
     """The best by the lower rung that wait for the upper one, a third of them at random.
 
     The random ones are drawn from those that come near the best, this generation's first, so that a
     candidate which the lower rung underrates has a chance, and the rung itself is put to the test.
     Of those that do nearly the same, one climbs at most.
+
+    Args:
+        pair: fields of the two rungs.
+        draw: the generation, and the upper rung's name in the seed, whatever is measured there.
     """
+    generation, name = draw
     lower, upper = pair
     ranked = history.ranked(lower)
     there = [one for one in ranked if getattr(one, upper) is not None]
@@ -76,7 +81,7 @@ def _promoted(
     chosen = _unlike(rungs, waiting, there, count - at_random)
     near = [one for one in waiting if getattr(one, lower) <= _NEAR * getattr(ranked[0], lower)]
     near = [one for one in near if one not in chosen]
-    generator(rungs.task.seed, generation, f"promote to {upper}").shuffle(near)
+    generator(rungs.task.seed, generation, f"promote to {name}").shuffle(near)
     near.sort(key=lambda one: one.generation != generation)
     return chosen + _unlike(rungs, near, [*there, *chosen], at_random)
 

@@ -3,8 +3,8 @@
     rung 0  the mask on a few rows of a few layers: have we seen it before?
     rung 1  the layer error: gradient-weighted, on sampled rows of every layer (`proxies/`)
     rung 2  a quick KL from the dense model to the pruned one, on a quarter of the search text
-    rung 3  perplexity of the pruned model on all search text
-    rung 4  perplexity on validation text, which no other rung looks at: it says what is best
+    rung 3  the search's objective, usually perplexity, of the pruned model on all search text
+    rung 4  the objective on validation text, which no other rung looks at: it says what is best
 
 Each rung only decides who may climb to the next (`promotion.py`); numbers of different rungs are
 never compared. Results come from the journal of the search, else from the archive of all searches,

@@ -90,7 +90,8 @@ class SampledTestbed:
         )
         statistics = testbed.statistics(layers, sums, progress)
         if runner is None:
-            runner = RecipeRunner(testbed, statistics, splits=("search", "validation", "test"))
+            splits = ("search", "validation", "test")
+            runner = RecipeRunner(testbed, statistics, splits=splits, also=task.objective.also)
         else:
             runner = runner.redrawn(testbed, statistics)
         if task.space.unit == "weight":

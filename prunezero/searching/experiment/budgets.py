@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunezero.errors import SelectionError
+from prunezero.models.measures import SHARES
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.testbed import beginning
 
@@ -57,8 +58,9 @@ def over_budgets(
 ) -> dict[str, Any]:
     """The row of a recipe over all budgets, from one row for each as `RecipeRunner.row` gives it.
 
-    Perplexities and KL are geometric means, and so are the losses of the windows, in nats, means:
-    tests over windows hold for the whole as for a part. `budgets` keeps the perplexities of each.
+    Perplexities and KL are geometric means, shares of tokens plain ones, and so are the losses of
+    the windows, in nats: tests over windows hold for the whole as for a part. `budgets` keeps what
+    is meant for each.
 
     Args:
         rows: of the first model and draw under every budget, then of the next.
@@ -67,13 +69,15 @@ def over_budgets(
     first = dict(rows[0])
     if len(rows) == 1:
         return first
-    means = [key for key in first if key.endswith("_perplexity") or key == "kl"]
+    numbers = [key for key in first if not key.startswith("window_")]
+    means = [key for key in numbers if key == "kl" or key.endswith(("_perplexity", "_kl"))]
     for key in means:
         first[key] = geometric_mean([row[key] for row in rows])
-    first["window_losses"] = {
-        split: _means([row["window_losses"][split] for row in rows])
-        for split in first["window_losses"]
-    }
+    shares = [key for key in numbers if key.endswith(SHARES)]
+    for key in shares:
+        first[key] = math.fsum(row[key] for row in rows) / len(rows)
+    for key in [key for key in first if key.startswith("window_")]:
+        first[key] = {split: _means([row[key][split] for row in rows]) for split in first[key]}
     first["pattern"] = in_words(budgets)
     first |= beginning(row.get("windows_begin_with", "") for row in rows)
     # There is no one number; each budget has its own.
@@ -84,7 +88,7 @@ def over_budgets(
             **place,
             "sparsity": budget.amount,
             "pattern": budget.pattern,
-            **{key: row[key] for key in means},
+            **{key: row[key] for key in (*means, *shares)},
         }
         for (place, budget), row in zip(itertools.product(places, budgets), rows, strict=True)
     ]

@@ -10,6 +10,8 @@ from typing import Any
 
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import costliest
+from prunezero.models.measures import TO_DENSE
+from prunezero.searching.experiment.objectives import OBJECTIVES, USUAL
 from prunezero.searching.experiment.rule import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
@@ -42,10 +44,22 @@ class Candidate:
     """gradient-weighted error of the layers' outputs on sampled rows"""
     kl: float | None = None
     """nats per token from the dense model to the pruned one, on a little search text"""
+    top1_agreement: float | None = None
+    """share of tokens whose most likely follower is the same, on that text"""
+    top5_agreement: float | None = None
+    """where it is among the pruned model's five, on that text"""
+    acceptance: float | None = None
+    """share of tokens that speculative sampling keeps, on that text"""
     search_perplexity: float | None = None
     """of the pruned model on search text; None unless it earned that"""
     validation_perplexity: float | None = None
     """on text that no other rung looks at; None unless it earned that"""
+    objective: str = USUAL
+    """what the search measures by"""
+    search_objective: float | None = None
+    """that on search text, as measured, where it is not perplexity"""
+    validation_objective: float | None = None
+    """the same on validation text"""
     seconds: float = 0.0
     """spent on it"""
     is_replayed: bool = False
@@ -68,6 +82,21 @@ class Candidate:
         """The costliest signal that one of its formulas looks at."""
         return costliest(one.signal for one in self.rule.formulas)
 
+    @property
+    def search_fitness(self) -> float | None:
+        """What orders candidates on search text, lower is better; None unless it earned that."""
+        return self._turned(self.search_perplexity, self.search_objective)
+
+    @property
+    def validation_fitness(self) -> float | None:
+        """What orders candidates on validation text, lower is better; None likewise."""
+        return self._turned(self.validation_perplexity, self.validation_objective)
+
+    def _turned(self, perplexity: float | None, value: float | None) -> float | None:
+        if self.objective == USUAL:
+            return perplexity
+        return None if value is None else OBJECTIVES[self.objective].turned(value)
+
     def row(self) -> dict[str, Any]:
         """The candidate as one flat row of a table."""
         return {
@@ -84,9 +113,20 @@ class Candidate:
             "fingerprint": self.criterion.fingerprint,
             "mask": self.mask,
             "layer_error": self.layer_error,
-            "kl": self.kl,
+            **{key: getattr(self, key) for key in TO_DENSE},
             "search_perplexity": self.search_perplexity,
             "validation_perplexity": self.validation_perplexity,
+            **self._by_objective(),
             "seconds": self.seconds,
             "fault": self.fault,
+        }
+
+    def _by_objective(self) -> dict[str, float | None]:
+        """Columns of what the search measures by, where that is not perplexity."""
+        if self.objective == USUAL:
+            return {}
+        own = OBJECTIVES[self.objective]
+        return {
+            own.key("search"): self.search_objective,
+            own.key("validation"): self.validation_objective,
         }

@@ -20,6 +20,7 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.pruning.testbed import Settings, Testbed
 from prunezero.searching.experiment.budgets import read_budgets
+from prunezero.searching.experiment.objectives import USUAL
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.spaces.space import SearchSpace
 
@@ -91,6 +92,8 @@ class SearchConfig(BaseModel):
     """searches and recipes whose rules it starts from"""
     strategy: str = "evolution"
     """who proposes rules, see `strategies/catalogue.py`"""
+    objective: str = USUAL
+    """what rules are measured by, see `objectives.py`"""
     sequence_length: int = 256
     """tokens in a window"""
     calibration_tokens: int = 8192
@@ -204,12 +207,17 @@ class SearchConfig(BaseModel):
             "draws": self.draws if self.draws > 1 else None,
             "targets": list(self.targets),
             "ignore": list(self.ignore),
+            **self._other_objective(),
         }
         return {
             "settings": vars(self.settings).copy(),
             "sparsity": self.budgets[0].amount,
             **{key: value for key, value in further.items() if value},
         }
+
+    def _other_objective(self) -> dict[str, str]:
+        """The objective where it is another than that of searches before there were several."""
+        return {} if self.objective == USUAL else {"objective": self.objective}
 
     def decided_by(self) -> dict[str, Any]:
         """What decides how the search goes, beside its answers, as JSON."""
@@ -226,6 +234,7 @@ class SearchConfig(BaseModel):
             **{"also_models": list(self.also_model), "also": list(self.also)},
             **{"draws": self.draws if self.draws > 1 else None},
             **{"targets": list(self.targets), "ignore": list(self.ignore)},
+            **self._other_objective(),
         }
         return {
             "model": self.model,

@@ -64,8 +64,10 @@ def fingerprints(config: SearchConfig, testbeds: Sequence[Testbed]) -> dict[str,
 def header(task: Task, testbeds: Sequence[Testbed]) -> dict[str, Any]:
     """What heads the journal of a search: its experiment, and fingerprints beside it, as JSON."""
     written = {"seeds": [rule.text for rule in task.seeds]}
+    # Journals began before there were objectives, and a damaged header is known by its text.
+    unsaid = {"objective"} if task.objective.is_usual else set()
     return {
-        "config": task.config.model_dump(mode="json"),
+        "config": task.config.model_dump(mode="json", exclude=unsaid),
         "fingerprints": fingerprints(task.config, testbeds) | written,
     }
 
@@ -101,7 +103,7 @@ def _older(header: Mapping[str, Any]) -> dict[str, Any]:
     """A header of the time when it was on one level already, under other words."""
     found = dict(header)
     if "space" in found:
-        found["space"] = SearchSpace.model_validate(found["space"]).model_dump(mode="json")
+        found["space"] = SearchSpace.model_validate(found["space"]).decides()
     # What a search is compared with decides nothing of how it goes.
     found.pop("rivals", None)
     return found

@@ -16,6 +16,7 @@ from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.experiment.config import SearchConfig
+from prunezero.searching.experiment.objectives import Objective, find_objective
 from prunezero.searching.experiment.rule import Rule, rescaled
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.spaces.space_choices import competing_units
@@ -38,6 +39,11 @@ class Task:
     def space(self) -> SearchSpace:
         """The rules it may write."""
         return self.config.space_content
+
+    @property
+    def objective(self) -> Objective:
+        """What its rules are measured by on the upper rungs."""
+        return find_objective(self.config.objective)
 
     @property
     def seed(self) -> int:

@@ -42,9 +42,9 @@ _NUMBER = "number"
 def breed_plainly(task: Task, history: History, generation: int) -> Proposals:
     """Endless individuals of one generation of plain genetic programming, whose size is POPULATION.
 
-    The fitness is perplexity on search text. Parents are the individuals of the last generation
-    and the best so far, which is not measured again. Formulas stay as they were drawn, but for what
-    SymPy simplifies.
+    The fitness is the search's objective on search text. Parents are the individuals of the last
+    generation and the best so far, which is not measured again. Formulas stay as they were drawn,
+    but for what SymPy simplifies.
     """
     parents = _parents(history, generation)
     while True:
@@ -59,9 +59,9 @@ def _parents(history: History, generation: int) -> list[Candidate]:
 
 
 def _fitness(candidate: Candidate) -> tuple[float, int]:
-    """Perplexity, and the slot among equals; a formula that could not be measured is the worst."""
-    perplexity = candidate.search_perplexity
-    return math.inf if perplexity is None else perplexity, candidate.slot
+    """What was measured, and the slot among equals; what could not be measured is the worst."""
+    value = candidate.search_fitness
+    return math.inf if value is None else value, candidate.slot
 
 
 def _plain_child(task: Task, rng: random.Random, parents: list[Candidate]) -> Proposal | None:
