@@ -15,13 +15,16 @@ NAME ?= first
 # A search that is there already is gone on with, and finds its results in its journal.
 RESUME = $(if $(wildcard runs/$(NAME)/journal.jsonl),--resume)
 
+# A file of tests stays in one process, and so do its fixtures; tests/conftest.py orders the files.
+SHARED_OUT = -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .PHONY: search test lint ui setup clean
 
 search: $(VENV)/.ready
 	$(BIN)/prunezero search $(SEARCH) --name $(NAME) $(RESUME)
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(SHARED_OUT)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check prunezero tests benchmarks

@@ -13,14 +13,18 @@ import pytest
 import torch
 
 from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.loading.load import load_model
+from prunezero.models.saving.save import save_model
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.pruning.testbed import Settings, set_up
+from prunezero.pruning.testbed import Settings, Testbed, set_up
 
 pytestmark = pytest.mark.slow
 
-SIZES = "--calibration-tokens 512 --evaluation-tokens 512 --test-tokens 512"
+# Two windows of each split.
+SIZES = "--sequence-length 128 --calibration-tokens 256 --evaluation-tokens 256 --test-tokens 256"
+SEARCH = f"search --model demo --sparsity 0.5 --budget 8 --name small {SIZES}"
 
 
 def prunezero(arguments: str, folder: Path) -> str:
@@ -39,10 +43,7 @@ def prunezero(arguments: str, folder: Path) -> str:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a small search of the demo model has finished."""
     folder = tmp_path_factory.mktemp("demo")
-    printed = prunezero(
-        f"search --model demo --sparsity 0.5 --budget 16 --name small --json out.json {SIZES}",
-        folder,
-    )
+    printed = prunezero(f"{SEARCH} --json out.json", folder)
     assert "210 prunable layers" in printed
     return folder
 
@@ -62,12 +63,33 @@ def test_a_search_of_the_demo_model_ends_in_a_table_with_test_perplexities(searc
     assert rows["small"]["validation_perplexity"] < 1.1 * rows["wanda"]["validation_perplexity"]
 
 
-def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path) -> None:
-    testbed = set_up("demo", "demo", Settings(calibration_tokens=512), dtype="float32")
+@pytest.fixture(scope="module")
+def testbed() -> Testbed:
+    """The demo model on the sizes of the search."""
+    settings = Settings(sequence_length=128, calibration_tokens=256)
+    return set_up("demo", "demo", settings, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def dense(testbed: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the demo model was saved to."""
+    folder = tmp_path_factory.mktemp("saved") / "dense"
+    save_model(testbed.language_model, folder)
+    return folder
+
+
+def test_the_demo_model_loads_saves_and_loads_again(testbed: Testbed, dense: Path) -> None:
+    assert len(find_linears(testbed.language_model.model)) == 210
+    again = load_model(str(dense), dtype="float32", device="cpu")
+    assert again.fingerprint == testbed.language_model.fingerprint
+
+
+def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(
+    searched: Path, testbed: Testbed, dense: Path
+) -> None:
     recipe = Recipe.load(searched / "runs" / "small" / "recipe.yaml")
     batches = testbed.windows("calibration")
     torch.save(batches, searched / "batches.pt")
-    testbed.language_model.model.save_pretrained(searched / "dense")
     program = textwrap.dedent(
         """
         import importlib.abc, sys, torch, transformers
@@ -81,7 +103,7 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
         sys.path.insert(0, "runs/small")
         import pruner
 
-        model = transformers.AutoModelForCausalLM.from_pretrained("dense", dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
         batches = torch.load("batches.pt")
         report = pruner.prune_(model.eval(), [ids[None] for ids in batches], sparsity=0.5)
         masks = {name: value == 0 for name, value in model.state_dict().items()}
@@ -90,7 +112,7 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
         """
     )
     finished = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, str(dense)],
         cwd=searched,
         capture_output=True,
         text=True,
@@ -99,6 +121,7 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
     assert finished.returncode == 0, finished.stderr
     layers = find_linears(testbed.language_model.model)
     statistics = testbed.statistics(layers, dense_sums([recipe]))
+    # The last test that needs it dense.
     prune(testbed.language_model, recipe, 0.5, statistics=statistics)
     theirs = torch.load(searched / "masks.pt")
     for layer in layers:
@@ -107,10 +130,7 @@ def test_the_exported_pruner_alone_makes_the_masks_of_the_engine(searched: Path)
 
 def test_the_same_search_resumed_ends_at_once_with_the_same_result(searched: Path) -> None:
     before = json.loads((searched / "out.json").read_text())
-    command = (
-        f"search --model demo --sparsity 0.5 --budget 16 --name small --json again.json {SIZES}"
-    )
-    prunezero(f"{command} --resume", searched)
+    prunezero(f"{SEARCH} --json again.json --resume", searched)
     after = json.loads((searched / "again.json").read_text())
     keys = ("recipe", "formula", "validation_perplexity", "test_perplexity")
     for old, new in zip(before["rows"], after["rows"], strict=True):

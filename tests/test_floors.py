@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -41,9 +42,14 @@ def floor_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(tree: ast.AST) -> list[str]:
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imports(*nodes: ast.AST) -> list[str]:
     found = []
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -52,6 +58,11 @@ def imports(tree: ast.AST) -> list[str]:
             modules = [name for name in names if (ROOT / f"{name.replace('.', '/')}.py").exists()]
             found += modules or [node.module]
     return found
+
+
+@functools.cache
+def all_imports(path: Path) -> list[str]:
+    return imports(*ast.walk(tree_of(path)))
 
 
 def test_there_are_files_on_every_floor() -> None:
@@ -64,7 +75,7 @@ def test_a_file_imports_from_its_own_floor_and_those_below(path: Path) -> None:
     if floor not in FLOORS:
         assert path.parent == PACKAGE and path.stem in ("__init__", "__main__")
         return
-    for module in imports(ast.parse(path.read_text())):
+    for module in all_imports(path):
         parts = module.split(".")
         if parts[0] == "prunezero" and len(parts) > 1:
             assert FLOORS.index(parts[1]) <= FLOORS.index(floor), module
@@ -74,16 +85,8 @@ def test_a_file_imports_from_its_own_floor_and_those_below(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_heavy_libraries_are_imported_inside_functions(path: Path) -> None:
-    at_top = ast.Module(
-        [
-            node
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-        ],
-        [],
-    )
     is_template = path.name == "pruner_template.py"
-    heavy = {module.split(".")[0] for module in imports(at_top)} & LAZY
+    heavy = {module.split(".")[0] for module in imports(*tree_of(path).body)} & LAZY
     assert not heavy or is_template
 
 
@@ -91,8 +94,7 @@ def test_no_file_imports_itself_through_others() -> None:
     edges: dict[str, set[str]] = {}
     for path in FILES:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        tree = ast.parse(path.read_text())
-        found = {module for module in imports(tree) if module.startswith("prunezero.")}
+        found = {module for module in all_imports(path) if module.startswith("prunezero.")}
         edges[name] = found - {name}
     done: set[str] = set()
 
@@ -117,10 +119,9 @@ def test_importing_prunezero_loads_no_heavy_library() -> None:
 
 def test_files_and_functions_keep_their_size() -> None:
     for path in FILES:
-        text = path.read_text()
         # One idea a file, whatever its length; beyond this it was never one.
-        assert len(text.splitlines()) <= 500, path
-        for node in ast.walk(ast.parse(text)):
+        assert len(path.read_text().splitlines()) <= 500, path
+        for node in ast.walk(tree_of(path)):
             # A command's signature is its options, and its docstring is its help.
             if isinstance(node, ast.FunctionDef) and floor_of(path) != "cli":
                 assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"

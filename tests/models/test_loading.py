@@ -206,16 +206,6 @@ def test_a_demo_model_that_is_not_installed_is_told_with_the_command(
         load_model("demo")
 
 
-@pytest.mark.slow
-def test_the_demo_model_loads_saves_and_loads_again(tmp_path: Path) -> None:
-    from prunezero.models.saving.save import save_model
-
-    model = load_model("demo", dtype="float32", device="cpu")
-    assert len(find_linears(model.model)) == 210
-    save_model(model, tmp_path / "saved")
-    assert load(tmp_path / "saved").fingerprint == model.fingerprint
-
-
 @pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300])
 def test_a_name_that_no_file_can_have_is_refused_in_one_sentence(name: str) -> None:
     with pytest.raises(ModelError, match="cannot be loaded"):

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,36 +106,6 @@ def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
     parts = list(search(session.rungs, max_candidates=20))
     assert outcome(parts) == whole
     assert any(one.is_replayed for one in parts) and not all(one.is_replayed for one in parts)
-
-
-def test_kill_minus_nine_at_random_moments_changes_nothing(tmp_path: Path) -> None:
-    whole = outcome(list(search(session_in(tmp_path / "whole").rungs, max_candidates=40)))
-    program = textwrap.dedent(
-        """
-        import sys
-        from pathlib import Path
-        from tests.searching.test_search import session_in
-        from prunezero.searching.search import search
-        session = session_in(Path(sys.argv[1]), resume=True)
-        print("ready", flush=True)
-        for _ in search(session.rungs, max_candidates=40): pass
-        """
-    )
-    rng = random.Random(1)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    for _ in range(3):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path / "parts")],
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        time.sleep(rng.uniform(0.05, 1.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    session = session_in(tmp_path / "parts", resume=True)
-    assert outcome(list(search(session.rungs, max_candidates=40))) == whole
 
 
 def test_a_torn_last_record_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.testbeds import beside, fitted
 from prunezero.searching.search import search
 from prunezero.searching.session import Session, find, found_recipe, measure_baselines, open_session
-from prunezero.searching.workers.processes import process_pool
 from prunezero.searching.workers.worker import EvaluatorPlan
 from tests.searching.test_search import outcome
+from tests.searching.test_workers import forked_pool
 from tests.searching.testbed import (
     SETTINGS,
     config_of,
@@ -397,7 +397,7 @@ def test_workers_search_over_models_as_this_process_does(
         return found, lines[0], [(one["key"], timeless(one["result"])) for one in records]
 
     def pool(plan: EvaluatorPlan) -> Any:
-        return process_pool(plan, 1, threads=1)
+        return forked_pool(plan, 1)
 
     assert searched(tmp_path / "pool", pool=pool) == searched(tmp_path / "alone")
 

@@ -42,6 +42,8 @@ from prunezero.searching.workers.worker import Message
 from tests.searching.testbed import SETTINGS, config_of, make_task, tiny_space, tiny_testbed
 from tests.tiny_models import save_tiny_model
 
+Searched = tuple[list[tuple[object, ...]], bytes, list[tuple[str, str]]]
+
 
 class Obedient:
     """An evaluator that does as the first split of a question says."""
@@ -117,12 +119,19 @@ class Drawn:
 
 
 def stub_pool(kind: str, count: int, *, deadline: float = workers.DEADLINE) -> WorkerPool:
-    """Workers of a stub, forked from one process that has imported everything.
-
-    Where many are killed, fresh interpreters would spend a minute on imports; the tests of real
-    evaluators and of a coordinator that is killed start theirs as a search does.
-    """
+    """Workers of a stub, forked."""
     plan: Any = Stub(kind)
+    return forked_pool(plan, count, deadline=deadline)
+
+
+def forked_pool(
+    plan: EvaluatorPlan, count: int, *, deadline: float = workers.DEADLINE
+) -> WorkerPool:
+    """Workers forked from one process that has imported everything.
+
+    Where there are many, fresh interpreters would spend a minute on imports; the tests of one real
+    evaluator, and of a coordinator that is killed, start theirs as a search does.
+    """
     processes = process_pool(plan, count, threads=1, deadline=deadline)
     launcher: Any = processes._launcher
     forking = multiprocessing.get_context("forkserver")
@@ -211,6 +220,13 @@ def task_on(files: tuple[Path, Path]) -> Task:
     return make_task(tiny_space(), 0.5, testbeds=[testbed_of(files)])
 
 
+@pytest.fixture(scope="module")
+def alone(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    """What `searched` finds where this process evaluates."""
+    folder = tmp_path_factory.mktemp("alone")
+    return searched(folder, task_on(files), testbed_of(files), None)
+
+
 def searched(
     folder: Path,
     task: Task,
@@ -219,7 +235,7 @@ def searched(
     *,
     max_candidates: int = 12,
     disturb: Callable[[], None] = lambda: None,
-) -> tuple[list[tuple[object, ...]], bytes, list[tuple[str, str]]]:
+) -> Searched:
     """What must not depend on who evaluates: candidates, the journal's header, and its order."""
     evaluator = Evaluator(task, [testbed])
     journal = Journal(folder / "journal.jsonl", header(task, [testbed]), resume=False)
@@ -238,14 +254,12 @@ def searched(
 
 
 def test_one_and_three_workers_search_as_this_process_does(
-    files: tuple[Path, Path], tmp_path: Path
+    files: tuple[Path, Path], alone: Searched, tmp_path: Path
 ) -> None:
     testbed, task = testbed_of(files), task_on(files)
     plan = EvaluatorPlan.of(task.config, [testbed])
-    alone = searched(tmp_path / "alone", task, testbed, None)
     assert {"layer error", "tuning", "measurement"} == {kind for kind, _ in alone[2]}
-    for count in (1, 3):
-        processes = process_pool(plan, count, threads=1)
+    for count, processes in ((1, process_pool(plan, 1, threads=1)), (3, forked_pool(plan, 3))):
         fill(processes, count, Request(("search",), None))
         assert searched(tmp_path / str(count), task, testbed, processes) == alone
         assert not processes.at_work
@@ -480,11 +494,10 @@ def test_workers_end_with_a_coordinator_that_is_killed_and_by_no_signal_of_a_ter
 
 
 def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
-    files: tuple[Path, Path], tmp_path: Path
+    files: tuple[Path, Path], alone: Searched, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
     testbed, task = testbed_of(files), task_on(files)
-    alone = searched(tmp_path / "alone", task, testbed, None)
     actors = ray_pool(EvaluatorPlan.of(task.config, [testbed]), "local", 2, threads=1)
     died: list[int] = []
 

@@ -6,6 +6,8 @@ null, decimal numbers and text; it has no tags, anchors or aliases, and files ar
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Sized
@@ -164,7 +166,7 @@ def read_document(path: Path) -> dict[str, Any]:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise RecipeError(f"{path} is larger than {MAX_BYTES // 1024} KiB; this is no recipe")
-        data = yaml.load(raw.decode("utf-8"), Loader=_PlainLoader)
+        data = copy.deepcopy(_parsed(raw.decode("utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {reason(error, path)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -172,6 +174,12 @@ def read_document(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RecipeError(f"{path} must hold 'key: value' lines")
     return data
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Any:
+    """What the text says, not to be changed: a search reads all of `baselines/` more than once."""
+    return yaml.load(text, Loader=_PlainLoader)
 
 
 def write_document(data: dict[str, Any], path: Path) -> None:

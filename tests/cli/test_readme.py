@@ -11,11 +11,9 @@ from typer.testing import CliRunner
 
 from prunezero.cli import app
 from prunezero.pruning.recipes.recipe import Recipe
-from tests.cli.conftest import SMALL, tiny_files
+from tests.cli.conftest import SMALL, Run
 
-__all__ = ["tiny_files"]
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python|yaml)\n(.*?)```", README, flags=re.DOTALL)
 # Opens a web page, and waits.
@@ -48,10 +46,8 @@ def test_the_readme_shows_every_command() -> None:
 
 
 def test_the_commands_of_the_readme_run_one_after_another(
-    tiny_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_files: tuple[Path, Path], run: Run
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     model, text = tiny_files
     for command in commands():
         if command.startswith(SERVERS):
