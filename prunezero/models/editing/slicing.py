@@ -23,6 +23,7 @@ from prunezero.models.editing.edit import Edit
 from prunezero.models.editing.exchanging import exchange, set_number, set_value
 from prunezero.models.editing.narrowing import is_of_stream, own_setting_of_all
 from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
+from prunezero.models.editing.rotating import is_rotated, rotate_stream
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import is_of_layers, shorten
 from prunezero.models.editing.skipping import (
@@ -47,6 +48,8 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
             layers; or whole layers or channels go beside units of which layers keep different
             numbers.
     """
+    if is_rotated(selection):
+        return slices_of_one_way(language_model, selection)
     inside, *around = _in_their_order(selection)
     if len(around) > 1:
         raise ModelError(
@@ -127,6 +130,8 @@ def applied(language_model: LanguageModel, slices: Slices) -> Iterator[None]:
     """Within it the model is smaller as is known already; see `sliced`."""
     with ExitStack() as undo:
         _slice(language_model.model, slices, undo)
+        if slices.rotation is not None:
+            rotate_stream(language_model, slices.rotation, undo)
         yield
 
 
@@ -138,6 +143,11 @@ def remove(language_model: LanguageModel, selection: Selection) -> None:
     """
     slices = slices_of(language_model, selection)
     slices.refuse_faults()
+    if slices.rotation is not None:
+        raise ModelError(
+            "directions of the residual stream leave a model when it is saved, since only a class "
+            "of its own computes without them; save it without them"
+        )
     if slices.needs_own_class:
         raise ModelError(fault_of(language_model.model, slices.cuts))
     _slice(language_model.model, slices, ExitStack())
@@ -196,6 +206,8 @@ def _narrowed(language_model: LanguageModel, selection: Selection) -> Iterator[N
 # A norm divides by the width, which zeros do not change, so nothing but the smaller model computes
 # what the smaller model does.
 NARROWER = Edit(_narrowed, remove, zeros_suffice=False)
+# Directions are rows and columns of no matrix before the stream is turned.
+ROTATED = Edit(_narrowed, remove, zeros_suffice=False)
 
 
 def width_setting(
@@ -246,7 +258,8 @@ def first_units(group: Group, count: int) -> Tensor:
 def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids: Tensor) -> None:
     """Refuse a model that computes otherwise without some units than with zeros in their place.
 
-    Of channels of the stream no zeros can stand for the smaller model; that one has to run.
+    Of channels and directions of the stream no zeros can stand for the smaller model; that one has
+    to run.
 
     Args:
         language_model: with zeros in the place of the units that go.
@@ -258,7 +271,7 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
     before = logits_of(language_model, ids).double()
     with sliced(language_model, selection):
         after = logits_of(language_model, ids).double()
-    if is_of_stream(selection):
+    if is_of_stream(selection) or is_rotated(selection):
         return
     change = relative_change(after, before)
     if not change <= ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING):
