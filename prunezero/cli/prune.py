@@ -276,17 +276,23 @@ def _layers_once_checked(
         PruneZeroError: it cannot, or the recipe does not fit the model.
     """
     from prunezero.files.places import check_room
+    from prunezero.models.editing.slicing import ROTATED
     from prunezero.models.saving.save import check_names, saved_bytes
     from prunezero.pruning.recipes.recipe import Recipe
     from prunezero.pruning.reordering import Reordering
     from prunezero.pruning.staging import check_recipe, edit_of, refuse_unequal_widths
 
     if places.gguf is not None:
+        if edit_of(recipe) is ROTATED:
+            raise OutputError(
+                "no architecture of llama.cpp reads the residual stream in several bases, so a "
+                f"model without some {recipe.unit.several} is no GGUF file; leave --gguf out"
+            )
         _refuse_without_gguf(language_model)
     if padded and not edit_of(recipe).zeros_suffice:
         raise OutputError(
-            "--padded saves zeros at full size, but norms divide by the width, so a model with "
-            f"zeros is another one than that without {recipe.unit.several}; leave --padded out"
+            f"--padded saves zeros at full size, but no zeros stand for {recipe.unit.several} that "
+            "are gone; leave --padded out"
         )
     layers = check_recipe(language_model, recipe, sparsity)
     # Refuses a permutation that cannot be had.
@@ -358,7 +364,11 @@ def _save_smaller(
         f"{saved.dense.parameters:,} parameters and {saved.costs.flops / saved.dense.flops:.1%} of "
         "the FLOPs are left"
     )
-    reasons = {"own_class": "layers differ in size, so ", "own_width": "its width is unusual, so "}
+    reasons = {
+        "own_class": "layers differ in size, so ",
+        "own_width": "its width is unusual, so ",
+        "own_bases": "its residual stream has several bases, so ",
+    }
     differ = reasons.get(saved.form.kind, "")
     say(
         f"{differ}load it by {saved.form.load.replace('path/to/this/folder', str(output))}; read "

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.word_options import Channels, Depth, Options, Units
+from prunezero.pruning.recipes.word_options import Channels, Depth, Directions, Options, Units
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ class UnitKind:
     """why the whole model has to be in memory; nothing where one block at a time is enough"""
     observer: str = ""
     """module:function of `observe`; nothing where linear maps see all that formulas ask for"""
+    walker: str = ""
+    """module:function of `walk`; nothing where what formulas see is known before any unit is
+    chosen"""
 
     def groups(
         self,
@@ -129,6 +132,35 @@ class UnitKind:
         """
         look: Callable[..., dict[str, Statistics]] = _found(self.observer)
         return look(language_model, groups, windows, sums, gone=gone, progress=progress)
+
+    def walk(
+        self,
+        language_model: LanguageModel,
+        groups: Sequence[Group],
+        windows: Tensor,
+        sums: Iterable[str],
+        choose: Callable[[Group, Statistics], Tensor],
+        *,
+        damping: float,
+        is_sequential: bool,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Selection:
+        """The units that stay, chosen on a walk through the model, which says what units are.
+
+        Args:
+            windows: calibration token ids `[count, length]`.
+            sums: names of forward sums of what units hand on.
+            choose: which units of a group stay, bool [units], by its sums.
+            damping: share of the mean diagonal that is added before a decomposition.
+            is_sequential: whether later groups are seen without what went from earlier ones.
+            progress: told (what, done, total) as the work goes on.
+
+        Raises:
+            StatisticsError: a number is not finite.
+        """
+        through: Callable[..., Selection] = _found(self.walker)
+        numbers = {"damping": damping, "is_sequential": is_sequential, "progress": progress}
+        return through(language_model, groups, windows, sums, choose, **numbers)
 
     def scores(
         self,
@@ -333,6 +365,23 @@ _ROWS = (
         measure="parameters",
         options=Channels,
         whole_model="takes a part of every block along",
+    ),
+    UnitKind(
+        word="direction",
+        meaning="a principal direction of the residual stream, in front of each attention and MLP",
+        domain=DOMAINS["unit"],
+        compare={"group": ("unit",)},
+        baselines=("random_units", "slice_gpt"),
+        reference="A",
+        finder="prunezero.models.anatomy.directions:direction_groups",
+        checker="prunezero.pruning.selecting:check_units",
+        scorer="prunezero.pruning.unit_scores:direction_scores",
+        selector="prunezero.pruning.selecting:select_units",
+        editor="prunezero.models.editing.slicing:ROTATED",
+        measure="units",
+        options=Directions,
+        whole_model="turns the residual stream of the whole model",
+        walker="prunezero.models.observing.directions:chosen_directions",
     ),
     _depth(
         "attention",

@@ -68,7 +68,8 @@ def prune(
     Weights that are zero already count towards the sparsity like any other weight. Units that go
     become zeros too: the outcome says which, and tensors become smaller when the model is saved.
     Of channels of the residual stream only linear maps hold zeros, and no zeros stand for them: the
-    model computes without them within `edit.simulated` of their kind.
+    model computes without them within `edit.simulated` of their kind. Directions of the stream
+    leave all weights as they are: the outcome alone knows them.
 
     Args:
         language_model: modified; after an error some of its layers may be pruned already.
@@ -269,6 +270,9 @@ class _Job:
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""
         self.known = dict(self.dense)
+        if self.recipe.unit.row.walker:
+            self.selection = self._chosen_on_the_way(sparsity, tell)
+            return
         competes_freely = self.recipe.compare == "model"
         together = self._chosen_together(sparsity, tell) if competes_freely else Selection()
         walk = self._walk()
@@ -294,6 +298,27 @@ class _Job:
                     self.known.pop(layer.name, None)
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
+
+    def _chosen_on_the_way(self, share: float, tell: Progress) -> Selection:
+        """What stays where a walk through the model says what the units are; it stays dense."""
+        assert self.windows is not None  # check_text refused it; for the type checker
+
+        def choose(group: Group, seen: Statistics) -> Tensor:
+            self.known[group.name] = seen
+            (kept,) = self._selected([group], share).kept
+            return kept
+
+        recipe = self.recipe
+        return recipe.unit.row.walk(
+            self.language_model,
+            self.groups,
+            self.windows,
+            layer_sums(recipe),
+            choose,
+            damping=recipe.damping,
+            is_sequential=recipe.statistics == "sequential",
+            progress=tell,
+        )
 
     def _chosen_together(self, share: float, tell: Progress) -> Selection:
         """What stays where all units of the model compete."""

@@ -64,6 +64,7 @@ def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
     for recipe in recipes:
         sums = layer_sums(recipe)
         is_walked = recipe.statistics == "sequential" and not recipe.allocate.row.tries
+        is_walked |= bool(recipe.unit.row.walker)
         needed |= sums - FORWARD_SUMS if is_walked else sums
         needed |= recipe.allocate.row.sums
     return frozenset(needed)
@@ -79,7 +80,8 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
         RecipeError: there is none, or too little of it.
     """
     walks = recipe.statistics == "sequential" and layer_sums(recipe) & FORWARD_SUMS
-    needs = ["sequential statistics need"] if walks else []
+    needs = [f"unit {recipe.unit.word} needs"] if recipe.unit.row.walker else []
+    needs += ["sequential statistics need"] if walks else []
     needs += [f"criterion {recipe.criterion.text} needs"] if depth_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
     needs += ["feature SLOPE needs"] if looks_at_slopes(recipe) else []

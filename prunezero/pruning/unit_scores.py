@@ -12,7 +12,7 @@ from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.pruning.recipes.word_options import Channels, Depth, Options, Units
+from prunezero.pruning.recipes.word_options import Channels, Depth, Directions, Options, Units
 from prunezero.pruning.rescoring import reader_of, rescored
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import evaluate, refuse_unusable, score, score_depth
@@ -219,6 +219,31 @@ def _channel_scores(
     reader = Reader(linear.weight, known, member.units, 1, group.cost, group.name, seed)
     return _scored(
         criterion, member, reader, statistics, damping, tables, name=linear.name, kind=group.kind
+    )
+
+
+def direction_scores(
+    group: Group,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    *,
+    damping: float,
+    options: Directions,
+    tables: Tables | None = None,
+) -> Tensor:
+    """The scores [directions] of the residual stream in one place.
+
+    What a direction hands on is what the norm there makes of the stream along it: the square of `A`
+    is its eigenvalue, a sequence.
+
+    Raises:
+        ScoreError, StatisticsError: as `score_units` and `unit_feature`.
+    """
+    known, member = statistics.get(group.name), group.members[0]
+    weight = member.linear.weight
+    reader = Reader(weight, known, group.units, 1, group.cost, group.name, options.seed)
+    return _scored(
+        criterion, member, reader, statistics, damping, tables, name=group.name, kind=group.kind
     )
 
 

@@ -55,7 +55,7 @@ def test_a_width_that_the_usual_class_refuses_has_a_class_of_its_own(run: Run) -
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("--output out --padded", "zeros is another one than that without channels"),
+        ("--output out --padded", "no zeros stand for channels that are gone"),
         ("--statistics sequential", "a channel has a part in every block"),
         ("--targets q_proj", "is not among the layers that are pruned, but a channel of stream"),
         ("--allocate slopes", "allocate: slopes is for unit"),

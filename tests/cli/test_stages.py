@@ -38,7 +38,7 @@ def test_units_of_two_kinds_leave_one_folder(run: Run) -> None:
         ),
         (
             "prune MODEL --recipe minitron_width --sparsity 0.2 --padded --output out",
-            "another one than that without neurons, heads and channels; leave --padded out",
+            "no zeros stand for neurons, heads and channels that are gone; leave --padded out",
         ),
         ("prune MODEL --recipe two_ssp", "say how much to remove"),
     ],

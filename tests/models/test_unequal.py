@@ -278,8 +278,14 @@ def test_a_folder_that_computes_something_else_is_refused(tmp_path: Path) -> Non
 
 
 def test_the_files_of_a_class_are_short_and_plain() -> None:
-    for layout in ("pruned_llama", "pruned_gpt2"):
-        for text in class_files(layout).values():
+    for layout, is_rotated in (
+        ("pruned_llama", True),
+        ("pruned_llama", False),
+        ("pruned_gpt2", False),
+    ):
+        files = class_files(layout, is_rotated=is_rotated)
+        assert len(files) == (3 if is_rotated else 2)
+        for text in files.values():
             compile(text, layout, "exec")
             assert "prunezero" not in text and "pickle" not in text
             assert len(text.splitlines()) <= 130

@@ -139,6 +139,14 @@ class Group:
     """equal parts in which neighbouring units stand, and of each of which as many stay"""
     parts: tuple[Part, ...] = ()
     """what goes as well, beside members: of embeddings, norms and the output head"""
+    basis: Tensor | None = field(default=None, compare=False)
+    """the directions that are its units, as orthonormal columns [width of the stream, units] in
+    float64 on the CPU; None where they are not known yet, and where units are no directions"""
+
+    @property
+    def is_turned(self) -> bool:
+        """Whether its units are directions of the stream, which no rows or columns are."""
+        return self.kind == "direction"
 
     @property
     def key(self) -> tuple[str, str]:

@@ -57,11 +57,11 @@ def narrowing_of(
     fixed |= told or {}
     setting = setting_of_all(model, cuts, {}, fixed)
     if setting is not None:
-        return Narrowing(setting, numbers=_numbers(model, empty_model(model, setting)))
-    twin = _own_twin(model, told or {})
+        return Narrowing(setting, numbers=numbers_of(model, empty_model(model, setting)))
+    twin = own_twin(model, told or {})
     own = None if twin is None else setting_of_all(twin, cuts, {}, fixed)
     if own is not None:
-        return Narrowing(own=own, numbers=_numbers(model, empty_model(twin, own)))
+        return Narrowing(own=own, numbers=numbers_of(model, empty_model(twin, own)))
     width = len(next(iter(cuts.values())).kept)
     return Narrowing(
         fault=f"no configuration of {model.config.model_type} has {width} channels of the residual "
@@ -74,7 +74,7 @@ def own_setting_of_all(
     model: Any, cuts: Mapping[str, Cut], heads: Mapping[int, Heads]
 ) -> dict[str, int] | None:
     """The settings of a class of its own under which all layers are as wanted; None if none are."""
-    twin = _own_twin(model, {})
+    twin = own_twin(model, {})
     return None if twin is None else setting_of_all(twin, cuts, heads)
 
 
@@ -86,7 +86,7 @@ def _attention(model: Any) -> str:
     return ""
 
 
-def _own_twin(model: Any, settings: Mapping[str, int]) -> Any:
+def own_twin(model: Any, settings: Mapping[str, int]) -> Any:
     """An empty model of the class that takes any number of channels; None where there is none.
 
     Args:
@@ -106,7 +106,7 @@ def _own_twin(model: Any, settings: Mapping[str, int]) -> Any:
         return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(told))
 
 
-def _numbers(model: Any, empty: nn.Module | None) -> dict[tuple[str, str], Any]:
+def numbers_of(model: Any, empty: nn.Module | None) -> dict[tuple[str, str], Any]:
     """Plain numbers of modules, and shapes, that are others in the smaller model."""
     assert empty is not None  # its shapes were seen; for the type checker
     found = {}

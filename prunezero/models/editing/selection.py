@@ -47,10 +47,13 @@ class Selection:
         return [group for group in groups if group.key not in keys]
 
     def matrix_masks(self) -> dict[str, Tensor]:
-        """The masks of these matrices, bool [out, in], by name: a weight stays if its units do."""
+        """The masks of these matrices, bool [out, in], by name: a weight stays if its units do.
+
+        Directions of the stream have none, since every weight has a part in each of them.
+        """
         masks: dict[str, Tensor] = {}
         for group, kept in self:
-            for member in group.members:
+            for member in () if group.is_turned else group.members:
                 name, mask = member.linear.name, member.mask(kept)
                 masks[name] = masks[name] & mask if name in masks else mask
         return masks

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.narrowing import is_of_stream, narrowing_of
+from prunezero.models.editing.rotating import Rotation, is_rotated, rotation_of
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import Shortening, is_of_layers, shortening_of
 from prunezero.models.editing.skipping import (
@@ -61,6 +62,8 @@ class Slices:
     """plain numbers that modules keep and that follow from its width, by module and key"""
     own: Mapping[str, Any] = field(default_factory=dict)
     """what its configuration says where only a class of its own takes it"""
+    rotation: Rotation | None = None
+    """how its stream is read in other directions"""
     fault: str = ""
     """why no configuration says so; such a model runs in memory, but cannot be saved"""
 
@@ -83,7 +86,7 @@ class Slices:
             other.shortening or self.shortening,
             {**self.numbers, **other.numbers},
             {**self.own, **other.own},
-            self.fault or other.fault,
+            fault=self.fault or other.fault,
         )
         left = {name: cut for name, cut in cuts.items() if both.name_now(name)}
         return replace(both, cuts=left)
@@ -153,6 +156,9 @@ def slices_of_one_way(
         ModelError: as `slices_of`.
     """
     model = language_model.model
+    if is_rotated(selection):
+        turned = rotation_of(language_model, selection)
+        return Slices({}, {}, own=turned.settings, rotation=turned, fault=turned.fault)
     if is_of_layers(selection):
         shorter = shortening_of(model, selection)
         return Slices({}, shorter.setting, shortening=shorter)

@@ -20,8 +20,10 @@ from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import PROBE_TOKENS, logits_of, relative_change
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.edit import Edit
+from prunezero.models.editing.exchanging import exchange, set_number, set_value
 from prunezero.models.editing.narrowing import is_of_stream, own_setting_of_all
 from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
+from prunezero.models.editing.rotating import is_rotated, rotate_stream
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import is_of_layers, shorten
 from prunezero.models.editing.skipping import (
@@ -46,6 +48,8 @@ def slices_of(language_model: LanguageModel, selection: Selection) -> Slices:
             layers; or whole layers or channels go beside units of which layers keep different
             numbers.
     """
+    if is_rotated(selection):
+        return slices_of_one_way(language_model, selection)
     inside, *around = _in_their_order(selection)
     if len(around) > 1:
         raise ModelError(
@@ -126,6 +130,8 @@ def applied(language_model: LanguageModel, slices: Slices) -> Iterator[None]:
     """Within it the model is smaller as is known already; see `sliced`."""
     with ExitStack() as undo:
         _slice(language_model.model, slices, undo)
+        if slices.rotation is not None:
+            rotate_stream(language_model, slices.rotation, undo)
         yield
 
 
@@ -137,6 +143,11 @@ def remove(language_model: LanguageModel, selection: Selection) -> None:
     """
     slices = slices_of(language_model, selection)
     slices.refuse_faults()
+    if slices.rotation is not None:
+        raise ModelError(
+            "directions of the residual stream leave a model when it is saved, since only a class "
+            "of its own computes without them; save it without them"
+        )
     if slices.needs_own_class:
         raise ModelError(fault_of(language_model.model, slices.cuts))
     _slice(language_model.model, slices, ExitStack())
@@ -147,13 +158,12 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
     smaller: dict[int, nn.Parameter] = {}
     for name, cut in slices.cuts.items():
         before = model.get_parameter(name)
-        undo.callback(_put, model, name, before)
         if id(before) not in smaller:
             part = cut.of(before.detach())
             smaller[id(before)] = nn.Parameter(part, requires_grad=False)
-        _put(model, name, smaller[id(before)])
+        exchange(model, name, smaller[id(before)], undo)
     for (path, key), value in slices.numbers.items():
-        _set_number(model.get_submodule(path), key, value, undo)
+        set_number(model.get_submodule(path), key, value, undo)
     for index, heads in slices.heads.items():
         settings = layer_settings(model.config, index)
         for key, value in known_settings(settings, heads.settings).items():
@@ -161,29 +171,11 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
         _set_counts(model.get_submodule(heads.name), heads, settings, undo)
     for name, stand_in in slices.skipped.items():
         path, _, child = name.rpartition(".")
-        _set(model.get_submodule(path), child, stand_in, undo)
+        set_value(model.get_submodule(path), child, stand_in, undo)
     if slices.shortening is not None:
         shorten(model, slices.shortening, undo)
     for key, value in slices.setting.items():
-        _set(model.config.get_text_config(), key, value, undo)
-
-
-def _set(owner: Any, key: str, value: Any, undo: ExitStack) -> None:
-    if hasattr(owner, key):
-        undo.callback(setattr, owner, key, getattr(owner, key))
-    else:
-        # None in the place of nothing would be another setting.
-        undo.callback(delattr, owner, key)
-    setattr(owner, key, value)
-
-
-def _set_number(module: nn.Module, key: str, value: Any, undo: ExitStack) -> None:
-    """Let a module keep another number, and the buffers that hold it too."""
-    before = getattr(module, key)
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.dim() == 0 and torch.equal(buffer, torch.tensor(before).to(buffer)):
-            _set(module, name, torch.tensor(value).to(buffer), undo)
-    _set(module, key, value, undo)
+        set_value(model.config.get_text_config(), key, value, undo)
 
 
 def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack) -> None:
@@ -199,7 +191,7 @@ def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack)
     }
     for key, value in counts.items():
         if key in vars(module):
-            _set(module, key, value, undo)
+            set_value(module, key, value, undo)
 
 
 SMALLER = Edit(zeroed, remove)
@@ -214,6 +206,8 @@ def _narrowed(language_model: LanguageModel, selection: Selection) -> Iterator[N
 # A norm divides by the width, which zeros do not change, so nothing but the smaller model computes
 # what the smaller model does.
 NARROWER = Edit(_narrowed, remove, zeros_suffice=False)
+# Directions are rows and columns of no matrix before the stream is turned.
+ROTATED = Edit(_narrowed, remove, zeros_suffice=False)
 
 
 def width_setting(
@@ -264,7 +258,8 @@ def first_units(group: Group, count: int) -> Tensor:
 def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids: Tensor) -> None:
     """Refuse a model that computes otherwise without some units than with zeros in their place.
 
-    Of channels of the stream no zeros can stand for the smaller model; that one has to run.
+    Of channels and directions of the stream no zeros can stand for the smaller model; that one has
+    to run.
 
     Args:
         language_model: with zeros in the place of the units that go.
@@ -276,7 +271,7 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
     before = logits_of(language_model, ids).double()
     with sliced(language_model, selection):
         after = logits_of(language_model, ids).double()
-    if is_of_stream(selection):
+    if is_of_stream(selection) or is_rotated(selection):
         return
     change = relative_change(after, before)
     if not change <= ROUNDING_OF_LOGITS.get(language_model.dtype, ROUNDING):
@@ -285,23 +280,3 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
             f"else than with zeros in their place (logits differ by {change:.2g} of their norm); "
             "this layout cannot be made smaller, keep its tensors at full size"
         )
-
-
-def _put(model: nn.Module, name: str, values: Tensor) -> None:
-    """Exchange a parameter of a module, and let it know its own size."""
-    path, _, kind = name.rpartition(".")
-    module = model.get_submodule(path)
-    is_parameter = isinstance(values, nn.Parameter)
-    setattr(module, kind, values if is_parameter else nn.Parameter(values, requires_grad=False))
-    if kind != "weight":
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = values.shape
-    elif isinstance(module, nn.Embedding):
-        module.embedding_dim = values.shape[1]
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(values.shape)
-    elif values.dim() == 2:
-        # transformers' Conv1D, whose weight is [in, out].
-        for size, value in zip(("nx", "nf"), values.shape, strict=True):
-            setattr(module, size, value)

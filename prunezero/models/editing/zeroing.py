@@ -59,11 +59,11 @@ def clear_biases(selection: Selection) -> None:
 @contextmanager
 def zeroed(language_model: LanguageModel, selection: Selection) -> Iterator[None]:
     """Within it all weights and biases of the units that go are 0.0; leaving it undoes that."""
-    linears = linears_of(selection.groups)
+    linears, masks = linears_of(selection.groups), selection.matrix_masks()
     with DenseWeights(linears):
-        masks = selection.matrix_masks()
         for linear in linears:
-            clear(linear.weight, masks[linear.name])
+            if linear.name in masks:
+                clear(linear.weight, masks[linear.name])
         clear_biases(selection)
         yield
 

@@ -71,13 +71,29 @@ class Source:
             )
         is_kept = _is_kept(stored, weight)
         changed = _rounded(weight, stored.dtype)
-        if not bool((changed.isfinite() | is_kept).all()):
+        self._refuse_too_large(name, changed.isfinite() | is_kept)
+        return torch.where(is_kept, stored, changed)
+
+    def made_anew(self, name: str, weight: Tensor) -> Tensor:
+        """The same of a tensor of any shape that has nothing to do with that of the file.
+
+        Raises:
+            ModelError: a number is too large for the stored dtype.
+        """
+        stored = self.dtype_of(name)
+        assert stored is not None  # whoever asks has seen the name; for the type checker
+        changed = _rounded(weight.detach().cpu(), stored)
+        self._refuse_too_large(name, changed.isfinite())
+        return changed
+
+    def _refuse_too_large(self, name: str, fits: Tensor) -> None:
+        stored = self.dtype_of(name)
+        if stored is not None and not bool(fits.all()):
             raise ModelError(
-                f"'{name}' holds numbers that {_word(stored.dtype)}, the dtype of its file, cannot "
+                f"'{name}' holds numbers that {_word(stored)}, the dtype of its file, cannot "
                 "hold; convert the source to bfloat16 or float32 first, or choose a recipe that "
                 "leaves weights as they are"
             )
-        return torch.where(is_kept, stored, changed)
 
 
 def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, str]:

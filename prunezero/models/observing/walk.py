@@ -107,6 +107,25 @@ class BlockWalk:
         """`observe` and `advance` in one forward pass: both see the same weights."""
         return self._run(index, layers, sums, moves=True)
 
+    def carry(self, index: int, step: Callable[..., Tensor], *, moves: bool) -> None:
+        """Let `step` stand for block `index`, or for a part of it.
+
+        Args:
+            step: called with hidden states [1, length, hidden] and the other arguments of the
+                block; what it returns takes their place.
+            moves: whether the walk is behind the block then.
+
+        Raises:
+            StatisticsError: the walk is not at this block.
+        """
+        self._refuse_other_place(index)
+        rest, named = self._extras[index]
+        with torch.no_grad():
+            for place, state in enumerate(self._states):
+                found = step(state.to(self._device), *rest, **named)
+                self._states[place] = found.to(self._states_device)
+        self.position += int(moves)
+
     @contextmanager
     def replaying(self, sequence: int) -> Iterator[None]:
         """Within it, no block runs: what stands behind them gets the walk's states of a sequence.
@@ -125,11 +144,7 @@ class BlockWalk:
     def _run(
         self, index: int, layers: Sequence[Linear], sums: Iterable[str], *, moves: bool
     ) -> dict[str, Statistics]:
-        if index != self.position:
-            raise StatisticsError(
-                f"the walk is in front of block {self.position} but was asked for block {index}; "
-                "blocks are visited in order, once each"
-            )
+        self._refuse_other_place(index)
         names = _forward_sums(sums)
         here = [layer for layer in layers if layer.block == index]
         collected = {layer.name: empty_statistics(layer, names) for layer in here}
@@ -145,6 +160,13 @@ class BlockWalk:
         if names:
             _check_seen(collected)
         return collected
+
+    def _refuse_other_place(self, index: int) -> None:
+        if index != self.position:
+            raise StatisticsError(
+                f"the walk is in front of block {self.position} but was asked for block {index}; "
+                "blocks are visited in order, once each"
+            )
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -211,11 +233,16 @@ def record_calls(
         outputs.append(output)
 
     def answer(*args: Any, **kwargs: Any) -> Any:
+        if is_turned and len(extras) == len(blocks):
+            # Behind its last block the stream is wider than behind the first.
+            raise StopForwardError
         return outputs[0]
 
+    is_turned = bool(getattr(getattr(body, "config", None), "rotated", None))
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles.append(blocks[0].register_forward_hook(after))
-    with torch.no_grad(), removing(handles), answering(blocks[1:], answer):
+    ending = suppress(StopForwardError)
+    with torch.no_grad(), removing(handles), answering(blocks[1:], answer), ending:
         body(ids, use_cache=False)
     if len(extras) != len(blocks):
         raise ModelError(

@@ -86,6 +86,11 @@ def refuse_without_deci(configuration: Any, name: str) -> None:
             f"model '{name}' is of type '{kind}', which cannot be written as GGUF with layers that "
             f"differ: llama.cpp's deci is a Llama, and {why}; known: {', '.join(FAMILIES)}"
         )
+    if getattr(configuration, "rotated", None):
+        raise ModelError(
+            f"model '{name}' reads its residual stream in several bases (unit: direction), which "
+            "no architecture of llama.cpp does"
+        )
     scaling = _rope(configuration).get("rope_type", "default")
     if scaling not in ("default", "linear", "llama3"):
         raise ModelError(

@@ -1,8 +1,9 @@
 """How is a model saved whose layers differ, so that plain transformers loads it?
 
 Beside the weights stand config.json with the sizes of single layers, and the two Python files of
-the classes that read it; `trust_remote_code=True` loads such a folder. The type of the model has a
-name of its own, for the usual class of transformers would build all layers at full size.
+the classes that read it, or three where the residual stream has several bases;
+`trust_remote_code=True` loads such a folder. The type of the model has a name of its own, for the
+usual class of transformers would build all layers at full size.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def write_class_files(folder: Path) -> None:
     """
     told = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if is_own_type(told.get("model_type")):
-        for name, text in class_files(told["model_type"]).items():
+        is_rotated = bool(told.get("rotated"))
+        for name, text in class_files(told["model_type"], is_rotated=is_rotated).items():
             (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -143,15 +143,17 @@ def _save_as_source(
     model = language_model.model
     tensors = model.state_dict()
     check_names(language_model)
-    added = _new_biases(model, source)
+    added = [*_new_biases(model, source), *_new_by_rotation(model, source, slices)]
     renamed = _renamed(model, source, slices)
     parts = {name: cut.of for name, cut in slices.cuts.items() if name in source.names}
+    made = frozenset[str]() if slices.rotation is None else slices.rotation.made
+    made &= source.names.keys()
     reshaped = {
         source.names[name]: replace(
             source.shards.tensors[source.names[name]],
             shape=tuple(tensors[slices.name_now(name) or name].shape),
         )
-        for name in parts
+        for name in (*parts, *made)
     }
     mirror = Mirror(
         source.shards,
@@ -168,11 +170,14 @@ def _save_as_source(
         if stored in model_names and tensor.dtype in STORED_DTYPES:
             name = model_names[stored]
             now = slices.name_now(name) or name
-            mirror.write(stored, source.saved(name, tensors[now], parts.get(name)))
+            if name in made:
+                mirror.write(stored, source.made_anew(name, tensors[now]))
+            else:
+                mirror.write(stored, source.saved(name, tensors[now], parts.get(name)))
         else:
             mirror.copy(stored)
-    for bias in added:
-        mirror.write(bias.name, bias.bias.to(STORED_DTYPES[bias.stored.dtype]) + 0.0)
+    for one in added:
+        mirror.write(one.name, one.values.to(STORED_DTYPES[one.stored.dtype]) + 0.0)
     mirror.sync()
     copy_companions(source.folder, folder, ours=ours)
     note_opened_biases(model.config, folder)
@@ -240,25 +245,44 @@ def _note_setting(configuration: Any, slices: Slices, folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _NewBias:
-    """A bias that the files of the model lack, see `open_biases`."""
+class _New:
+    """A tensor that the files of the model lack: a bias that was opened, or made by a rotation."""
 
     name: str
     """in the files"""
     stored: StoredTensor
     """beside its weight, in the dtype of that"""
-    bias: Tensor
+    values: Tensor
     """its numbers"""
 
 
-def _new_biases(model: Any, source: Source) -> list[_NewBias]:
+def _new_biases(model: Any, source: Source) -> list[_New]:
     found = []
     for name, bias in model.named_parameters():
         weight = source.names.get(f"{name.removesuffix('.bias')}.weight", "")
         if name.endswith(".bias") and name not in source.names and weight.endswith(".weight"):
             near = source.shards.tensors[weight]
             stored = StoredTensor(near.file, near.dtype, tuple(bias.shape))
-            found.append(_NewBias(f"{weight.removesuffix('weight')}bias", stored, bias.detach()))
+            found.append(_New(f"{weight.removesuffix('weight')}bias", stored, bias.detach()))
+    return found
+
+
+def _new_by_rotation(model: Any, source: Source, slices: Slices) -> list[_New]:
+    """Matrices from basis to basis, and an output head that shared the table of embeddings."""
+    if slices.rotation is None:
+        return []
+    beside = dict(slices.rotation.names)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    named = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    if named[id(head)] not in source.names:
+        beside[named[id(head)]] = named[id(embeddings)]
+    found = []
+    for name, near in beside.items():
+        place, values = source.shards.tensors[source.names[near]], model.get_parameter(name)
+        # Names in the files may begin otherwise than those of the model.
+        start = source.names[near].removesuffix(near) if source.names[near].endswith(near) else ""
+        stored = StoredTensor(place.file, place.dtype, tuple(values.shape))
+        found.append(_New(f"{start}{name}", stored, values.detach()))
     return found
 
 

@@ -1,8 +1,8 @@
 """Which classes are models whose layers differ: in this process, and as files of a saved folder?
 
-A class of transformers gets `LayerSettings` or `UnequalLayers` put before it. The files of a folder
-hold the text of these two, so they need nothing but transformers. `load_model` reads such a folder
-by the classes of this package; files of a folder are never run.
+A class of transformers gets `LayerSettings`, or `UnequalLayers` and `RotatedStream`, put before it.
+The files of a folder hold the text of those that it needs, and need nothing but transformers.
+`load_model` reads such a folder by the classes of this package; files of a folder are never run.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunezero.models.unequal import layers, settings
+from prunezero.models.unequal import layers, rotated, settings
 from prunezero.models.unequal.layers import UnequalLayers
+from prunezero.models.unequal.rotated import RotatedStream
 from prunezero.models.unequal.settings import LayerSettings
 
 # Before the usual type of a model: other software must not take it for one.
 PREFIX = "pruned_"
 CONFIGURATION_FILE, MODEL_FILE = "configuration_pruned", "modeling_pruned"
+ROTATED_FILE = "rotated_pruned"
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,24 @@ def register(model_type: Any) -> None:
     AutoConfig.register(model_type, configuration)
     parts = vars(parts_of(model_type)) | {"config_class": configuration}
     for auto, kind in zip((AutoModel, AutoModelForCausalLM), usual[1:], strict=True):
-        auto.register(configuration, type(_own(kind), (UnequalLayers, kind), dict(parts)))
+        classes = (RotatedStream, UnequalLayers, kind)
+        auto.register(configuration, type(_own(kind), classes, dict(parts)))
 
 
-def class_files(model_type: str) -> dict[str, str]:
+def class_files(model_type: str, *, is_rotated: bool = False) -> dict[str, str]:
     """The Python files of a folder with such a model, text by file name.
 
     Args:
         model_type: begins with `PREFIX`.
+        is_rotated: whether its stream has several bases.
     """
     configuration, *models = (kind.__name__ for kind in _usual_classes(model_type) or ())
     parts = "".join(f"    {key} = {word!r}\n" for key, word in vars(parts_of(model_type)).items())
     own = f"Pruned{configuration}"
-    return {
+    more = {f"{ROTATED_FILE}.py": Path(rotated.__file__).read_text("utf-8")} if is_rotated else {}
+    before = "RotatedStream, UnequalLayers" if is_rotated else "UnequalLayers"
+    imports = f"\nfrom .{ROTATED_FILE} import RotatedStream" if is_rotated else ""
+    return more | {
         f"{CONFIGURATION_FILE}.py": (
             f"{_text(settings, f'from transformers import {configuration}')}\n\n"
             f"class {own}(LayerSettings, {configuration}):\n"
@@ -98,10 +105,10 @@ def class_files(model_type: str) -> dict[str, str]:
         f"{MODEL_FILE}.py": _text(
             layers,
             f"from transformers import {', '.join(sorted(models))}\n\n"
-            f"from .{CONFIGURATION_FILE} import {own}",
+            f"from .{CONFIGURATION_FILE} import {own}{imports}",
         )
         + "".join(
-            f"\n\nclass Pruned{name}(UnequalLayers, {name}):\n"
+            f"\n\nclass Pruned{name}({before}, {name}):\n"
             f'    """{name} with layers of different sizes."""\n\n'
             f"    config_class = {own}\n{parts}"
             for name in models

@@ -43,10 +43,10 @@ from prunezero.pruning.recipes.words import field_of, read_word, spelled, with_n
 
 # Kinds of units that cut rows and columns of the same matrices, or are one another's parts.
 _SAME_ROWS = (
-    frozenset({"neuron", "width"}),
-    frozenset({"head", "kv_group", "width"}),
-    frozenset({"attention", "block", "layer", "channel"}),
-    frozenset({"mlp", "block", "layer", "channel"}),
+    frozenset({"neuron", "width", "direction"}),
+    frozenset({"head", "kv_group", "width", "direction"}),
+    frozenset({"attention", "block", "layer", "channel", "direction"}),
+    frozenset({"mlp", "block", "layer", "channel", "direction"}),
 )
 
 

@@ -154,6 +154,35 @@ class Channels(Options):
         return ""
 
 
+class Directions(Options):
+    """How many directions of the residual stream stay in each place."""
+
+    least: int = Field(default=1, ge=1, le=10**6, description="directions that stay anyway")
+    multiple_of: int = Field(
+        default=1,
+        ge=1,
+        le=10**6,
+        description="directions that stay are a multiple of this, so fewer go",
+    )
+    seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
+
+    def limits(self, block: int, blocks: int) -> dict[str, Any]:
+        """How many directions stay anyway, and of what they are a multiple."""
+        return {"least": self.least, "multiple_of": self.multiple_of}
+
+    def fault_of(self, features: Sequence[Feature]) -> str:
+        """Of a direction is known what norms hand on along it, and what it costs."""
+        return next(
+            (
+                f"{one.name} has a value for each weight, but of a direction is known what norms "
+                "hand on along it; use A, A_mean, A_var, A1 or A2"
+                for one in features
+                if one.shape == "element"
+            ),
+            "",
+        )
+
+
 class Owl(Options):
     """Outlier-weighed layer-wise sparsity, Yin et al. 2024 (ICML), arXiv:2310.05175."""
 

@@ -98,7 +98,7 @@ _EVERY = frozenset(UNITS)
 # Words that take columns out of matrices.
 _WIDTH = frozenset({"neuron", "head", "kv_group", "width"})
 # Those without which a norm divides by another number, so that no zeros stand for them.
-_STREAM = frozenset({"channel"})
+_STREAM = frozenset({"channel", "direction"})
 _OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.observer)
 _GRAM = frozenset({"gram"})
 _SEEN_BY_READERS = frozenset({"gram", "input_sum"})

@@ -16,6 +16,7 @@ from prunezero.files.atomic import write_text
 from prunezero.models.anatomy.block_probe import logits_of
 from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.narrowing import is_of_stream
+from prunezero.models.editing.rotating import is_rotated
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
@@ -40,7 +41,8 @@ class Form:
 
     kind: str
     """plain, for classes of transformers; own_class, where layers differ in size; own_width, where
-    all are of a size that the usual configuration refuses"""
+    all are of a size that the usual configuration refuses; own_bases, where attentions and MLPs
+    read the residual stream in bases of their own"""
     load: str
     """the line of Python that loads it"""
     checked: str
@@ -57,6 +59,9 @@ class Form:
             "and the two small Python files beside it are the classes that read that.",
             "own_width": "Its width is one that the usual configuration refuses; the two small "
             "Python files beside the weights are the classes that take it.",
+            "own_bases": "Its attentions and MLPs read the residual stream in bases of their own, "
+            "and two matrices in each layer take it from one to the next; the three small Python "
+            "files beside the weights are the classes that do so.",
         }
         return (
             f"{how[self.kind]} It is loaded by\n\n```python\n{self.load}\n```\n\n"
@@ -72,6 +77,7 @@ LOADING = {
     "plain": 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
     "own_class": _BY_OWN_FILES,
     "own_width": _BY_OWN_FILES,
+    "own_bases": _BY_OWN_FILES,
 }
 
 
@@ -220,6 +226,7 @@ def save_smaller(
     save_model(model, folder, files=files, smaller=smaller)
     stored = _stored(model, smaller, folder)
     own = "own_width" if is_of_stream(smaller) else "own_class"
+    own = "own_bases" if is_rotated(smaller) else own
     kind = own if (folder / f"{MODEL_FILE}.py").is_file() else "plain"
     checked = f"its files were read anew and their logits for {window.shape[1]} tokens compared"
     difference = refuse_other_reading(folder, model, window, expected)
