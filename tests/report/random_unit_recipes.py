@@ -79,4 +79,5 @@ def random_unit_recipe(rng: random.Random) -> dict[str, Any]:
 
 def random_share(rng: random.Random) -> float:
     """A sparsity, 0 and nearly all among them."""
-    return rng.choice([0.5, 0.29, 0.2, 1 / 3, 0.75, 0.0, 0.95, round(rng.random(), 3)])
+    usual = [0.5, 0.29, 0.2, 1 / 3, round(rng.random() * 0.6, 3)]
+    return rng.choice(usual if rng.random() < 0.85 else [0.75, 0.0, 0.95, 0.999])

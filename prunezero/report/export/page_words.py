@@ -22,19 +22,24 @@ def page_docstring(recipe: Recipe, what: str, *others: str) -> str:
     """
     head = f"{recipe.name}: {what} with the criterion `{recipe.text}`."
     body = f"Source: {recipe.source}" if recipe.source else ""
-    results = map(_sentence, recipe.provenance.get("measured", []))
+    what_goes = "" if recipe.unit.is_usual else recipe.unit.several
+    results = [_sentence(row, what_goes) for row in recipe.provenance.get("measured", [])]
     return paragraphs(head, body, *results, *others)
 
 
-def _sentence(row: dict[str, Any]) -> str:
-    """A measured result, for the docstring of a page."""
+def _sentence(row: dict[str, Any], what_goes: str) -> str:
+    """A measured result, for the docstring of a page.
+
+    Args:
+        what_goes: units that are removed; empty for single weights, whose pattern is told.
+    """
     validation, test = (
         shown(PERPLEXITY, row.get(key)) for key in ("validation_perplexity", "test_perplexity")
     )
     mean = "geometric mean of " if row.get("regimes") else ""
     return (
         f"{_named(row)}: {mean}test perplexity {test}, validation {validation}, at sparsity "
-        f"{row['sparsity']:g} ({row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
+        f"{row['sparsity']:g} ({what_goes or row['pattern']}), {windows_of(row)}, {seeds_of(row)}."
     )
 
 
