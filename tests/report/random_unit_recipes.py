@@ -21,7 +21,7 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "channels": ("sum", "mean", "max", "l2"),
     "normalise": ("zscore", "mean", "l2", "max"),
     "measure": ("units", "flops", "weights", "kv bytes"),
-    "least": (2, 3, 20),
+    "least": (2, 2, 3, 20),
     "multiple_of": (2, 8, 16),
     "protect_first": (1,),
     "protect_last": (1, 2),
@@ -63,7 +63,7 @@ def random_unit_recipe(rng: random.Random) -> dict[str, Any]:
         numbers = {**numbers, key: rng.choice(OPTIONS[key])}
     known = UNITS[word].options.model_fields
     recipe["unit"] = {word: {key: value for key, value in numbers.items() if key in known}}
-    if rng.random() < 0.1:
+    if rng.random() < 0.05:
         recipe[rng.choice(["targets", "ignore"])] = [rng.choice(["re:mlp|fc", "re:attn|attention"])]
     if rng.random() < 0.05:
         recipe |= rng.choice(
