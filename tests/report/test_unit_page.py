@@ -137,7 +137,8 @@ def test_heads_that_are_counted_elsewhere_are_refused_before_anything_changes() 
             {"unit": {"neuron": {"measure": "milliseconds"}}},
             r"unit: neuron \(measure milliseconds\)",
         ),
-        ({"criterion": "A/MS"}, "criterion: MS"),
+        ({"criterion": "A/MS"}, r"criterion: MS \(measured on trial\)"),
+        ({"criterion": "A*SLOPE"}, r"criterion: SLOPE \(measured on trial\)"),
     ],
 )
 def test_what_no_page_can_follow_is_refused_in_a_sentence(fields: Any, said: str) -> None:

@@ -63,8 +63,13 @@ def unfit_units(recipe: Recipe) -> list[str]:
     found = (
         [f"unit: {unit.word} ({', '.join(f'{k} {v}' for k, v in left.items())})"] if left else []
     )
-    timed = "MS" in recipe.criterion.features
-    return [*found, *(["criterion: MS, which is measured on a machine"] if timed else [])]
+    features = [name for name in recipe.criterion.features if not _can_make(name)]
+    return found + [f"criterion: {name} (measured on trial)" for name in features]
+
+
+def _can_make(feature: str) -> bool:
+    """Whether sums, weights and counts of a model are all that a feature follows from."""
+    return {*FEATURES[feature].inputs} <= {*SUMS, *_MADE, *_COUNTS, "weight"}
 
 
 def extras_of_units(recipe: Recipe) -> list[Choice]:
