@@ -36,6 +36,8 @@ def export(
 ) -> None:
     """Write a recipe as a one-page pruner that needs torch and nothing of prunezero.
 
+    A page for neurons and heads zeroes them, or takes them out of their matrices.
+
     `--kernel` writes the formula as a Triton kernel: from a layer's weight and features to its
     scores. It needs torch and Triton, and is there for every recipe of one formula, since it takes
     of it the formula alone.
@@ -45,6 +47,8 @@ def export(
         prunezero export --recipe first --output pruner.py
 
         prunezero export --recipe wanda --statistics dense --output wanda.py
+
+        prunezero export --recipe mask_fisher --output mask_fisher.py
 
         prunezero export --recipe first --output pruner.py --kernel kernel.py
 
@@ -74,7 +78,8 @@ def export(
     if output is not None:
         write_pruner(chosen, output)
         say(f"wrote {output}: {chosen.text}")
-        fraction = "--sparsity 0.5 " if chosen.pattern == "free" else ""
+        share = "0.5" if chosen.unit.is_usual else "0.2"
+        fraction = f"--sparsity {share} " if chosen.pattern == "free" else ""
         say(f"run it: python {shell_word(output)} MODEL_FOLDER TEXT_FILE {fraction}--output PRUNED")
     if kernel is not None:
         write_kernel(chosen, kernel)

@@ -116,7 +116,7 @@ def test_a_gguf_file_that_cannot_be_is_refused_before_the_work(
         ("prune MODEL --sparsity 0.2 --allocate owl", "allocate: owl is for unit weight"),
         ("prune MODEL --sparsity 0.2 --targets q_proj", "is part of an MLP, so no neuron can go"),
         ("prune MODEL --sparsity 0.2 --ignore up_proj", "takes a part of it along"),
-        ("export --output page.py", "which a one-page pruner cannot follow"),
+        ("export --output page.py", "looks at the dense model alone; add --statistics dense"),
         ("export --kernel page.py", "a kernel file scores single weights"),
     ],
 )

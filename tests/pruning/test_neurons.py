@@ -35,7 +35,6 @@ from prunezero.pruning.requirements import checked_groups, dense_sums, refuse_un
 from prunezero.pruning.streamed import checked_sums
 from prunezero.pruning.testbed import with_choices
 from prunezero.report.export.kernel import kernel_page
-from prunezero.report.export.page import pruner_page
 from prunezero.report.runs.warm_start import rules_of
 from prunezero.scoring.statistics import Statistics
 from prunezero.searching.spaces.space import SearchSpace
@@ -300,8 +299,6 @@ def test_what_works_on_weights_alone_refuses_before_the_work(
 ) -> None:
     with pytest.raises(OutputError, match="has unit: neuron, but a kernel file scores single"):
         kernel_page(chosen)
-    with pytest.raises(OutputError, match="has unit: neuron.* a one-page pruner cannot follow"):
-        pruner_page(chosen)
     with pytest.raises(RecipeError, match="unit neuron takes rows and columns out of several"):
         checked_sums(chosen, BATCHES)
     with pytest.raises(RecipeError, match="a search writes formulas of single weights"):

@@ -73,6 +73,15 @@ def test_a_winner_that_no_page_can_follow_is_kept_without_one(tmp_path: Path) ->
     assert json.loads((folder / "results.json").read_text())["rows"] == [row()]
 
 
+def test_a_winner_of_units_has_a_page_that_says_what_was_measured(tmp_path: Path) -> None:
+    recipe = Recipe.load("mask_fisher")
+    (tmp_path / "one").mkdir()
+    write_winner(recipe, [row(recipe="mask_fisher", sparsity=0.2)], tmp_path / "one")
+    page = " ".join((tmp_path / "one" / "pruner.py").read_text().split())
+    assert page.startswith('"""mask_fisher: remove neurons and key-value heads')
+    assert "test perplexity 8.25" in page and "0.2 (neurons and key-value groups)" in page
+
+
 def test_a_pruned_model_without_a_perplexity_is_saved_with_a_report_that_is_json(
     tmp_path: Path,
 ) -> None:

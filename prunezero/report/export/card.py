@@ -46,7 +46,7 @@ def model_card(
     license_id: str = "",
     note: str = "",
     size: str = ZEROS_TAKE_ROOM,
-    unit: str = "weight",
+    several: str = "weights",
 ) -> str:
     """The card's text: front matter of the model hub, then the report.
 
@@ -60,14 +60,14 @@ def model_card(
         license_id: the base model's license when it is known, such as "apache-2.0".
         note: Markdown to add at the end.
         size: what pruning makes of the size of the files, in a sentence or two.
-        unit: what was removed.
+        several: what was removed, in the plural.
     """
     what = "are exact zeros" if size == ZEROS_TAKE_ROOM else "are gone"
     parts = [
-        _front_matter(base_model, license_id, is_sparse=unit == "weight"),
+        _front_matter(base_model, license_id, is_sparse=several == "weights"),
         size,
         f"# {markdown_text(base_model.rstrip('/').split('/')[-1])}, pruned\n\n"
-        f"Pruned by prunezero: the {unit}s with the lowest value of this formula {what}."
+        f"Pruned by prunezero: the {several} with the lowest value of this formula {what}."
         f"\n\n$$ {criterion.latex} $$\n\nAs text: {markdown_code(criterion.text)}",
     ]
     parts += [

@@ -19,9 +19,9 @@ from prunezero.formula.code import split_steps
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES, Feature
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.report.export.page import paragraphs
 from prunezero.report.export.page_lines import feature_lines
 from prunezero.report.export.page_text import check_page
+from prunezero.report.export.page_words import paragraphs
 from prunezero.scoring.kernels.source import Plan, plan
 
 # Of the generated kernels, those that a score needs.

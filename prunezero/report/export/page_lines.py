@@ -10,8 +10,6 @@ from prunezero.scoring.statistics import SUMS
 
 # Names that a feature's text reads, and how a page makes them.
 _MADE = {"upper": "inverse_factor(stats, DAMPING)"}
-# Functions of `page_parts.py` that make them.
-HELPERS = {"upper": ("inverse_factor", "inverse_of_upper")}
 
 
 def feature_lines(name: str) -> list[str]:
@@ -29,7 +27,7 @@ def feature_lines(name: str) -> list[str]:
 def sum_lines(source: str, sums: Iterable[str]) -> list[str]:
     """The lines that add to those of the sums that are made from a source what its values give."""
     return [
-        f'add(stats, "{source}", "{name}", {row.torch})'
+        f'{"add_row" if row.by_sequence else "add"}(stats, "{source}", "{name}", {row.torch})'
         for name, row in SUMS.items()
         if name in sums and row.source == source
     ]

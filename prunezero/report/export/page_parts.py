@@ -6,6 +6,7 @@ The functions stand here as they stand in a page, behind those of `pruner_templa
 import re
 import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,13 +23,9 @@ def linear_maps(model: Any) -> tuple[dict[str, Any], list[str]]:
         raise RefusalError(
             "the model is an encoder-decoder; only decoder-only models can be pruned"
         )
-    lists = {name: m for name, m in model.named_modules() if is_block_list(name, m)}
-    outer = [name for name in lists if not any(name.startswith(f"{o}.") for o in lists)]
-    if not outer:
-        raise RefusalError("the model has no list of equal decoder blocks with linear layers in it")
-    prefix = max(outer, key=lambda name: len(lists[name]))
+    prefix, blocks = block_list(model)
     found: dict[str, Any] = {}
-    for index, block in enumerate(lists[prefix]):
+    for index, block in enumerate(blocks):
         for path, parameter in block.named_parameters():
             if parameter.dim() == 3 and "expert" in path:
                 raise RefusalError(f"{path} holds fused weights of experts, which is not supported")
@@ -40,7 +37,9 @@ def linear_maps(model: Any) -> tuple[dict[str, Any], list[str]]:
         weight = module.weight
         if weight.is_meta or weight.dim() != 2 or weight.dtype.itemsize < 2:
             raise RefusalError(f"the weight of {name} is quantized, packed or not loaded")
-    never = uncalled(model, found)
+    called = calls(model, found)
+    # Text decides about experts.
+    never = [name for name in found if name not in called and "expert" not in name]
     first: dict[Any, tuple[str, Any]] = {}
     for name, module in found.items():
         if name not in never:
@@ -48,16 +47,22 @@ def linear_maps(model: Any) -> tuple[dict[str, Any], list[str]]:
     return dict(first.values()), never
 
 
-def uncalled(model: Any, layers: dict[str, Any]) -> list[str]:
-    """Names of layers that the forward pass never calls; text decides about experts."""
-    left = dict(layers)
+def block_list(model: Any) -> tuple[str, Any]:
+    """The name and list of the decoder blocks."""
+    lists = {name: m for name, m in model.named_modules() if is_block_list(name, m)}
+    outer = [name for name in lists if not any(name.startswith(f"{o}.") for o in lists)]
+    if not outer:
+        raise RefusalError("the model has no list of equal decoder blocks with linear layers in it")
+    prefix = max(outer, key=lambda name: len(lists[name]))
+    return prefix, lists[prefix]
+
+
+def calls(model: Any, layers: dict[str, Any]) -> list[str]:
+    """Names of layers in the order in which a forward pass first calls them."""
+    order: dict[str, None] = {}
     versions = [parameter._version for parameter in model.parameters()]
-
-    def note(name: str) -> None:
-        left.pop(name, None)
-
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: note(name))
+        module.register_forward_pre_hook(lambda *_, name=name: order.update({name: None}))
         for name, module in layers.items()
     ]
     try:
@@ -65,13 +70,13 @@ def uncalled(model: Any, layers: dict[str, Any]) -> list[str]:
             model(torch.tensor([[0, 1]]).to(next(model.parameters()).device), use_cache=False)
     except Exception:
         # Whoever needs the pass is told of it there.
-        return []
+        return list(layers)
     finally:
         for hook in hooks:
             hook.remove()
     if versions != [parameter._version for parameter in model.parameters()]:
         raise RefusalError("the model's own forward pass changes its weights")
-    return [name for name in left if "expert" not in name]
+    return list(order)
 
 
 def is_linear(module: Any) -> bool:
@@ -83,6 +88,25 @@ def is_block_list(name: str, module: Any) -> bool:
     """Whether a module is a list of equal blocks with linear maps in them."""
     equal = isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1
     return equal and "expert" not in name and any(is_linear(m) for m in module.modules())
+
+
+def chosen(
+    model: Any, layers: dict[str, Any], targets: list[str], ignore: list[str]
+) -> dict[str, Any]:
+    """Those of the layers that some patterns mean, all if there are none, and others do not."""
+    modules = [name for name, _ in model.named_modules()]
+    for pattern, names in [*((t, layers) for t in targets), *((i, modules) for i in ignore)]:
+        if not any(fits(pattern, name) for name in names):
+            raise RefusalError(f"{pattern!r} matches no layer; there are {list(layers)[:3]}...")
+    found = {
+        name: module
+        for name, module in layers.items()
+        if (not targets or any(fits(pattern, name) for pattern in targets))
+        and not any(fits(pattern, name) for pattern in ignore)
+    }
+    if not found:
+        raise RefusalError("no layer is left to prune; IGNORE takes away all that TARGETS choose")
+    return found
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -145,6 +169,57 @@ def check_text(model: Any, batches: list[Tensor]) -> None:
             raise RefusalError(f"{ids.shape[1]} tokens; the model takes 2 to {longest} at once")
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise RefusalError("a token id is not in the model's vocabulary")
+
+
+def add(stats: dict[str, Any], source: str, name: str, value: Tensor) -> None:
+    """Add to a sum of a layer what some values give."""
+    check_values(stats, source, value)
+    stats[name] += value
+
+
+def add_row(stats: dict[str, Any], source: str, name: str, value: Tensor) -> None:
+    """Keep what the values of a sequence give, one row for each."""
+    check_values(stats, source, value)
+    stats[name] = torch.cat([stats[name], value[None]]) if name in stats else value[None]
+
+
+def check_values(stats: dict[str, Any], source: str, value: Tensor) -> None:
+    """Refuse numbers that are none."""
+    if not torch.isfinite(value).all():
+        raise RefusalError(f"the {source} of {stats['layer']} hold NaN or infinite numbers")
+
+
+def count_tokens(stats: dict[str, Any], source: str, values: Tensor) -> None:
+    """Count the tokens and sequences that inputs or outputs of a layer are of."""
+    stats[f"tokens of {source}"] += values[..., 0].numel()
+    stats[f"sequences of {source}"] += len(values) if values.dim() == 3 else 1
+
+
+def counted(stats: dict[str, Any], sums: list[str], whole: dict[str, int]) -> dict[str, Any]:
+    """The sums of a layer with the tokens and sequences that they are of."""
+    of_gradients = [name for name in sums if "gradient" in name]
+    if not stats.keys() >= {*sums} - {*of_gradients}:
+        raise RefusalError(f"no token of the text reaches {stats['layer']}, so nothing ranks it")
+    if not all(torch.as_tensor(stats[name]).any() for name in of_gradients):
+        raise RefusalError(f"all gradients of {stats['layer']} are zero, so they rank nothing")
+    for word, total in whole.items():
+        seen = [value for name, value in stats.items() if name.startswith(f"{word} of")]
+        stats[word] = max([*seen, total if of_gradients else 0])
+    return stats
+
+
+def keep_settings(dense: Path, pruned: Path, anew: tuple[str, ...] = ()) -> None:
+    """Put settings of the dense model beside the weights, byte for byte but for some names.
+
+    A library that writes settings anew writes its own dialect of them, and weights for one user.
+    """
+    for path in pruned.iterdir():
+        own = dense / path.name
+        is_kept = path.suffix in (".json", ".jinja") and ".index." not in path.name
+        if own.is_file() and is_kept and path.name not in anew:
+            path.write_bytes(own.read_bytes())
+        if path.is_file():
+            path.chmod((pruned / "config.json").stat().st_mode)
 
 
 def inverse_factor(stats: dict[str, Any], damping: float) -> Tensor:

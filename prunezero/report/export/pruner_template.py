@@ -18,8 +18,13 @@ from torch import Tensor
 
 from prunezero.report.export.page_parts import (
     RefusalError,
+    add,
     check_text,
+    chosen,
+    count_tokens,
+    counted,
     fits,
+    keep_settings,
     linear_maps,
     matrix,
     windows,
@@ -189,33 +194,7 @@ def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[s
         for parameter, flag in before:
             parameter.requires_grad_(flag).grad = None
     counts = {"tokens": sum(ids.numel() for ids in batches), "sequences": len(batches)}
-    return {name: counted(stats[name], counts) for name in layers}
-
-
-def counted(stats: dict[str, Any], whole: dict[str, int]) -> dict[str, Any]:
-    """The sums of a layer with the tokens and sequences that they are of."""
-    of_gradients = [name for name in SUMS if "gradient" in name]
-    if not stats.keys() >= {*SUMS} - {*of_gradients}:
-        raise RefusalError(f"no token of the text reaches {stats['layer']}, so nothing ranks it")
-    if not all(torch.as_tensor(stats[name]).any() for name in of_gradients):
-        raise RefusalError(f"all gradients of {stats['layer']} are zero, so they rank nothing")
-    for word, total in whole.items():
-        seen = [value for name, value in stats.items() if name.startswith(f"{word} of")]
-        stats[word] = max([*seen, total if of_gradients else 0])
-    return stats
-
-
-def add(stats: dict[str, Any], source: str, name: str, value: Tensor) -> None:
-    """Add to a sum of a layer what some values give."""
-    if not torch.isfinite(value).all():
-        raise RefusalError(f"the {source} of {stats['layer']} hold NaN or infinite numbers")
-    stats[name] += value
-
-
-def count_tokens(stats: dict[str, Any], source: str, values: Tensor) -> None:
-    """Count the tokens and sequences that inputs or outputs of a layer are of."""
-    stats[f"tokens of {source}"] += values[..., 0].numel()
-    stats[f"sequences of {source}"] += len(values) if values.dim() == 3 else 1
+    return {name: counted(stats[name], SUMS, counts) for name in layers}
 
 
 def find_linears(model: Any) -> dict[str, Any]:
@@ -223,25 +202,14 @@ def find_linears(model: Any) -> dict[str, Any]:
     everything, never = linear_maps(model)
     if never:
         warnings.warn(f"left alone, for nothing calls them: {', '.join(never)}", stacklevel=3)
-    modules = [name for name, _ in model.named_modules()]
-    for pattern, names in [*((t, everything) for t in TARGETS), *((i, modules) for i in IGNORE)]:
-        if not any(fits(pattern, name) for name in names):
-            raise RefusalError(f"{pattern!r} matches no layer; there are {list(everything)[:3]}...")
-    chosen = {
-        name: module
-        for name, module in everything.items()
-        if (not TARGETS or any(fits(pattern, name) for pattern in TARGETS))
-        and not any(fits(pattern, name) for pattern in IGNORE)
-    }
-    if not chosen:
-        raise RefusalError("no layer is left to prune; IGNORE takes away all that TARGETS choose")
+    found = chosen(model, everything, TARGETS, IGNORE)
     for own in OWN:
-        if not any(fits(own, name) for name in chosen):
+        if not any(fits(own, name) for name in found):
             raise RefusalError(f"no layer matches {own!r}, which has a formula of its own")
-    for name in chosen:
+    for name in found:
         if sum(fits(own, name) for own in OWN) > 1:
             raise RefusalError(f"{name} has two formulas of its own, of {OWN}")
-    return chosen
+    return found
 
 
 if __name__ == "__main__":
@@ -278,10 +246,4 @@ if __name__ == "__main__":
     print(f"{report['zeros']} weights are zero, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
-    # A library that writes settings anew writes its own dialect of them, and weights for one user.
-    for path in Path(options.output).iterdir():
-        own = Path(options.model, path.name)
-        if own.is_file() and path.suffix in (".json", ".jinja") and ".index." not in path.name:
-            path.write_bytes(own.read_bytes())
-        if path.is_file():
-            path.chmod(Path(options.output, "config.json").stat().st_mode)
+    keep_settings(Path(options.model), Path(options.output))

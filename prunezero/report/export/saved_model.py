@@ -117,7 +117,7 @@ def files_beside(
             license_id=licence,
             note=note,
             size=_size(costs, dense_costs, form),
-            unit=first.unit.word,
+            several=first.unit.several,
         ),
         "recipe.yaml": recipe.to_yaml(),
         "report.json": json.dumps(report, indent=2, allow_nan=False) + "\n",
