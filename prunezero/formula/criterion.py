@@ -108,6 +108,10 @@ class Criterion:
     def __hash__(self) -> int:
         return hash(self.text)
 
+    def __reduce__(self) -> tuple[Callable[[str], Criterion], tuple[str]]:
+        # Functions such as row_norm are classes that no other process can look up.
+        return Criterion.parse, (self.text,)
+
     @cached_property
     def latex(self) -> str:
         """The formula in LaTeX, in the letters of the papers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,9 @@ def test_a_space_with_nothing_left_or_an_unknown_signal_is_one_sentence(
     with pytest.raises(RecipeError, match=complaint) as refused:
         validated(SearchSpace, fields, "mine.yaml")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", search_spaces())
+def test_a_space_travels_to_workers_with_all_its_terminals(name: str) -> None:
+    space = SearchSpace.load(name)
+    assert pickle.loads(pickle.dumps(space)) == space
