@@ -16,8 +16,14 @@ from prunezero.scoring.unit_features import Reader, unit_feature
 ROWS = [name for name in features_of_domain("unit") if FEATURES[name].shape == "row"]
 OUT, IN, TOKENS, SEQUENCES = 5, 6, 24, 3
 DAMPING = 0.01
-COST = {"parameters": 7.0, "flops": 14.0, "kv bytes": 3.0, "milliseconds": 0.125}
-COSTS = {"PARAMS": "parameters", "FLOPS": "flops", "KV_BYTES": "kv bytes", "MS": "milliseconds"}
+COST = {"parameters": 7.0, "flops": 14.0, "kv bytes": 3.0, "milliseconds": 0.125, "slope": 0.375}
+COSTS = {
+    "PARAMS": "parameters",
+    "FLOPS": "flops",
+    "KV_BYTES": "kv bytes",
+    "MS": "milliseconds",
+    "SLOPE": "slope",
+}
 
 Array = np.ndarray[Any, Any]
 
