@@ -29,7 +29,7 @@ from tests.searching.test_search import outcome, session_in
 from tests.searching.test_workers import Drawing, asked, fill, is_running, stub_pool, until
 from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
-BUDGET = 24
+BUDGET = 40
 KILLS = 20
 SPENT = ("seconds", "elapsed")
 
