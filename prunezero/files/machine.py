@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from contextlib import suppress
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,6 +22,17 @@ def processor() -> str:
         for key in ("model name", "flags", "Features"):
             found += [line for line in lines if line.startswith(key)][:1]
     return joined_digest(found)
+
+
+def conditions(device: torch.device) -> list[str]:
+    """Words that change with whatever of this machine and its libraries may change a number."""
+    return [
+        device.type,
+        *graphics(device).values(),
+        processor(),
+        str(torch.get_num_threads()),
+        *(version(name) for name in ("prunezero", "torch", "transformers")),
+    ]
 
 
 def graphics(device: torch.device) -> dict[str, str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from prunezero.files.cache import cache_dir
 from prunezero.files.digests import joined_digest
-from prunezero.files.machine import graphics, processor
+from prunezero.files.machine import conditions
 from prunezero.files.measured import keep_numbers, numbers_in
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.loading.language_model import LanguageModel
@@ -86,18 +85,6 @@ def with_slopes(
 
 def _conditions(language_model: LanguageModel, unit: str, windows: Tensor) -> str:
     """Hexadecimal digits that change with whatever could change a distance."""
-    device = language_model.device
-    return joined_digest(
-        [
-            language_model.fingerprint,
-            str(language_model.dtype),
-            unit,
-            windows_fingerprint(windows),
-            device.type,
-            *graphics(device).values(),
-            processor(),
-            str(torch.get_num_threads()),
-            *(version(name) for name in ("prunezero", "torch", "transformers")),
-            str(_FORMAT),
-        ]
-    )
+    model, text = language_model, windows_fingerprint(windows)
+    words = (model.fingerprint, str(model.dtype), unit, text, *conditions(model.device))
+    return joined_digest([*words, str(_FORMAT)])

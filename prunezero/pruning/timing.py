@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from prunezero.errors import ModelError, PruneZeroWarning
 from prunezero.files.cache import cache_dir
 from prunezero.files.digests import joined_digest
-from prunezero.files.machine import graphics, processor
+from prunezero.files.machine import conditions
 from prunezero.files.measured import keep_numbers, numbers_in
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import find_blocks
@@ -117,20 +116,9 @@ def _length(language_model: LanguageModel) -> int:
 
 def _machine(language_model: LanguageModel, length: int) -> str:
     """Hexadecimal digits that change with whatever could change a time."""
-    device = language_model.device
-    return joined_digest(
-        [
-            language_model.fingerprint,
-            str(language_model.dtype),
-            device.type,
-            *graphics(device).values(),
-            processor(),
-            str(torch.get_num_threads()),
-            str(length),
-            *(version(name) for name in ("prunezero", "torch", "transformers")),
-            str(_FORMAT),
-        ]
-    )
+    model = language_model
+    words = (model.fingerprint, str(model.dtype), *conditions(model.device), str(length))
+    return joined_digest([*words, str(_FORMAT)])
 
 
 def _looks_of(group: Group, language_model: LanguageModel) -> str:

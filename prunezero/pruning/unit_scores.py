@@ -15,7 +15,7 @@ from prunezero.models.anatomy.groups import Group, Member
 from prunezero.pruning.recipes.word_options import Channels, Depth, Directions, Options, Units
 from prunezero.pruning.rescoring import reader_of, rescored
 from prunezero.scoring.feature_values import feature
-from prunezero.scoring.score import evaluate, refuse_unusable, score, score_depth
+from prunezero.scoring.score import refuse_unusable, score, score_depth, score_units
 from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.tables import Tables
 from prunezero.scoring.unit_features import Reader, noise, unit_feature
@@ -166,10 +166,9 @@ def _scored(
     part = member.oriented(weight)
     if tables is None:
         values = {of: value(of) for of in criterion.features}
-        scores = evaluate(criterion, values, part.shape)[:, :1]
-    else:
-        place = (member.linear.name, reader.units, reader.seed, damping)
-        scores = tables.value(criterion, place, value)
+        return score_units(criterion, part, values, group=name, kind=kind)
+    place = (member.linear.name, reader.units, reader.seed, damping)
+    scores = tables.value(criterion, place, value)
     refuse_unusable(scores, criterion, part, name, kind=kind)
     return scores[:, 0]
 

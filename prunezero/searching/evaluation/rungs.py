@@ -92,17 +92,14 @@ class Rungs:
 
     def _masking(self, rules: Sequence[Rule]) -> list[Recipe]:
         """Of each rule what the layer error sees; how single weights are mended it does not."""
-        also = () if self.task.space.unit == "weight" else ("update", "damping")
-        return [
-            self.task.recipe(
-                Rule(
-                    rule.criterion,
-                    shown_by_mask(rule)
-                    | {key: rule.choices[key] for key in also if key in rule.choices},
-                ),
-                "it",
-            )
+        also = set() if self.task.space.unit == "weight" else {"update", "damping"}
+        seen = [
+            {key: value for key, value in rule.choices.items() if key in also} | shown_by_mask(rule)
             for rule in rules
+        ]
+        return [
+            self.task.recipe(Rule(rule.criterion, choices), "it")
+            for rule, choices in zip(rules, seen, strict=True)
         ]
 
     def rows(self, recipes: Sequence[Recipe], splits: Sequence[str]) -> Iterator[dict[str, Any]]:

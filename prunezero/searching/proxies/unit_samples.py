@@ -20,7 +20,6 @@ arXiv:2302.04089, for S.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,9 +29,7 @@ from torch import Tensor
 from prunezero.errors import FactorizationError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.groups import Group
-from prunezero.models.editing.selection import Selection
 from prunezero.pruning.budget import Budget
-from prunezero.pruning.kinds import UnitKind
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.second_order import damped_gram
 from prunezero.scoring.statistics import Statistics, sum_of
@@ -55,6 +52,8 @@ class UnitSamples:
     """by the name of a linear map; of parts of the depth, by that of a group"""
     tables: Tables = field(default_factory=Tables)
     """of the features and reductions that formulas share"""
+    _readings: dict[tuple[str, float, bool], _Reading] = field(default_factory=dict, init=False)
+    """by group, damping, and whether inputs are without their mean"""
 
     def scores(
         self, criteria: Sequence[Criterion], damping: float
@@ -91,7 +90,10 @@ class UnitSamples:
         }
         for budget in budgets:
             asked = replace(budget, measure=recipe.unit.measure)
-            yield list(_chosen(kind, groups, known, asked, recipe.compare).kept)
+            chosen = kind.select(
+                groups, lambda group: known[group.name], asked, compare=recipe.compare
+            )
+            yield list(chosen.kept)
 
     def error(self, recipe: Recipe, masks: Sequence[Tensor]) -> float:
         """The share of the blocks' outputs that is lost, gradient-weighted.
@@ -103,34 +105,25 @@ class UnitSamples:
             return self._distance(masks)
         lost = whole = 0.0
         for group, kept in zip(self.groups, masks, strict=True):
-            reading = _reading(self, group.name, recipe.damping, "bias" in recipe.updates)
+            reading = self._reading(group, recipe.damping, "bias" in recipe.updates)
             whole += reading.whole
             if not bool(kept.all()):
                 gone = (~kept).repeat_interleave(group.reader.width)
                 lost += reading.lost(gone, is_refitted="refit" in recipe.updates)
         return lost / max(whole, 1e-30)
 
+    def _reading(self, group: Group, damping: float, is_centred: bool) -> _Reading:
+        key = group.name, damping, is_centred
+        if key not in self._readings:
+            known = self.statistics[group.reader.linear.name]
+            self._readings[key] = _Reading.of(group, known, damping, is_centred)
+        return self._readings[key]
+
     def _distance(self, masks: Sequence[Tensor]) -> float:
         sizes = [float(sum_of(self.statistics[group.name], DISTANCE)) for group in self.groups]
         gone = [int((~kept).sum()) for kept in masks]
         lost = sum(size * count for size, count in zip(sizes, gone, strict=True))
         return max(lost, 0.0) / max(sum(map(abs, sizes)), 1e-30)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def _chosen(
-    kind: UnitKind,
-    groups: Sequence[Group],
-    known: Mapping[str, Tensor],
-    budget: Budget,
-    compare: str,
-) -> Selection:
-    return kind.select(groups, lambda group: known[group.name], budget, compare=compare)
 
 
 @dataclass(frozen=True)
@@ -148,6 +141,29 @@ class _Reading:
     whole: float
     """energy of all outputs"""
 
+    @classmethod
+    def of(cls, group: Group, known: Statistics, damping: float, is_centred: bool) -> _Reading:
+        """What the reader of a group makes of it.
+
+        Raises:
+            FactorizationError: its Gram matrix cannot be inverted.
+        """
+        linear, count = group.reader.linear, group.units * group.reader.width
+        gram = sum_of(known, "gram").double() / known.tokens
+        if is_centred:
+            total = sum_of(known, "input_sum")
+            gram = centred(sum_of(known, "gram"), total, known.tokens) / known.tokens
+        weight = linear.weight.detach().double()
+        if ROW_WEIGHTS in known.sums:
+            weight = weight * (known.sums[ROW_WEIGHTS].double() / known.tokens).sqrt()[:, None]
+        matrix = damped_gram(gram, damping)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed) != 0:
+            raise FactorizationError(f"the Gram matrix of {group.name} is not positive definite")
+        ridge = float((matrix.diagonal() - gram.diagonal()).mean())
+        whole = float((weight * (weight @ gram)).sum())
+        return cls(weight.T[:count], matrix, torch.cholesky_inverse(factor), ridge, whole)
+
     def lost(self, gone: Tensor, *, is_refitted: bool) -> float:
         """Energy of the outputs that columns made which go, bool [in]."""
         columns = self.columns[gone]
@@ -157,25 +173,3 @@ class _Reading:
             return float(energy - self.ridge * columns.square().sum())
         factor = torch.linalg.cholesky(self.inverse[gone][:, gone])
         return float(torch.linalg.solve_triangular(factor, columns, upper=False).square().sum())
-
-
-@functools.lru_cache(maxsize=4096)
-def _reading(samples: UnitSamples, name: str, damping: float, is_centred: bool) -> _Reading:
-    group = next(group for group in samples.groups if group.name == name)
-    linear, count = group.reader.linear, group.units * group.reader.width
-    known = samples.statistics[linear.name]
-    gram = sum_of(known, "gram").double() / known.tokens
-    if is_centred:
-        total = sum_of(known, "input_sum")
-        gram = centred(sum_of(known, "gram"), total, known.tokens) / known.tokens
-    weight = linear.weight.detach().double()
-    if ROW_WEIGHTS in known.sums:
-        weight = weight * (known.sums[ROW_WEIGHTS].double() / known.tokens).sqrt()[:, None]
-    matrix = damped_gram(gram, damping)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed) != 0:
-        raise FactorizationError(f"the Gram matrix of {group.name} is not positive definite")
-    columns = weight.T[:count]
-    ridge = float((matrix.diagonal() - gram.diagonal()).mean())
-    whole = float((weight * (weight @ gram)).sum())
-    return _Reading(columns, matrix, torch.cholesky_inverse(factor), ridge, whole)
