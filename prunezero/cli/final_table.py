@@ -110,10 +110,10 @@ def verdict(rows: list[dict[str, Any]], objective: Objective = PERPLEXITY) -> li
     The strongest is the best on validation text, as published or with the winner's choices.
     """
     winner, others = rows[-1], [row for row in rows[:-1] if row["recipe"] != "dense"]
-    best = _best(others, objective)
+    best = best_on_validation(others, objective)
     if best is None or objective.of(winner, "test") is None:
         return ["no published recipe to compare with was measurable"]
-    published = _best([row for row in others if not _is_on_same_terms(row)], objective)
+    published = best_on_validation([row for row in others if not _is_on_same_terms(row)], objective)
     told = [_compared(winner, best, objective)]
     if published is not None and _is_on_same_terms(best):
         told.append(_shared(winner, best, published, objective))
@@ -126,7 +126,10 @@ def _is_on_same_terms(row: dict[str, Any]) -> bool:
     return str(row["recipe"]).endswith(SAME_TERMS)
 
 
-def _best(rows: list[dict[str, Any]], objective: Objective) -> dict[str, Any] | None:
+def best_on_validation(
+    rows: list[dict[str, Any]], objective: Objective = PERPLEXITY
+) -> dict[str, Any] | None:
+    """The best row on validation text of those that were measurable; None if none was."""
     found = [(row, [objective.of(row, split) for split in ("validation", "test")]) for row in rows]
     measured = [(values[0], row) for row, values in found if None not in values]
     return min(measured, key=lambda pair: pair[0] or 0.0, default=(None, None))[1]

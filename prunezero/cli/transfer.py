@@ -187,11 +187,9 @@ def _summary(rows: Sequence[Row], name: str) -> Any:
     return table
 
 
-def _best_of(rows: Sequence[Row]) -> str:
+def _best_of(rows: list[Row]) -> str:
+    from prunezero.cli.final_table import best_on_validation
     from prunezero.cli.tables import cell
 
-    measured = [row for row in rows if row["validation_perplexity"] is not None]
-    best = min(measured, key=lambda row: row["validation_perplexity"], default=None)
-    if best is None:
-        return "-"
-    return f"{cell('test_perplexity', best['test_perplexity'])} {best['recipe']}"
+    best = best_on_validation(rows)
+    return f"{cell('test_perplexity', best['test_perplexity'])} {best['recipe']}" if best else "-"

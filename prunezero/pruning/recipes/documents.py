@@ -196,6 +196,26 @@ def to_yaml(data: dict[str, Any]) -> str:
     return yaml.dump(data, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=100)
 
 
+class Document(BaseModel):
+    """What is kept as one YAML file."""
+
+    def to_yaml(self) -> str:
+        """What its file holds; keys left at nothing are left out."""
+        return to_yaml(self._fields())
+
+    def save(self, path: Path) -> None:
+        """Write it to a file that is read back to an equal one.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_document(self._fields(), path)
+
+    def _fields(self) -> dict[str, Any]:
+        fields = self.model_dump(mode="json", by_alias=True)
+        return {key: value for key, value in fields.items() if value not in ("", [], {})}
+
+
 def validated(kind: type[Model], data: dict[str, Any], source: str) -> Model:
     """The data as `kind`, or one error that lists every fault by source, key and nearest word.
 

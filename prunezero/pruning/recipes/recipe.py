@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -39,14 +38,13 @@ from prunezero.models.anatomy.patterns import fitting
 from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
     MOST_WORDS,
+    Document,
     LayerPattern,
     LayerPatterns,
     checked,
     find_document,
     read_document,
-    to_yaml,
     validated,
-    write_document,
 )
 from prunezero.pruning.recipes.measured_rows import check_provenance
 from prunezero.pruning.recipes.word_options import Iterative
@@ -101,7 +99,7 @@ def refuse_features(unit: Unit, criterion: Criterion) -> None:
 TOLD_ONLY = {"schema_version", "name", "source", "published", "note", "provenance"}
 
 
-class Recipe(BaseModel):
+class Recipe(Document):
     """How to prune a model: a criterion and the choices around it."""
 
     model_config = ConfigDict(
@@ -370,22 +368,6 @@ class Recipe(BaseModel):
         source = "a tree in the form of Pruner-Zero, arXiv:2406.02924"
         fields = {"name": path.stem, "source": source, "criterion": criterion}
         return validated(cls, fields, str(path))
-
-    def to_yaml(self) -> str:
-        """The recipe as its file holds it; choices left at nothing are left out."""
-        return to_yaml(self._fields())
-
-    def save(self, path: Path) -> None:
-        """Write the recipe to a file that `Recipe.load` reads back to an equal one.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        write_document(self._fields(), path)
-
-    def _fields(self) -> dict[str, Any]:
-        fields = self.model_dump(mode="json", by_alias=True)
-        return {key: value for key, value in fields.items() if value not in ("", [], {})}
 
 
 def with_patterns(criteria: Mapping[str, Criterion]) -> list[str]:

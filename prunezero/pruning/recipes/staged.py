@@ -31,11 +31,10 @@ from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import costliest
 from prunezero.pruning.recipes.documents import (
+    Document,
     find_document,
     read_document,
-    to_yaml,
     validated,
-    write_document,
 )
 from prunezero.pruning.recipes.recipe import TOLD_ONLY, Recipe, published_recipes
 from prunezero.pruning.recipes.word_options import Options, Part, Power
@@ -214,7 +213,7 @@ class StagedUnits:
         return all(stage.recipe.unit.row.edit.zeros_suffice for stage in self.stages)
 
 
-class StagedRecipe(BaseModel):
+class StagedRecipe(Document):
     """Recipes of whole units, one after another on the same model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
@@ -290,22 +289,6 @@ class StagedRecipe(BaseModel):
         ]
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return validated(StagedRecipe, fields | {"stages": stages}, f"recipe {self.name}")
-
-    def to_yaml(self) -> str:
-        """The recipe as its file holds it, with the bodies of all stages."""
-        return to_yaml(self._fields())
-
-    def save(self, path: Path) -> None:
-        """Write the recipe to a file that `load_recipe` reads back to an equal one.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        write_document(self._fields(), path)
-
-    def _fields(self) -> dict[str, Any]:
-        fields = self.model_dump(mode="json", by_alias=True)
-        return {key: value for key, value in fields.items() if value not in ("", [], {})}
 
 
 AnyRecipe = Recipe | StagedRecipe
