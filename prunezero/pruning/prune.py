@@ -44,7 +44,7 @@ from prunezero.pruning.requirements import (
     layer_sums,
     settled_sparsity,
 )
-from prunezero.pruning.slopes import looks_at_slopes, with_slopes
+from prunezero.pruning.slopes import with_slopes
 from prunezero.pruning.stages import Stages
 from prunezero.pruning.unit_scores import weight_scores
 from prunezero.pruning.updates.mend import Work, mend
@@ -195,7 +195,7 @@ class _Job:
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
         recipe = self.recipe
-        if looks_at_slopes(recipe):
+        if "SLOPE" in recipe.features:
             assert self.windows is not None  # check_text refused it; for the type checker
             self.groups = with_slopes(
                 self.groups,

@@ -19,7 +19,6 @@ from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Slopes
 from prunezero.pruning.selecting import left_of, shares_of
-from prunezero.pruning.slopes import looks_at_slopes
 from prunezero.pruning.timing import are_needed, with_milliseconds
 from prunezero.pruning.unit_allocation import Ladder
 from prunezero.scoring.feature_values import needed_sums
@@ -49,13 +48,13 @@ def settled_sparsity(pattern: str, sparsity: float | None) -> float:
 
 def layer_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums of a layer that the recipe's formulas and updates look at."""
-    of_formulas = needed_sums(recipe.formulas) - BLOCK_SUMS.keys()
+    of_formulas = needed_sums([recipe]) - BLOCK_SUMS.keys()
     return of_formulas.union(*(choice.row.sums for choice in recipe.update))
 
 
 def depth_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums of parts of the depth that the recipe's formula looks at."""
-    return needed_sums(recipe.formulas) & BLOCK_SUMS.keys()
+    return needed_sums([recipe]) & BLOCK_SUMS.keys()
 
 
 def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
@@ -84,7 +83,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
     needs += ["sequential statistics need"] if walks else []
     needs += [f"criterion {recipe.criterion.text} needs"] if depth_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
-    needs += ["feature SLOPE needs"] if looks_at_slopes(recipe) else []
+    needs += ["feature SLOPE needs"] if "SLOPE" in recipe.features else []
     if recipe.looks_anew:
         needs.append("statistics that are collected anew need")
     if needs and windows is None:

@@ -1,9 +1,9 @@
 """How far does a model move, for each unit of a place, when the first of them go?
 
-The feature `SLOPE`: every group loses one step by itself, those units that `M2` ranks lowest, the
-columns that stay are refitted, and the distance to the dense model is measured on calibration text.
-It is one number for a group, which formulas set off against what tells its units apart: scores of
-one place say little of another place, and a forward pass says it.
+The feature `SLOPE`, and `normalise: slope`: every group loses one step by itself, those units that
+`M2` ranks lowest, the columns that stay are refitted, and the distance to the dense model is
+measured on calibration text. It is one number for a group, which formulas set off against what
+tells its units apart: scores of one place say little of another place, and a forward pass says it.
 
 What is measured is kept in the cache, for a model, its calibration text, processor and number of
 threads, so that a search measures it once.
@@ -37,11 +37,6 @@ _WINDOWS = 4
 _FORMAT = 1
 
 
-def looks_at_slopes(recipe: Recipe) -> bool:
-    """Whether a formula of the recipe holds `SLOPE`."""
-    return any("SLOPE" in criterion.features for criterion in recipe.formulas)
-
-
 def with_slopes(
     groups: Sequence[Group],
     language_model: LanguageModel,
@@ -67,11 +62,11 @@ def with_slopes(
     """
     path = (cache or cache_dir()) / "slopes" / f"{_conditions(language_model, unit, windows)}.json"
     known = numbers_in(path)
+    fields = {"name": "slope", "criterion": "M2", "compare": "group", "update": "refit"}
+    recipe = validated(Recipe, {**fields, "unit": unit}, "the recipe of SLOPE")
+    counts = first_steps(groups, recipe.unit.measure)
     if missing := [group for group in groups if group.name not in known]:
-        fields = {"name": "slope", "criterion": "M2", "compare": "group", "update": "refit"}
-        recipe = validated(Recipe, {**fields, "unit": unit}, "the recipe of SLOPE")
         seen = windows[:_WINDOWS]
-        counts = first_steps(groups, recipe.unit.measure)
         with torch.no_grad(), Trials(language_model, recipe, groups, statistics, seen) as trials:
             for done, group in enumerate(missing, start=1):
                 count = counts[group.name]
@@ -80,7 +75,10 @@ def with_slopes(
                 if progress is not None:
                     progress("distances without some units, of group", done, len(missing))
         keep_numbers(path, known)
-    return [replace(one, cost={**one.cost, "slope": known[one.name]}) for one in groups]
+    return [
+        replace(one, cost={**one.cost, "slope": known[one.name]}, first=counts[one.name])
+        for one in groups
+    ]
 
 
 def _conditions(language_model: LanguageModel, unit: str, windows: Tensor) -> str:

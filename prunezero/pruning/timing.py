@@ -54,9 +54,7 @@ Clock = Callable[[], float]
 
 def are_needed(recipe: Recipe) -> bool:
     """Whether a recipe counts in milliseconds, or looks at them."""
-    return recipe.unit.measure == "milliseconds" or any(
-        "MS" in criterion.features for criterion in recipe.formulas
-    )
+    return recipe.unit.measure == "milliseconds" or "MS" in recipe.features
 
 
 def with_milliseconds(

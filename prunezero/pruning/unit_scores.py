@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -37,6 +38,21 @@ NORMALISE: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda scores: scores / scores.square().sum().sqrt(),
     "max": lambda scores: scores / scores.abs().max(),
 }
+
+
+def _comparable(scores: Tensor, group: Group, options: Units) -> Tensor:
+    """The scores [units] of a group, made comparable with those of others."""
+    if options.normalise != "slope":
+        return NORMALISE[options.normalise](scores)
+    if "slope" not in group.cost:
+        raise StatisticsError("how far the model moves when the first units go is not known")
+    if not group.first:
+        # Not one step can go there, so what stands there goes last.
+        return torch.full_like(scores, torch.finfo(scores.dtype).max)
+    lowest = scores.double().sort().values[: group.first].mean()
+    # Scores that are no sizes, or of which the lowest are nothing, cannot be stretched.
+    scale = group.cost["slope"] / lowest if lowest > 0 else lowest * math.inf
+    return (scores * (scale / group.cost_of(options.measure))).to(scores.dtype)
 
 
 def weight_scores(
@@ -98,9 +114,8 @@ def _normalised(
 ) -> Tensor:
     """The scores [units] of a group, made comparable."""
     if options.rescore:
-        return NORMALISE[options.normalise](
-            rescored(group, criterion, statistics, damping=damping, at_once=options.rescore)
-        )
+        found = rescored(group, criterion, statistics, damping=damping, at_once=options.rescore)
+        return _comparable(found, group, options)
     scores = [
         _member_scores(group, member, criterion, statistics, damping, options, tables)
         for member in group.members
@@ -108,7 +123,7 @@ def _normalised(
     ]
     # One by itself keeps all its bits.
     found = scores[0] if len(scores) == 1 else COMBINE[options.combine](torch.stack(scores))
-    return NORMALISE[options.normalise](found)
+    return _comparable(found, group, options)
 
 
 def _member_scores(

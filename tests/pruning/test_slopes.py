@@ -127,3 +127,55 @@ def test_a_slope_that_nobody_measured_is_told() -> None:
         UNITS["width"].scores(
             group, chosen.criterion, seen(model), damping=0.01, options=chosen.unit.options
         )
+
+
+def test_normalised_by_slope_the_first_units_of_every_place_sum_to_what_was_measured(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    chosen = recipe_of(criterion="M2", unit={"width": {"normalise": "slope"}})
+    plain = recipe_of(criterion="M2")
+    for group in found(model, known, tmp_path):
+        scores, before = (scores_of(group, one, known) for one in (chosen, plain))
+        assert scores.argsort(stable=True).tolist() == before.argsort(stable=True).tolist()
+        lowest = float(scores.double().sort().values[: group.first].sum())
+        moved = group.cost["slope"] * group.first
+        assert lowest * group.cost["parameters"] == pytest.approx(moved, rel=1e-5)
+
+
+def test_normalised_by_slope_sizes_of_scores_do_not_matter() -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    dense = [linear.weight.detach().clone() for linear in find_linears(model.model)]
+    kept = []
+    for criterion in ("M2", "100*M2"):
+        fields = {"criterion": criterion, "unit": {"width": {"normalise": "slope"}}}
+        chosen = recipe_of(**fields, update="refit")
+        assert chosen.signal == "oracle"
+        outcome = prune(model, chosen, 0.3, statistics=known, windows=WINDOWS)
+        kept.append(torch.cat([one.flatten() for one in outcome.selection.kept]))
+        for linear, weight in zip(find_linears(model.model), dense, strict=True):
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+    assert kept[0].equal(kept[1])
+    with pytest.raises(PruneZeroError, match="feature SLOPE needs calibration text"):
+        prune(model, chosen, 0.3, statistics=known)
+
+
+@pytest.mark.parametrize("criterion", ["M2-10", "-M2"])
+def test_scores_whose_lowest_are_nothing_are_not_normalised_by_slope(
+    criterion: str, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    chosen = recipe_of(criterion=criterion, unit={"width": {"normalise": "slope"}})
+    (group, *_) = found(model, known, tmp_path)
+    with pytest.raises(PruneZeroError, match="cannot be normalised by slope"):
+        scores_of(group, chosen, known)
+
+
+def scores_of(group: Group, recipe: Recipe, known: dict[str, Statistics]) -> torch.Tensor:
+    return recipe.unit.row.scores(
+        group, recipe.criterion, known, damping=0.01, options=recipe.unit.options
+    )

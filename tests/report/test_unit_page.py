@@ -129,6 +129,7 @@ def test_heads_that_are_counted_elsewhere_are_refused_before_anything_changes() 
     ("fields", "said"),
     [
         ({"unit": {"width": {"rescore": 8}}, "criterion": "Lr0"}, r"unit: width \(rescore 8\)"),
+        ({"unit": {"width": {"normalise": "slope"}}}, r"unit: width \(normalise slope\)"),
         ({"unit": "layer", "criterion": "BI", "compare": "model"}, "unit: layer"),
         ({"unit": "channel", "criterion": "A2"}, "unit: channel"),
         ({"schedule": "iterative"}, "schedule: iterative"),

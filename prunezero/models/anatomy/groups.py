@@ -137,6 +137,8 @@ class Group:
     """whether nothing may go"""
     strata: int = 1
     """equal parts in which neighbouring units stand, and of each of which as many stay"""
+    first: int = 0
+    """units that went when its slope was measured, those of a first step; 0 where none was"""
     parts: tuple[Part, ...] = ()
     """what goes as well, beside members: of embeddings, norms and the output head"""
     basis: Tensor | None = field(default=None, compare=False)

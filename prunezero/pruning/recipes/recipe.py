@@ -276,6 +276,13 @@ class Recipe(Document):
         return tuple(dict.fromkeys((self.criterion, *self.criteria.values())))
 
     @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features that its scores are made from, by formulas or around them."""
+        of_formulas = [name for one in self.formulas for name in one.features]
+        by_slope = getattr(self.unit.options, "normalise", "") == "slope"
+        return tuple(dict.fromkeys([*of_formulas, *(["SLOPE"] if by_slope else [])]))
+
+    @property
     def text(self) -> str:
         """All its formulas on one line."""
         return "; ".join([self.criterion.text, *with_patterns(self.criteria)])
@@ -328,7 +335,7 @@ class Recipe(Document):
     def signal(self) -> str:
         """The costliest signal that the criterion and the choices around it look at."""
         signals = [choice.row.cost for choice in self.choices]
-        return costliest([*signals, *(criterion.signal for criterion in self.formulas)])
+        return costliest([*signals, *(FEATURES[name].cost for name in self.features)])
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:

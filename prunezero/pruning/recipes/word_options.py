@@ -81,8 +81,10 @@ class Units(Depth):
         description="whether units of several channels, such as heads, are scored as a whole, or "
         "each channel by itself, and how those scores become one",
     )
-    normalise: Literal["none", "zscore", "mean", "l2", "max"] = Field(
-        default="none", description="what scores of a group are made comparable by"
+    normalise: Literal["none", "zscore", "mean", "l2", "max", "slope"] = Field(
+        default="none",
+        description="what scores of a group are made comparable by; slope is how far the model "
+        "moves when the first of them go, and what they cost",
     )
     least: int = Field(default=1, ge=1, le=10**6, description="units of a group that stay anyway")
     multiple_of: int = Field(

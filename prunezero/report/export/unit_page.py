@@ -58,6 +58,8 @@ def unfit_units(recipe: Recipe) -> list[str]:
         return [f"unit: {unit.text}"]
     numbers = unit.options.model_dump(exclude_defaults=True)
     left = {key: value for key, value in numbers.items() if key in ("rescore", "swaps") and value}
+    if unit.options.normalise == "slope":
+        left["normalise"] = "slope"
     if unit.measure == "milliseconds":
         left["measure"] = unit.measure
     found = (

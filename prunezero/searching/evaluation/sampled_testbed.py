@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Protocol
 
 from torch import Tensor
@@ -123,7 +124,9 @@ def _units(
     recipe = task.recipe(task.usual, "it")
     kind = recipe.unit.row
     groups = tuple(kind.groups(layers, testbed.language_model))
-    if "SLOPE" in task.space.features:
+    seeds = map(task.recipe, task.seeds, repeat("it"))
+    looked_at = {name for one in chain(task.space.examples("free"), seeds) for name in one.features}
+    if "SLOPE" in looked_at.union(task.space.features):
         calibration = testbed.windows("calibration")
         model, unit = testbed.language_model, kind.word
         groups = tuple(with_slopes(groups, model, unit, statistics, calibration, progress=progress))
