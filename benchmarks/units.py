@@ -79,7 +79,7 @@ def parsed() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, seed: int, path: Path) -> None:
     """Append the rows of one draw of calibration text that the file does not hold yet."""
-    conditions = {key: getattr(arguments, key) for key in CONDITIONS}
+    conditions = {key: getattr(arguments, key) for key in (*CONDITIONS, "threads", "cpu")}
     known = {place_of(row) for row in read(path)}
     shares = [float(share) for share in arguments.shares.split(",")]
     missing = []

@@ -9,10 +9,11 @@ from typing import Any
 
 from prunezero.report.plots.quality import quality_against_size
 
-# Rows stand in one table only where these are the same.
+# Rows stand in one table only where these are the same. Threads and processors differ by rounding
+# alone, and are named below.
 CONDITIONS = (
     *("model", "text", "sequence_length", "calibration_tokens", "evaluation_tokens"),
-    *("test_tokens", "threads", "cpu"),
+    "test_tokens",
 )
 
 Row = dict[str, Any]
@@ -44,13 +45,14 @@ def report(rows: list[Row]) -> list[str]:
 def _under_equal_conditions(rows: list[Row]) -> list[str]:
     one = rows[0]
     dense = [row for row in rows if row["recipe"] == "dense"]
+    machines = sorted({f"{row['threads']} threads of {row['cpu']}" for row in rows})
     lines = [
         f"## {one['model']}, float32, windows of {one['sequence_length']} tokens",
         "",
         f"{one['calibration_tokens']:,} calibration, {one['evaluation_tokens']:,} validation and "
         f"{one['test_tokens']:,} test tokens of {one['text']} text; dense: validation "
         f"{_cell(dense, 'validation_perplexity')}, test {_cell(dense, 'test_perplexity')}; "
-        f"{one['threads']} threads of {one['cpu']}.",
+        f"{' and '.join(machines)}.",
         "",
     ]
     for share in sorted({row["share"] for row in rows} - {0.0}):
