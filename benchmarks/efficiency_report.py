@@ -53,22 +53,30 @@ def by_strategy(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def report(rows: list[dict[str, Any]]) -> list[str]:
     """The tables as Markdown, one for each pattern."""
+    space = rows[0].get("space")
+    spaces = (
+        f"which like the others uses the space {space}, and nothing published"
+        if space
+        else "which uses the space pruner_zero and nothing published; the others use the space "
+        "formulas"
+    )
     lines = [
         "# What a search costs",
         "",
-        "![curves](search_efficiency.png)",
+        f"![curves](search_efficiency{f'_{space}' if space else ''}.png)",
         "",
         f"{rows[0]['model']} in {rows[0]['dtype']}, {rows[0]['evaluation_tokens']} tokens of "
-        "search and of validation text; made by `python benchmarks/search_efficiency.py`. Medians "
+        "search and of validation text; made by `python benchmarks/search_efficiency.py"
+        f"{f' --space {space}' if space else ''}`. Medians "
         "over seeds, with the smallest and largest in brackets. The target is the median of the "
         "best search perplexity "
-        f"of `{REFERENCE}`, which uses the space pruner_zero and nothing published; the others use "
-        "the space formulas, and only evolution and no-memory start from published formulas, of "
-        "which `evolution-from-scratch` knows none. An evaluation is the perplexity of one formula "
-        f"on all search text; `{REFERENCE}` is charged one for every formula, also for a mask that "
-        "it has seen. A ratio is how many times more of them the reference needs to reach the "
-        "target, by the median run: of evaluations; of evaluations and glances (KL on a quarter "
-        "of the search text, counted as a quarter); of these and evaluations on validation text. "
+        f"of `{REFERENCE}`, {spaces}, and only evolution and no-memory start from published "
+        "formulas, of which `evolution-from-scratch` knows none. An evaluation is the perplexity "
+        f"of one formula on all search text; `{REFERENCE}` is charged one for every formula, also "
+        "for a mask that it has seen. A ratio is how many times more of them the reference needs "
+        "to reach the target, by the median run: of evaluations; of evaluations and glances (KL on "
+        "a quarter of the search text, counted as a quarter); of these and evaluations on "
+        "validation text. "
         "A run that never reaches the target counts as infinite. Seconds are those that answers "
         "took when they were computed, until the end of a run.",
         "",

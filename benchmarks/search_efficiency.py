@@ -1,6 +1,7 @@
 """How many measurements does a search need to find what plain genetic programming finds?
 
     python benchmarks/search_efficiency.py             # all of it: many hours on 2 cores
+    python benchmarks/search_efficiency.py --space width --patterns free:0.2 --sequence-length 256
     python benchmarks/search_efficiency.py --report    # only write the table and the picture anew
 
 `plain-gp` is Pruner-Zero's search as published, in its own space; its budget counts evaluations,
@@ -9,7 +10,9 @@ they know how to (`evolution-from-scratch` does not), and end after some perplex
 text. All of a pattern share one journal of answers, so that no recipe is measured twice, and a
 second start goes on where the first was stopped. Every finished run is a line of
 docs/results/search_efficiency.jsonl; docs/results/search_efficiency.md is the table, and
-docs/results/search_efficiency.png the picture, of all lines under these settings.
+docs/results/search_efficiency.png the picture, of all lines under these settings. Another space has
+files of its own, such as search_efficiency_width.md; in a space of whole units all strategies, the
+reference too, search that space, and what is charged are the same perplexities.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ KEYS = (
     *("model", "dtype", "text", "pattern", "sparsity", "strategy", "seed", "limit"),
     "evaluation_tokens",
 )
+USUAL = "formulas"
 # Rows stand in one report where these are the same.
 SETTINGS = ("model", "dtype", "text", "evaluation_tokens")
 
@@ -52,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--space", default=USUAL, choices=[USUAL, "width", "neurons", "heads"])
     parser.add_argument("--patterns", nargs="+", default=["free:0.5", "2:4"])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
@@ -68,7 +73,8 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=8192, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
-    path = arguments.results / "search_efficiency.jsonl"
+    stem = "search_efficiency" + ("" if arguments.space == USUAL else f"_{arguments.space}")
+    path = arguments.results / f"{stem}.jsonl"
     heads = list(wanted(arguments))
     if not arguments.report:
         for pattern, group in itertools.groupby(heads, lambda head: head["pattern"]):
@@ -77,8 +83,8 @@ def main() -> None:
     if not any(row["strategy"] == REFERENCE for row in rows):
         raise SystemExit(f"{path} holds no finished run of {REFERENCE} to compare with")
     text = "\n".join(report(rows))
-    (arguments.results / "search_efficiency.md").write_text(text + "\n")
-    draw(rows, arguments.results / "search_efficiency.png")
+    path.with_suffix(".md").write_text(text + "\n")
+    draw(rows, path.with_suffix(".png"))
     print(text)
 
 
@@ -92,6 +98,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "model": arguments.model,
                 "dtype": arguments.dtype,
                 "text": arguments.text,
+                **({} if arguments.space == USUAL else {"space": arguments.space}),
                 "pattern": pattern,
                 "sparsity": sparsity,
                 "strategy": strategy,
@@ -133,6 +140,7 @@ def run_pattern(
     # Holds every feature of the reference's space as well, and answers alike for both.
     task = task_of({**missing[0], "strategy": "evolution", "seed": 0}, testbed)
     name = f"{pattern}-{task.budgets[0].amount:g}-{arguments.dtype}".replace(":", "_")
+    name += "" if arguments.space == USUAL else f"-{arguments.space}"
     folder = arguments.folder / name
     header = conditions(task.config, [testbed]) | {"features": list(task.space.features)}
     journal = Journal(folder / "journal.jsonl", header, resume=True)
@@ -149,9 +157,10 @@ def run_pattern(
 def task_of(head: dict[str, Any], testbed: Testbed) -> Task:
     """What one run looks for, and where it starts."""
     is_reference = head["strategy"] == REFERENCE
+    space = head.get("space", USUAL)
     config = SearchConfig.on(
         testbed,
-        space_content=SearchSpace.load("pruner_zero" if is_reference else "formulas"),
+        space_content=SearchSpace.load("pruner_zero" if is_reference and space == USUAL else space),
         sparsity=head["sparsity"],
         pattern=head["pattern"],
         seed=head["seed"],
