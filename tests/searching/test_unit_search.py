@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ def test_a_search_of_units_from_scratch_begins_with_formulas_of_its_own(
     name: str, tmp_path: Path
 ) -> None:
     testbed = tiny_testbed(num_hidden_layers=4)
-    options = {"budget": 3, "from_scratch": True}
+    options: dict[str, Any] = {"budget": 3, "from_scratch": True}
     found = list(find(testbed, tiny_space(name), 0.3, folder=tmp_path, **options))
     assert found[0].origin == "random" and "seed" not in {one.origin for one in found}
     assert any(one.validation_perplexity is not None for one in found)
