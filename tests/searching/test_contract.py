@@ -26,9 +26,10 @@ from prunezero.testing.strategies import broken_promises
 from tests.searching.testbed import make_task
 
 
+@pytest.mark.parametrize("space", ["tiny", "width", "blocks"])
 @pytest.mark.parametrize("word", STRATEGIES)
-def test_every_strategy_keeps_the_promises_that_others_are_held_to(word: str) -> None:
-    task = make_task(SearchSpace.load("tiny"), 0.5, seed=3)
+def test_every_strategy_keeps_the_promises_that_others_are_held_to(word: str, space: str) -> None:
+    task = make_task(SearchSpace.load(space), 0.5, seed=3)
     assert broken_promises(STRATEGIES[word], task) == []
 
 

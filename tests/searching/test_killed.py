@@ -29,8 +29,8 @@ from tests.searching.test_search import outcome, session_in
 from tests.searching.test_workers import Drawing, asked, fill, is_running, stub_pool, until
 from tests.searching.testbed import make_task, tiny_space, tiny_testbed
 
-BUDGET = 40
-KILLS = 20
+# By space: of how many candidates, and how often it is killed. In the second, whole units go.
+KILLED = {"formulas": (40, 20), "width": (16, 4)}
 SPENT = ("seconds", "elapsed")
 
 # A process that has imported everything forks the searches, so that each begins at once. It
@@ -46,8 +46,8 @@ NURSERY = textwrap.dedent(
     for _ in sys.stdin:
         child = os.fork()
         if not child:
-            session = session_in(Path(sys.argv[1]), resume=True)
-            for _ in search(session.rungs, max_candidates=int(sys.argv[2])): pass
+            session = session_in(Path(sys.argv[1]), sys.argv[2], resume=True)
+            for _ in search(session.rungs, max_candidates=int(sys.argv[3])): pass
             os._exit(0)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -63,14 +63,16 @@ def answers_in(path: Path) -> list[tuple[str, str, dict[str, Any]]]:
     ]
 
 
-def test_twenty_kills_of_the_search_itself_change_neither_journal_nor_candidates(
-    tmp_path: Path,
+@pytest.mark.parametrize("space", KILLED)
+def test_kills_of_the_search_itself_change_neither_journal_nor_candidates(
+    space: str, tmp_path: Path
 ) -> None:
-    session = session_in(tmp_path / "whole")
-    whole = outcome(list(search(session.rungs, max_candidates=BUDGET)))
+    budget, kills = KILLED[space]
+    session = session_in(tmp_path / "whole", space)
+    whole = outcome(list(search(session.rungs, max_candidates=budget)))
     size = session.journal.path.stat().st_size
     nursery = subprocess.Popen(
-        [sys.executable, "-c", NURSERY, str(tmp_path / "parts"), str(BUDGET)],
+        [sys.executable, "-c", NURSERY, str(tmp_path / "parts"), space, str(budget)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
@@ -79,12 +81,12 @@ def test_twenty_kills_of_the_search_itself_change_neither_journal_nor_candidates
     rng = random.Random(7)
     path = tmp_path / "parts" / "journal.jsonl"
     sizes = []
-    for kill_number in range(1, KILLS + 1):
+    for kill_number in range(1, kills + 1):
         nursery.stdin.write(b"\n")
         nursery.stdin.flush()
         child = int(nursery.stdout.readline())
         # Anywhere between where the last one ended and its share of the whole journal.
-        share = size * kill_number / (KILLS + 1)
+        share = size * kill_number / (kills + 1)
         goal = rng.uniform(written(path), max(share, written(path)))
         assert until(lambda goal=goal: written(path) >= goal, 60)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 0.05))
@@ -95,9 +97,9 @@ def test_twenty_kills_of_the_search_itself_change_neither_journal_nor_candidates
     assert nursery.wait() == 0
     nursery.stdout.close()
     # They died while they worked, not all at the same place.
-    assert len(set(sizes)) > KILLS // 2 and sizes[-1] < size
-    again = session_in(tmp_path / "parts", resume=True)
-    assert outcome(list(search(again.rungs, max_candidates=BUDGET))) == whole
+    assert len(set(sizes)) > kills // 2 and sizes[-1] < size
+    again = session_in(tmp_path / "parts", space, resume=True)
+    assert outcome(list(search(again.rungs, max_candidates=budget))) == whole
     assert answers_in(path) == answers_in(session.journal.path)
 
 

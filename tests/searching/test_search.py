@@ -36,8 +36,10 @@ def closed_journals() -> Iterator[None]:
 OPENED: list[Session] = []
 
 
-def session_in(folder: Path, *, resume: bool = False, seed: int = 0, **space: object) -> Session:
-    task = make_task(tiny_space(**space), 0.5, seed=seed)
+def session_in(
+    folder: Path, name: str = "formulas", *, resume: bool = False, seed: int = 0, **space: object
+) -> Session:
+    task = make_task(tiny_space(name, **space), 0.5, seed=seed)
     session = open_session([tiny_testbed()], task, folder, resume=resume)
     OPENED.append(session)
     return session

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,25 +29,20 @@ from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.baselines import baselines, on_terms_of, published_equivalent
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
+from prunezero.searching.history import History
 from prunezero.searching.proxies.samples import ROW_WEIGHTS
 from prunezero.searching.proxies.unit_samples import UnitSamples
 from prunezero.searching.search import search
 from prunezero.searching.session import find, make_task, open_session
 from prunezero.searching.spaces.space import SearchSpace
-from prunezero.searching.strategies.genetics import random_criterion
+from prunezero.searching.strategies.catalogue import STRATEGIES
+from prunezero.searching.strategies.genetics import as_seen, random_criterion
 from tests.searching.test_search import outcome
-from tests.searching.testbed import config_of, tiny_testbed
-
-SMALL = {"generation": 6, "population": 8, "quick_kl": 3, "trials": 4}
-
-
-def space_of(name: str, **changes: object) -> SearchSpace:
-    fields = SearchSpace.load(name).model_dump(mode="json")
-    return SearchSpace.model_validate({**fields, **SMALL, **changes})
+from tests.searching.testbed import config_of, tiny_space, tiny_testbed
 
 
 def task_of(name: str = "width", **changes: object) -> Task:
-    return make_task(config_of(space_of(name, **changes), 0.3))
+    return make_task(config_of(tiny_space(name, **changes), 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def removed_by(group: Group, kept: Tensor) -> Tensor:
 def test_tables_give_every_formula_the_scores_that_the_pruning_gives_it(
     samples: UnitSamples, unit: object
 ) -> None:
-    space, rng, tables = space_of("width"), random.Random(1), Tables()
+    space, rng, tables = tiny_space("width"), random.Random(1), Tables()
     options, row, tried = chosen_unit(unit).options, UNITS["width"], 0
     while tried < 25:
         criterion = random_criterion(space, rng)
@@ -181,8 +178,8 @@ def test_masks_are_the_selection_of_the_pruning_itself(
 def test_a_search_of_units_finds_candidates_and_goes_on_as_it_would_have(
     name: str, testbed: Testbed, tmp_path: Path
 ) -> None:
-    task = make_task(config_of(space_of(name), 0.5, testbeds=[testbed]))
-    whole = list(find(testbed, space_of(name), 0.5, folder=tmp_path / "whole", budget=14))
+    task = make_task(config_of(tiny_space(name), 0.5, testbeds=[testbed]))
+    whole = list(find(testbed, tiny_space(name), 0.5, folder=tmp_path / "whole", budget=14))
     assert sum(one.validation_perplexity is not None for one in whole) >= 1
     assert {one.status for one in whole} <= {"new", "known", "invalid"}
     found = []
@@ -195,9 +192,36 @@ def test_a_search_of_units_finds_candidates_and_goes_on_as_it_would_have(
     assert outcome(found) == outcome(whole)
 
 
+@pytest.mark.parametrize("name", ["width", "neurons", "heads", "blocks"])
+def test_a_search_of_units_from_scratch_begins_with_formulas_of_its_own(
+    name: str, tmp_path: Path
+) -> None:
+    testbed = tiny_testbed(num_hidden_layers=4)
+    options: dict[str, Any] = {"budget": 3, "from_scratch": True}
+    found = list(find(testbed, tiny_space(name), 0.3, folder=tmp_path, **options))
+    assert found[0].origin == "random" and "seed" not in {one.origin for one in found}
+    assert any(one.validation_perplexity is not None for one in found)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_measures_formulas_of_units(
+    strategy: str, testbed: Testbed, tmp_path: Path
+) -> None:
+    space = tiny_space("width", signals="activations", tuned=0)
+    found = list(find(testbed, space, 0.5, folder=tmp_path, budget=6, strategy=strategy))
+    assert {one.mask for one in found if one.search_perplexity is not None} - {""}
+
+
+def test_words_that_rank_units_alone_are_whole_formulas_for_optuna() -> None:
+    task = task_of("blocks", fresh_depth=1, constants=[])
+    proposals = itertools.islice(STRATEGIES["optuna"].start(task)(History(), 0), 40)
+    found = {one.rule.criterion.text for one in proposals if one is not None}
+    assert found == {"BI", "ANG", "REL", "NLL", "KL", "PARAMS", "FLOPS"}
+
+
 def test_a_search_of_blocks_screens_by_the_distance_without_each(tmp_path: Path) -> None:
     testbed = tiny_testbed(num_hidden_layers=4)
-    space = space_of("blocks", choices={"schedule": ["one-shot", "greedy"]})
+    space = tiny_space("blocks", choices={"schedule": ["one-shot", "greedy"]})
     found = list(find(testbed, space, 0.3, folder=tmp_path, budget=6))
     assert any(one.validation_perplexity is not None for one in found)
     task = make_task(config_of(space, 0.3, testbeds=[testbed]))
@@ -244,8 +268,6 @@ def test_nothing_is_taken_from_a_formula_whose_values_count() -> None:
         ({"compare": "model", "unit": {"width": {"normalise": "zscore"}}}, True),
         ({"compare": "model", "unit": {"width": {"members": "all"}}}, True),
     ):
-        from prunezero.searching.strategies.genetics import as_seen
-
         seen = as_seen(rising, task.space, task.competing(choices))
         assert (seen == rising) is kept
 

@@ -216,15 +216,23 @@ def testbed_of(files: tuple[Path, Path]) -> Testbed:
     return set_up(str(files[0]), files[1], SETTINGS, dtype="float32", device="cpu")
 
 
-def task_on(files: tuple[Path, Path]) -> Task:
-    return make_task(tiny_space(), 0.5, testbeds=[testbed_of(files)])
+def task_on(files: tuple[Path, Path], space: str = "formulas") -> Task:
+    return make_task(tiny_space(space), 0.5, testbeds=[testbed_of(files)])
+
+
+@pytest.fixture(scope="module", params=["formulas", "width"])
+def space(request: pytest.FixtureRequest) -> str:
+    """A search over single weights, then one over whole units."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def alone(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Searched:
+def alone(
+    space: str, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Searched:
     """What `searched` finds where this process evaluates."""
     folder = tmp_path_factory.mktemp("alone")
-    return searched(folder, task_on(files), testbed_of(files), None)
+    return searched(folder, task_on(files, space), testbed_of(files), None)
 
 
 def searched(
@@ -254,9 +262,9 @@ def searched(
 
 
 def test_one_and_three_workers_search_as_this_process_does(
-    files: tuple[Path, Path], alone: Searched, tmp_path: Path
+    space: str, files: tuple[Path, Path], alone: Searched, tmp_path: Path
 ) -> None:
-    testbed, task = testbed_of(files), task_on(files)
+    testbed, task = testbed_of(files), task_on(files, space)
     plan = EvaluatorPlan.of(task.config, [testbed])
     assert {"layer error", "tuning", "measurement"} == {kind for kind, _ in alone[2]}
     for count, processes in ((1, process_pool(plan, 1, threads=1)), (3, forked_pool(plan, 3))):
@@ -494,10 +502,10 @@ def test_workers_end_with_a_coordinator_that_is_killed_and_by_no_signal_of_a_ter
 
 
 def test_actors_of_a_cluster_search_as_this_process_does_although_one_is_killed(
-    files: tuple[Path, Path], alone: Searched, tmp_path: Path
+    space: str, files: tuple[Path, Path], alone: Searched, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    testbed, task = testbed_of(files), task_on(files)
+    testbed, task = testbed_of(files), task_on(files, space)
     actors = ray_pool(EvaluatorPlan.of(task.config, [testbed]), "local", 2, threads=1)
     died: list[int] = []
 

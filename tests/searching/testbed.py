@@ -34,10 +34,12 @@ def tiny_testbed(family: str = "llama", **changes: Any) -> Testbed:
     return Testbed(tiny_model(family, **changes), tiny_text(), SETTINGS)
 
 
-def tiny_space(**changes: Any) -> SearchSpace:
-    """The space of `search_spaces/formulas.yaml`, in small generations."""
-    fields = SearchSpace.load("formulas").model_dump(mode="json")
+def tiny_space(name: str = "formulas", /, **changes: Any) -> SearchSpace:
+    """A space of `search_spaces/`, in small generations."""
+    fields = SearchSpace.load(name).model_dump(mode="json")
     small = {"generation": 6, "population": 8, "measured": 2, "max_complexity": 12}
+    if fields["unit"] != "weight":
+        small |= {"quick_kl": 3, "trials": 4}
     return SearchSpace.model_validate({**fields, **small, **changes})
 
 

@@ -1,9 +1,9 @@
-"""The trace of one seeded tiny search: its candidates in their order, and what each rung said.
+"""The traces of seeded tiny searches: candidates in their order, and what each rung said.
 
-    python -m tests.searching.trace     # writes tests/searching/trace.json anew
+    python -m tests.searching.trace     # writes tests/searching/trace*.json anew
 
 `test_trace.py` searches again and compares, so that whatever changes how a search goes shows as a
-difference of that file.
+difference of these files.
 """
 
 from __future__ import annotations
@@ -17,18 +17,30 @@ from typing import Any
 from prunezero.searching.session import find
 from tests.searching.testbed import tiny_space, tiny_testbed
 
-PATH = Path(__file__).with_suffix(".json")
+# By space: where its trace is. The first removes single weights, the other whole units.
+PATHS = {
+    "formulas": Path(__file__).with_suffix(".json"),
+    "width": Path(__file__).with_name("trace_width.json"),
+}
+# The sparsity of each: at 0.5 the KL of some recipes of units differ in last bits alone.
+SPARSITIES = {"formulas": 0.5, "width": 0.7}
+# What is changed in each space, so that a small search has candidates of every origin.
+CHANGES: dict[str, dict[str, Any]] = {
+    "formulas": {"tuned": 1, "trials": 4, "criteria": ["q_proj", "down_proj"]},
+    "width": {"tuned": 1},
+}
 BUDGET = 18
 # Of a candidate's row; what it costs and names of masks are left out.
 WORDS = ("slot", "generation", "origin", "parents", "status", "formula", "choices")
 NUMBERS = ("layer_error", "kl", "search_perplexity", "validation_perplexity")
 
 
-def trace() -> list[dict[str, Any]]:
+def trace(name: str) -> list[dict[str, Any]]:
     """Each candidate as it was proposed, then again on every rung that it reached."""
-    space = tiny_space(tuned=1, trials=4, criteria=["q_proj", "down_proj"])
+    space = tiny_space(name, **CHANGES[name])
     with tempfile.TemporaryDirectory() as folder:
-        found = find(tiny_testbed(), space, 0.5, folder=folder, budget=BUDGET, seed=5)
+        testbed, sparsity = tiny_testbed(), SPARSITIES[name]
+        found = find(testbed, space, sparsity, folder=folder, budget=BUDGET, seed=5)
         return [_step(candidate.row()) for candidate in found]
 
 
@@ -52,4 +64,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["PRUNEZERO_CACHE"] = cache
-        PATH.write_text(text_of(trace()))
+        for name, path in PATHS.items():
+            path.write_text(text_of(trace(name)))

@@ -143,12 +143,10 @@ def _spelled(trial: Any, space: SearchSpace, place: str, depth: int) -> Any:
     """The sub-formula at a place such as `n0.1`, of at most `depth` levels.
 
     A number is offered where an operator has a first operand already, and at the root nothing that
-    is the same for all weights: else four formulas of five would rank nothing.
+    is the same for all that competes: else four formulas of five would rank nothing.
     """
     is_whole = place == "n0"
-    leaves = {
-        one.text: one.sympy for one in space.terminals if one.shape == "element" or not is_whole
-    }
+    leaves = {one.text: one.sympy for one in space.terminals if space.holds(one) or not is_whole}
     operators = [name for name in space.operators if not (is_whole and name in REDUCTIONS)]
     numbers = [_NUMBER] if space.constants and place.endswith(".1") else []
     word = trial.suggest_categorical(place, [*leaves, *numbers, *(operators if depth > 1 else [])])

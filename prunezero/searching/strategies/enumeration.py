@@ -228,7 +228,7 @@ def _random_features(space: SearchSpace) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for name in space.features:
         row = FEATURES[name]
-        if row.cost == "none":
+        if row.inputs == ("weight",):
             values[name] = feature(name, weight)
             continue
         shape = [
