@@ -136,7 +136,7 @@ def test_dropout_is_noise_of_training_alone() -> None:
 
 
 def test_the_seed_decides_the_first_factors_and_no_other_draw() -> None:
-    digests = []
+    digests: list[str] = []
     for seed in (0, 0, 1):
         model = pruned()
         state = torch.get_rng_state()

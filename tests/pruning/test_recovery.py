@@ -252,7 +252,7 @@ def test_a_tuning_goes_on_after_any_step_and_ends_in_the_same_bits(
             choices,
             seed=3,
             checkpoint=path,
-            progress=lambda what, place, total, done=done: done.append(place),  # type: ignore[misc]
+            progress=lambda what, place, total, done=done: done.append(place),
         )
         assert digest(model) == digest(whole)
         assert again.losses == report.losses
