@@ -31,10 +31,11 @@ HOMES = {
     "pydantic": {"pruning", "searching", "report"},
     "scipy": {"pruning", "searching"},
     "ray": {"searching"},
+    "peft": {"pruning"},
 }
 # Libraries that are imported inside functions, so that `import prunezero` stays quick.
 LAZY = {"transformers", "datasets", "optuna", "triton", "mlflow", "matplotlib", "pyarrow"}
-LAZY |= {"scipy", "ray"}
+LAZY |= {"scipy", "ray", "peft"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prunezero.formula.operators import Operator
     from prunezero.pruning.kinds import UnitKind
     from prunezero.pruning.recipes.staged import AnyRecipe, ShareWord
-    from prunezero.pruning.recipes.words import Word
+    from prunezero.pruning.recipes.word_row import Word
 
 Rows = list[dict[str, Any]]
 

@@ -140,14 +140,14 @@ def evaluate(
     with torch.no_grad():
         if reference is not None:
             _check_reference(reference, windows)
-        head = _find_head(language_model, windows)
+        head = find_head(language_model, windows)
         for place, ids in enumerate(windows):
             ids = ids.to(language_model.device)
             hidden = _hidden(language_model.model.base_model, ids[None])[0]
             dense = None
             if reference is not None:
                 states = reference.states[place].to(hidden.device)
-                dense = partial(_dense_logits, language_model, reference, head, states)
+                dense = partial(dense_logits, language_model, reference, head, states)
             loss, near = _window(head, hidden, dense, ids)
             losses.append(loss)
             nearness.append(near)
@@ -247,7 +247,7 @@ def _ahead(log_chances: Tensor, tokens: Tensor) -> Tensor:
     return ahead.float().masked_fill_(own[:, 0].isnan(), math.nan)
 
 
-def _dense_logits(
+def dense_logits(
     language_model: LanguageModel,
     reference: DenseReference,
     head: Head,
@@ -289,7 +289,7 @@ def _hidden(body: Any, ids: Tensor) -> Tensor:
     return body(ids, use_cache=False).last_hidden_state
 
 
-def _find_head(language_model: LanguageModel, windows: Tensor) -> Head:
+def find_head(language_model: LanguageModel, windows: Tensor) -> Head:
     """What makes this model's logits of final hidden states: its head, or all it does after it."""
     model = language_model.model
     ids = windows[:1, :PROBE].to(language_model.device)

@@ -69,6 +69,7 @@ def pruned_row(recipe: AnyRecipe, outcome: Outcome, measured: Mapping[str, Any])
         "allocate": ", then ".join(dict.fromkeys(one.allocate.text for one in stages)),
         "update": ", ".join(dict.fromkeys(word for one in stages for word in one.updates))
         or "none",
+        **_trained(recipe, outcome),
         **layers_told(
             *(
                 tuple(dict.fromkeys(word for one in stages for word in getattr(one, key)))
@@ -92,6 +93,27 @@ def _removed(recipe: AnyRecipe, outcome: Outcome) -> dict[str, Any]:
         "units": round(total),
         "units_removed": round(removed),
     }
+
+
+def _trained(recipe: AnyRecipe, outcome: Outcome) -> dict[str, Any]:
+    """How some of the loss was won back, in columns; none where nothing was trained.
+
+    Curves are lists of steps, over all trainings one after another, and means there.
+    """
+    words = [one.recover.text for one in recipes_of(recipe) if not one.recover.is_usual]
+    if not words:
+        return {}
+    losses: list[tuple[int, float]] = []
+    looks: list[tuple[int, float]] = []
+    for training in outcome.trainings:
+        begin = len(losses)
+        losses += [(begin + at, loss) for at, loss in enumerate(training.losses, start=1)]
+        looks += [(begin + at, loss) for at, loss in training.looks]
+    told: dict[str, Any] = {"recover": ", then ".join(words)}
+    told["training_losses"] = [point for point in losses if math.isfinite(point[1])]
+    told["held_out_losses"] = [point for point in looks if math.isfinite(point[1])]
+    told["steps_skipped"] = sum(len(training.skipped) for training in outcome.trainings)
+    return told
 
 
 def layers_told(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from prunezero.errors import SelectionError
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recovery.training import TrainingReport
 from prunezero.scoring.request import group_columns, removed_count
 
 
@@ -32,6 +33,8 @@ class Outcome:
     """what `sparsity` is a fraction of"""
     reached: float | None = None
     """the fraction that went, where units of several kinds may have weights in common"""
+    trainings: tuple[TrainingReport, ...] = ()
+    """what won back some of the loss, after each pruning step"""
 
     @property
     def sparsity_reached(self) -> float:

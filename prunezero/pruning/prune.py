@@ -35,6 +35,9 @@ from prunezero.pruning.budget import Budget
 from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recovery.answers import DenseAnswers
+from prunezero.pruning.recovery.training import TrainingReport
+from prunezero.pruning.recovery.words import answers_for, layers_trained
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
     check_text,
@@ -60,6 +63,7 @@ def prune(
     *,
     statistics: Mapping[str, Statistics] | None = None,
     windows: Tensor | None = None,
+    answers: DenseAnswers | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -78,6 +82,7 @@ def prune(
         statistics: sums of the dense model by layer name, those of `dense_sums([recipe])`.
         windows: calibration token ids `[count, length]`, for sequential statistics, allocations
             that look at the loss, and recovery.
+        answers: those of `answers_for`, where the model is not the dense one any more.
         folder: keeps finished pruning steps and trainings, so that the same call goes on there
             after a stop; the caller deletes it. None keeps nothing.
         progress: told (what, done, total) as the work goes on.
@@ -98,17 +103,13 @@ def prune(
     reordering = Reordering(language_model, recipe, layers)
     if recipe.needs_biases:
         open_biases(language_model, layers)
-    job = _Job(language_model, recipe, layers, groups, reordering, dict(statistics or {}), windows)
-    ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
-    outcome = Outcome(
-        fraction,
-        recipe.pattern,
-        sum(count_zeros(layer.weight) for layer in layers),
-        sum(layer.weight.numel() for layer in layers),
-        time.perf_counter() - begin,
-        job.selection,
-        recipe.unit.measure,
-    )
+    tell = progress or (lambda what, done, total: None)
+    if answers is None:
+        answers = answers_for(language_model, recipe.recover.options, windows, tell)
+    sums = dict(statistics or {})
+    job = _Job(language_model, recipe, layers, groups, reordering, sums, windows, answers)
+    ratios = job.run(fraction, folder, tell)
+    outcome = job.outcome(fraction, time.perf_counter() - begin)
     check_reached(outcome, recipe, groups, ratios)
     return outcome
 
@@ -187,10 +188,13 @@ class _Job:
     reordering: Reordering
     dense: dict[str, Statistics]
     windows: Tensor | None
+    answers: DenseAnswers | None
     known: dict[str, Statistics] = field(default_factory=dict, init=False)
     """of the dense model and, block by block, of the model as pruned so far"""
     selection: Selection = field(default_factory=Selection, init=False)
     """units that stay, where they are rows and columns that can be taken out"""
+    trainings: list[TrainingReport] = field(default_factory=list, init=False)
+    """after each pruning step; those that an earlier call finished are not told again"""
 
     def run(self, sparsity: float, folder: Path | None, tell: Progress) -> dict[str, float]:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
@@ -211,9 +215,10 @@ class _Job:
         ratios = self._ratios(shares, evidence)
         # All layers: a permutation also moves rows of layers that are not pruned.
         every = find_linears(self.language_model.model)
-        # Weights alone do not say which units stay, and such a pruning is one quick step.
-        kept = folder if self.recipe.unit.is_usual else None
-        stages = Stages(kept, self._request(sparsity), every)
+        # Weights alone do not say which units stay, but to choose them anew is quick.
+        is_usual = recipe.unit.is_usual
+        kept = None if recipe.recover.is_usual and not is_usual else folder
+        stages = Stages(kept, self._request(sparsity), every, keeps_weights=is_usual)
         for step, share in enumerate(shares):
             if step and recipe.looks_anew:
                 self.dense = self._seen_anew(tell)
@@ -222,9 +227,21 @@ class _Job:
                 stages.keep(step, "pruned")
             if not recipe.recover.is_usual and not stages.has(step, "tuned"):
                 self._recover(step, stages.checkpoint(step), tell)
-                settle(self.language_model, self.layers)
                 stages.keep(step, "tuned")
         return ratios[-1]
+
+    def outcome(self, sparsity: float, seconds: float) -> Outcome:
+        """What it did to the model, once it has run."""
+        return Outcome(
+            sparsity,
+            self.recipe.pattern,
+            sum(count_zeros(layer.weight) for layer in self.layers),
+            sum(layer.weight.numel() for layer in self.layers),
+            seconds,
+            self.selection,
+            self.recipe.unit.measure,
+            trainings=tuple(self.trainings),
+        )
 
     def _ratios(self, shares: Sequence[float], evidence: Evidence) -> list[dict[str, float]]:
         """How much each layer loses after each step of the schedule."""
@@ -257,15 +274,19 @@ class _Job:
     def _recover(self, step: int, checkpoint: Path | None, tell: Progress) -> None:
         recover = self.recipe.recover
         assert self.windows is not None  # check_text refused it; for the type checker
-        recover.row.function(
+        layers = layers_trained(self.language_model, self.layers, recover.options)
+        report = recover.row.function(
             self.language_model,
-            self.layers,
+            layers,
             self.windows,
             recover.options,
             step=step,
+            answers=self.answers,
             checkpoint=checkpoint,
             progress=tell,
         )
+        self.trainings.append(report)
+        settle(self.language_model, layers)
 
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""

@@ -17,7 +17,9 @@ from prunezero.models.observing.walk import FORWARD_SUMS
 from prunezero.models.saving.own_class import refuse_without_class
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.training_options import Training
 from prunezero.pruning.recipes.word_options import Slopes
+from prunezero.pruning.recovery.words import layers_trained
 from prunezero.pruning.selecting import left_of, shares_of
 from prunezero.pruning.timing import are_needed, with_milliseconds
 from prunezero.pruning.unit_allocation import Ladder
@@ -94,6 +96,11 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
             f"recipe {recipe.name}: allocate {recipe.allocate.word} looks at {wanted} sequences, "
             f"but the calibration text has {len(windows)}; use more text, or fewer sequences"
         )
+    recover = recipe.recover
+    if windows is not None and isinstance(recover.options, Training):
+        fault = recover.options.fault_of_text(len(windows))
+        if fault:
+            raise RecipeError(f"recipe {recipe.name}: recover {recover.word} {fault}")
 
 
 def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Linear]:
@@ -134,6 +141,7 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
     options = recipe.allocate.options
     if isinstance(options, Slopes):
         Ladder.of(groups, sparsity, recipe.unit.measure, options.steps)
+    layers_trained(language_model, layers, recipe.recover.options)
     _refuse_two_formulas(recipe, layers)
     if recipe.statistics == "sequential" and any(map(_spans_blocks, groups)):
         raise RecipeError(

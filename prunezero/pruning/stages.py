@@ -26,7 +26,12 @@ class Stages:
     """The finished stages of one request, on disk; without a folder nothing is kept."""
 
     def __init__(
-        self, folder: Path | None, request: dict[str, Any], layers: Sequence[Linear]
+        self,
+        folder: Path | None,
+        request: dict[str, Any],
+        layers: Sequence[Linear],
+        *,
+        keeps_weights: bool = True,
     ) -> None:
         """Open or make the folder, and bring back the weights of the last finished stage.
 
@@ -34,12 +39,15 @@ class Stages:
             folder: new, or that of the same request.
             request: whatever the weights follow from, as plain JSON.
             layers: all whose weights or biases may change.
+            keeps_weights: whether a finished stage is behind us after a stop; otherwise all are
+                done anew, and trainings, whose files stay, are taken up from those.
 
         Raises:
             OutputError: the folder is of another request, is damaged, or cannot be written.
         """
         self._folder = folder
         self._layers = layers
+        self._keeps_weights = keeps_weights
         self._finished = (-1, "")
         if folder is None:
             return
@@ -84,7 +92,7 @@ class Stages:
         Raises:
             OutputError: they cannot be written.
         """
-        if self._folder is None:
+        if self._folder is None or not self._keeps_weights:
             self._finished = (step, stage)
             return
         path = self._folder / f"step-{step}-{stage}.safetensors"

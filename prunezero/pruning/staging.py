@@ -27,6 +27,8 @@ from prunezero.pruning import requirements
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.staged import AnyRecipe, StagedRecipe
+from prunezero.pruning.recovery.training import TrainingReport
+from prunezero.pruning.recovery.words import answers_for
 from prunezero.pruning.stage_shares import Plan, parameters_left, plan_of, still_there
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.statistics import Statistics
@@ -91,6 +93,12 @@ def _prune_in_stages(
     staging = staging_of(language_model, recipe, fraction)
     _refuse_without_text(recipe, windows)
     gone = Selection()
+    trainings: tuple[TrainingReport, ...] = ()
+    # Of the dense model, which the first stage changes.
+    answers = [
+        answers_for(language_model, one.recover.options, windows, progress)
+        for one in recipe.recipes
+    ]
     for place, (one, share) in enumerate(zip(recipe.recipes, staging.plan.shares, strict=True)):
         left = _on_what_is_left(one, staging.groups[place], gone)
         if left is None:
@@ -99,9 +107,16 @@ def _prune_in_stages(
             layers = requirements.check_recipe(language_model, left, share)
             statistics = _seen(language_model, left, layers, windows, progress)
         outcome = single.prune(
-            language_model, left, share, statistics=statistics, windows=windows, progress=progress
+            language_model,
+            left,
+            share,
+            statistics=statistics,
+            windows=windows,
+            answers=answers[place],
+            progress=progress,
         )
         gone |= outcome.selection
+        trainings += outcome.trainings
     every, layers = find_linears(language_model.model), linears_of(gone.groups)
     return Outcome(
         sparsity=fraction,
@@ -112,6 +127,7 @@ def _prune_in_stages(
         selection=gone,
         measure=recipe.unit.measure,
         reached=1 - parameters_left(every, gone) / staging.plan.total,
+        trainings=trainings,
     )
 
 

@@ -270,7 +270,6 @@ def test_scores_that_rank_nothing_are_refused_by_the_name_of_the_mlp() -> None:
         ({"update": "admm"}, "update: admm is for unit weight"),
         ({"update": "dsnot"}, "update: dsnot is for unit weight"),
         ({"permute": "heuristic"}, "permute: heuristic is for unit weight"),
-        ({"recover": "tune"}, "recover: tune is for unit weight"),
         ({"unit": {"neuron": {"member": "all"}}}, "did you mean 'members'"),
         ({"unit": {"neuron": {"least": 0}}}, "greater than or equal to 1"),
         ({"unit": {"weight": {"least": 2}}}, "'weight.least' is not a known number"),

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from prunezero.errors import OutputError, RecipeError, TextError
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
-from prunezero.pruning import recovery
-from prunezero.pruning.recipes.word_options import Options, Tune
-from prunezero.pruning.recovery import OPTIMIZERS, TuneReport, no_training, tune
+from prunezero.pruning.recipes.training_options import Tune
+from prunezero.pruning.recipes.word_options import Options
+from prunezero.pruning.recovery import training
+from prunezero.pruning.recovery.training import OPTIMIZERS, TrainingReport
+from prunezero.pruning.recovery.words import no_training, tune
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
 
@@ -63,7 +65,7 @@ def test_no_training_changes_nothing() -> None:
     report = no_training(
         model, layers_of(model), tiny_batches(), Options(), seed=1, step=2, checkpoint=None
     )
-    assert report == TuneReport((), 0, 0.0)
+    assert report == TrainingReport()
     assert digest(model) == before
 
 
@@ -173,21 +175,21 @@ def test_steps_are_those_of_the_equations(family: str) -> None:
 
 
 def test_the_learning_rate_rises_then_falls_to_zero() -> None:
-    shares = [recovery._share_of_rate(place, 40) for place in range(40)]
+    shares = [training._share_of_rate(place, 40, 0.05) for place in range(40)]
     assert shares[:3] == [0.5, 1.0, 38 / 39]
     assert shares[-1] == pytest.approx(1 / 39)
-    assert [recovery._share_of_rate(place, 1) for place in range(1)] == [1.0]
-    assert recovery._share_of_rate(1, 2) == 0.5
+    assert [training._share_of_rate(place, 1, 0.05) for place in range(1)] == [1.0]
+    assert training._share_of_rate(1, 2, 0.05) == 0.5
 
 
 def test_every_window_is_used_once_before_any_comes_again() -> None:
-    batches = recovery._batches(5, options(sequences=12, batch=4), "0 0")
+    batches = training._batches(5, 12, 4, "0 0")
     assert [len(batch) for batch in batches] == [4, 4, 4]
     order = sum(batches, [])
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
     assert order[:5] != order[5:10]
     assert len(set(order[10:])) == 2
-    fewer = recovery._batches(5, options(sequences=3, batch=2), "0 0")
+    fewer = training._batches(5, 3, 2, "0 0")
     assert fewer == [order[:2], order[2:3]]
 
 
@@ -225,7 +227,7 @@ def test_small_steps_add_up_in_bfloat16() -> None:
 def test_a_tuning_goes_on_after_any_step_and_ends_in_the_same_bits(
     optimizer: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "KEEP_EVERY", 2)
+    monkeypatch.setattr(training, "KEEP_EVERY", 2)
     windows, choices = tiny_batches(4, 8), options(optimizer=optimizer, sequences=9)
     whole = pruned("gpt2", dtype)
     report = tune(whole, layers_of(whole), windows, choices, seed=3)
@@ -250,7 +252,7 @@ def test_a_tuning_goes_on_after_any_step_and_ends_in_the_same_bits(
             choices,
             seed=3,
             checkpoint=path,
-            progress=lambda what, place, total, done=done: done.append(place),  # type: ignore[misc]
+            progress=lambda what, place, total, done=done: done.append(place),
         )
         assert digest(model) == digest(whole)
         assert again.losses == report.losses
@@ -360,10 +362,10 @@ def test_weights_that_are_not_finite_after_the_last_step_are_refused() -> None:
     assert digest(model) == before
 
 
-def test_a_model_that_is_broken_already_is_refused_at_step_1() -> None:
+def test_a_model_that_is_broken_already_is_refused_at_step_3() -> None:
     model = pruned()
     model.model.get_input_embeddings().weight.detach()[:] = float("nan")
-    with pytest.raises(RecipeError, match="step 1 of 6: the loss is nan; .*check the model"):
+    with pytest.raises(RecipeError, match="step 3 of 6: the loss is nan; .*check the model"):
         tune(model, layers_of(model), tiny_batches(), options())
 
 

@@ -17,9 +17,10 @@ import torch
 from prunezero.errors import OutputError
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
-from prunezero.pruning import recovery, stages
+from prunezero.pruning import stages
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recovery import training
 from prunezero.pruning.stages import Stages
 from tests.tiny_models import tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
@@ -227,7 +228,7 @@ class StopError(Exception):
 def test_a_pruning_stopped_anywhere_ends_in_the_same_bits(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "KEEP_EVERY", 2)
+    monkeypatch.setattr(training, "KEEP_EVERY", 2)
     calls: list[str] = []
     whole = pruned(case, None, lambda what, done, total: calls.append(what))
     # Two blocks and three steps of the optimizer, twice.
@@ -321,7 +322,7 @@ def kill_at(place: int, *, after: bool) -> None:
 
 def kill_everywhere(folder: Path) -> None:
     """Print the digests of an uninterrupted pruning and of those killed and taken up again."""
-    recovery.KEEP_EVERY = 2
+    training.KEEP_EVERY = 2
     print(pruned("llama", None)[0])
     place, was_killed = 0, True
     while was_killed:

@@ -346,24 +346,6 @@ class Iterative(Options):
     )
 
 
-class Tune(Options):
-    """Short fine-tuning of the weights that stay, after each pruning step; the mask is held."""
-
-    optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="of torch")
-    learning_rate: float = Field(
-        default=1e-4, gt=0, le=10, description="highest, after a warm-up; falls to 0"
-    )
-    sequences: int = Field(
-        default=128, ge=1, le=1_000_000, description="training sequences after each pruning step"
-    )
-    batch: int = Field(
-        default=4,
-        ge=1,
-        le=4096,
-        description="sequences whose gradients make one step of the optimizer",
-    )
-
-
 class Part(Options):
     """A stage that takes so much of what is asked for."""
 

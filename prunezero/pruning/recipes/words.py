@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import groupby
 from typing import Annotated, Any, Protocol
 
@@ -20,6 +19,7 @@ from pydantic.fields import FieldInfo
 from prunezero.errors import did_you_mean
 from prunezero.pruning.kinds import UNITS, UnitKind
 from prunezero.pruning.recipes.documents import fault_in_words
+from prunezero.pruning.recipes.training_options import Distil, Lora, Tune
 from prunezero.pruning.recipes.word_options import (
     Admm,
     Dsnot,
@@ -34,64 +34,9 @@ from prunezero.pruning.recipes.word_options import (
     Slopes,
     Swaps,
     Table,
-    Tune,
 )
+from prunezero.pruning.recipes.word_row import Word
 from prunezero.scoring.request import GROUPS
-
-
-@dataclass(frozen=True)
-class Word:
-    """One word that a recipe may choose: all that is known of it but the arithmetic."""
-
-    options: type[Options]
-    meaning: str
-    # where its function is, on this floor, as "module:name"
-    code: str
-    # what it looks at, one of `SIGNALS` of the vocabulary
-    cost: str = "none"
-    # raw sums over calibration text that it looks at, beside those of the formula
-    sums: frozenset[str] = frozenset()
-    # whether it runs calibration text through the model itself
-    needs_text: bool = False
-    # why it needs the whole model at once; nothing where one block at a time is enough
-    whole_model: str = ""
-    # whether recipes that say nothing have it
-    is_usual: bool = False
-    # the words of a recipe's `unit` that it speaks of
-    units: frozenset[str] = frozenset({"weight"})
-    # whether it prunes the dense model on trial, by the recipe's formula and updates
-    tries: bool = False
-    # Of updates: a lower number stands before a higher one.
-    order: int = 0
-    # whether it brings removed weights back, which must still have their values
-    changes_mask: bool = False
-    # whether it solves for the weights that stay. What it solves is so close to singular that the
-    # rounding of sums is seen in the result.
-    mends: bool = False
-    # whether it compares with the weights before all updates
-    sees_dense: bool = False
-    # whether it needs biases in the layers
-    needs_biases: bool = False
-    # Of schedules: where the function is that chooses which units go, as "module:name"; nothing
-    # where the kind of unit says it
-    chooser: str = ""
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """What does it; words with the same arrow have functions of the same arguments."""
-        return _found(self.code)
-
-    @property
-    def choose(self) -> Callable[..., Any]:
-        """What chooses the units that go, see `chooser`."""
-        return _found(self.chooser)
-
-
-def _found(code: str) -> Callable[..., Any]:
-    module, name = code.split(":")
-    found: Callable[..., Any] = getattr(import_module(f"prunezero.pruning.{module}"), name)
-    return found
-
 
 # Words that mean the same whatever is removed.
 _EVERY = frozenset(UNITS)
@@ -104,6 +49,7 @@ _GRAM = frozenset({"gram"})
 _SEEN_BY_READERS = frozenset({"gram", "input_sum"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
 _ALL_BLOCKS = "looks at all blocks before the first is pruned"
+_TRAINS = "trains all blocks together"
 _REORDERS = "reorders the model as a whole"
 
 WORDS: dict[str, dict[str, Word]] = {
@@ -273,14 +219,35 @@ WORDS: dict[str, dict[str, Word]] = {
         ),
     },
     "recover": {
-        "none": Word(Options, "no training", "recovery:no_training", is_usual=True, units=_EVERY),
+        "none": Word(
+            Options, "no training", "recovery.words:no_training", is_usual=True, units=_EVERY
+        ),
         "tune": Word(
             Tune,
             "short fine-tuning with the mask held",
-            "recovery:tune",
+            "recovery.words:tune",
             "gradients",
             needs_text=True,
-            whole_model="trains all blocks together",
+            whole_model=_TRAINS,
+            units=_EVERY - _STREAM,
+        ),
+        "lora": Word(
+            Lora,
+            "low-rank factors under the mask, merged into the weights",
+            "recovery.words:lora",
+            "gradients",
+            needs_text=True,
+            whole_model=_TRAINS,
+            units=_EVERY - _STREAM,
+        ),
+        "distil": Word(
+            Distil,
+            "towards the dense model's next-token distribution, with the mask held",
+            "recovery.words:distil",
+            "gradients",
+            needs_text=True,
+            whole_model=_TRAINS,
+            units=_EVERY - _STREAM,
         ),
     },
 }

@@ -40,7 +40,13 @@ METRIC_NAMES = {
     "flops": "units/flops_per_token",
     "kv_bytes": "units/kv_bytes_per_token",
     "seconds": "cost/seconds",
+    "steps_skipped": "recovery/steps_skipped",
     "complexity": "formula/complexity",
+}
+# Row key, of (step, value) pairs -> name of a curve.
+CURVE_NAMES = {
+    "training_losses": "recovery/loss",
+    "held_out_losses": "recovery/held_out_loss",
 }
 PARAM_NAMES = (
     "formula",
@@ -54,6 +60,7 @@ PARAM_NAMES = (
     "pattern",
     "allocate",
     "update",
+    "recover",
     "targets",
     "ignore",
     "sparsity",
@@ -123,6 +130,7 @@ def run_record(
         role=role,
         params=row_params(row),
         metrics=row_metrics(row),
+        curves={name: list(row[key]) for key, name in CURVE_NAMES.items() if row.get(key)},
         tags={tag: _joined(row[tag]) for tag in TAG_NAMES if row.get(tag) not in (None, "", ())},
         parent_key=parent_key,
         note=markdown_code(formula) if formula else "",

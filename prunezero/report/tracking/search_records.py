@@ -37,7 +37,7 @@ def tracked_rows(
         words = [row[key] for key in told]
         words += [row["sequence_length"], row["calibration_tokens"]]
         words += [f"{row['draws']} draws"] if "draws" in row else []
-        words += [f"{word} {row[word]}" for word in ("targets", "ignore") if word in row]
+        words += [f"{word} {row[word]}" for word in ("recover", "targets", "ignore") if word in row]
         # Numbers of other text, versions or formulas are no news of the same run.
         rule = [str(row.get(key)) for key in ("formula", "criteria", "compare", "update")]
         # Of a formula with the choices of a winner, all of these.

@@ -1,0 +1,148 @@
+"""Which numbers go with the words of a recipe's `recover`, and what may they be?"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from prunezero.pruning.recipes.documents import LayerPatterns
+from prunezero.pruning.recipes.word_options import Options
+
+
+class Training(Options):
+    """What every training after a pruning step has: an optimizer, its steps, and when to stop."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="of torch")
+    learning_rate: float = Field(
+        default=1e-4, gt=0, le=10, description="highest, after a warm-up; falls to 0"
+    )
+    batch: int = Field(
+        default=4,
+        ge=1,
+        le=4096,
+        description="sequences whose gradients make one step of the optimizer",
+    )
+    warm_up: float = Field(
+        default=0.05, ge=0, le=1, description="share of the steps over which the rate rises"
+    )
+    windows: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="calibration windows to train on at most; 0 is all of them",
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="looks at held-out windows in a row that are no better, after which training "
+        "stops and the best weights stay; 0 never looks",
+    )
+    every: int = Field(
+        default=10, ge=1, le=1_000_000, description="steps between two looks, if there are any"
+    )
+    held_out: int = Field(
+        default=4,
+        ge=1,
+        le=1_000_000,
+        description="last calibration windows that are looked at instead of trained on, if any",
+    )
+
+    def split(self, count: int) -> tuple[range, range]:
+        """Which of so many calibration windows are trained on, and which are looked at."""
+        border = count - (self.held_out if self.patience else 0)
+        return range(min(border, self.windows or border)), range(border, count)
+
+    def fault_of_text(self, count: int) -> str:
+        """Why so many calibration windows are too few; nothing where they are enough."""
+        if self.split(count)[0]:
+            return ""
+        return (
+            f"holds out {self.held_out} calibration windows and has {count}, so none is left to "
+            "train on; use more text, or a smaller held_out"
+        )
+
+
+class Tune(Training):
+    """Short fine-tuning of the weights that stay, after each pruning step; the mask is held."""
+
+    sequences: int = Field(
+        default=128, ge=1, le=1_000_000, description="training sequences after each pruning step"
+    )
+
+    @property
+    def drawn(self) -> int:
+        """How many training sequences are drawn in all."""
+        return self.sequences
+
+
+class Stepwise(Training):
+    """Training of any linear maps of the blocks for a number of steps."""
+
+    steps: int = Field(
+        default=100, ge=1, le=1_000_000, description="of the optimizer, after each pruning step"
+    )
+    targets: LayerPatterns = Field(
+        default=(),
+        description="linear maps to train, as in the recipe's `targets`; all of the blocks, if "
+        "empty, those among them that lose nothing",
+    )
+
+    @property
+    def drawn(self) -> int:
+        """How many training sequences are drawn in all."""
+        return self.steps * self.batch
+
+
+class LowRank(Options):
+    """Low-rank factors, Hu et al. 2022, LoRA (ICLR), arXiv:2106.09685."""
+
+    rank: int = Field(
+        default=8, ge=1, le=4096, description="rows of A and columns of B in W + alpha / rank * BA"
+    )
+    alpha: float = Field(default=16.0, gt=0, le=1e6, description="scale of BA, as there")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the inputs of A that are left out at random"
+    )
+
+
+class Lora(Stepwise, LowRank):
+    """Low-rank changes of the weights that stay, merged into them when done."""
+
+    learning_rate: float = Field(
+        default=2e-4, gt=0, le=10, description="highest, after a warm-up; falls to 0"
+    )
+
+
+class Distil(Stepwise, LowRank):
+    """Towards the dense model's next-token distribution, Hinton et al. 2015, arXiv:1503.02531."""
+
+    through: Literal["weights", "lora"] = Field(
+        default="weights",
+        description="what is trained: the weights that stay, or low-rank factors (rank, alpha and "
+        "dropout are theirs)",
+    )
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="logits of both models are divided by it, and the KL is times its square",
+    )
+    plain: float = Field(
+        default=0.0, ge=0, le=1000, description="weight of the next-token loss beside the KL"
+    )
+    top: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="likeliest tokens of the dense model that are kept at each place, all others "
+        "counting as one; 0 is all tokens, made of its final hidden states",
+    )
+    states: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="weight of the squared distance of the blocks' outputs from the dense "
+        "model's, which are then all kept in memory",
+    )

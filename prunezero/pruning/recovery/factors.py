@@ -1,0 +1,160 @@
+"""Low-rank factors in training: each layer computes with W + M * (alpha / rank * BA).
+
+M is 0 where a weight is zero and 1 elsewhere, in the forward pass too, so training sees what is
+merged in the end, and every zero stays. The layers, their initial factors and the merge are those
+of `peft`; the mask is ours.
+
+Source: Hu et al. 2022, LoRA (ICLR), arXiv:2106.09685.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prunezero.errors import ModelError
+from prunezero.models.anatomy.linears import Linear
+from prunezero.pruning.recipes.training_options import LowRank
+
+# What `peft` calls our factors.
+_NAME = "recovery"
+
+
+@functools.cache
+def _masked_linear() -> type[Any]:
+    """The class of `peft` for linear maps, with a mask; `peft` takes seconds to import."""
+    from peft.tuners.lora import Linear as LoraLinear
+
+    class MaskedLinear(LoraLinear):  # type: ignore[misc]
+        """A linear map with low-rank factors that never change weights which are zero."""
+
+        is_removed: Tensor
+        """bool of the shape of the weight in its module"""
+
+        def get_delta_weight(self, adapter: str) -> Tensor:
+            """What is merged: the product of the factors under the mask."""
+            delta: Tensor = super().get_delta_weight(adapter)
+            return delta.masked_fill(self.is_removed, 0.0)
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """What the layer computes once it is merged, and with dropout a noisier version."""
+            base, dropout = self.get_base_layer(), self.lora_dropout[_NAME]
+            delta = self.get_delta_weight(_NAME)
+            if isinstance(dropout, nn.Identity) or not dropout.training:
+                merged = (base.weight + delta).to(base.weight.dtype)
+                return functional_call(base, {"weight": merged}, (x,))
+            change = {"weight": delta.to(base.weight.dtype)}
+            if base.bias is not None:
+                change["bias"] = torch.zeros_like(base.bias)
+            return base(x) + functional_call(base, change, (dropout(x),))
+
+    return MaskedLinear
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The low-rank factors of some layers in training."""
+
+    modules: list[Any]
+    """in the places of the layers"""
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """What the optimizer changes; backward passes fill their gradients."""
+        factors = ((module.lora_A, module.lora_B) for module in self.modules)
+        return [factor[_NAME].weight for pair in factors for factor in pair]
+
+    def write(self) -> None:
+        """Let the model compute with the masters as they are now: it does so anyway."""
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within it the model computes what it will once training is done, without dropout."""
+        dropouts = [module.lora_dropout[_NAME] for module in self.modules]
+        for dropout in dropouts:
+            dropout.eval()
+        try:
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.train()
+
+    def merge(self) -> None:
+        """Leave in the model's weights what was trained."""
+        for module in self.modules:
+            module.merge(adapter_names=[_NAME])
+
+
+@contextmanager
+def train_factors(
+    model: nn.Module, layers: Sequence[Linear], options: LowRank
+) -> Iterator[Factors]:
+    """Within it, layers have factors, which start as no change and get gradients.
+
+    Raises:
+        ModelError: modules share the weight of a layer, or the layout is not one of `peft`.
+    """
+    _refuse_shared(model, layers)
+    with ExitStack() as undo:
+        for layer in layers:
+            undo.callback(_put, model, layer.name, layer.module)
+        if not hasattr(model, "peft_config"):
+            undo.callback(vars(model).pop, "peft_config", None)
+        _inject(model, layers, options)
+        modules: list[Any] = [model.get_submodule(layer.name) for layer in layers]
+        for layer, masked in zip(layers, modules, strict=True):
+            # transformers' Conv1D holds its weight turned.
+            masked.fan_in_fan_out = not isinstance(layer.module, nn.Linear)
+            weight: Any = layer.module.weight
+            masked.is_removed = weight.detach() == 0
+        factors = Factors(modules)
+        for module in modules:
+            # Small steps would be lost in the rounding of 16 bits.
+            module.lora_A.float()
+            module.lora_B.float()
+        for master in factors.masters:
+            master.requires_grad_(True)
+        yield factors
+
+
+def _inject(model: nn.Module, layers: Sequence[Linear], options: LowRank) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    configuration = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=[layer.name for layer in layers],
+    )
+    kinds = {type(layer.module) for layer in layers}
+    configuration._register_custom_module(dict.fromkeys(kinds, _masked_linear()))
+    try:
+        inject_adapter_in_model(configuration, model, adapter_name=_NAME)
+    except ValueError as error:
+        raise ModelError(
+            f"low-rank factors do not fit {type(model).__name__} ({error}); train its weights "
+            "instead (recover: tune)"
+        ) from error
+
+
+def _refuse_shared(model: nn.Module, layers: Sequence[Linear]) -> None:
+    counts = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    for layer in layers:
+        if counts[id(layer.module.weight)] > 1:
+            raise ModelError(
+                f"several modules share the weight of '{layer.name}', and low-rank factors would "
+                "change it in one of them; leave it out by targets, or train its weights instead"
+            )
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    path, _, child = name.rpartition(".")
+    model.get_submodule(path)._modules[child] = module

@@ -1,0 +1,73 @@
+"""Recipes that train what is left, from the command line: folder, report and curves in MLflow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from prunezero.errors import ModelError, RecipeError
+from prunezero.report.tracking import database
+from tests.cli.conftest import Run, flat
+
+UNITS = """
+name: mine
+criterion: row_norm(W)
+compare: model
+unit: width
+recover:
+  lora: {steps: 4, batch: 2, patience: 5, every: 2, held_out: 1, learning_rate: 0.01}
+"""
+WEIGHTS = """
+name: mine
+criterion: abs(W)
+recover: {distil: {steps: 3, batch: 2}}
+"""
+
+
+def test_units_are_trained_around_and_leave_the_saved_model(run: Run) -> None:
+    from transformers import AutoModelForCausalLM
+
+    Path("mine.yaml").write_text(UNITS)
+    result = run("prune MODEL --recipe mine.yaml --sparsity 0.3 --output out --json o.json")
+    assert result.exit_code == 0, result.output
+    assert "neurons and key-value groups are gone" in flat(result.output)
+    row = json.loads(Path("o.json").read_text())
+    assert [at for at, _ in row["training_losses"]] == [1, 2, 3, 4]
+    assert [at for at, _ in row["held_out_losses"]] == [0, 2, 4]
+    assert row["steps_skipped"] == 0
+    assert json.loads(Path("out/report.json").read_text())["rows"][1]["recover"] == row["recover"]
+    model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    # What a training left behind for the case that it was stopped.
+    assert not Path("out.partial").exists()
+
+
+def test_the_loss_curve_stands_in_mlflow(run: Run) -> None:
+    Path("mine.yaml").write_text(WEIGHTS)
+    result = run("compare MODEL --recipes mine.yaml,magnitude --sparsity 0.5 --json o.json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path("o.json").read_text())["rows"]
+    assert "training_losses" not in rows[0] and "training_losses" not in rows[2]
+    folder = Path("runs").absolute()
+    client, _ = database.open_client(f"sqlite:///{folder / 'mlflow.db'}", folder)
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    runs = client.search_runs(experiments)
+    (trained,) = [one for one in runs if "recovery/loss" in one.data.metrics]
+    assert trained.data.params["recover"] == "distil (batch 2, steps 3)"
+    points = client.get_metric_history(trained.info.run_id, "recovery/loss")
+    assert [[point.step, point.value] for point in points] == rows[1]["training_losses"]
+
+
+def test_what_cannot_be_trained_is_said_before_the_work(run: Run) -> None:
+    Path("mine.yaml").write_text(WEIGHTS.replace("steps: 3", "targets: [qq_proj]"))
+    wrong = run("prune MODEL --recipe mine.yaml --sparsity 0.5")
+    assert isinstance(wrong.exception, ModelError) and "matches no layer" in str(wrong.exception)
+    Path("mine.yaml").write_text(WEIGHTS.replace("abs(W)", "abs(W)\nunit: channel"))
+    wrong = run("prune MODEL --recipe mine.yaml --sparsity 0.5")
+    assert isinstance(wrong.exception, RecipeError)
+    Path("mine.yaml").write_text(WEIGHTS)
+    wrong = run("prune MODEL --recipe mine.yaml --sparsity 0.5 --memory-limit 1GiB --output out")
+    assert "recover distil trains all blocks together" in str(wrong.exception)
