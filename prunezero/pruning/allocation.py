@@ -53,6 +53,8 @@ class Evidence:
     """whose allocation it is"""
     groups: Sequence[Group] = ()
     """of units that it removes"""
+    held_out: Tensor | None = None
+    """calibration token ids [count, length] that the statistics have not seen, for trials"""
     memo: dict[str, Any] = field(default_factory=dict)
     """what an allocation has measured, for the next sparsity of a schedule"""
 

@@ -196,6 +196,7 @@ class RecipeRunner:
         Raises:
             PruneZeroError: as `prune`.
         """
+        tries = any(one.tries for one in recipes_of(recipe))
         with ExitStack() as edit:
             edit.enter_context(self._dense)
             self.outcome = outcome = prune(
@@ -204,6 +205,7 @@ class RecipeRunner:
                 sparsity,
                 statistics=self._statistics,
                 windows=self._calibration,
+                held_out=self.testbed.held_out if tries else None,
                 folder=folder,
                 progress=progress,
             )

@@ -63,6 +63,7 @@ def prune(
     *,
     statistics: Mapping[str, Statistics] | None = None,
     windows: Tensor | None = None,
+    held_out: Tensor | None = None,
     answers: DenseAnswers | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
@@ -82,6 +83,8 @@ def prune(
         statistics: sums of the dense model by layer name, those of `dense_sums([recipe])`.
         windows: calibration token ids `[count, length]`, for sequential statistics, allocations
             that look at the loss, and recovery.
+        held_out: such token ids that statistics have not seen, for what is measured on trial: where
+            columns were refitted, places look better than they are. Those of `windows` if None.
         answers: those of `answers_for`, where the model is not the dense one any more.
         folder: keeps finished pruning steps and trainings, so that the same call goes on there
             after a stop; the caller deletes it. None keeps nothing.
@@ -107,7 +110,8 @@ def prune(
     if answers is None:
         answers = answers_for(language_model, recipe.recover.options, windows, tell)
     sums = dict(statistics or {})
-    job = _Job(language_model, recipe, layers, groups, reordering, sums, windows, answers)
+    texts = (windows, windows if held_out is None else held_out)
+    job = _Job(language_model, recipe, layers, groups, reordering, sums, *texts, answers)
     ratios = job.run(fraction, folder, tell)
     outcome = job.outcome(fraction, time.perf_counter() - begin)
     check_reached(outcome, recipe, groups, ratios)
@@ -188,6 +192,7 @@ class _Job:
     reordering: Reordering
     dense: dict[str, Statistics]
     windows: Tensor | None
+    held_out: Tensor | None
     answers: DenseAnswers | None
     known: dict[str, Statistics] = field(default_factory=dict, init=False)
     """of the dense model and, block by block, of the model as pruned so far"""
@@ -200,18 +205,20 @@ class _Job:
         """All steps of the schedule; returns the last step's sparsity by layer name."""
         recipe = self.recipe
         if "SLOPE" in recipe.features:
-            assert self.windows is not None  # check_text refused it; for the type checker
+            assert self.held_out is not None  # check_text refused it; for the type checker
             self.groups = with_slopes(
                 self.groups,
                 self.language_model,
                 recipe.unit.word,
                 self.dense,
-                self.windows,
+                self.held_out,
                 progress=tell,
             )
         shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
         # Decided on the dense model, before the first step changes it.
-        evidence = Evidence(self.dense, self.language_model, self.windows, self.recipe, self.groups)
+        evidence = Evidence(
+            self.dense, self.language_model, self.windows, self.recipe, self.groups, self.held_out
+        )
         ratios = self._ratios(shares, evidence)
         # All layers: a permutation also moves rows of layers that are not pruned.
         every = find_linears(self.language_model.model)

@@ -50,6 +50,7 @@ def prune(
     *,
     statistics: Mapping[str, Statistics] | None = None,
     windows: Tensor | None = None,
+    held_out: Tensor | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -59,6 +60,7 @@ def prune(
         sparsity: of a recipe of several stages, the fraction of all blocks' parameters to remove.
         statistics: sums of the dense model, those of `dense_sums` of the first stage.
         windows: calibration token ids [count, length]; later stages collect their sums on them.
+        held_out: such token ids for what is measured on trial, see there.
         folder: of a recipe of several stages, not used: they begin anew after a stop.
 
     Raises:
@@ -71,11 +73,12 @@ def prune(
             sparsity,
             statistics=statistics,
             windows=windows,
+            held_out=held_out,
             folder=folder,
             progress=progress,
         )
     return _prune_in_stages(
-        language_model, recipe, sparsity, dict(statistics or {}), windows, progress
+        language_model, recipe, sparsity, dict(statistics or {}), windows, held_out, progress
     )
 
 
@@ -85,6 +88,7 @@ def _prune_in_stages(
     sparsity: float | None,
     statistics: dict[str, Statistics],
     windows: Tensor | None,
+    held_out: Tensor | None,
     progress: Progress | None,
 ) -> Outcome:
     """Prune by one stage after another."""
@@ -112,6 +116,7 @@ def _prune_in_stages(
             share,
             statistics=statistics,
             windows=windows,
+            held_out=held_out,
             answers=answers[place],
             progress=progress,
         )

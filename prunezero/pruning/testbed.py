@@ -6,20 +6,23 @@ same text, at the same sequence length, from the same dense model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import overload
 
+import torch
 from torch import Tensor
 
+from prunezero.errors import PruneZeroWarning
 from prunezero.files.cache import cache_dir
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import Progress, calibrate
-from prunezero.models.text.splits import Text, load_text, windows
+from prunezero.models.text.splits import Text, load_text, unseen_windows, windows
 from prunezero.models.text.windows import begin_with
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
@@ -85,6 +88,31 @@ class Testbed:
         if split not in self._cut:
             self._cut[split] = self._windows(split)
         return self._cut[split]
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """Calibration token ids `[count, length]` for trials, as many as statistics see.
+
+        The first are windows of the calibration split that statistics do not see, as far as it has
+        any; a warning says so where it has none.
+        """
+        length, seen = self.settings.sequence_length, self.windows("calibration")
+        unseen = unseen_windows(
+            self.text,
+            self.language_model,
+            length=length,
+            count=len(seen),
+            seed=self.settings.seed,
+        )
+        if not len(unseen):
+            warnings.warn(
+                f"statistics see the whole calibration split of text '{self.text.name}', so what "
+                "is measured on trial is measured on the same text, where refitted columns look "
+                "better than they are; use fewer calibration tokens, or more text",
+                PruneZeroWarning,
+                stacklevel=2,
+            )
+        return torch.cat([unseen, seen])[: len(seen)]
 
     def drawn(self, draw: int) -> Testbed:
         """The same on another draw of calibration text, counted from 0, which is this one."""

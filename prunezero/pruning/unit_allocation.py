@@ -168,20 +168,20 @@ def evolve(
 
 
 def _ladder(sparsity: float, steps: int, evidence: Evidence) -> Ladder:
-    if evidence.recipe is None or evidence.language_model is None or evidence.windows is None:
+    if evidence.recipe is None or evidence.language_model is None or evidence.held_out is None:
         raise RecipeError("an allocation that is measured needs the model and calibration text")
     return Ladder.of(evidence.groups, sparsity, evidence.recipe.unit.measure, steps)
 
 
 def _trials(evidence: Evidence, windows: int) -> Trials:
     assert evidence.recipe is not None and evidence.language_model is not None
-    assert evidence.windows is not None  # _ladder refused it; for the type checker
+    assert evidence.held_out is not None  # _ladder refused it; for the type checker
     return Trials(
         evidence.language_model,
         evidence.recipe,
         evidence.groups,
         evidence.statistics,
-        evidence.windows[:windows],
+        evidence.held_out[:windows],
     )
 
 

@@ -11,11 +11,11 @@ import hashlib
 import json
 import random
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, tensor
+from torch import Tensor, int64, tensor
 
 from prunezero.errors import TextError, did_you_mean
 from prunezero.models.loading.language_model import LanguageModel
@@ -24,9 +24,11 @@ from prunezero.models.text.running_text import content_digest
 from prunezero.models.text.sources import OWN_SPLITS, TextSource, read_source
 from prunezero.models.text.windows import check_length, check_windows, first_tokens
 
-__all__ = ["SPLITS", "Text", "load_text", "windows"]
+__all__ = ["SPLITS", "Text", "load_text", "unseen_windows", "windows"]
 
 SPLITS = ("calibration", "search", "validation", "test")
+# Windows of this split are drawn, those of others are its first.
+DRAWN = "calibration"
 # Who gets which of every 20 documents: 10, 3, 3 and 4. Mixed, so that a few documents serve all.
 TURNS = "cvtcscctcvcstcccvtcs"
 SHUFFLE_SEED = 20240601
@@ -155,28 +157,70 @@ def windows(
         raise TextError(
             f"{count} windows of {length} tokens were asked for; ask for at least 1 of at least 2"
         )
-    check_length(length, language_model)
-    first = first_tokens(language_model.tokenizer)
-    each = length - len(first)
-    if each < 1:
-        raise TextError(
-            f"windows of {length} tokens hold no text behind the {len(first)} that the tokenizer "
-            f"begins with; use a length of at least {len(first) + 1}"
-        )
-    is_drawn = split == "calibration"
-    needed = count * each
-    ids = _token_ids(text.documents[split], language_model.tokenizer, None if is_drawn else needed)
-    available = len(ids) // each
+    cut = _Cut(split, language_model, length)
+    needed = count * cut.each
+    ids = cut.ids(text, None if split == DRAWN else needed)
+    available = len(ids) // cut.each
     if available < count:
         raise TextError(
             f"the {split} split of text '{text.name}' has {len(ids)} tokens but {count} windows of "
             f"{length} tokens need {needed}; ask for fewer or shorter windows, or give more text"
         )
-    drawn = sorted(random.Random(seed).sample(range(available), count)) if is_drawn else []
-    places = drawn or list(range(count))
-    chosen = tensor([[*first, *ids[place * each : (place + 1) * each]] for place in places])
-    check_windows(chosen, language_model)
-    return chosen
+    is_drawn = split == DRAWN
+    return cut.windows(ids, _drawn(available, count, seed) if is_drawn else range(count))
+
+
+def unseen_windows(
+    text: Text, language_model: LanguageModel, *, length: int, count: int, seed: int = 0
+) -> Tensor:
+    """Token ids [at most count, length] of calibration windows that `windows` does not draw.
+
+    Args:
+        count: windows that are drawn there, and at most as many others here; there may be none.
+        seed: of the draw.
+
+    Raises:
+        TextError: as `windows`.
+    """
+    cut = _Cut(DRAWN, language_model, length)
+    ids = cut.ids(text, None)
+    available = len(ids) // cut.each
+    seen = set(_drawn(available, count, seed))
+    left = [place for place in range(available) if place not in seen]
+    # In no order: the first few of them are as mixed as all.
+    return cut.windows(ids, random.Random(seed).sample(left, min(count, len(left))))
+
+
+def _drawn(available: int, count: int, seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(range(available), min(count, available)))
+
+
+class _Cut:
+    """How a split is cut into windows of one length, which begin as the tokenizer begins a text."""
+
+    def __init__(self, split: str, language_model: LanguageModel, length: int) -> None:
+        check_length(length, language_model)
+        self._split, self._model, self._length = split, language_model, length
+        self._first = first_tokens(language_model.tokenizer)
+        self.each = length - len(self._first)
+        """tokens of text in a window"""
+        if self.each < 1:
+            raise TextError(
+                f"windows of {length} tokens hold no text behind the {len(self._first)} that the "
+                f"tokenizer begins with; use a length of at least {len(self._first) + 1}"
+            )
+
+    def ids(self, text: Text, enough: int | None) -> array[int]:
+        """Token ids of the split; those after `enough` tokens are not read."""
+        return _token_ids(text.documents[self._split], self._model.tokenizer, enough)
+
+    def windows(self, ids: array[int], places: Iterable[int]) -> Tensor:
+        """Token ids [places, length] of the windows at some places."""
+        cut = [[*self._first, *ids[one * self.each : (one + 1) * self.each]] for one in places]
+        chosen = tensor(cut, dtype=int64).reshape(-1, self._length)
+        if len(chosen):
+            check_windows(chosen, self._model)
+        return chosen
 
 
 def _token_ids(documents: Sequence[str], tokenizer: Any, enough: int | None) -> array[int]:

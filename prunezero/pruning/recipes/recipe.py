@@ -317,6 +317,11 @@ class Recipe(Document):
         return self.compare == "model" or self.allocate.row.tries
 
     @property
+    def tries(self) -> bool:
+        """Whether something is measured on trial: how far a model moves without some units."""
+        return self.allocate.row.tries or "SLOPE" in self.features
+
+    @property
     def looks_anew(self) -> bool:
         """Whether each step of its schedule looks at the model as pruned so far."""
         return isinstance(self.schedule.options, Iterative) and self.schedule.options.anew

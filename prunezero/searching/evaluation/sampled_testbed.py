@@ -127,9 +127,8 @@ def _units(
     seeds = map(task.recipe, task.seeds, repeat("it"))
     looked_at = {name for one in chain(task.space.examples("free"), seeds) for name in one.features}
     if "SLOPE" in looked_at.union(task.space.features):
-        calibration = testbed.windows("calibration")
-        model, unit = testbed.language_model, kind.word
-        groups = tuple(with_slopes(groups, model, unit, statistics, calibration, progress=progress))
+        model, unit, text = testbed.language_model, kind.word, testbed.held_out
+        groups = tuple(with_slopes(groups, model, unit, statistics, text, progress=progress))
     blocks = len(find_blocks(testbed.language_model.model))
     if kind.observer:
         sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}
