@@ -8,15 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from prunezero.errors import TextError
+from prunezero.errors import PruneZeroWarning, TextError
 from prunezero.models.text import demo as demo_text
 from prunezero.models.text import rows as text_rows
 from prunezero.models.text import splits as text_module
 from prunezero.models.text.demo import clean
 from prunezero.models.text.running_text import cut_running_text
 from prunezero.models.text.sources import read_source
-from prunezero.models.text.splits import SPLITS, Text, distinct, divide, load_text, windows
+from prunezero.models.text.splits import (
+    SPLITS,
+    Text,
+    distinct,
+    divide,
+    load_text,
+    unseen_windows,
+    windows,
+)
 from prunezero.models.text.windows import begin_with
+from prunezero.pruning.testbed import Settings, Testbed
 from prunezero.report.export import page_parts
 from tests.tiny_models import LONGEST, tiny_model, tiny_tokenizer
 
@@ -230,6 +239,19 @@ def test_calibration_windows_are_drawn_from_the_whole_split_by_the_seed() -> Non
     assert drawn(3) == draws[3] and len({str(draw) for draw in draws}) > 10
 
 
+@pytest.mark.parametrize("count", [2, 5, 7, 10])
+def test_unseen_windows_are_those_that_the_draw_leaves(count: int) -> None:
+    text, model = simple(calibration=("abcdefghijklmnopqrst",)), tiny_model()
+    every = {(68 + start, 69 + start) for start in range(0, 20, 2)}
+    for seed in range(5):
+        choice: dict[str, Any] = {"length": 2, "count": count, "seed": seed}
+        seen = set(map(tuple, windows(text, "calibration", model, **choice).tolist()))
+        unseen = unseen_windows(text, model, **choice)
+        left = set(map(tuple, unseen.tolist()))
+        assert unseen.shape == (min(count, 10 - count), 2)
+        assert left <= every - seen and len(left) == len(unseen)
+
+
 def test_too_little_text_is_refused_with_both_numbers() -> None:
     with pytest.raises(TextError, match="search split of text 'mine' has 5 tokens .* need 6"):
         windows(simple(search=("abcde",)), "search", tiny_model(), length=3, count=2)
@@ -300,3 +322,15 @@ def test_the_demo_text_has_91_articles_and_is_built_once(
 def test_a_name_that_no_file_can_have_is_refused_in_one_sentence(name: str) -> None:
     with pytest.raises(TextError, match="cannot be read"):
         load_text(name)
+
+
+def test_a_testbed_holds_out_unseen_windows_first_and_says_where_there_are_none() -> None:
+    text, model = simple(calibration=("abcdefghijklmnopqrst",)), tiny_model()
+    testbed = Testbed(model, text, Settings(sequence_length=2, calibration_tokens=14))
+    unseen = unseen_windows(text, model, length=2, count=7)
+    seen = testbed.windows("calibration")
+    assert len(unseen) == 3
+    assert torch.equal(testbed.held_out, torch.cat([unseen, seen[:4]]))
+    whole = Testbed(model, text, Settings(sequence_length=2, calibration_tokens=20))
+    with pytest.warns(PruneZeroWarning, match="statistics see the whole calibration split"):
+        assert torch.equal(whole.held_out, whole.windows("calibration"))

@@ -16,6 +16,7 @@ from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.editing.biases import open_biases
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.calibration import calibrate
+from prunezero.pruning import unit_allocation
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.outcome import Outcome
@@ -153,6 +154,27 @@ def test_trials_measure_what_pruning_measures_and_leave_no_trace() -> None:
     prune(model, neurons, 0.3, statistics=known, windows=BATCHES)
     measured = evaluate(model, BATCHES, reference=reference).kl
     assert tried == pytest.approx(measured, rel=1e-5)
+
+
+@pytest.mark.parametrize("word", ["slopes", {"evolve": {"evaluations": 2}}])
+def test_trials_are_measured_on_text_that_statistics_have_not_seen(
+    word: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    chosen, other = recipe(allocate=word, update="refit"), tiny_batches(6, 16, seed=11)
+    looked_at: list[torch.Tensor] = []
+
+    class Seen(Trials):
+        def __init__(self, *things: Any) -> None:
+            looked_at.append(things[-1])
+            super().__init__(*things)
+
+    monkeypatch.setattr(unit_allocation, "Trials", Seen)
+    known = known_of(model, chosen)
+    prune(model, chosen, 0.3, statistics=known, windows=BATCHES, held_out=other)
+    prune(model, chosen, 0.3, statistics=known, windows=BATCHES)
+    first, second = looked_at
+    assert first.equal(other[: len(first)]) and second.equal(BATCHES[: len(second)])
 
 
 def test_evolution_is_no_worse_than_its_beginning_on_the_text_that_it_saw() -> None:
