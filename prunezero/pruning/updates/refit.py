@@ -30,13 +30,15 @@ def refit_columns(weight: Tensor, kept: Tensor, gram: Tensor, *, damping: float)
     if bool(kept.all()):
         return weight
     matrix = damped_gram(gram, damping)
-    wanted = matrix[kept] @ weight.double().T
+    # What the others gave, as those that stay see it; half the work of solving for all they give.
+    missing = matrix[kept][:, ~kept] @ weight[:, ~kept].double().T
     factor, failed = torch.linalg.cholesky_ex(matrix[kept][:, kept])
     if int(failed) != 0:
         raise FactorizationError(
             "the Gram matrix of the columns that stay is not positive definite; use more damping, "
             "or calibrate with more text"
         )
+    taken_over = torch.cholesky_solve(missing, factor).T
     mended = torch.zeros_like(weight)
-    mended[:, kept] = torch.cholesky_solve(wanted, factor).T.to(weight.dtype)
+    mended[:, kept] = (weight[:, kept].double() + taken_over).to(weight.dtype)
     return mended
