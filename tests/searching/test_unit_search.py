@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,41 @@ def test_the_error_is_what_outputs_lose_after_the_update_in_the_eyes_of_the_loss
         if "bias" in update:
             mean = known.sums["input_sum"].double() / known.tokens
             whole -= float((weight @ mean).square().sum())
-    assert samples.error(recipe, masks) == pytest.approx(lost / whole, rel=1e-6)
+    unmeasured = tuple(replace(group, first=0) for group in samples.groups)
+    plain = UnitSamples(unmeasured, samples.blocks, samples.statistics)
+    assert plain.error(recipe, masks) == pytest.approx(lost / whole, rel=1e-6)
+
+
+def test_with_measured_slopes_the_error_foretells_the_distance_in_nats(
+    samples: UnitSamples,
+) -> None:
+    slopes = [0.003 * (1 + place) for place in range(len(samples.groups))]
+    groups = tuple(
+        replace(group, cost={**group.cost, "slope": slope}, first=1 + place % 2)
+        for place, (group, slope) in enumerate(zip(samples.groups, slopes, strict=True))
+    )
+    measured = UnitSamples(groups, samples.blocks, samples.statistics)
+    fields = {"name": "it", "criterion": "M2", "unit": "width", "compare": "group"}
+    refitted = Recipe.model_validate({**fields, "update": "refit"})
+    everything = [torch.ones(group.units, dtype=torch.bool) for group in groups]
+    assert measured.error(refitted, everything) == 0.0
+    for place, (group, slope) in enumerate(zip(groups, slopes, strict=True)):
+        options = refitted.unit.options
+        scores = _scores_or_fault(
+            UNITS["width"], group, refitted.criterion, samples.statistics, options, None
+        )
+        assert isinstance(scores, list)
+        masks = [kept.clone() for kept in everything]
+        masks[place][torch.tensor(scores).argsort(stable=True)[: group.first]] = False
+        foretold = measured.error(refitted, masks)
+        assert foretold == pytest.approx(slope * group.first, rel=1e-6)
+        # Two places cost what each costs, and columns that are not refitted cost no less.
+        other = (place + 1) % len(groups)
+        masks[other][0] = False
+        alone = [masks[other] if one == other else kept for one, kept in enumerate(everything)]
+        both = measured.error(refitted, masks)
+        assert both == pytest.approx(foretold + measured.error(refitted, alone))
+        assert measured.error(Recipe.model_validate(fields), masks) >= both
 
 
 def _weighted(weight: Tensor, known: Statistics) -> Tensor:

@@ -11,6 +11,10 @@ with W_R the columns that go of the matrix that reads the units, H the Gram matr
 its outputs. It is summed over groups and divided by what all outputs hold, since K-FAC makes such
 losses comparable between places, and who loses how much is what a search over units is about.
 
+Where it was measured how far the model moves when the first step of each group goes (`SLOPE`), that
+makes them comparable instead: the error of a group is scaled so that its first step, by M2 and
+refitted, costs what was measured, and the sum foretells the distance to the dense model in nats.
+
 A part of the depth has one number, the distance of the model without it to the dense one, and the
 error of several is their sum: that they add up is the assumption of every one-shot choice.
 
@@ -30,8 +34,10 @@ from prunezero.errors import FactorizationError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.anatomy.groups import Group
 from prunezero.pruning.budget import Budget
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.scoring.second_order import damped_gram
+from prunezero.scoring.second_order import DAMPING, damped_gram
+from prunezero.scoring.selection import lowest_first
 from prunezero.scoring.statistics import Statistics, sum_of
 from prunezero.scoring.tables import Tables
 from prunezero.scoring.unit_features import centred
@@ -39,6 +45,8 @@ from prunezero.searching.proxies.samples import ROW_WEIGHTS
 
 # What is looked at to say how bad it is that a part of the depth goes.
 DISTANCE = "divergence_without_sum"
+# Who goes first where the distance without the first units is measured.
+_FIRST = Criterion.parse("M2")
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class UnitSamples:
     """of the features and reductions that formulas share"""
     _readings: dict[tuple[str, float, bool], _Reading] = field(default_factory=dict, init=False)
     """by group, damping, and whether inputs are without their mean"""
+    _scales: dict[str, float] = field(default_factory=dict, init=False)
+    """by group, see `_scale`"""
 
     def scores(
         self, criteria: Sequence[Criterion], damping: float
@@ -104,13 +114,27 @@ class UnitSamples:
         if recipe.unit.row.observer:
             return self._distance(masks)
         lost = whole = 0.0
+        is_measured = all(group.first for group in self.groups)
         for group, kept in zip(self.groups, masks, strict=True):
             reading = self._reading(group, recipe.damping, "bias" in recipe.updates)
             whole += reading.whole
             if not bool(kept.all()):
                 gone = (~kept).repeat_interleave(group.reader.width)
-                lost += reading.lost(gone, is_refitted="refit" in recipe.updates)
-        return lost / max(whole, 1e-30)
+                part = reading.lost(gone, is_refitted="refit" in recipe.updates)
+                lost += part * self._scale(group) if is_measured else part
+        return lost if is_measured else lost / max(whole, 1e-30)
+
+    def _scale(self, group: Group) -> float:
+        """Nats per token for what the outputs lose, by the first step of a group."""
+        if group.name not in self._scales:
+            known, kind = self.statistics, UNITS[group.kind]
+            scores = kind.scores(group, _FIRST, known, damping=DAMPING, options=kind.options())
+            gone = torch.zeros(group.units, dtype=torch.bool)
+            gone[lowest_first(scores, group.strata)[: group.first]] = True
+            columns = gone.repeat_interleave(group.reader.width)
+            lost = self._reading(group, DAMPING, False).lost(columns, is_refitted=True)
+            self._scales[group.name] = group.cost["slope"] * group.first / max(lost, 1e-30)
+        return self._scales[group.name]
 
     def _reading(self, group: Group, damping: float, is_centred: bool) -> _Reading:
         key = group.name, damping, is_centred
