@@ -182,7 +182,8 @@ def _scored(
     if tables is None:
         values = {of: value(of) for of in criterion.features}
         return score_units(criterion, part, values, group=name, kind=kind)
-    place = (member.linear.name, reader.units, reader.seed, damping)
+    # Several members may lie in one fused matrix.
+    place = (member.linear.name, member.start, reader.units, reader.seed, damping)
     scores = tables.value(criterion, place, value)
     refuse_unusable(scores, criterion, part, name, kind=kind)
     return scores[:, 0]
