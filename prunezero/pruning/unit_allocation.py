@@ -71,7 +71,7 @@ class Ladder:
         if not open_:
             raise SelectionError("every group is protected, so nothing can go")
         largest = max(cost[group.name] * group.units for group in open_)
-        turns = (cost[group.name] * group.strata for group in open_)
+        turns = (cost[group.name] * _at_a_time(group) for group in open_)
         grain = max(largest / steps, *turns, 0.0)
         counts = [_counts(group, grain / cost[group.name]) for group in open_]
         wanted = float(Budget(sparsity, measure=measure).allowance(total))
@@ -102,6 +102,11 @@ def first_steps(groups: Sequence[Group], measure: str, steps: int = 16) -> dict[
     ladder = Ladder.of([replace(one, is_protected=False) for one in groups], 0.0, measure, steps)
     rows = zip(ladder.groups, ladder.counts, strict=True)
     return {group.name: counts[1] if len(counts) > 1 else 0 for group, counts in rows}
+
+
+def _at_a_time(group: Group) -> int:
+    """How many units go at least; a multiple that lets none of a group go holds up no other."""
+    return group.step if group.step < group.units else group.strata
 
 
 def _counts(group: Group, units: float) -> list[int]:
