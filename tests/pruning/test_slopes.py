@@ -106,6 +106,40 @@ def test_what_was_measured_is_read_and_what_is_damaged_measured_anew(
         assert [group.cost_of("slope") for group in found(model, known, tmp_path)] == first
 
 
+@pytest.mark.parametrize("multiple_of", [1, 32])
+def test_what_a_recipe_measures_does_not_depend_on_what_others_left_in_the_cache(
+    multiple_of: int, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    unit = {"neuron": {"normalise": "slope", "multiple_of": multiple_of}}
+    options = recipe_of(criterion="M2", unit=unit).unit.options
+    (own, others), row = (tmp_path / "own", tmp_path / "others"), UNITS["neuron"]
+    linears = find_linears(model.model)
+    # Steps of other recipes: of another multiple, and of one block pruned by itself.
+    for groups in (row.groups(linears, model), row.groups(linears, model)[:1]):
+        with_slopes(groups, model, "neuron", known, WINDOWS, cache=others)
+    groups = row.groups(linears, model, options)
+    found = [
+        with_slopes(groups, model, "neuron", known, WINDOWS, cache=one) for one in (own, others)
+    ]
+    assert found[0] == found[1]
+    # Sixteenths of an MLP of 64, as far as the multiple allows them.
+    assert [group.first for group in found[0]] == [max(4, multiple_of)] * 2
+    for group in found[0]:
+        scores = scores_of(group, recipe_of(criterion="M2", unit=unit), known)
+        assert len(set(scores.tolist())) > 32
+
+
+def test_a_later_stage_measures_the_model_that_is_left(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    dense = found(model, seen(model), tmp_path)
+    with torch.no_grad():
+        dense[1].reader.linear.weight[:, :32] = 0
+    left = seen(model)
+    assert found(model, left, tmp_path) == found(model, left, tmp_path / "empty")
+
+
 def test_formulas_of_slopes_prune_and_need_calibration_text() -> None:
     model = tiny_model("llama")
     known = seen(model)
