@@ -213,3 +213,10 @@ def scores_of(group: Group, recipe: Recipe, known: dict[str, Statistics]) -> tor
     return recipe.unit.row.scores(
         group, recipe.criterion, known, damping=0.01, options=recipe.unit.options
     )
+
+
+def test_steps_of_a_schedule_would_look_for_first_units_that_are_gone() -> None:
+    schedule = {"iterative": {"steps": 2, "anew": True}}
+    with pytest.raises(ValueError, match="units that go first, which later steps of schedule"):
+        recipe_of(unit={"width": {"normalise": "slope"}}, schedule=schedule)
+    assert recipe_of(schedule=schedule).looks_anew
