@@ -28,7 +28,7 @@ from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.trials import Trials
-from prunezero.pruning.unit_allocation import first_steps
+from prunezero.pruning.unit_allocation import LEAST_DISTANCE, first_steps
 from prunezero.scoring.statistics import Statistics, sum_of
 
 # Calibration windows that the distance is measured on.
@@ -74,7 +74,7 @@ def with_slopes(
             for done, group in enumerate(missing, start=1):
                 count = counts[group.name]
                 moved = trials.kl({group.name: count}, len(seen)) if count else 0.0
-                known[keys[group.name]] = max(moved, 0.0) / max(count, 1)
+                known[keys[group.name]] = max(moved, LEAST_DISTANCE) / max(count, 1)
                 if progress is not None:
                     progress("distances without some units, of group", done, len(missing))
         keep_numbers(path, known)

@@ -47,7 +47,7 @@ def _comparable(scores: Tensor, group: Group, options: Units) -> Tensor:
     if "slope" not in group.cost:
         raise StatisticsError("how far the model moves when the first units go is not known")
     if not group.first:
-        # Not one step can go there, so what stands there goes last.
+        # Nothing may go there.
         return torch.full_like(scores, torch.finfo(scores.dtype).max)
     lowest = scores.double().sort().values[: group.first].mean()
     # Scores that are no sizes, or of which the lowest are nothing, cannot be stretched.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.slopes import with_slopes
+from prunezero.pruning.trials import Trials
 from prunezero.pruning.unit_allocation import first_steps
 from prunezero.scoring.statistics import Statistics
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -153,6 +155,16 @@ def test_formulas_of_slopes_prune_and_need_calibration_text() -> None:
         prune(model, recipe_of(), 0.3, statistics=known)
 
 
+@pytest.mark.parametrize("criterion", ["SLOPE*A", "A"])
+def test_slopes_of_the_dense_model_come_before_sequential_statistics(criterion: str) -> None:
+    model, unit = tiny_model("llama"), {"neuron": {"normalise": "slope"}}
+    fields = {"criterion": criterion, "unit": unit, "compare": "group"}
+    chosen = recipe_of(**fields, statistics="sequential")
+    known = calibrate(model, WINDOWS, find_linears(model.model), dense_sums([chosen]))
+    outcome = prune(model, chosen, 0.5, statistics=known, windows=WINDOWS)
+    assert [int(kept.sum()) for kept in outcome.selection.kept] == [32, 32]
+
+
 def test_a_slope_that_nobody_measured_is_told() -> None:
     model = tiny_model("llama")
     (group, *_) = UNITS["width"].groups(find_linears(model.model), model)
@@ -213,6 +225,29 @@ def scores_of(group: Group, recipe: Recipe, known: dict[str, Statistics]) -> tor
     return recipe.unit.row.scores(
         group, recipe.criterion, known, damping=0.01, options=recipe.unit.options
     )
+
+
+def test_a_place_smaller_than_a_step_is_measured_without_one_unit(tmp_path: Path) -> None:
+    # A key-value group costs as much as 16 neurons.
+    model = tiny_model("llama", intermediate_size=6)
+    measured = found(model, seen(model), tmp_path)
+    assert [group.first for group in measured] == [1] * 4
+    few = [replace(group, least=group.units) for group in measured]
+    assert set(first_steps(few, "parameters").values()) == {0}
+
+
+@pytest.mark.parametrize("noise", [-1e-12, 0.0])
+def test_units_of_a_place_keep_their_order_where_the_distance_is_noise(
+    noise: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    monkeypatch.setattr(Trials, "kl", lambda *_: noise)
+    chosen = recipe_of(criterion="M2", unit={"width": {"normalise": "slope"}})
+    plain = recipe_of(criterion="M2")
+    for group in found(model, known, tmp_path):
+        order, before = (scores_of(group, one, known).argsort() for one in (chosen, plain))
+        assert order.equal(before)
 
 
 def test_steps_of_a_schedule_would_look_for_first_units_that_are_gone() -> None:
