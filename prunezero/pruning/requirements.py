@@ -64,7 +64,7 @@ def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
     needed: set[str] = set()
     for recipe in recipes:
         sums = layer_sums(recipe)
-        is_walked = recipe.statistics == "sequential" and not recipe.allocate.row.tries
+        is_walked = recipe.statistics == "sequential" and not recipe.tries
         is_walked |= bool(recipe.unit.row.walker)
         needed |= sums - FORWARD_SUMS if is_walked else sums
         needed |= recipe.allocate.row.sums

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Steps of a group by itself whose distance is measured; that of the others follows what the outputs
 # of its reader lose, which is known of every step.
 _PROBED = (1, 3)
+# Nats per token: a distance that is less is noise, and some are even below zero.
+LEAST_DISTANCE = 1e-9
 # What is believed of single costs once all are together: they differ by so much, and a measured
 # allocation from their sum by so much, as fractions.
 _SPREAD, _MISFIT = 0.3, 0.02
@@ -71,7 +73,7 @@ class Ladder:
         if not open_:
             raise SelectionError("every group is protected, so nothing can go")
         largest = max(cost[group.name] * group.units for group in open_)
-        turns = (cost[group.name] * group.strata for group in open_)
+        turns = (cost[group.name] * _at_a_time(group) for group in open_)
         grain = max(largest / steps, *turns, 0.0)
         counts = [_counts(group, grain / cost[group.name]) for group in open_]
         wanted = float(Budget(sparsity, measure=measure).allowance(total))
@@ -96,12 +98,27 @@ class Ladder:
 def first_steps(groups: Sequence[Group], measure: str, steps: int = 16) -> dict[str, int]:
     """Units that each group loses in its first step, by name; none where it has no more than stay.
 
+    A group that is smaller than a step loses as few as it can.
+
     Args:
         steps: into so many the largest group is divided, or fewer where a unit is larger.
     """
     ladder = Ladder.of([replace(one, is_protected=False) for one in groups], 0.0, measure, steps)
     rows = zip(ladder.groups, ladder.counts, strict=True)
-    return {group.name: counts[1] if len(counts) > 1 else 0 for group, counts in rows}
+    return {
+        group.name: counts[1] if len(counts) > 1 else _fewest_gone(group) for group, counts in rows
+    }
+
+
+def _fewest_gone(group: Group) -> int:
+    """As few units as may go from a group, but for none; none where all have to stay."""
+    left = (group.units - 1) // group.step * group.step
+    return group.units - left if left >= max(group.fewest, 1) else 0
+
+
+def _at_a_time(group: Group) -> int:
+    """How many units go at least; a multiple that lets none of a group go holds up no other."""
+    return group.step if group.step < group.units else group.strata
 
 
 def _counts(group: Group, units: float) -> list[int]:
@@ -192,7 +209,8 @@ def _curves(ladder: Ladder, trials: Trials, windows: int) -> list[np.ndarray]:
         most = len(counts) - 1
         probed = sorted({min(step, most) for step in _PROBED} - {0})
         measured = {
-            step: max(trials.kl({group.name: counts[step]}, windows), 1e-9) for step in probed
+            step: max(trials.kl({group.name: counts[step]}, windows), LEAST_DISTANCE)
+            for step in probed
         }
         lost = [trials.lost(group.name, count) for count in counts]
         curves.append(_through(measured, np.maximum.accumulate(lost)))

@@ -47,7 +47,7 @@ def _comparable(scores: Tensor, group: Group, options: Units) -> Tensor:
     if "slope" not in group.cost:
         raise StatisticsError("how far the model moves when the first units go is not known")
     if not group.first:
-        # Not one step can go there, so what stands there goes last.
+        # Nothing may go there.
         return torch.full_like(scores, torch.finfo(scores.dtype).max)
     lowest = scores.double().sort().values[: group.first].mean()
     # Scores that are no sizes, or of which the lowest are nothing, cannot be stretched.
@@ -182,7 +182,8 @@ def _scored(
     if tables is None:
         values = {of: value(of) for of in criterion.features}
         return score_units(criterion, part, values, group=name, kind=kind)
-    place = (member.linear.name, reader.units, reader.seed, damping)
+    # Several members may lie in one fused matrix.
+    place = (member.linear.name, member.start, reader.units, reader.seed, damping)
     scores = tables.value(criterion, place, value)
     refuse_unusable(scores, criterion, part, name, kind=kind)
     return scores[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.slopes import with_slopes
+from prunezero.pruning.trials import Trials
 from prunezero.pruning.unit_allocation import first_steps
 from prunezero.scoring.statistics import Statistics
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -106,6 +108,40 @@ def test_what_was_measured_is_read_and_what_is_damaged_measured_anew(
         assert [group.cost_of("slope") for group in found(model, known, tmp_path)] == first
 
 
+@pytest.mark.parametrize("multiple_of", [1, 32])
+def test_what_a_recipe_measures_does_not_depend_on_what_others_left_in_the_cache(
+    multiple_of: int, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    unit = {"neuron": {"normalise": "slope", "multiple_of": multiple_of}}
+    options = recipe_of(criterion="M2", unit=unit).unit.options
+    (own, others), row = (tmp_path / "own", tmp_path / "others"), UNITS["neuron"]
+    linears = find_linears(model.model)
+    # Steps of other recipes: of another multiple, and of one block pruned by itself.
+    for groups in (row.groups(linears, model), row.groups(linears, model)[:1]):
+        with_slopes(groups, model, "neuron", known, WINDOWS, cache=others)
+    groups = row.groups(linears, model, options)
+    found = [
+        with_slopes(groups, model, "neuron", known, WINDOWS, cache=one) for one in (own, others)
+    ]
+    assert found[0] == found[1]
+    # Sixteenths of an MLP of 64, as far as the multiple allows them.
+    assert [group.first for group in found[0]] == [max(4, multiple_of)] * 2
+    for group in found[0]:
+        scores = scores_of(group, recipe_of(criterion="M2", unit=unit), known)
+        assert len(set(scores.tolist())) > 32
+
+
+def test_a_later_stage_measures_the_model_that_is_left(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    dense = found(model, seen(model), tmp_path)
+    with torch.no_grad():
+        dense[1].reader.linear.weight[:, :32] = 0
+    left = seen(model)
+    assert found(model, left, tmp_path) == found(model, left, tmp_path / "empty")
+
+
 def test_formulas_of_slopes_prune_and_need_calibration_text() -> None:
     model = tiny_model("llama")
     known = seen(model)
@@ -117,6 +153,16 @@ def test_formulas_of_slopes_prune_and_need_calibration_text() -> None:
             linear.weight.copy_(weight)
     with pytest.raises(PruneZeroError, match="feature SLOPE needs calibration text"):
         prune(model, recipe_of(), 0.3, statistics=known)
+
+
+@pytest.mark.parametrize("criterion", ["SLOPE*A", "A"])
+def test_slopes_of_the_dense_model_come_before_sequential_statistics(criterion: str) -> None:
+    model, unit = tiny_model("llama"), {"neuron": {"normalise": "slope"}}
+    fields = {"criterion": criterion, "unit": unit, "compare": "group"}
+    chosen = recipe_of(**fields, statistics="sequential")
+    known = calibrate(model, WINDOWS, find_linears(model.model), dense_sums([chosen]))
+    outcome = prune(model, chosen, 0.5, statistics=known, windows=WINDOWS)
+    assert [int(kept.sum()) for kept in outcome.selection.kept] == [32, 32]
 
 
 def test_a_slope_that_nobody_measured_is_told() -> None:
@@ -179,3 +225,33 @@ def scores_of(group: Group, recipe: Recipe, known: dict[str, Statistics]) -> tor
     return recipe.unit.row.scores(
         group, recipe.criterion, known, damping=0.01, options=recipe.unit.options
     )
+
+
+def test_a_place_smaller_than_a_step_is_measured_without_one_unit(tmp_path: Path) -> None:
+    # A key-value group costs as much as 16 neurons.
+    model = tiny_model("llama", intermediate_size=6)
+    measured = found(model, seen(model), tmp_path)
+    assert [group.first for group in measured] == [1] * 4
+    few = [replace(group, least=group.units) for group in measured]
+    assert set(first_steps(few, "parameters").values()) == {0}
+
+
+@pytest.mark.parametrize("noise", [-1e-12, 0.0])
+def test_units_of_a_place_keep_their_order_where_the_distance_is_noise(
+    noise: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    known = seen(model)
+    monkeypatch.setattr(Trials, "kl", lambda *_: noise)
+    chosen = recipe_of(criterion="M2", unit={"width": {"normalise": "slope"}})
+    plain = recipe_of(criterion="M2")
+    for group in found(model, known, tmp_path):
+        order, before = (scores_of(group, one, known).argsort() for one in (chosen, plain))
+        assert order.equal(before)
+
+
+def test_steps_of_a_schedule_would_look_for_first_units_that_are_gone() -> None:
+    schedule = {"iterative": {"steps": 2, "anew": True}}
+    with pytest.raises(ValueError, match="units that go first, which later steps of schedule"):
+        recipe_of(unit={"width": {"normalise": "slope"}}, schedule=schedule)
+    assert recipe_of(schedule=schedule).looks_anew

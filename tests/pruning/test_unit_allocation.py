@@ -109,7 +109,11 @@ def test_steps_are_of_equal_cost_and_leave_what_has_to_stay() -> None:
     with pytest.raises(SelectionError, match="cannot go in steps of 100"):
         Ladder.of(groups, 0.9, "parameters", 16)
     kept = Ladder.of([group_of("mlp", 96, 1, multiple_of=32, least=1)], 0.5, "parameters", 4)
-    assert [list(one) for one in kept.counts] == [[0, 0, 32, 64]]
+    # A step of 24 would take none.
+    assert kept.grain == 32 and [list(one) for one in kept.counts] == [[0, 32, 64]]
+    odd = [group_of("mlp", 50, 1, multiple_of=32, least=1), group_of("heads", 2, 8, multiple_of=2)]
+    kept = Ladder.of(odd, 0.2, "parameters", 16)
+    assert kept.grain == 32 and [list(one) for one in kept.counts] == [[0, 18], [0]]
 
 
 def test_the_cheapest_steps_are_those_that_a_search_of_all_finds() -> None:

@@ -17,6 +17,7 @@ from prunezero.errors import PruneZeroError, RecipeError
 from prunezero.formula import Criterion
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import find_linears
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning.kinds import UNITS, UnitKind
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Options
@@ -40,6 +41,7 @@ from prunezero.searching.strategies.catalogue import STRATEGIES
 from prunezero.searching.strategies.genetics import as_seen, random_criterion
 from tests.searching.test_search import outcome
 from tests.searching.testbed import config_of, tiny_space, tiny_testbed
+from tests.tiny_models import tiny_batches, tiny_model
 
 
 def task_of(name: str = "width", **changes: object) -> Task:
@@ -88,6 +90,21 @@ def test_tables_give_every_formula_the_scores_that_the_pruning_gives_it(
                 for one in (None, tables, tables)
             ]
             assert known[0] == known[1] == known[2]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+@pytest.mark.parametrize("formula", ["row_norm(W)", "M2*row_mean(abs(W))"])
+def test_tables_tell_apart_what_lies_in_one_fused_matrix(family: str, formula: str) -> None:
+    model, criterion = tiny_model(family), Criterion.parse(formula)
+    linears = find_linears(model.model)
+    statistics = calibrate(model, tiny_batches(), linears, {"mask_gradients"})
+    options, tables = chosen_unit({"width": {"members": "producers"}}).options, Tables()
+    for group in UNITS["width"].groups(linears, model):
+        alone, shared = (
+            _scores_or_fault(UNITS["width"], group, criterion, statistics, options, one)
+            for one in (None, tables)
+        )
+        assert alone == shared and not isinstance(alone, str)
 
 
 def _scores_or_fault(

@@ -225,6 +225,12 @@ class Recipe(Document):
                 f"unit: {self.unit.word}: swaps lowers what is lost once columns are refitted, so "
                 "it needs update: refit"
             )
+        if self._stretches and not self.schedule.is_usual:
+            raise ValueError(
+                f"unit: {self.unit.word}: normalise: slope looks at the units that go first, which "
+                f"later steps of schedule: {self.schedule.word} no longer have; use schedule: "
+                "one-shot, or another word at normalise"
+            )
         return self
 
     @model_validator(mode="after")
@@ -279,8 +285,12 @@ class Recipe(Document):
     def features(self) -> tuple[str, ...]:
         """Names of the features that its scores are made from, by formulas or around them."""
         of_formulas = [name for one in self.formulas for name in one.features]
-        by_slope = getattr(self.unit.options, "normalise", "") == "slope"
-        return tuple(dict.fromkeys([*of_formulas, *(["SLOPE"] if by_slope else [])]))
+        return tuple(dict.fromkeys([*of_formulas, *(["SLOPE"] if self._stretches else [])]))
+
+    @property
+    def _stretches(self) -> bool:
+        """Whether scores are stretched to what was measured of the first units of each place."""
+        return getattr(self.unit.options, "normalise", "") == "slope"
 
     @property
     def text(self) -> str:
