@@ -188,11 +188,16 @@ def _opened(
     pool: Callable[[EvaluatorPlan], Evaluators] | None,
 ) -> Session:
     """The search that was asked for, on its models and text, ready to run."""
-    from prunezero.cli.tables import Bars
+    from prunezero.cli.tables import Bars, say
     from prunezero.report.runs.search_file import forget_config, write_config
-    from prunezero.searching.session import open_session
+    from prunezero.searching.experiment.testbeds import without_missing_biases
+    from prunezero.searching.session import make_task, open_session
 
     testbeds = search_setup.loaded(task.config)
+    config, reason = without_missing_biases(task.config, testbeds)
+    if reason:
+        say(f"updates of biases are left out: {reason}")
+        task = make_task(config)
     try:
         with Bars() as bars:
             return open_session(

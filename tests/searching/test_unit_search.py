@@ -31,6 +31,7 @@ from prunezero.searching.evaluation.request import Request
 from prunezero.searching.experiment.baselines import baselines, on_terms_of, published_equivalent
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
+from prunezero.searching.experiment.testbeds import without_missing_biases
 from prunezero.searching.history import History
 from prunezero.searching.proxies.samples import ROW_WEIGHTS
 from prunezero.searching.proxies.unit_samples import UnitSamples
@@ -366,3 +367,25 @@ def test_only_linear_maps_with_units_are_looked_at(samples: UnitSamples, testbed
     readers = {group.reader.linear.name for group in samples.groups}
     assert readers <= {linear.name for linear in linears}
     assert {name.rsplit(".", 1)[-1] for name in readers} == {"o_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_updates_of_biases_are_left_out_where_a_model_can_have_none(
+    family: str, tmp_path: Path
+) -> None:
+    testbed = tiny_testbed(family)
+    asked = config_of(tiny_space("width"), 0.3, testbeds=[testbed])
+    config, reason = without_missing_biases(asked, [tiny_testbed(), testbed])
+    if family != "mistral":
+        assert (config, reason) == (asked, "")
+        return
+    assert "has no bias, and the configuration of this model (mistral)" in reason
+    assert config.space_content.choices["update"] == (["none"], ["refit"])
+    assert without_missing_biases(config, [testbed]) == (config, "")
+    task = make_task(config)
+    names = [one.name for one in baselines(task)]
+    assert "mask_fisher" in names and not {"flap", "obs_bias"} & {*names}
+    session = open_session([testbed], task, tmp_path)
+    (candidate, *_) = search(session.rungs, max_candidates=1)
+    session.rungs.close()
+    assert candidate.fault == ""

@@ -25,7 +25,8 @@ def baselines(task: Task) -> list[Recipe]:
 
     Formulas by the same dense statistics come first; recipes that mend weights, each as its paper
     has it, where the search may mend them too. A search that uses no gradients is not compared with
-    recipes that would need them collected.
+    recipes that would need them collected, nor one among units that changes no biases with those
+    that do.
     """
     has_gradients = "gradients" in {terminal.signal for terminal in task.space.terminals}
     same = {
@@ -40,7 +41,13 @@ def baselines(task: Task) -> list[Recipe]:
             found.append(with_choices(published, statistics="dense", **same))
         elif "update" in task.options or unit != "weight":
             found.append(with_choices(published.on_unit(unit), **same))
-    return [one for one in found if has_gradients or one.criterion.signal != "gradients"]
+    has_biases = unit == "weight" or any("bias" in one for one in task.options.get("update", ()))
+    return [
+        one
+        for one in found
+        if (has_gradients or one.criterion.signal != "gradients")
+        and (has_biases or not one.needs_biases)
+    ]
 
 
 def published_rules(task: Task) -> list[Rule]:

@@ -10,17 +10,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from prunezero.errors import PruneZeroError, RecipeError, SearchError
+from prunezero.errors import ModelError, PruneZeroError, RecipeError, SearchError
+from prunezero.models.anatomy.groups import linears_of
 from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.biases import refuse_without_bias
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import Progress
 from prunezero.models.text.splits import SPLITS
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import check_recipe
 from prunezero.pruning.testbed import Testbed, with_choices
 from prunezero.searching.experiment.baselines import baselines
+from prunezero.searching.experiment.config import SearchConfig
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
 
@@ -49,6 +53,34 @@ def _refuse_twice(names: Sequence[str]) -> None:
     for place, name in enumerate(names):
         if name in names[:place]:
             raise SearchError(f"model {name} is named twice; name every model once")
+
+
+def without_missing_biases(
+    config: SearchConfig, testbeds: Sequence[Testbed]
+) -> tuple[SearchConfig, str]:
+    """The experiment as all its models can take it, and why an update was left out.
+
+    A space of whole units offers updates of biases, and most models can have none. Recipes that
+    need them are no baselines then.
+
+    Returns:
+        The experiment, and the reason; the same experiment and no reason where nothing is missing.
+    """
+    space = config.space_content
+    updates = space.choices.get("update", ())
+    kept = tuple(words for words in updates if "bias" not in words)
+    if space.unit == "weight" or len(kept) in (0, len(updates)):
+        return config, ""
+    for testbed in testbeds:
+        model = testbed.language_model
+        linears = find_linears(model.model, targets=config.targets, ignore=config.ignore)
+        try:
+            refuse_without_bias(model, linears_of(UNITS[space.unit].groups(linears, model)))
+        except ModelError as error:
+            choices = {**space.choices, "update": kept}
+            narrowed = space.model_copy(update={"choices": choices})
+            return config.model_copy(update={"space_content": narrowed}), str(error)
+    return config, ""
 
 
 def fitted(task: Task, testbeds: Sequence[Testbed]) -> Task:
