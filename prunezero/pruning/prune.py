@@ -274,6 +274,7 @@ class _Job:
             "recipe": self.recipe.to_yaml(),
             "sparsity": sparsity,
             "text": None if self.windows is None else windows_fingerprint(self.windows),
+            "held_out": None if self.held_out is None else windows_fingerprint(self.held_out),
             "device": self.language_model.device.type,
             "versions": {name: version(name) for name in ("prunezero", "torch", "transformers")},
         }
