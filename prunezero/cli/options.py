@@ -39,7 +39,10 @@ TEXT = typer.Option(
 )
 TextName = Annotated[str, TEXT]
 Sparsity = Annotated[
-    float | None, typer.Option(help="Fraction of the weights to remove, such as 0.5.")
+    float | None,
+    typer.Option(
+        help="Fraction to remove, such as 0.5: of the weights, or of the units' parameters."
+    ),
 ]
 PATTERN = typer.Option(help="`free`, or N:M such as 2:4, which keeps 2 of every 4 weights.")
 Pattern = Annotated[str | None, PATTERN]

@@ -113,5 +113,5 @@ def _score_lines(criterion: Criterion) -> list[str]:
 def _docstring(recipe: Recipe) -> str:
     """The page's docstring, safe to stand between triple quotes."""
     zeros = "Zeroes the lowest scores of each group. Zeros alone make no model smaller or faster."
-    command = "    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER"
+    command = "    python PAGE.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER"
     return page_docstring(recipe, "prune a language model", f"{zeros} Usage:", command)

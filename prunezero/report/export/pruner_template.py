@@ -2,7 +2,7 @@
 
 Zeroes the lowest scores of each group. Zeros alone make no model smaller or faster. Usage:
 
-    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER
+    python PAGE.py MODEL_FOLDER TEXT_FILE --sparsity 0.5 --output PRUNED_FOLDER
 """
 
 import argparse

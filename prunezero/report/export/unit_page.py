@@ -193,7 +193,7 @@ def _with_names(line: str, names: dict[str, str]) -> str:
 def _docstring(recipe: Recipe) -> str:
     """What the page removes by which formula, in words, and how it is run."""
     several = "units of each place compete" if recipe.compare == "group" else "all units compete"
-    command = "    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.2 --output PRUNED_FOLDER"
+    command = "    python PAGE.py MODEL_FOLDER TEXT_FILE --sparsity 0.2 --output PRUNED_FOLDER"
     python = "    prune_(model, batches, sparsity=0.2, slice=True)"
     return page_docstring(
         recipe,

@@ -2,7 +2,7 @@
 
 Zeroes the units of the lowest score, or takes them out. Usage:
 
-    python pruner.py MODEL_FOLDER TEXT_FILE --sparsity 0.2 --output PRUNED_FOLDER
+    python PAGE.py MODEL_FOLDER TEXT_FILE --sparsity 0.2 --output PRUNED_FOLDER
 """
 
 import argparse
