@@ -232,7 +232,8 @@ class _Job:
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
                 stages.keep(step, "pruned")
-            if not recipe.recover.is_usual and not stages.has(step, "tuned"):
+            trains = recipe.trains_after(step, len(shares))
+            if trains and not stages.has(step, "tuned"):
                 self._recover(step, stages.checkpoint(step), tell)
                 stages.keep(step, "tuned")
         return ratios[-1]

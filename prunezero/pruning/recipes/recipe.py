@@ -47,6 +47,7 @@ from prunezero.pruning.recipes.documents import (
     validated,
 )
 from prunezero.pruning.recipes.measured_rows import check_provenance
+from prunezero.pruning.recipes.training_options import Training
 from prunezero.pruning.recipes.word_options import Iterative
 from prunezero.pruning.recipes.words import (
     Allocate,
@@ -325,6 +326,11 @@ class Recipe(Document):
     def looks_anew(self) -> bool:
         """Whether each step of its schedule looks at the model as pruned so far."""
         return isinstance(self.schedule.options, Iterative) and self.schedule.options.anew
+
+    def trains_after(self, step: int, steps: int) -> bool:
+        """Whether a training follows one of so many pruning steps, the first of which is 0."""
+        options = self.recover.options
+        return isinstance(options, Training) and options.follows(step, steps)
 
     @property
     def needs_biases(self) -> bool:
