@@ -20,6 +20,7 @@ from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.staged import StagedRecipe
+from prunezero.pruning.recipes.training_options import Lora
 from prunezero.pruning.recovery import training
 from prunezero.pruning.recovery.words import lora
 from prunezero.pruning.requirements import dense_sums
@@ -150,7 +151,9 @@ def test_llm_pruner_looks_anew_before_each_step_and_trains_once_when_all_are_gon
     assert len(outcome.trainings) == 1
     expected = prune(by_hand, plain, 0.1, **known)
     assert outcome.selection.removed() == expected.selection.removed() > 0
-    lora(by_hand, find_linears(by_hand.model), TEXT, trained.recover.options, step=3)
+    options = trained.recover.options
+    assert isinstance(options, Lora)
+    lora(by_hand, find_linears(by_hand.model), TEXT, options, step=3)
     assert digest(model) == digest(by_hand)
 
 
