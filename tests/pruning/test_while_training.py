@@ -19,9 +19,11 @@ from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.models.observing.calibration import calibrate
 from prunezero.models.observing.gradients import sequence_loss
-from prunezero.pruning.outcome import Outcome
+from prunezero.pruning import staging
 from prunezero.pruning.prune import prune
+from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.staged import StagedRecipe
 from prunezero.pruning.recipes.training_options import Lora
 from prunezero.pruning.recipes.word_options import WhileTraining
 from prunezero.pruning.recovery import gradual, training
@@ -305,6 +307,22 @@ def test_zeros_stay_zeros_and_the_sliced_model_computes_the_same(name: str) -> N
         torch.testing.assert_close(logits_of(model, TEXT), zeroed, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen3"])
+def test_fused_and_turned_matrices_lose_their_units_too(family: str, dtype: torch.dtype) -> None:
+    model = wrap_model(tiny_network(family).to(dtype), tiny_tokenizer(), name=family)
+    outcome = prune(model, chosen(), 0.5, windows=TEXT)
+    assert outcome.sparsity_reached == 0.5
+    masks = outcome.selection.matrix_masks()
+    for layer in find_linears(model.model):
+        assert bool((layer.weight[~masks[layer.name]] == 0).all())
+        assert bool((layer.weight[masks[layer.name]] != 0).any()) and layer.weight.dtype == dtype
+    model.model.float()
+    zeroed = logits_of(model, TEXT)
+    with sliced(model, outcome.selection):
+        torch.testing.assert_close(logits_of(model, TEXT), zeroed, rtol=0, atol=1e-5)
+
+
 def test_biases_of_rows_that_made_a_unit_go_with_it() -> None:
     network = tiny_network("opt")
     for layer in find_linears(network):
@@ -429,6 +447,29 @@ def test_no_weight_of_the_model_has_a_gradient(monkeypatch: pytest.MonkeyPatch) 
     assert counts == [2 * len(find_linears(model.model))] * STEPS
 
 
+def test_as_a_stage_it_leaves_the_zeros_of_the_stage_before() -> None:
+    stages: list[dict[str, Any]] = [
+        {"unit": "kv_group", "criterion": "row_norm(W)", "compare": "group"},
+        {
+            "unit": {"neuron": {"members": "all"}},
+            "criterion": "row_sum(abs(G_lora*W_lora))",
+            "compare": "group",
+            "schedule": {"while_training": {"every": 2}},
+            "recover": LORA,
+        },
+    ]
+    rules = validated(StagedRecipe, {"name": "mine", "stages": stages}, "mine.yaml")
+    model = knowing_model()
+    outcome = staging.prune(model, rules, 0.5, windows=TEXT)
+    counts = {(group.kind, group.block): int((~kept).sum()) for group, kept in outcome.selection}
+    assert counts == {
+        (kind, at): n for kind, n in (("kv_group", 1), ("neuron", 32)) for at in (0, 1)
+    }
+    masks = outcome.selection.matrix_masks()
+    for layer in find_linears(model.model):
+        assert bool((layer.weight[~masks[layer.name]] == 0).all())
+
+
 # Refusals
 
 
@@ -472,12 +513,10 @@ def test_features_of_training_are_refused_where_nothing_trains() -> None:
             feature(name, torch.ones(2, 3), None)
 
 
-def outcome_of(model: LanguageModel) -> Outcome:
-    return prune(model, chosen(), 0.5, windows=tiny_batches(4, 10))
-
-
-def test_the_same_call_gives_the_same_bits() -> None:
-    models = [knowing_model() for _ in range(2)]
-    for model in models:
-        outcome_of(model)
-    assert digest(models[0]) == digest(models[1])
+def test_the_same_call_gives_the_same_bits_and_another_text_others() -> None:
+    digests = []
+    for windows in (TEXT, TEXT, tiny_batches(4, 10)):
+        model = knowing_model()
+        prune(model, chosen(), 0.5, windows=windows)
+        digests.append(digest(model))
+    assert digests[0] == digests[1] != digests[2]
