@@ -12,6 +12,10 @@ Text of a feature of units reads the sums of the matrix that reads what units ha
 [units, width, out]; and what a unit costs, `parameters`, `flops`, `kv_bytes` and `milliseconds`,
 the `slope` of its place, and its `noise`, [units] each. Of a part of the depth sums, costs and
 noise are of one unit, [1] each.
+
+While low-rank factors train, beside `weight` stand `factor_a` [rank, in] and `factor_b`
+[out, rank], the gradients of a step's mean loss `gradient_a` and `gradient_b`, the `change` of the
+weight [out, in] that the factors make, and `eta`, a number of the schedule.
 """
 
 from __future__ import annotations
@@ -28,10 +32,13 @@ import sympy
 SIGNALS = ("none", "activations", "gradients", "second order", "oracle")
 # What formulas of single weights may look at.
 WEIGHT_SIGNALS = SIGNALS[:-1]
+# What a text may read that is known only while low-rank factors train.
+OF_TRAINING = ("factor_a", "factor_b", "gradient_a", "gradient_b", "change", "eta")
 # What a text may read that is no sum, and the sums that it is made from.
 MADE_FROM: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
     **dict.fromkeys(("parameters", "flops", "kv_bytes", "milliseconds"), ()),
+    **dict.fromkeys(OF_TRAINING, ()),
     # what the distance is measured by: M2 and a refit
     "slope": ("gram", "input_sum", "mask_gradients"),
     "upper": ("gram",),
@@ -85,6 +92,11 @@ class Feature:
     def inputs(self) -> tuple[str, ...]:
         """The names that the torch text reads."""
         return names_in(self.torch)
+
+    @property
+    def of_training(self) -> bool:
+        """Whether it is known only while low-rank factors train."""
+        return not set(self.inputs).isdisjoint(OF_TRAINING)
 
     @property
     def sums(self) -> tuple[str, ...]:

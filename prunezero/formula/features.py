@@ -195,6 +195,32 @@ _ROWS = (
         "upper.diagonal()",
         "second order",
     ),
+    # While low-rank factors A and B train, W + change is what the model computes with.
+    Feature(
+        "W_lora",
+        "element",
+        "the weight with the change that its low-rank factors make, signed; while they train",
+        r"W+\gamma BA",
+        "w",
+        "(weight + change)",
+        "gradients",
+        nonnegative=False,
+        domains=("unit",),
+        kinds=_OF_ONE_READER,
+    ),
+    # What a step of gradient descent by eta takes from BA, over eta; no gradient of W is needed.
+    Feature(
+        "G_lora",
+        "element",
+        "estimate of the gradient of the weight by those of its low-rank factors, signed",
+        r"\partial B\,A+B\,\partial A-\eta\,\partial B\,\partial A",
+        "L/w",
+        "(gradient_b @ factor_a + factor_b @ gradient_a - eta * (gradient_b @ gradient_a))",
+        "gradients",
+        nonnegative=False,
+        domains=("unit",),
+        kinds=_OF_ONE_READER,
+    ),
     # What a unit hands on are input channels of its reader: X, X_mean and X_var of those.
     Feature(
         "A",

@@ -35,8 +35,10 @@ from prunezero.pruning.budget import Budget
 from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.word_options import WhileTraining
 from prunezero.pruning.recovery.answers import DenseAnswers
-from prunezero.pruning.recovery.training import TrainingReport
+from prunezero.pruning.recovery.gradual import GradualRemoval, Known
+from prunezero.pruning.recovery.training import Follower, TrainingReport
 from prunezero.pruning.recovery.words import answers_for, layers_trained
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
@@ -226,13 +228,17 @@ class _Job:
         is_usual = recipe.unit.is_usual
         kept = None if recipe.recover.is_usual and not is_usual else folder
         stages = Stages(kept, self._request(sparsity), every, keeps_weights=is_usual)
+        if recipe.schedule.row.in_training:
+            self._prune_in_training(sparsity, ratios[-1], stages.checkpoint(0), tell)
+            return ratios[-1]
         for step, share in enumerate(shares):
             if step and recipe.looks_anew:
                 self.dense = self._seen_anew(tell)
             if not stages.has(step, "pruned"):
                 self._prune(share, ratios[step], tell)
                 stages.keep(step, "pruned")
-            if not recipe.recover.is_usual and not stages.has(step, "tuned"):
+            trains = recipe.trains_after(step, len(shares))
+            if trains and not stages.has(step, "tuned"):
                 self._recover(step, stages.checkpoint(step), tell)
                 stages.keep(step, "tuned")
         return ratios[-1]
@@ -279,7 +285,13 @@ class _Job:
             "versions": {name: version(name) for name in ("prunezero", "torch", "transformers")},
         }
 
-    def _recover(self, step: int, checkpoint: Path | None, tell: Progress) -> None:
+    def _recover(
+        self,
+        step: int,
+        checkpoint: Path | None,
+        tell: Progress,
+        follower: Follower | None = None,
+    ) -> None:
         recover = self.recipe.recover
         assert self.windows is not None  # check_text refused it; for the type checker
         layers = layers_trained(self.language_model, self.layers, recover.options)
@@ -292,9 +304,36 @@ class _Job:
             answers=self.answers,
             checkpoint=checkpoint,
             progress=tell,
+            follower=follower,
         )
         self.trainings.append(report)
         settle(self.language_model, layers)
+
+    def _prune_in_training(
+        self, sparsity: float, ratios: dict[str, float], checkpoint: Path | None, tell: Progress
+    ) -> None:
+        """Units go while the recovery trains; the training ends with all that were to go."""
+        options = self.recipe.schedule.options
+        assert isinstance(options, WhileTraining)  # by its row; for the type checker
+
+        def choose(part: float, scores_of: Callable[[Group], Tensor]) -> Selection:
+            def scores(group: Group) -> Tensor:
+                return self._last_what_went(group, scores_of(group))
+
+            if self.recipe.compare == "model":
+                self.selection = self._selected(self.groups, sparsity * part, scores)
+            else:
+                for group in self.groups:
+                    # All members of a group lose the same share.
+                    share = ratios[group.members[0].linear.name] * part
+                    self.selection |= self._selected([group], share, scores)
+            return self.selection
+
+        removal = GradualRemoval(self.groups, options, self.dense, self._formula_of, choose)
+        self._recover(0, checkpoint, tell, removal)
+        self.selection = removal.selection
+        clear_biases(self.selection)
+        settle(self.language_model, self.layers)
 
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""
@@ -379,19 +418,32 @@ class _Job:
                 self.language_model, groups, self.windows, sums, gone=gone, progress=tell
             )
 
-    def _selected(self, groups: Sequence[Group], share: float) -> Selection:
+    def _selected(
+        self,
+        groups: Sequence[Group],
+        share: float,
+        scores_of: Callable[[Group], Tensor] | None = None,
+    ) -> Selection:
         """What stays of groups that lose a share together, as far as it is chosen beforehand."""
         kind = self.recipe.unit.row
         budget = Budget(share, measure=self.recipe.unit.measure, pattern=self.recipe.pattern)
-        return kind.select(groups, self._scores_of, budget, compare=self.recipe.compare)
+        of = scores_of or self._scores_of
+        return kind.select(groups, of, budget, compare=self.recipe.compare)
 
     def _scores_of(self, group: Group) -> Tensor:
+        return self._last_what_went(group, self._formula_of(group, self.known))
+
+    def _formula_of(self, group: Group, known: Known) -> Tensor:
+        """The value of the recipe's formula for the units of a group."""
         recipe = self.recipe
         # All layers of a group have one formula.
         criterion = recipe.criterion_of(group.members[0].linear.name)
-        scores = recipe.unit.row.scores(
-            group, criterion, self.known, damping=recipe.damping, options=recipe.unit.options
+        return recipe.unit.row.scores(
+            group, criterion, known, damping=recipe.damping, options=recipe.unit.options
         )
+
+    def _last_what_went(self, group: Group, scores: Tensor) -> Tensor:
+        """The scores of a group, lowest where units went before."""
         for _, kept in self.selection.of([group]):
             # What went in an earlier step goes in this one too, whatever the formula says of zeros.
             scores = scores.masked_fill(~kept.to(scores.device), torch.finfo(scores.dtype).min)

@@ -141,7 +141,9 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
     options = recipe.allocate.options
     if isinstance(options, Slopes):
         Ladder.of(groups, sparsity, recipe.unit.measure, options.steps)
-    layers_trained(language_model, layers, recipe.recover.options)
+    trained = layers_trained(language_model, layers, recipe.recover.options)
+    if recipe.schedule.row.in_training:
+        _refuse_untrained(recipe, layers, trained)
     _refuse_two_formulas(recipe, layers)
     if recipe.statistics == "sequential" and any(map(_spans_blocks, groups)):
         raise RecipeError(
@@ -206,6 +208,18 @@ def _one_less(group: Group) -> int:
     """A number of units that may stay of a group, other than in the blocks before and behind."""
     fewer = group.units - (1 + group.block % 2) * group.step
     return fewer if fewer >= group.fewest and not group.is_protected else group.units
+
+
+def _refuse_untrained(recipe: Recipe, layers: Sequence[Linear], trained: Sequence[Linear]) -> None:
+    """Refuse units that would go in a training that passes by a part of them."""
+    names = {layer.name for layer in trained}
+    for layer in layers:
+        if layer.name not in names:
+            raise RecipeError(
+                f"recipe {recipe.name}: schedule {recipe.schedule.word} takes units out of layers "
+                f"in training, and {layer.name} is not among the targets of recover "
+                f"{recipe.recover.word}; leave these targets out, or widen them"
+            )
 
 
 def _refuse_two_formulas(recipe: Recipe, layers: Sequence[Linear]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from prunezero.pruning.recipes.word_options import Iterative, Options
+from prunezero.pruning.recipes.word_options import Iterative, Options, WhileTraining
 
 # Earlier steps are given in ten-thousandths: what they leave is removed by a later one.
 PARTS = 10_000
@@ -29,6 +29,11 @@ def span(sparsity: float, options: Options) -> tuple[float, ...]:
     return one_shot(sparsity, options)
 
 
+def while_training(sparsity: float, options: WhileTraining) -> tuple[float, ...]:
+    """The sparsity itself: how much is gone at which step of the training `part_gone` says."""
+    return one_shot(sparsity, options)
+
+
 def iterative(sparsity: float, options: Iterative) -> tuple[float, ...]:
     """Sparsities after each of several steps, each above the one before; the last is `sparsity`.
 
@@ -41,11 +46,27 @@ def iterative(sparsity: float, options: Iterative) -> tuple[float, ...]:
 
     Source: Zhu & Gupta 2017, arXiv:1710.01878, equation 1, from a dense model.
     """
-    power = 3 if options.shape == "cubic" else 1
     reached: list[float] = []
     for step in range(1, options.steps):
-        share = 1 - (1 - Fraction(step, options.steps)) ** power
+        share = _gone(Fraction(step, options.steps), options.shape)
         fraction = math.floor(Fraction(str(sparsity)) * share * PARTS) / PARTS
         if (reached[-1] if reached else 0.0) < fraction < sparsity:
             reached.append(fraction)
     return (*reached, sparsity)
+
+
+def part_gone(done: int, total: int, options: WhileTraining) -> Fraction:
+    """Which part of what goes in the end is to be gone after some steps of a training.
+
+    Args:
+        done: steps of the optimizer so far.
+        total: steps in all.
+    """
+    begin, end = Fraction(str(options.begin)), Fraction(str(options.end))
+    way = (Fraction(done, total) - begin) / (end - begin)
+    return _gone(min(Fraction(1), max(Fraction(0), way)), options.shape)
+
+
+def _gone(way: Fraction, shape: str) -> Fraction:
+    """The share gone at a part of the way: as much of it, or by the cube of what is left."""
+    return 1 - (1 - way) ** (3 if shape == "cubic" else 1)

@@ -42,7 +42,13 @@ def feature(
     if name in OF_FACTOR:
         value = factor_feature(name, statistics, damping)
     else:
-        given = {"weight": weight.detach()}
+        of_training = {} if statistics is None else statistics.of_training
+        if FEATURES[name].of_training and not of_training:
+            raise StatisticsError(
+                f"feature {name} looks at low-rank factors while they train, and none do here; use "
+                "schedule: while_training"
+            )
+        given = {"weight": weight.detach(), **of_training}
         value = feature_function(name)(**_inputs(FEATURES[name], given, statistics))
     fits = all(have in (1, want) for have, want in zip(value.shape, weight.shape, strict=True))
     if not fits:

@@ -7,7 +7,7 @@ passes may be added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -196,6 +196,8 @@ class Statistics:
     """sequences that those tokens came in"""
     sums: dict[str, Tensor]
     """by name, see `SUMS` and `BLOCK_SUMS`"""
+    of_training: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """what features read of low-rank factors that train, see `formula/feature_row.py`; no sums"""
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
     """what was derived from the sums and is dear to derive again; emptied when they change"""
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)

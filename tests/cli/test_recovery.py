@@ -19,6 +19,14 @@ unit: width
 recover:
   lora: {steps: 4, batch: 2, patience: 5, every: 2, held_out: 1, learning_rate: 0.01}
 """
+IN_TRAINING = """
+name: mine
+criterion: row_sum(abs(G_lora*W_lora))
+compare: group
+unit: {neuron: {members: all}}
+schedule: {while_training: {every: 2}}
+recover: {lora: {steps: 6, batch: 2, learning_rate: 0.01}}
+"""
 WEIGHTS = """
 name: mine
 criterion: abs(W)
@@ -43,6 +51,20 @@ def test_units_are_trained_around_and_leave_the_saved_model(run: Run) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     # What a training left behind for the case that it was stopped.
     assert not Path("out.partial").exists()
+
+
+def test_units_that_go_while_factors_train_are_sliced_once_at_the_end(run: Run) -> None:
+    from transformers import AutoModelForCausalLM
+
+    Path("mine.yaml").write_text(IN_TRAINING)
+    result = run("prune MODEL --recipe mine.yaml --sparsity 0.5 --output out --json o.json")
+    assert result.exit_code == 0, result.output
+    row = json.loads(Path("o.json").read_text())
+    assert row["removed"] == 0.5 and len(row["training_losses"]) == 6
+    # Of 64.
+    assert AutoModelForCausalLM.from_pretrained("out").config.intermediate_size == 32
+    assert not Path("out.partial").exists()
+    assert "while_training" in Path("out/recipe.yaml").read_text()
 
 
 def test_the_loss_curve_stands_in_mlflow(run: Run) -> None:

@@ -57,7 +57,7 @@ def test_weights_compete_in_every_group_and_pattern_that_there_is() -> None:
     assert WEIGHT.compare.keys() == {*GROUPS, "N:M"}
     rows = [row for words in WORDS.values() for row in words.values()]
     of_units = [WORDS["update"]["refit"], *(WORDS["allocate"][key] for key in ("slopes", "evolve"))]
-    of_units += [row for row in rows if row.chooser]
+    of_units += [row for row in rows if row.chooser or row.in_training]
     assert all((WEIGHT.word in row.units) != (row in of_units) for row in rows)
     assert WEIGHT.axes_of("128 columns", "free") == ("output", "input")
     assert WEIGHT.axes_of("layer", "2:4") == ("input",)

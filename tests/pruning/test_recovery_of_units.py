@@ -13,12 +13,19 @@ from prunezero.errors import RecipeError
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.calibration import calibrate
 from prunezero.pruning import staging
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.staged import StagedRecipe
+from prunezero.pruning.recipes.training_options import Lora
 from prunezero.pruning.recovery import training
+from prunezero.pruning.recovery.words import lora
+from prunezero.pruning.requirements import dense_sums
+from prunezero.pruning.testbed import with_choices
+from tests.models.test_depth import deep_model
 from tests.pruning.trained import (
     TEXT,
     StopError,
@@ -122,3 +129,36 @@ def test_a_later_stage_learns_from_the_dense_model_not_from_the_stage_before() -
     expected = float(np.mean(np.sum(np.exp(before) * (before - after), axis=-1)))
     (report,) = outcome.trainings
     assert report.losses == pytest.approx((expected,), rel=1e-4)
+
+
+def test_llm_pruner_looks_anew_before_each_step_and_trains_once_when_all_are_gone() -> None:
+    chosen = Recipe.load("llm_pruner")
+    numbers = {**chosen.recover.options.model_dump(), "steps": 3, "batch": 2}
+    model, by_hand = (deep_model("llama", num_hidden_layers=8) for _ in range(2))
+    trained = with_choices(chosen, recover={"lora": numbers})
+    plain = with_choices(chosen, recover="none")
+    told: list[str] = []
+
+    def tell(what: str, done: int, total: int) -> None:
+        told.extend([what] if done == total else [])
+
+    sums = calibrate(model, TEXT, find_linears(model.model), dense_sums([chosen]))
+    known: dict[str, Any] = {"statistics": sums, "windows": TEXT}
+    outcome = prune(model, trained, 0.1, progress=tell, **known)
+    # Sums for the first of four steps were given.
+    order = [what.split(" ")[0] for what in told]
+    assert order == ["layers", *["gradients", "layers"] * 3, "steps"], told
+    assert len(outcome.trainings) == 1
+    expected = prune(by_hand, plain, 0.1, **known)
+    assert outcome.selection.removed() == expected.selection.removed() > 0
+    options = trained.recover.options
+    assert isinstance(options, Lora)
+    lora(by_hand, find_linears(by_hand.model), TEXT, options, step=3)
+    assert digest(model) == digest(by_hand)
+
+
+def test_a_training_after_every_step_is_what_recipes_have_that_say_nothing() -> None:
+    steps = {"iterative": {"steps": 2}}
+    for after, count in (({}, 2), ({"after": "every step"}, 2), ({"after": "last step"}, 1)):
+        chosen = recipe(schedule=steps, recover={"lora": {"steps": 1, "batch": 1, **after}})
+        assert len(prune(knowing_model(), chosen, 0.5, windows=TEXT).trainings) == count

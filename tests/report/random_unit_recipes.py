@@ -37,7 +37,8 @@ def random_unit_formula(rng: random.Random, space: SearchSpace) -> str:
     words = [str(word) for word in space.terminals if str(word) != "SLOPE" or rng.random() < 0.1]
     words += MORE if rng.random() < 0.4 else ()
     if rng.random() < 0.1:
-        words += [name for name in features_of_domain("unit") if name not in ("MS", "SLOPE")]
+        left_out = ("MS", "SLOPE", "G_lora", "W_lora")
+        words += [name for name in features_of_domain("unit") if name not in left_out]
     return _formula(rng, space, words, rng.choice([0, 1, 1, 2, 3]))
 
 

@@ -140,6 +140,14 @@ def test_heads_that_are_counted_elsewhere_are_refused_before_anything_changes() 
         ),
         ({"criterion": "A/MS"}, r"criterion: MS \(measured on trial\)"),
         ({"criterion": "A*SLOPE"}, r"criterion: SLOPE \(measured on trial\)"),
+        (
+            {
+                "criterion": "row_sum(abs(G_lora))",
+                "schedule": "while_training",
+                "recover": "lora",
+            },
+            r"criterion: G_lora \(known while factors train\), schedule: while_training",
+        ),
     ],
 )
 def test_what_no_page_can_follow_is_refused_in_a_sentence(fields: Any, said: str) -> None:

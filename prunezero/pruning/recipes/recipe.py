@@ -47,6 +47,7 @@ from prunezero.pruning.recipes.documents import (
     validated,
 )
 from prunezero.pruning.recipes.measured_rows import check_provenance
+from prunezero.pruning.recipes.training_options import LowRank, Training
 from prunezero.pruning.recipes.word_options import Iterative
 from prunezero.pruning.recipes.words import (
     Allocate,
@@ -264,6 +265,38 @@ class Recipe(Document):
             )
         return self
 
+    @model_validator(mode="after")
+    def _trains_as_it_prunes(self) -> Recipe:
+        of_training = [name for name in self.features if FEATURES[name].of_training]
+        if not self.schedule.row.in_training:
+            if of_training:
+                raise ValueError(
+                    f"feature {of_training[0]} looks at low-rank factors while they train, so it "
+                    "needs schedule: while_training"
+                )
+            return self
+        options, what = self.recover.options, f"schedule: {self.schedule.word}"
+        if not isinstance(options, LowRank) or getattr(options, "through", "lora") != "lora":
+            raise ValueError(
+                f"{what} takes units out while low-rank factors train, so it needs recover: lora, "
+                "or distil through lora"
+            )
+        if isinstance(options, Training) and options.patience:
+            raise ValueError(
+                f"{what} needs all steps of recover: {self.recover.word}, so patience, by which "
+                "they may end early, has to be 0"
+            )
+        others = [one for one in self.update if not one.is_usual]
+        others += [self.allocate] if self.allocate.row.tries else []
+        if others:
+            raise ValueError(
+                f"{others[0].arrow}: {others[0].word} looks at units that go at once, and by "
+                f"{what} they go while weights change"
+            )
+        if self.statistics != "dense":
+            raise ValueError(f"{what} has no walk over the blocks, so it needs statistics: dense")
+        return self
+
     def on_unit(self, word: str) -> Recipe:
         """The same recipe for other units; numbers of its own unit go along, where both have them.
 
@@ -335,6 +368,11 @@ class Recipe(Document):
     def looks_anew(self) -> bool:
         """Whether each step of its schedule looks at the model as pruned so far."""
         return isinstance(self.schedule.options, Iterative) and self.schedule.options.anew
+
+    def trains_after(self, step: int, steps: int) -> bool:
+        """Whether a training follows one of so many pruning steps, the first of which is 0."""
+        options = self.recover.options
+        return isinstance(options, Training) and options.follows(step, steps)
 
     @property
     def needs_biases(self) -> bool:

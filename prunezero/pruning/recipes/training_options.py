@@ -13,6 +13,9 @@ from prunezero.pruning.recipes.word_options import Options
 class Training(Options):
     """What every training after a pruning step has: an optimizer, its steps, and when to stop."""
 
+    after: Literal["every step", "last step"] = Field(
+        default="every step", description="pruning steps of the schedule that it follows"
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = Field(default="adamw", description="of torch")
     learning_rate: float = Field(
         default=1e-4, gt=0, le=10, description="highest, after a warm-up; falls to 0"
@@ -48,6 +51,10 @@ class Training(Options):
         le=1_000_000,
         description="last calibration windows that are looked at instead of trained on, if any",
     )
+
+    def follows(self, step: int, steps: int) -> bool:
+        """Whether it trains after one of so many pruning steps, the first of which is 0."""
+        return self.after == "every step" or step == steps - 1
 
     def split(self, count: int) -> tuple[range, range]:
         """Which of so many calibration windows are trained on, and which are looked at."""

@@ -346,6 +346,43 @@ class Iterative(Options):
     )
 
 
+class WhileTraining(Options):
+    """Units go step by step while low-rank factors train, Zhang et al. 2024, arXiv:2305.18403."""
+
+    every: int = Field(
+        default=10, ge=1, le=1_000_000, description="steps of the optimizer before more units go"
+    )
+    begin: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the steps before which no unit goes"
+    )
+    end: float = Field(
+        default=0.9, gt=0, le=1, description="share of the steps by which all have gone"
+    )
+    # Cubic: Zhu & Gupta 2017, arXiv:1710.01878.
+    shape: Literal["linear", "cubic"] = Field(
+        default="cubic",
+        description="share gone at a part p of the way from begin to end: p, or 1 - (1 - p)^3",
+    )
+    momentum: float = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="share of the average of the scores that each step leaves as it is",
+    )
+    eta: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="step of gradient descent that G_lora looks at; 0 is the first order alone",
+    )
+
+    @model_validator(mode="after")
+    def _ends_behind_its_beginning(self) -> WhileTraining:
+        if self.begin >= self.end:
+            raise ValueError(f"begin {self.begin:g} is not before end {self.end:g}")
+        return self
+
+
 class Part(Options):
     """A stage that takes so much of what is asked for."""
 

@@ -46,6 +46,8 @@ class Word:
     sees_dense: bool = False
     # whether it needs biases in the layers
     needs_biases: bool = False
+    # Of schedules: whether units go while the recovery trains, and not before it
+    in_training: bool = False
     # Of schedules: where the function is that chooses which units go, as "module:name"; nothing
     # where the kind of unit says it
     chooser: str = ""

@@ -34,6 +34,7 @@ from prunezero.pruning.recipes.word_options import (
     Slopes,
     Swaps,
     Table,
+    WhileTraining,
 )
 from prunezero.pruning.recipes.word_row import Word
 from prunezero.scoring.request import GROUPS
@@ -216,6 +217,15 @@ WORDS: dict[str, dict[str, Word]] = {
             "schedule:span",
             units=frozenset({"layer"}),
             chooser="depth:best_span",
+        ),
+        "while_training": Word(
+            WhileTraining,
+            "units go step by step while the recovery trains low-rank factors",
+            "schedule:while_training",
+            "gradients",
+            units=_WIDTH,
+            whole_model=_TRAINS,
+            in_training=True,
         ),
     },
     "recover": {

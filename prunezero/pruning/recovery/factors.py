@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +63,13 @@ def _masked_linear() -> type[Any]:
 class Factors:
     """The low-rank factors of some layers in training."""
 
-    modules: list[Any]
-    """in the places of the layers"""
+    modules: dict[str, Any]
+    """by the names of the layers, in their order"""
 
     @property
     def masters(self) -> list[Tensor]:
         """What the optimizer changes; backward passes fill their gradients."""
-        factors = ((module.lora_A, module.lora_B) for module in self.modules)
+        factors = ((module.lora_A, module.lora_B) for module in self.modules.values())
         return [factor[_NAME].weight for pair in factors for factor in pair]
 
     def write(self) -> None:
@@ -78,7 +78,7 @@ class Factors:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Within it the model computes what it will once training is done, without dropout."""
-        dropouts = [module.lora_dropout[_NAME] for module in self.modules]
+        dropouts = [module.lora_dropout[_NAME] for module in self.modules.values()]
         for dropout in dropouts:
             dropout.eval()
         try:
@@ -89,8 +89,35 @@ class Factors:
 
     def merge(self) -> None:
         """Leave in the model's weights what was trained."""
-        for module in self.modules:
+        for module in self.modules.values():
             module.merge(adapter_names=[_NAME])
+
+    @torch.no_grad()
+    def seen(self, layer: str) -> dict[str, Tensor]:
+        """What features read of the factors of a layer as they are now, see `feature_row.py`."""
+        module = self.modules[layer]
+        first, second = (one[_NAME].weight for one in (module.lora_A, module.lora_B))
+        change = module.get_delta_weight(_NAME)
+        return {
+            "factor_a": first.detach(),
+            "factor_b": second.detach(),
+            "gradient_a": first.grad,
+            "gradient_b": second.grad,
+            "change": change.T if module.fan_in_fan_out else change,
+        }
+
+    @torch.no_grad()
+    def remove(self, masks: Mapping[str, Tensor]) -> None:
+        """Take weights out of the model and of the training: zeros, which stay so.
+
+        Args:
+            masks: bool [out, in] by the name of a layer, True = stays.
+        """
+        for layer, mask in masks.items():
+            module = self.modules[layer]
+            gone = ~(mask.T if module.fan_in_fan_out else mask)
+            module.is_removed |= gone.to(module.is_removed.device)
+            module.get_base_layer().weight.masked_fill_(module.is_removed, 0.0)
 
 
 @contextmanager
@@ -109,14 +136,14 @@ def train_factors(
         if not hasattr(model, "peft_config"):
             undo.callback(vars(model).pop, "peft_config", None)
         _inject(model, layers, options)
-        modules: list[Any] = [model.get_submodule(layer.name) for layer in layers]
-        for layer, masked in zip(layers, modules, strict=True):
+        modules: dict[str, Any] = {one.name: model.get_submodule(one.name) for one in layers}
+        for layer, masked in zip(layers, modules.values(), strict=True):
             # transformers' Conv1D holds its weight turned.
             masked.fan_in_fan_out = not isinstance(layer.module, nn.Linear)
             weight: Any = layer.module.weight
             masked.is_removed = weight.detach() == 0
         factors = Factors(modules)
-        for module in modules:
+        for module in modules.values():
             # Small steps would be lost in the rounding of 16 bits.
             module.lora_A.float()
             module.lora_B.float()

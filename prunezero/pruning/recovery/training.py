@@ -81,6 +81,26 @@ class Parametrisation(Protocol):
         """Leave in the model's weights what was trained."""
 
 
+class Follower(Protocol):
+    """What goes along with a training, step by step, and may take weights out of it."""
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What its doings follow from, as plain numbers and words."""
+
+    def see(self, trained: Any) -> None:
+        """Look at the masters and their gradients before a step: finite, and not clipped yet."""
+
+    def act(self, trained: Any, done: int, total: int) -> None:
+        """Do what is due after so many steps of all, whether or not the last changed anything."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it: tensors, numbers and words, by names."""
+
+    def load(self, trained: Any, state: dict[str, Any]) -> None:
+        """Be as it was when `state` was taken."""
+
+
 @dataclass(frozen=True)
 class Choices:
     """The two choices that make a training: what is to become small, and what changes for it."""
@@ -101,6 +121,7 @@ def train(
     step: int = 0,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    follower: Follower | None = None,
 ) -> TrainingReport:
     """Train the weights of some layers that are not zero, in place; all else is frozen.
 
@@ -122,6 +143,7 @@ def train(
         step: the pruning step that this training follows, from 0.
         checkpoint: file that keeps the state every few steps and at the end; None keeps nothing.
         progress: told (what, steps of the optimizer done, and their total).
+        follower: goes along with it.
 
     Raises:
         TextError: the model cannot be run on these ids.
@@ -133,13 +155,15 @@ def train(
     fault = options.fault_of_text(len(windows))
     if fault:
         raise RecipeError(f"training {fault}")
-    request = _settings(language_model, layers, options) | {"seed": seed, "step": step}
+    request = _settings(language_model, layers, options, follower) | {"seed": seed, "step": step}
     model = language_model.model
     with torch.enable_grad(), _drawing(language_model, f"{seed} {step}"), _undone(layers) as before:
         if checkpoint is not None:
             request |= {"weights": kept.digest(before), "windows": kept.digest([windows])}
         with asking_anew(model), choices.parametrised(model, layers) as trained:
-            training = _Training(language_model, windows, options, choices.objective, trained)
+            training = _Training(
+                language_model, windows, options, choices.objective, trained, follower
+            )
             training.batches = training.drawn(f"{seed} {step}")
             training.run(checkpoint, request, f"steps of tuning {step + 1}", progress)
             trained.merge()
@@ -149,15 +173,23 @@ def train(
 
 
 def _settings(
-    language_model: LanguageModel, layers: Sequence[Linear], options: Tune | Stepwise
+    language_model: LanguageModel,
+    layers: Sequence[Linear],
+    options: Tune | Stepwise,
+    follower: Follower | None,
 ) -> dict[str, Any]:
     """What the weights after a training follow from, beside themselves and the windows."""
-    return options.model_dump() | {
-        "recover": type(options).__name__.lower(),
-        "model": language_model.fingerprint,
-        "device": layers[0].weight.device.type,
-        "torch": str(torch.__version__),
-    }
+    followed = {} if follower is None else follower.request
+    return (
+        followed
+        | options.model_dump()
+        | {
+            "recover": type(options).__name__.lower(),
+            "model": language_model.fingerprint,
+            "device": layers[0].weight.device.type,
+            "torch": str(torch.__version__),
+        }
+    )
 
 
 @contextmanager
@@ -191,6 +223,7 @@ class _Training:
     options: Tune | Stepwise
     objective: Objective
     trained: Parametrisation
+    follower: Follower | None = None
     batches: list[list[int]] = field(default_factory=list)
     """places of the windows of each step"""
     losses: list[float] = field(default_factory=list)
@@ -227,6 +260,8 @@ class _Training:
         while len(self.losses) < total and not self._is_over:
             self._step()
             done = len(self.losses)
+            if self.follower is not None:
+                self.follower.act(self.trained, done, total)
             if self.options.patience and (done % self.options.every == 0 or done == total):
                 self._look()
             self.seconds = time.perf_counter() - begin
@@ -266,12 +301,16 @@ class _Training:
         loss, fault = self._add_gradients(self.batches[place])
         self.losses.append(loss)
         if not fault:
-            norm = nn.utils.clip_grad_norm_(self.masters, HIGHEST_NORM)
+            gradients = [one.grad for one in self.masters if one.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
             if not bool(torch.isfinite(norm)):
                 fault = f"the norm of the gradients is {float(norm)}"
         if fault:
             self._skip(fault)
         else:
+            if self.follower is not None:
+                self.follower.see(self.trained)
+            nn.utils.clip_grads_with_norm_(self.masters, HIGHEST_NORM, norm)
             options = self.options
             share = _share_of_rate(place, len(self.batches), options.warm_up)
             for group in self.optimizer.param_groups:
@@ -362,6 +401,7 @@ class _Training:
             "best": self.best,
             "seconds": self.seconds,
             "masters": [master.detach() for master in self.masters],
+            "follower": {} if self.follower is None else self.follower.state(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -374,6 +414,8 @@ class _Training:
             kept.write(path, request, self._state())
         state = kept.read(path, request)
         self._load(state["masters"])
+        if self.follower is not None:
+            self.follower.load(self.trained, state["follower"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.skipped, self.best = state["losses"], state["skipped"], state["best"]
         self.looks = [(done, loss) for done, loss in state["looks"]]

@@ -66,7 +66,8 @@ def unfit_units(recipe: Recipe) -> list[str]:
         [f"unit: {unit.word} ({', '.join(f'{k} {v}' for k, v in left.items())})"] if left else []
     )
     features = [name for name in recipe.criterion.features if not _can_make(name)]
-    return found + [f"criterion: {name} (measured on trial)" for name in features]
+    why = {True: "known while factors train", False: "measured on trial"}
+    return found + [f"criterion: {name} ({why[FEATURES[name].of_training]})" for name in features]
 
 
 def _can_make(feature: str) -> bool:

@@ -70,6 +70,11 @@ def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tupl
         for name in terminal.features:
             if FEATURES[name].kinds and unit not in FEATURES[name].kinds:
                 raise ValueError(f"feature {name} says nothing of a {unit.replace('_', ' ')}")
+            if FEATURES[name].of_training:
+                raise ValueError(
+                    f"feature {name} is known only while low-rank factors train, which a search "
+                    "never does; prune by it"
+                )
     if unit != "weight":
         return _cheap_terminals_of_units(value, unit, _limit(info))
     if not any(terminal.shape == "element" for terminal in value):
