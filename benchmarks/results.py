@@ -49,7 +49,6 @@ def pages(folder: Path) -> dict[Path, str]:
     made = {
         folder / f"{name}.md": "\n".join(page(read(folder / f"{name}.jsonl"))) + "\n"
         for name, page in PAGES.items()
-        if (folder / f"{name}.jsonl").exists()
     }
     prose = folder / "README.md"
     return made | {prose: with_tables(prose.read_text(), folder)}
@@ -84,9 +83,8 @@ PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
     "scoring": lambda rows: scoring_report.report(scoring_report.latest(rows)),
     "speed": speed.report,
     "units": units_report.report,
-    **dict.fromkeys(
-        ("search_efficiency", "search_efficiency_width"),
-        lambda rows: efficiency_report.report(search_efficiency.shown(rows, rows[-1])),
+    "search_efficiency": lambda rows: efficiency_report.report(
+        search_efficiency.shown(rows, rows[-1])
     ),
 }
 
