@@ -7,6 +7,7 @@ from typing import Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.features import FEATURES
 from prunezero.formula.ranking import ranking_form
 from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
@@ -65,9 +66,17 @@ def published_rules(task: Task) -> list[Rule]:
 
 
 def _for_units(unit: str) -> list[Recipe]:
-    """Published recipes of such units, and those of others whose formulas say as much of them."""
+    """Published recipes of such units, and those of others whose formulas say as much of them.
+
+    Those whose units go while factors train are left out: no search sees what they look at.
+    """
     names = dict.fromkeys([*(one.name for one in published_of(unit)), *UNITS[unit].baselines])
-    return [Recipe.load(name).on_unit(unit) for name in names]
+    found = [Recipe.load(name) for name in names]
+    return [one.on_unit(unit) for one in found if not _is_of_training(one)]
+
+
+def _is_of_training(recipe: Recipe) -> bool:
+    return any(FEATURES[name].of_training for name in recipe.features)
 
 
 def _as_published(recipe: Recipe, task: Task) -> list[Rule]:
