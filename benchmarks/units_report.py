@@ -16,6 +16,9 @@ CONDITIONS = (
     "test_tokens",
 )
 
+# Recipes of one share that the picture shows.
+SHOWN = 10
+
 Row = dict[str, Any]
 
 
@@ -112,15 +115,24 @@ def _part(rows: list[Row], dense: list[Row], key: str) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Quality against size, the rows of the first conditions and draw."""
+    """Quality against size, the rows of the first conditions and draw.
+
+    Each recipe stands there once at each share, under the better update, and only the best few: all
+    that lose the same share stand in one column.
+    """
     if not rows:
         return
     first = tuple(rows[0].get(key) for key in CONDITIONS)
+    best: dict[tuple[str, float], Row] = {}
+    for row in sorted(rows, key=lambda row: row.get("validation_perplexity") or float("inf")):
+        is_shown = tuple(row.get(key) for key in CONDITIONS) == first
+        if is_shown and row["seed"] == rows[0]["seed"] and "refused" not in row:
+            name = row["recipe"] + (" + refit" if "refit" in row["update"] else "")
+            best.setdefault((row["recipe"], row["share"]), {**row, "name": name})
+    shares = {share for _, share in best}
     shown = [
-        {**row, "name": row["recipe"] + (" + refit" if "refit" in row["update"] else "")}
-        for row in rows
-        if tuple(row.get(key) for key in CONDITIONS) == first
-        and row["seed"] == rows[0]["seed"]
-        and "refused" not in row
+        row
+        for share in shares
+        for row in [one for (_, at), one in best.items() if at == share][:SHOWN]
     ]
     quality_against_size(shown, path)
