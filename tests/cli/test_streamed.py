@@ -202,9 +202,9 @@ def test_steps_are_kept_only_where_a_stop_would_lose_them(
     write_steps()
     folders: list[Path | None] = []
 
-    def remember(self: Stages, folder: Path | None, *args: Any) -> None:
+    def remember(self: Stages, folder: Path | None, *args: Any, **named: Any) -> None:
         folders.append(folder)
-        usual(self, folder, *args)
+        usual(self, folder, *args, **named)
 
     usual = Stages.__init__
     monkeypatch.setattr(Stages, "__init__", remember)
