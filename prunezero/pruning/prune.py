@@ -333,7 +333,6 @@ class _Job:
         self._recover(0, checkpoint, tell, removal)
         self.selection = removal.selection
         clear_biases(self.selection)
-        settle(self.language_model, self.layers)
 
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.criterion import Criterion
-from prunezero.formula.features import FEATURES
 from prunezero.formula.ranking import ranking_form
 from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
@@ -72,11 +71,7 @@ def _for_units(unit: str) -> list[Recipe]:
     """
     names = dict.fromkeys([*(one.name for one in published_of(unit)), *UNITS[unit].baselines])
     found = [Recipe.load(name) for name in names]
-    return [one.on_unit(unit) for one in found if not _is_of_training(one)]
-
-
-def _is_of_training(recipe: Recipe) -> bool:
-    return any(FEATURES[name].of_training for name in recipe.features)
+    return [one.on_unit(unit) for one in found if not one.schedule.row.in_training]
 
 
 def _as_published(recipe: Recipe, task: Task) -> list[Rule]:
