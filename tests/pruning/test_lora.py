@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.training_options import Lora
 from prunezero.pruning.recovery.factors import train_factors
 from prunezero.pruning.recovery.words import lora
+from tests.pruning.trained import digest
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_network, tiny_tokenizer
 
 
@@ -35,11 +35,6 @@ def pruned(family: str = "llama", dtype: torch.dtype = torch.float32) -> Languag
 
 def layers_of(model: LanguageModel) -> list[Linear]:
     return find_linears(model.model)
-
-
-def digest(model: LanguageModel) -> str:
-    tensors = [tensor.view(torch.uint8).numpy() for tensor in model.model.state_dict().values()]
-    return hashlib.sha256(b"".join(tensor.tobytes() for tensor in tensors)).hexdigest()
 
 
 def options(**changes: Any) -> Lora:

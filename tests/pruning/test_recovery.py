@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from prunezero.pruning.recipes.word_options import Options
 from prunezero.pruning.recovery import training
 from prunezero.pruning.recovery.training import OPTIMIZERS, TrainingReport
 from prunezero.pruning.recovery.words import no_training, tune
+from tests.pruning.trained import digest
 from tests.tiny_models import FAMILIES, tiny_batches, tiny_model, tiny_network, tiny_tokenizer
 
 
@@ -31,11 +31,6 @@ def pruned(family: str = "llama", dtype: torch.dtype = torch.float32) -> Languag
 
 def layers_of(model: LanguageModel) -> list[Linear]:
     return find_linears(model.model)
-
-
-def digest(model: LanguageModel) -> str:
-    tensors = [tensor.view(torch.uint8).numpy() for tensor in model.model.state_dict().values()]
-    return hashlib.sha256(b"".join(tensor.tobytes() for tensor in tensors)).hexdigest()
 
 
 def options(**changes: Any) -> Tune:
