@@ -22,7 +22,8 @@ from prunezero.models.editing.permuting import (
     permute_channels,
     producer_order,
 )
-from prunezero.pruning.recipes.words import WORDS, Choice
+from prunezero.pruning.recipes.choices import Choice
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import refuse_non_finite
 

@@ -11,8 +11,9 @@ import pytest
 from prunezero.errors import RecipeError
 from prunezero.formula.feature_row import SIGNALS
 from prunezero.formula.features import FEATURES
+from prunezero.pruning.recipes.choices import chosen
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recipes.words import WORDS, chosen
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import GROUPS
 from prunezero.scoring.statistics import SUMS
 

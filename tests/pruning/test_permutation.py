@@ -19,7 +19,8 @@ from prunezero.pruning.permutation import (
     permute_block,
     retained_score,
 )
-from prunezero.pruning.recipes.words import WORDS, chosen
+from prunezero.pruning.recipes.choices import chosen
+from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import Pattern
 from prunezero.scoring.selection import select
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_batches, tiny_model

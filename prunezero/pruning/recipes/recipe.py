@@ -35,6 +35,18 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import costliest
 from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.patterns import fitting
+from prunezero.pruning.recipes.choices import (
+    Allocate,
+    Choice,
+    Permute,
+    Recover,
+    Schedule,
+    Unit,
+    UnitWord,
+    Update,
+    chosen,
+    chosen_unit,
+)
 from prunezero.pruning.recipes.documents import (
     MAX_BYTES,
     MOST_WORDS,
@@ -49,18 +61,6 @@ from prunezero.pruning.recipes.documents import (
 from prunezero.pruning.recipes.measured_rows import check_provenance
 from prunezero.pruning.recipes.training_options import LowRank, Training
 from prunezero.pruning.recipes.word_options import Iterative
-from prunezero.pruning.recipes.words import (
-    Allocate,
-    Choice,
-    Permute,
-    Recover,
-    Schedule,
-    Unit,
-    UnitWord,
-    Update,
-    chosen,
-    chosen_unit,
-)
 from prunezero.scoring.request import parse_pattern
 
 STATISTICS = ("dense", "sequential")

@@ -30,6 +30,7 @@ from pydantic import (
 from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import costliest
+from prunezero.pruning.recipes.choices import field_of, read_word, spelled, with_numbers
 from prunezero.pruning.recipes.documents import (
     Document,
     find_document,
@@ -38,7 +39,6 @@ from prunezero.pruning.recipes.documents import (
 )
 from prunezero.pruning.recipes.recipe import TOLD_ONLY, Recipe, published_recipes
 from prunezero.pruning.recipes.word_options import Options, Part, Power
-from prunezero.pruning.recipes.words import field_of, read_word, spelled, with_numbers
 
 # Kinds of units that cut rows and columns of the same matrices, or are one another's parts.
 _SAME_ROWS = (

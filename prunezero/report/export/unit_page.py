@@ -13,9 +13,9 @@ from textwrap import fill
 
 from prunezero.formula.code import torch_lines
 from prunezero.formula.features import FEATURES
+from prunezero.pruning.recipes.choices import Choice
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Units
-from prunezero.pruning.recipes.words import Choice
 from prunezero.report.export.page_folding import constants_of, folded, needed
 from prunezero.report.export.page_hooks import listen_body, listen_to_reader, read_body
 from prunezero.report.export.page_text import check_page, exchange

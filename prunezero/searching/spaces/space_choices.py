@@ -10,9 +10,9 @@ from prunezero.errors import RecipeError, did_you_mean
 from prunezero.formula.feature_row import SIGNALS, WEIGHT_SIGNALS
 from prunezero.formula.ranking import AS_IT_IS
 from prunezero.pruning.kinds import UNITS
+from prunezero.pruning.recipes.choices import chosen_unit
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recipes.words import chosen_unit
 
 # Keys of a recipe that a space may offer values for.
 CHOOSABLE = ("compare", "allocate", "update", "permute", "damping", "unit", "schedule")
