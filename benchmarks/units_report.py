@@ -54,7 +54,7 @@ def _under_equal_conditions(rows: list[Row]) -> list[str]:
         "",
         f"{one['calibration_tokens']:,} calibration, {one['evaluation_tokens']:,} validation and "
         f"{one['test_tokens']:,} test tokens of {one['text']} text; dense: validation "
-        f"{_cell(dense, 'validation_perplexity')}, test {_cell(dense, 'test_perplexity')}; "
+        f"{cell(dense, 'validation_perplexity')}, test {cell(dense, 'test_perplexity')}; "
         f"{' and '.join(machines)}.",
         "",
     ]
@@ -74,18 +74,18 @@ def _table(rows: list[Row], dense: list[Row]) -> list[str]:
     for row in rows:
         groups[row["recipe"], row["update"]].append(row)
     measured = {key: found for key, found in groups.items() if "refused" not in found[0]}
-    ranked = sorted(measured, key=lambda key: _mean(measured[key], "validation_perplexity"))
+    ranked = sorted(measured, key=lambda key: mean(measured[key], "validation_perplexity"))
     lines = [
         "| recipe | update | draws | validation | test | KL | parameters | FLOPs |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for key in ranked:
         found = measured[key]
-        cells = [_cell(found, f"{split}_perplexity") for split in ("validation", "test")]
-        parts = [_part(found, dense, name) for name in ("parameters_without_embeddings", "flops")]
+        cells = [cell(found, f"{split}_perplexity") for split in ("validation", "test")]
+        parts = [part(found, dense, name) for name in ("parameters_without_embeddings", "flops")]
         lines.append(
             f"| `{key[0]}` | {key[1]} | {len(found)} | "
-            + " | ".join([*cells, _cell(found, "kl", 3), *parts])
+            + " | ".join([*cells, cell(found, "kl", 3), *parts])
             + " |"
         )
     refused = sorted(
@@ -94,11 +94,13 @@ def _table(rows: list[Row], dense: list[Row]) -> list[str]:
     return [*lines, *(f"\n`{name}` was refused: {why}" for name, why in refused)]
 
 
-def _mean(rows: list[Row], key: str) -> float:
+def mean(rows: list[Row], key: str) -> float:
+    """The mean of a column; infinite where a value was not finite."""
     return statistics.fmean(float("inf") if row[key] is None else row[key] for row in rows)
 
 
-def _cell(rows: list[Row], key: str, digits: int = 2) -> str:
+def cell(rows: list[Row], key: str, digits: int = 2) -> str:
+    """The mean of a column, and in brackets the largest minus the smallest."""
     values = [float("inf") if row[key] is None else row[key] for row in rows]
     if not values:
         return "-"
@@ -108,10 +110,11 @@ def _cell(rows: list[Row], key: str, digits: int = 2) -> str:
     return f"{mean:.{digits}f}{spread}"
 
 
-def _part(rows: list[Row], dense: list[Row], key: str) -> str:
+def part(rows: list[Row], dense: list[Row], key: str) -> str:
+    """The mean of a column beside the dense model's."""
     if not dense:
         return "-"
-    return f"{100 * _mean(rows, key) / _mean(dense, key):.1f} %"
+    return f"{100 * mean(rows, key) / mean(dense, key):.1f} %"
 
 
 def draw(rows: list[Row], path: Path) -> None:
