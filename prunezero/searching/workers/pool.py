@@ -11,6 +11,8 @@ that nobody reads any more are answered into the void, and a killed worker canno
 
 from __future__ import annotations
 
+import heapq
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
@@ -88,7 +90,7 @@ class _Slot:
     """A worker at its place, and what it is doing."""
 
     worker: Worker
-    until: float
+    until: float = math.inf
     """the monotonic time at which it must have spoken"""
     pid: int | None = None
     """None until it is ready"""
@@ -116,6 +118,12 @@ class WorkerPool:
         self._count = count
         self._deadline = deadline
         self._slots: dict[int, _Slot] = {}
+        self._idle: list[int] = []
+        """places of workers that are ready and have nothing to do"""
+        self._expected: dict[Any, int] = {}
+        """by the handle of whoever loads or answers, its place"""
+        self._deadlines: list[tuple[float, int]] = []
+        """a heap of times and places, some of which have spoken since"""
         self._false_starts = 0
 
     @property
@@ -153,38 +161,57 @@ class WorkerPool:
 
     def _hand_out(self, batch: _Batch) -> None:
         """Give requests to whoever is free, and start workers for those that are left."""
-        for place, slot in list(self._slots.items()):
-            if batch.waiting and slot.pid is not None and slot.batch is None:
-                if slot.worker.ask(batch.requests[batch.waiting[0]]):
-                    slot.batch, slot.number = batch, batch.waiting.popleft()
-                    slot.until = time.monotonic() + self._deadline
-                else:
-                    self._dismiss(place)
-        vacant = [place for place in range(self._count) if place not in self._slots]
-        loading = sum(slot.pid is None for slot in self._slots.values())
-        wanted = min(len(batch.waiting), self._launcher.loading) - loading
-        for place in vacant[: max(0, wanted)]:
-            until = time.monotonic() + _PATIENCE
-            self._slots[place] = _Slot(self._launcher.start(place), until)
+        while batch.waiting and self._idle:
+            place = self._idle.pop()
+            slot = self._slots[place]
+            if slot.worker.ask(batch.requests[batch.waiting[0]]):
+                slot.batch, slot.number = batch, batch.waiting.popleft()
+                self._expect(place, slot, self._deadline)
+            else:
+                self._dismiss(place)
+        free = self._count - len(self._slots)
+        if batch.waiting and free:
+            loading = sum(slot.pid is None for slot in self._slots.values())
+            wanted = min(len(batch.waiting), self._launcher.loading) - loading
+            vacant = [place for place in range(self._count) if place not in self._slots]
+            for place in vacant[: max(0, wanted)]:
+                self._slots[place] = slot = _Slot(self._launcher.start(place))
+                self._expect(place, slot, _PATIENCE)
+
+    def _expect(self, place: int, slot: _Slot, seconds: float) -> None:
+        """Wait for a worker to say something, for so long."""
+        slot.until = time.monotonic() + seconds
+        self._expected[slot.worker.handle] = place
+        heapq.heappush(self._deadlines, (slot.until, place))
 
     def _listen(self) -> None:
         """Wait until a worker says something or is late."""
-        busy = {
-            place: slot for place, slot in self._slots.items() if slot.batch or slot.pid is None
-        }
-        seconds = min(slot.until for slot in busy.values()) - time.monotonic()
-        handles = [slot.worker.handle for slot in busy.values()]
-        speaking = self._launcher.wait(handles, max(0.0, seconds))
-        for place, slot in busy.items():
-            if slot.worker.handle in speaking:
-                self._hear(place, slot)
-            elif slot.until <= time.monotonic():
-                self._give_up(place, slot)
+        self._forget_kept_deadlines()
+        seconds = self._deadlines[0][0] - time.monotonic()
+        for handle in self._launcher.wait(list(self._expected), max(0.0, seconds)):
+            place = self._expected.pop(handle)
+            self._hear(place, self._slots[place])
+        self._forget_kept_deadlines()
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, place = heapq.heappop(self._deadlines)
+            self._give_up(place, self._slots[place])
+            self._forget_kept_deadlines()
+
+    def _forget_kept_deadlines(self) -> None:
+        """Take away the times that are first but whose worker has spoken, or is gone."""
+        while self._deadlines:
+            until, place = self._deadlines[0]
+            slot = self._slots.get(place)
+            if slot is not None and slot.until == until:
+                return
+            heapq.heappop(self._deadlines)
 
     def _hear(self, place: int, slot: _Slot) -> None:
         kind, content = slot.worker.hear()
+        slot.until = math.inf
         if kind == "ready":
             slot.pid, self._false_starts = content, 0
+            self._idle.append(place)
         elif kind == "refused":
             self._dismiss(place)
             raise SearchError(f"a worker cannot start: {content}")
@@ -193,6 +220,7 @@ class WorkerPool:
             self._retry(slot, content)
         elif slot.batch is not None:
             slot.batch.found[slot.number], slot.batch = content, None
+            self._idle.append(place)
 
     def _retry(self, slot: _Slot, reason: str) -> None:
         """Give the request of a worker that died to another one, unless that was the last try."""
@@ -224,4 +252,8 @@ class WorkerPool:
         slot.batch.found[slot.number] = {"fault": f"no answer after {self._deadline:g} seconds"}
 
     def _dismiss(self, place: int) -> None:
-        self._slots.pop(place).worker.kill()
+        slot = self._slots.pop(place)
+        self._expected.pop(slot.worker.handle, None)
+        if place in self._idle:
+            self._idle.remove(place)
+        slot.worker.kill()
