@@ -1,8 +1,10 @@
 """Low-rank factors in training: each layer computes with W + M * (alpha / rank * BA).
 
 M is 0 where a weight is zero and 1 elsewhere, in the forward pass too, so training sees what is
-merged in the end, and every zero stays. The layers, their initial factors and the merge are those
-of `peft`; the mask is ours.
+merged in the end, and every zero stays. Where whole rows and columns are zero, or nothing is, the
+mask is one of the factors, so that neither BA nor its gradient ever exists as a whole matrix; of
+other masks they do, for a moment, one layer at a time. The layers, their initial factors and the
+merge are those of `peft`; the mask is ours.
 
 Source: Hu et al. 2022, LoRA (ICLR), arXiv:2106.09685.
 """
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import Linear
@@ -38,6 +41,14 @@ def _masked_linear() -> type[Any]:
 
         is_removed: Tensor
         """bool of the shape of the weight in its module"""
+        sides: tuple[Tensor, Tensor] | None
+        """the rows [out, 1] and columns [in] of the weight that stay, where what is removed are
+        whole rows and columns; else None"""
+
+        def hold(self, is_removed: Tensor) -> None:
+            """Have weights removed from now on, bool of the shape of the weight in its module."""
+            self.is_removed = is_removed
+            self.sides = _sides(is_removed.T if self.fan_in_fan_out else is_removed)
 
         def get_delta_weight(self, adapter: str) -> Tensor:
             """What is merged: the product of the factors under the mask."""
@@ -46,6 +57,9 @@ def _masked_linear() -> type[Any]:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             """What the layer computes once it is merged, and with dropout a noisier version."""
+            # Without gradients it computes with the weights as they are merged, rounding included.
+            if self.sides is not None and torch.is_grad_enabled():
+                return self._by_factors(x, *self.sides)
             base, dropout = self.get_base_layer(), self.lora_dropout[_NAME]
             delta = self.get_delta_weight(_NAME)
             if isinstance(dropout, nn.Identity) or not dropout.training:
@@ -56,7 +70,25 @@ def _masked_linear() -> type[Any]:
                 change["bias"] = torch.zeros_like(base.bias)
             return base(x) + functional_call(base, change, (dropout(x),))
 
+        def _by_factors(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+            """The same by one factor after the other, the size of whose gradients is their own."""
+            first, second = (one[_NAME].weight for one in (self.lora_A, self.lora_B))
+            inputs = self.lora_dropout[_NAME](x).to(first.dtype)
+            change = linear(linear(inputs, first * columns), second * rows)
+            found: Tensor = self.get_base_layer()(x)
+            return found + (change * self.scaling[_NAME]).to(found.dtype)
+
     return MaskedLinear
+
+
+def _sides(is_removed: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The rows [out, 1] and columns [in] that stay, if all else is removed; else None.
+
+    Args:
+        is_removed: bool [out, in].
+    """
+    rows, columns = is_removed.all(1, keepdim=True), is_removed.all(0)
+    return (~rows, ~columns) if torch.equal(rows | columns, is_removed) else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +148,7 @@ class Factors:
         for layer, mask in masks.items():
             module = self.modules[layer]
             gone = ~(mask.T if module.fan_in_fan_out else mask)
-            module.is_removed |= gone.to(module.is_removed.device)
+            module.hold(module.is_removed | gone.to(module.is_removed.device))
             module.get_base_layer().weight.masked_fill_(module.is_removed, 0.0)
 
 
@@ -141,7 +173,7 @@ def train_factors(
             # transformers' Conv1D holds its weight turned.
             masked.fan_in_fan_out = not isinstance(layer.module, nn.Linear)
             weight: Any = layer.module.weight
-            masked.is_removed = weight.detach() == 0
+            masked.hold(weight.detach() == 0)
         factors = Factors(modules)
         for module in modules.values():
             # Small steps would be lost in the rounding of 16 bits.
