@@ -94,11 +94,13 @@ def test_no_matrix_of_the_size_of_a_weight_is_made_where_units_are_gone(
         layer.weight[:, :5] = 0.0
     if removed == "weights":
         layer.weight[1, 2] = 0.0
-    weight, inputs = layer.weight.clone(), torch.randn(7, layer.weight.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    weight = layer.weight.clone()
+    inputs = torch.randn(7, weight.shape[1], generator=generator)
     with train_factors(model.model, [layer], options(rank=2, alpha=6.0)) as factors:
         masters = factors.masters
         for master in masters:
-            master.detach().copy_(torch.randn(master.shape))
+            master.detach().copy_(torch.randn(master.shape, generator=generator))
         with torch.enable_grad(), Made(tuple(weight.shape)) as made:
             found = model.model.get_submodule(layer.name)(inputs)
             found.square().sum().backward()
@@ -108,7 +110,7 @@ def test_no_matrix_of_the_size_of_a_weight_is_made_where_units_are_gone(
             bias = 0.0 if layer.bias is None else layer.bias
             expected = inputs @ merged.T + bias
             expected.square().sum().backward()
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     for master, own in zip(masters, (first, second), strict=True):
         torch.testing.assert_close(master.grad, own.grad, rtol=1e-4, atol=1e-3)
     assert (made.count == 0) == (removed != "weights")
