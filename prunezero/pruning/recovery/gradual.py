@@ -41,9 +41,9 @@ class GradualRemoval:
     """sums over the dense model that the formula looks at"""
     score: Callable[[Group, Known], Tensor]
     """the scores [units] of a group at one step"""
-    choose: Callable[[float, Callable[[Group], Tensor]], Selection]
-    """which units stay when so large a part of what goes in the end is gone, by their scores; what
-    once went stays away"""
+    choose: Callable[[float, Callable[[Group], Tensor], Selection], Selection]
+    """which units stay when so large a part of what goes in the end is gone, by their scores and by
+    what stayed before"""
     selection: Selection = field(default_factory=Selection, init=False)
     """units that stay so far"""
     averages: list[Tensor] = field(default_factory=list, init=False)
@@ -88,7 +88,7 @@ class GradualRemoval:
         if is_due and not self.averages and self._fault is not None:
             raise self._fault
         if is_due and self.averages:
-            self.selection = self.choose(part, self._average_of)
+            self.selection = self.choose(part, self._average_of, self.selection)
             self.part = part
             trained.remove(self.selection.matrix_masks())
         if done == total:
