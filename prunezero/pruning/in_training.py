@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -11,9 +12,16 @@ from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
 from prunezero.pruning.choosing import formula_of, last_what_went, selected
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recipes.word_options import WhileTraining
+from prunezero.pruning.recipes.word_options import Options, Periods, WhileTraining
 from prunezero.pruning.recovery.gradual import GradualRemoval
+from prunezero.pruning.recovery.periods import PeriodicRemoval
 from prunezero.scoring.statistics import Statistics
+
+# What follows a training, by the numbers of the word of `schedule`.
+FOLLOWERS: dict[type[Options], type[Any]] = {
+    WhileTraining: GradualRemoval,
+    Periods: PeriodicRemoval,
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,13 @@ class InTraining:
     ratios: Mapping[str, float]
     """of each layer, by its name, where units compete in their group"""
 
-    def follower(self) -> GradualRemoval:
+    def follower(self) -> GradualRemoval | PeriodicRemoval:
         """What goes along with the training; its selection is in the end what stays."""
         options = self.recipe.schedule.options
-        assert isinstance(options, WhileTraining)  # by its row; for the type checker
-        return GradualRemoval(self.groups, options, self.dense, self.score, self.choose)
+        found: GradualRemoval | PeriodicRemoval = FOLLOWERS[type(options)](
+            self.groups, options, self.dense, self.score, self.choose
+        )
+        return found
 
     def score(self, group: Group, known: Mapping[str, Statistics]) -> Tensor:
         """The value of the recipe's formula for the units of a group."""

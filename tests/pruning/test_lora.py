@@ -64,7 +64,7 @@ def test_a_layer_in_training_computes_with_the_masked_product_of_its_factors() -
         assert model.model.get_submodule(layer.name) is layer.module
 
 
-class Made(TorchDispatchMode):
+class Made(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
     """Counts tensors of a shape, turned or not, that operations make, views aside."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:

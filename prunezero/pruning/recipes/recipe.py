@@ -267,19 +267,24 @@ class Recipe(Document):
 
     @model_validator(mode="after")
     def _trains_as_it_prunes(self) -> Recipe:
-        of_training = [name for name in self.features if FEATURES[name].of_training]
-        if not self.schedule.row.in_training:
-            if of_training:
+        for name in self.features:
+            needed = FEATURES[name].schedule
+            if needed not in ("", self.schedule.word):
+                whose = "low-rank factors" if needed == "while_training" else "units"
                 raise ValueError(
-                    f"feature {of_training[0]} looks at low-rank factors while they train, so it "
-                    "needs schedule: while_training"
+                    f"feature {name} looks at {whose} while they train, so it needs schedule: "
+                    f"{needed}"
                 )
+        if not self.schedule.row.in_training:
             return self
         options, what = self.recover.options, f"schedule: {self.schedule.word}"
-        if not isinstance(options, LowRank) or getattr(options, "through", "lora") != "lora":
+        if self.recover.is_usual:
+            raise ValueError(f"{what} takes units out of a training, so it needs a recover")
+        has_factors = isinstance(options, LowRank) and getattr(options, "through", "lora") == "lora"
+        needs_factors = self.schedule.options.of_factors()
+        if needs_factors and not has_factors:
             raise ValueError(
-                f"{what} takes units out while low-rank factors train, so it needs recover: lora, "
-                "or distil through lora"
+                f"{what} {needs_factors}, so it needs recover: lora, or distil through lora"
             )
         if isinstance(options, Training) and options.patience:
             raise ValueError(

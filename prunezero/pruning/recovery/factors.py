@@ -15,7 +15,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import Linear
 from prunezero.pruning.recipes.training_options import LowRank
+from prunezero.pruning.recovery.moves import coming_move
 
 # What `peft` calls our factors.
 _NAME = "recovery"
@@ -97,6 +98,8 @@ class Factors:
 
     modules: dict[str, Any]
     """by the names of the layers, in their order"""
+    touched: set[str] = field(default_factory=set, init=False)
+    """layers whose own weights changed, but for those that became zero"""
 
     @property
     def masters(self) -> list[Tensor]:
@@ -137,6 +140,87 @@ class Factors:
             "gradient_b": second.grad,
             "change": change.T if module.fan_in_fan_out else change,
         }
+
+    @torch.no_grad()
+    def moving(
+        self, layer: str, optimizer: torch.optim.Optimizer, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The changed weight of a layer and what the coming step takes from it, [out, in].
+
+        The second is alpha / rank * (dB A + B dA), of the first order, at a learning rate of 1.
+
+        Args:
+            scale: of the gradients, before the optimizer sees them.
+        """
+        module = self.modules[layer]
+        first, second = (one[_NAME].weight for one in (module.lora_A, module.lora_B))
+        moves = [coming_move(optimizer, one, scale) for one in (first, second)]
+        direction = module.scaling[_NAME] * (moves[1] @ first + second @ moves[0])
+        weight, change = self.changing(layer)
+        gone = module.is_removed.T if module.fan_in_fan_out else module.is_removed
+        return weight + change, direction.masked_fill(gone, 0.0)
+
+    @torch.no_grad()
+    def changing(self, layer: str) -> tuple[Tensor, Tensor]:
+        """The weight of a layer and the change that its factors make, [out, in] each."""
+        weight, change = self._weight(layer), self.seen(layer)["change"]
+        return weight.to(change.dtype), change
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Weights of layers that changed and are no factors, by the layers' names."""
+        return {layer: self._weight(layer).contiguous() for layer in sorted(self.touched)}
+
+    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be as it was when `frozen` gave these."""
+        for layer, tensor in tensors.items():
+            self._weight(layer).copy_(tensor)
+            self.touched.add(layer)
+
+    @torch.no_grad()
+    def shrink(self, masks: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply whole rows or columns of changed weights by a factor.
+
+        Args:
+            masks: bool [out, in] by the name of a layer, False = is multiplied.
+        """
+        for layer, mask in masks.items():
+            self._weight(layer).mul_(torch.where(mask, 1.0, factor))
+            self._scale_change(layer, mask, factor)
+
+    @torch.no_grad()
+    def take_up(self, masks: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply whole rows or columns of weights, and add their change, which is none then.
+
+        Args:
+            masks: bool [out, in] by the name of a layer, False = is changed.
+        """
+        for layer, mask in masks.items():
+            weight, change = self.changing(layer)
+            self._weight(layer).copy_(torch.where(mask, weight, factor * weight + change))
+            self._scale_change(layer, mask, 0.0)
+
+    @torch.no_grad()
+    def transfer(self) -> None:
+        """Let all weights take up their change; the factors then make none, by B = 0."""
+        for layer, module in self.modules.items():
+            weight, change = self.changing(layer)
+            self._weight(layer).copy_(weight + change)
+            self.touched.add(layer)
+            module.lora_B[_NAME].weight.zero_()
+
+    def _scale_change(self, layer: str, mask: Tensor, factor: float) -> None:
+        """Multiply the change of whole rows or columns, by rows of B or columns of A."""
+        module = self.modules[layer]
+        self.touched.add(layer)
+        rows, columns = (~mask).all(1), (~mask).all(0)
+        module.lora_B[_NAME].weight.mul_(torch.where(rows, factor, 1.0)[:, None])
+        module.lora_A[_NAME].weight.mul_(torch.where(columns, factor, 1.0))
+
+    def _weight(self, layer: str) -> Tensor:
+        """The weight of a layer itself, [out, in], which shares storage."""
+        module = self.modules[layer]
+        weight: Tensor = module.get_base_layer().weight.detach()
+        return weight.T if module.fan_in_fan_out else weight
 
     @torch.no_grad()
     def remove(self, masks: Mapping[str, Tensor]) -> None:

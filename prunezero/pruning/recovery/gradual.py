@@ -28,6 +28,9 @@ from prunezero.scoring.statistics import Statistics
 
 # By layer name.
 Known = Mapping[str, Statistics]
+# Which units stay when so large a part of what goes in the end is gone, by their scores and by what
+# stayed before.
+Choose = Callable[[float, Callable[[Group], Tensor], Selection], Selection]
 
 
 @dataclass
@@ -41,9 +44,7 @@ class GradualRemoval:
     """sums over the dense model that the formula looks at"""
     score: Callable[[Group, Known], Tensor]
     """the scores [units] of a group at one step"""
-    choose: Callable[[float, Callable[[Group], Tensor], Selection], Selection]
-    """which units stay when so large a part of what goes in the end is gone, by their scores and by
-    what stayed before"""
+    choose: Choose
     selection: Selection = field(default_factory=Selection, init=False)
     """units that stay so far"""
     averages: list[Tensor] = field(default_factory=list, init=False)
@@ -63,6 +64,9 @@ class GradualRemoval:
     def request(self) -> dict[str, Any]:
         """See `Follower`."""
         return {"while_training": self.options.model_dump()}
+
+    def follow(self, optimizer: torch.optim.Optimizer, total: int) -> None:
+        """See `Follower`: gradients alone are looked at."""
 
     def see(self, trained: Factors) -> None:
         """Let the scores of a step count; where they rank nothing, it is left out."""

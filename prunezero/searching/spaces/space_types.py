@@ -72,7 +72,7 @@ def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tupl
                 raise ValueError(f"feature {name} says nothing of a {unit.replace('_', ' ')}")
             if FEATURES[name].of_training:
                 raise ValueError(
-                    f"feature {name} is known only while low-rank factors train, which a search "
+                    f"feature {name} is known only while layers train, which a search "
                     "never does; prune by it"
                 )
     if unit != "weight":
