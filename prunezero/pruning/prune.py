@@ -33,9 +33,11 @@ from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.choosing import formula_of, last_what_went, selected
 from prunezero.pruning.in_training import InTraining
+from prunezero.pruning.knowledge import with_protected
 from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.word_options import Periods
 from prunezero.pruning.recovery.answers import DenseAnswers
 from prunezero.pruning.recovery.training import Follower, TrainingReport
 from prunezero.pruning.recovery.words import answers_for, layers_trained
@@ -215,7 +217,14 @@ class _Job:
                 self.held_out,
                 progress=tell,
             )
-        shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
+        schedule = recipe.schedule.options
+        if isinstance(schedule, Periods) and schedule.protect:
+            assert self.held_out is not None  # check_text refused it; for the type checker
+            known = (self.language_model, self.held_out, schedule)
+            self.groups = with_protected(self.groups, *known, progress=tell)
+            budget = Budget(sparsity, measure=recipe.unit.measure)
+            recipe.unit.row.check(self.groups, budget, compare=recipe.compare)
+        shares = recipe.schedule.row.function(sparsity, schedule)
         # Decided on the dense model, before the first step changes it.
         evidence = Evidence(
             self.dense, self.language_model, self.windows, self.recipe, self.groups, self.held_out

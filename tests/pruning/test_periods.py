@@ -394,7 +394,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         ),
         ({"schedule": "while_training", "recover": LORA}, "T_norm .* needs schedule: periods"),
         ({"criterion": "row_sum(W_lora)"}, "W_lora looks at low-rank factors while they train"),
-        ({"recover": "none"}, "takes units out of a training, so it needs a recover"),
+        ({"recover": "none"}, "units out of a training, so it needs recover: tune, lora or distil"),
         ({"recover": {"tune": {"patience": 2}}}, "so patience, .*, has to be 0"),
         ({"update": "refit"}, "update: refit looks at units that go at once"),
         ({"schedule": {"periods": {"begin": 0.9}}}, "begin 0.9 is not before end 0.9"),

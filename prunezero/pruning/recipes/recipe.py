@@ -60,7 +60,7 @@ from prunezero.pruning.recipes.documents import (
 )
 from prunezero.pruning.recipes.measured_rows import check_provenance
 from prunezero.pruning.recipes.training_options import LowRank, Training
-from prunezero.pruning.recipes.word_options import Iterative
+from prunezero.pruning.recipes.word_options import Iterative, Periods
 from prunezero.scoring.request import parse_pattern
 
 STATISTICS = ("dense", "sequential")
@@ -278,13 +278,15 @@ class Recipe(Document):
         if not self.schedule.row.in_training:
             return self
         options, what = self.recover.options, f"schedule: {self.schedule.word}"
-        if self.recover.is_usual:
-            raise ValueError(f"{what} takes units out of a training, so it needs a recover")
         has_factors = isinstance(options, LowRank) and getattr(options, "through", "lora") == "lora"
         needs_factors = self.schedule.options.of_factors()
         if needs_factors and not has_factors:
             raise ValueError(
                 f"{what} {needs_factors}, so it needs recover: lora, or distil through lora"
+            )
+        if self.recover.is_usual:
+            raise ValueError(
+                f"{what} takes units out of a training, so it needs recover: tune, lora or distil"
             )
         if isinstance(options, Training) and options.patience:
             raise ValueError(
@@ -367,7 +369,8 @@ class Recipe(Document):
     @property
     def tries(self) -> bool:
         """Whether something is measured on trial: how far a model moves without some units."""
-        return self.allocate.row.tries or "SLOPE" in self.features
+        is_probed = isinstance(self.schedule.options, Periods) and self.schedule.options.protect > 0
+        return self.allocate.row.tries or "SLOPE" in self.features or is_probed
 
     @property
     def looks_anew(self) -> bool:

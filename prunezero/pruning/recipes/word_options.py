@@ -425,6 +425,22 @@ class Periods(Options):
         description="whether weights that stay take up the change of their factors when a period "
         "ends, and the factors begin at no change again",
     )
+    protect: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the places that lose nothing: those without whose smallest units the "
+        "loss grows most, tried one by one before the training; 0 tries none",
+    )
+    probe: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.25, 0.5),
+        min_length=1,
+        max_length=100,
+        description="shares of its units that a place so tried is without",
+    )
+    probe_windows: int = Field(
+        default=8, ge=1, le=100_000, description="windows on which a place is so tried"
+    )
 
     @model_validator(mode="after")
     def _ends_behind_its_beginning(self) -> Periods:
