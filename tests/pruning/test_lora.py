@@ -64,11 +64,11 @@ def test_a_layer_in_training_computes_with_the_masked_product_of_its_factors() -
         assert model.model.get_submodule(layer.name) is layer.module
 
 
-class Made(TorchDispatchMode):  # type: ignore[misc, no-untyped-call]
+class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts tensors of a shape, turned or not, that operations make, views aside."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes, self.count = (shape, shape[::-1]), 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,7 +109,7 @@ def test_no_matrix_of_the_size_of_a_weight_is_made_where_units_are_gone(
             merged = weight + torch.where(weight == 0, 0.0, 3.0 * second @ first)
             bias = 0.0 if layer.bias is None else layer.bias
             expected = inputs @ merged.T + bias
-            expected.square().sum().backward()
+            expected.square().sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     for master, own in zip(masters, (first, second), strict=True):
         torch.testing.assert_close(master.grad, own.grad, rtol=1e-4, atol=1e-3)

@@ -179,7 +179,7 @@ def slow_scores(
         cosine = np.divide(product, sizes, out=np.zeros_like(sizes), where=sizes > 0)
         norm, mean = np.sqrt((x**2).sum(1)), np.abs(x).mean(1)
         terms[kind, block] = [norm, mean, 1 + cosine, np.abs(product), product**2 / 2]
-    total = 0.0
+    total: Any = 0.0
     for place in range(5):
         everything = np.concatenate([terms[key][place][free[key]] for key in free])
         norm = np.sqrt((everything**2).sum())

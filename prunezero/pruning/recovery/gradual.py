@@ -70,7 +70,7 @@ class GradualRemoval:
 
     def see(self, trained: Factors) -> None:
         """Let the scores of a step count; where they rank nothing, it is left out."""
-        known = {layer: self._seen(layer, trained) for layer in self._layers}
+        known = self.known(trained)
         try:
             scores = [self.score(group, known) for group in self._free]
         except ScoreError as error:
@@ -80,6 +80,10 @@ class GradualRemoval:
         before = self.averages or [torch.zeros_like(one) for one in scores]
         pairs = zip(before, scores, strict=True)
         self.averages = [kept * average + (1 - kept) * score for average, score in pairs]
+
+    def known(self, trained: Factors) -> dict[str, Statistics]:
+        """What formulas may look at before a step, by layer name."""
+        return {layer: self._seen(layer, trained) for layer in self._layers}
 
     def act(self, trained: Factors, done: int, total: int) -> None:
         """Take out the units that are due.

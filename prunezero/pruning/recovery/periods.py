@@ -87,8 +87,13 @@ class PeriodicRemoval:
     def see(self, trained: Removable) -> None:
         """Choose the units of a period that begins, by what the coming step will do."""
         if self.options.direction == "optimizer" and self._is_due:
-            scale = clip_scale(trained.masters)
-            self._choose(lambda layer: trained.moving(layer, self._optimizer, scale))
+            self._choose(self._moving(trained))
+
+    def known(self, trained: Removable) -> dict[str, Statistics]:
+        """What formulas may look at before a step, by layer name."""
+        if isinstance(trained, Factors) and self.options.direction == "change":
+            return self._known(trained.changing)
+        return self._known(self._moving(trained))
 
     def act(self, trained: Removable, done: int, total: int) -> None:
         """Make those that are on their way out smaller, and end a period.
@@ -161,12 +166,7 @@ class PeriodicRemoval:
         self, moving: Callable[[str], tuple[Tensor, Tensor]]
     ) -> dict[tuple[str, str], Tensor]:
         """Scores of all groups, by their keys; of those that lose nothing zeros."""
-        terms = [unit_terms(group, moving) for group in self._free]
-        kept = {group.key: one for group, one in self.selection}
-        free = [kept[group.key] if group.key in kept else _all(group) for group in self._free]
-        known = {layer.name: self._known(layer.name) for layer in linears_of(self._free)}
-        for group, found in zip(self._free, shares(terms, free), strict=True):
-            known[group.reader.linear.name].of_training = dict(zip(UNIT_TERMS, found, strict=True))
+        known = self._known(moving)
         scores = {group.key: self.score(group, known) for group in self._free}
         zeros = {
             group.key: torch.zeros(group.shape, device=group.device)
@@ -175,7 +175,22 @@ class PeriodicRemoval:
         }
         return scores | zeros
 
-    def _known(self, layer: str) -> Statistics:
+    def _moving(self, trained: Removable) -> Callable[[str], tuple[Tensor, Tensor]]:
+        """Weights, and what the coming step takes from them."""
+        scale = clip_scale(trained.masters)
+        return lambda layer: trained.moving(layer, self._optimizer, scale)
+
+    def _known(self, moving: Callable[[str], tuple[Tensor, Tensor]]) -> dict[str, Statistics]:
+        """Sums over the dense model, and beside them the terms of units."""
+        terms = [unit_terms(group, moving) for group in self._free]
+        kept = {group.key: one for group, one in self.selection}
+        free = [kept[group.key] if group.key in kept else _all(group) for group in self._free]
+        known = {layer.name: self._sums(layer.name) for layer in linears_of(self._free)}
+        for group, found in zip(self._free, shares(terms, free), strict=True):
+            known[group.reader.linear.name].of_training = dict(zip(UNIT_TERMS, found, strict=True))
+        return known
+
+    def _sums(self, layer: str) -> Statistics:
         known = self.dense.get(layer)
         # What is derived from sums stays remembered.
         return Statistics(0, 0, {}) if known is None else copy.copy(known)
