@@ -1,7 +1,7 @@
 """Where is what a model knows: which places must lose nothing, since its loss would grow most?
 
-Each place loses a share of its units by itself, those whose weights are smallest, and the loss is
-measured; then it gets them back. Places where the loss grew most keep all their units.
+Each place loses a share of its units by itself, those whose weights are smallest and at least one,
+and the loss is measured; then it gets them back. Places where the loss grew most keep all.
 
 Source: the knowledge distribution of LoRAShear, Chen et al. 2023, arXiv:2310.18356. That units go
 by the norm of their weights, and that nats are averaged over the shares, is ours: the paper says
@@ -68,7 +68,7 @@ def _losses_without(
     try:
         for share in options.probe:
             kept = torch.ones(group.units, dtype=torch.bool)
-            kept[order[: removed_count(group.units, share)]] = False
+            kept[order[: max(1, removed_count(group.units, share))]] = False
             # What is not read is as good as gone.
             weight.copy_(before).masked_fill_(~reader.mask(kept.to(weight.device)), 0.0)
             losses.append(_mean_loss(language_model, windows))

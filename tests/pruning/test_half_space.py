@@ -155,7 +155,7 @@ def slow_growths(model: LanguageModel, shares: tuple[float, ...]) -> dict[tuple[
             norms = (unit_rows(values, kind, block) ** 2).sum(1)
             grown = []
             for share in shares:
-                for unit in np.argsort(norms, kind="stable")[: int(share * units)]:
+                for unit in np.argsort(norms, kind="stable")[: max(1, int(share * units))]:
                     for name, layer in layers.items():
                         if f"layers.{block}." not in name or ("mlp" in name) != (kind == "neuron"):
                             continue

@@ -220,7 +220,7 @@ WORDS: dict[str, dict[str, Word]] = {
         ),
         "periods": Word(
             Periods,
-            "units shrink to nothing in periods of the recovery, the lowest of each period's first",
+            "units shrink to nothing in periods of the recovery, in each the lowest that stay",
             "schedule:periods",
             "gradients",
             units=_WIDTH,

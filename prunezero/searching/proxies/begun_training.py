@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class _Look:
     def follow(self, optimizer: torch.optim.Optimizer, total: int) -> None:
         """See `Follower`."""
         self._follower.follow(optimizer, total)
-        # Before the second step at the earliest: before the first, factors make no change.
-        self._left = max(1, min(total - 1, math.floor(self._share * total)))
+        # Before the second step, if there is one: before the first, factors make no change.
+        self._left = min(total - 1, max(1, math.floor(self._share * total)))
 
     def see(self, trained: Any) -> None:
         """See `Follower`."""
@@ -85,18 +86,11 @@ def begin_training(
     windows = testbed.windows("calibration")
     follower = InTraining(recipe, groups, statistics, 0.0, {}).follower()
     look = _Look(follower, float(getattr(recipe.schedule.options, "begin", 0.0)))
-    try:
-        recipe.recover.row.function(
-            model,
-            layers_trained(model, linears_of(groups), options),
-            windows,
-            options,
-            answers=answers_for(model, options, windows, progress),
-            progress=progress,
-            follower=look,
-        )
-    except _SeenError:
-        pass
+    answers = answers_for(model, options, windows, progress)
+    layers = layers_trained(model, linears_of(groups), options)
+    numbers = {"answers": answers, "progress": progress, "follower": look}
+    with suppress(_SeenError):
+        recipe.recover.row.function(model, layers, windows, options, **numbers)
     return look.seen
 
 
