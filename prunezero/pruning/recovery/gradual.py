@@ -57,7 +57,6 @@ class GradualRemoval:
     def __post_init__(self) -> None:
         self._free = [group for group in self.groups if not group.is_protected]
         self._places = {group.key: place for place, group in enumerate(self._free)}
-        self._layers = [layer.name for layer in linears_of(self._free)]
         self._fault: ScoreError | None = None
 
     @property
@@ -70,9 +69,9 @@ class GradualRemoval:
 
     def see(self, trained: Factors) -> None:
         """Let the scores of a step count; where they rank nothing, it is left out."""
-        known = self.known(trained)
         try:
-            scores = [self.score(group, known) for group in self._free]
+            # What is seen of all layers at once would be as large as the model.
+            scores = [self.score(group, self._known(group, trained)) for group in self._free]
         except ScoreError as error:
             self._fault, self.unscored = error, self.unscored + 1
             return
@@ -83,7 +82,11 @@ class GradualRemoval:
 
     def known(self, trained: Factors) -> dict[str, Statistics]:
         """What formulas may look at before a step, by layer name."""
-        return {layer: self._seen(layer, trained) for layer in self._layers}
+        return {
+            layer: seen
+            for group in self._free
+            for layer, seen in self._known(group, trained).items()
+        }
 
     def act(self, trained: Factors, done: int, total: int) -> None:
         """Take out the units that are due.
@@ -121,6 +124,10 @@ class GradualRemoval:
             kept = (one.to(group.device) for one, group in pairs)
             self.selection = Selection(tuple(self.groups), tuple(kept))
             trained.remove(self.selection.matrix_masks())
+
+    def _known(self, group: Group, trained: Factors) -> dict[str, Statistics]:
+        """What formulas may look at of the layers of a group at this step."""
+        return {layer.name: self._seen(layer.name, trained) for layer in linears_of([group])}
 
     def _seen(self, layer: str, trained: Factors) -> Statistics:
         """What formulas may look at of a layer at this step."""
