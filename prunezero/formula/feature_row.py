@@ -15,7 +15,8 @@ noise are of one unit, [1] each.
 
 While low-rank factors train, beside `weight` stand `factor_a` [rank, in] and `factor_b`
 [out, rank], the gradients of a step's mean loss `gradient_a` and `gradient_b`, the `change` of the
-weight [out, in] that the factors make, and `eta`, a number of the schedule.
+weight [out, in] that the factors make, and `eta`, a number of the schedule. Where units go in
+periods of a training, of a group are known the `UNIT_TERMS` [units], see `recovery/saliency.py`.
 """
 
 from __future__ import annotations
@@ -33,12 +34,16 @@ SIGNALS = ("none", "activations", "gradients", "second order", "oracle")
 # What formulas of single weights may look at.
 WEIGHT_SIGNALS = SIGNALS[:-1]
 # What a text may read that is known only while low-rank factors train.
-OF_TRAINING = ("factor_a", "factor_b", "gradient_a", "gradient_b", "change", "eta")
+OF_FACTORS = ("factor_a", "factor_b", "gradient_a", "gradient_b", "change", "eta")
+# What one of units may read that is known only where they go in periods of a training.
+UNIT_TERMS = ("unit_norm", "unit_mean", "unit_cosine", "unit_first", "unit_second")
+# By the word of a recipe's `schedule` under which it is known.
+OF_TRAINING = {"while_training": OF_FACTORS, "periods": UNIT_TERMS}
 # What a text may read that is no sum, and the sums that it is made from.
 MADE_FROM: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
     **dict.fromkeys(("parameters", "flops", "kv_bytes", "milliseconds"), ()),
-    **dict.fromkeys(OF_TRAINING, ()),
+    **dict.fromkeys(OF_FACTORS + UNIT_TERMS, ()),
     # what the distance is measured by: M2 and a refit
     "slope": ("gram", "input_sum", "mask_gradients"),
     "upper": ("gram",),
@@ -94,9 +99,15 @@ class Feature:
         return names_in(self.torch)
 
     @property
+    def schedule(self) -> str:
+        """The word of a recipe's `schedule` that it needs; nothing where any will do."""
+        needed = (word for word, names in OF_TRAINING.items() if set(names) & set(self.inputs))
+        return next(needed, "")
+
+    @property
     def of_training(self) -> bool:
-        """Whether it is known only while low-rank factors train."""
-        return not set(self.inputs).isdisjoint(OF_TRAINING)
+        """Whether it is known only in a training in which units go."""
+        return bool(self.schedule)
 
     @property
     def sums(self) -> tuple[str, ...]:

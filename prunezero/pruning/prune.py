@@ -18,7 +18,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prunezero.models.anatomy.groups import Group, linears_of, weight_groups
@@ -32,12 +31,14 @@ from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Prog
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
+from prunezero.pruning.choosing import formula_of, last_what_went, selected
+from prunezero.pruning.in_training import InTraining
+from prunezero.pruning.knowledge import with_protected
 from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recipes.word_options import WhileTraining
+from prunezero.pruning.recipes.word_options import Periods
 from prunezero.pruning.recovery.answers import DenseAnswers
-from prunezero.pruning.recovery.gradual import GradualRemoval, Known
 from prunezero.pruning.recovery.training import Follower, TrainingReport
 from prunezero.pruning.recovery.words import answers_for, layers_trained
 from prunezero.pruning.reordering import Reordering
@@ -216,7 +217,14 @@ class _Job:
                 self.held_out,
                 progress=tell,
             )
-        shares = recipe.schedule.row.function(sparsity, recipe.schedule.options)
+        schedule = recipe.schedule.options
+        if isinstance(schedule, Periods) and schedule.protect:
+            assert self.held_out is not None  # check_text refused it; for the type checker
+            known = (self.language_model, self.held_out, schedule)
+            self.groups = with_protected(self.groups, *known, progress=tell)
+            budget = Budget(sparsity, measure=recipe.unit.measure)
+            recipe.unit.row.check(self.groups, budget, compare=recipe.compare)
+        shares = recipe.schedule.row.function(sparsity, schedule)
         # Decided on the dense model, before the first step changes it.
         evidence = Evidence(
             self.dense, self.language_model, self.windows, self.recipe, self.groups, self.held_out
@@ -313,25 +321,9 @@ class _Job:
         self, sparsity: float, ratios: dict[str, float], checkpoint: Path | None, tell: Progress
     ) -> None:
         """Units go while the recovery trains; the training ends with all that were to go."""
-        options = self.recipe.schedule.options
-        assert isinstance(options, WhileTraining)  # by its row; for the type checker
-
-        def choose(part: float, scores_of: Callable[[Group], Tensor]) -> Selection:
-            def scores(group: Group) -> Tensor:
-                return self._last_what_went(group, scores_of(group))
-
-            if self.recipe.compare == "model":
-                self.selection = self._selected(self.groups, sparsity * part, scores)
-            else:
-                for group in self.groups:
-                    # All members of a group lose the same share.
-                    share = ratios[group.members[0].linear.name] * part
-                    self.selection |= self._selected([group], share, scores)
-            return self.selection
-
-        removal = GradualRemoval(self.groups, options, self.dense, self._formula_of, choose)
-        self._recover(0, checkpoint, tell, removal)
-        self.selection = removal.selection
+        follower = InTraining(self.recipe, self.groups, self.dense, sparsity, ratios).follower()
+        self._recover(0, checkpoint, tell, follower)
+        self.selection = follower.selection
         clear_biases(self.selection)
 
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
@@ -417,36 +409,13 @@ class _Job:
                 self.language_model, groups, self.windows, sums, gone=gone, progress=tell
             )
 
-    def _selected(
-        self,
-        groups: Sequence[Group],
-        share: float,
-        scores_of: Callable[[Group], Tensor] | None = None,
-    ) -> Selection:
+    def _selected(self, groups: Sequence[Group], share: float) -> Selection:
         """What stays of groups that lose a share together, as far as it is chosen beforehand."""
-        kind = self.recipe.unit.row
-        budget = Budget(share, measure=self.recipe.unit.measure, pattern=self.recipe.pattern)
-        of = scores_of or self._scores_of
-        return kind.select(groups, of, budget, compare=self.recipe.compare)
+        return selected(self.recipe, groups, share, self._scores_of)
 
     def _scores_of(self, group: Group) -> Tensor:
-        return self._last_what_went(group, self._formula_of(group, self.known))
-
-    def _formula_of(self, group: Group, known: Known) -> Tensor:
-        """The value of the recipe's formula for the units of a group."""
-        recipe = self.recipe
-        # All layers of a group have one formula.
-        criterion = recipe.criterion_of(group.members[0].linear.name)
-        return recipe.unit.row.scores(
-            group, criterion, known, damping=recipe.damping, options=recipe.unit.options
-        )
-
-    def _last_what_went(self, group: Group, scores: Tensor) -> Tensor:
-        """The scores of a group, lowest where units went before."""
-        for _, kept in self.selection.of([group]):
-            # What went in an earlier step goes in this one too, whatever the formula says of zeros.
-            scores = scores.masked_fill(~kept.to(scores.device), torch.finfo(scores.dtype).min)
-        return scores
+        scores = formula_of(self.recipe, group, self.known)
+        return last_what_went(group, scores, self.selection)
 
     def _seen_anew(self, tell: Progress) -> dict[str, Statistics]:
         """Sums of the model as pruned so far, gradients included."""

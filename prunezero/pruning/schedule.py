@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from prunezero.pruning.recipes.word_options import Iterative, Options, WhileTraining
+from prunezero.pruning.recipes.word_options import Iterative, Options, Periods, WhileTraining
 
 # Earlier steps are given in ten-thousandths: what they leave is removed by a later one.
 PARTS = 10_000
@@ -31,6 +31,11 @@ def span(sparsity: float, options: Options) -> tuple[float, ...]:
 
 def while_training(sparsity: float, options: WhileTraining) -> tuple[float, ...]:
     """The sparsity itself: how much is gone at which step of the training `part_gone` says."""
+    return one_shot(sparsity, options)
+
+
+def periods(sparsity: float, options: Periods) -> tuple[float, ...]:
+    """The sparsity itself: when its parts go, `period_bounds` says."""
     return one_shot(sparsity, options)
 
 
@@ -65,6 +70,20 @@ def part_gone(done: int, total: int, options: WhileTraining) -> Fraction:
     begin, end = Fraction(str(options.begin)), Fraction(str(options.end))
     way = (Fraction(done, total) - begin) / (end - begin)
     return _gone(min(Fraction(1), max(Fraction(0), way)), options.shape)
+
+
+def period_bounds(total: int, options: Periods) -> tuple[int, ...]:
+    """After how many steps each period of a training begins, and after how many the last ends.
+
+    Args:
+        total: steps in all.
+
+    Returns:
+        rising, one more than there are periods, from `begin` to `end` of the steps, rounded down.
+    """
+    begin, end = Fraction(str(options.begin)), Fraction(str(options.end))
+    parts = (Fraction(place, options.periods) for place in range(options.periods + 1))
+    return tuple(math.floor(total * (begin + part * (end - begin))) for part in parts)
 
 
 def _gone(way: Fraction, shape: str) -> Fraction:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prunezero.errors import StatisticsError
+from prunezero.formula.feature_row import UNIT_TERMS
 from prunezero.formula.features import FEATURES
 from prunezero.scoring.second_order import damped_inverse
 from prunezero.scoring.statistics import SUMS, Statistics, sum_of
@@ -96,6 +97,8 @@ def _input(name: str, reader: Reader, damping: float) -> Tensor | int:
         return columns.double().T.reshape(*shape, -1)
     if name == "noise":
         return noise(reader.group, reader.units, reader.seed)
+    if name in UNIT_TERMS:
+        return _term(name, reader)
     if name in ("inverse", "centred_inverse"):
         return _inverse(reader, damping, is_centred=name == "centred_inverse")
     if name in _MEASURED and name not in (reader.cost or {}):
@@ -112,6 +115,18 @@ def _input(name: str, reader: Reader, damping: float) -> Tensor | int:
     if name == "gram":
         return diagonal_blocks(value, *shape).double()
     return value[..., : reader.units * reader.width].reshape(*value.shape[:-1], *shape)
+
+
+def _term(name: str, reader: Reader) -> Tensor:
+    """What is known of units whose weights train, [units]."""
+    known = {} if reader.statistics is None else reader.statistics.of_training
+    if name not in known:
+        raise StatisticsError(
+            f"how the weights of units of {reader.group} move is known while they train alone; use "
+            "schedule: periods"
+        )
+    found: Tensor = known[name]
+    return found
 
 
 def diagonal_blocks(matrix: Tensor, units: int, width: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from prunezero.errors import ModelError, RecipeError
@@ -25,6 +26,22 @@ criterion: row_sum(abs(G_lora*W_lora))
 compare: group
 unit: {neuron: {members: all}}
 schedule: {while_training: {every: 2}}
+recover: {lora: {steps: 6, batch: 2, learning_rate: 0.01}}
+"""
+IN_PERIODS = """
+name: mine
+criterion: T_norm + T_first
+compare: group
+unit: neuron
+schedule: {periods: {periods: 2}}
+recover: {tune: {sequences: 12, batch: 2, learning_rate: 0.01}}
+"""
+SHEARED = """
+name: mine
+criterion: T_norm + T_first
+compare: group
+unit: neuron
+schedule: {periods: {periods: 2, direction: change, shrink: half_space, transfer: true}}
 recover: {lora: {steps: 6, batch: 2, learning_rate: 0.01}}
 """
 WEIGHTS = """
@@ -53,10 +70,11 @@ def test_units_are_trained_around_and_leave_the_saved_model(run: Run) -> None:
     assert not Path("out.partial").exists()
 
 
-def test_units_that_go_while_factors_train_are_sliced_once_at_the_end(run: Run) -> None:
+@pytest.mark.parametrize("rules", [IN_TRAINING, IN_PERIODS, SHEARED])
+def test_units_that_go_in_a_training_are_sliced_once_at_the_end(rules: str, run: Run) -> None:
     from transformers import AutoModelForCausalLM
 
-    Path("mine.yaml").write_text(IN_TRAINING)
+    Path("mine.yaml").write_text(rules)
     result = run("prune MODEL --recipe mine.yaml --sparsity 0.5 --output out --json o.json")
     assert result.exit_code == 0, result.output
     row = json.loads(Path("o.json").read_text())
@@ -64,7 +82,8 @@ def test_units_that_go_while_factors_train_are_sliced_once_at_the_end(run: Run) 
     # Of 64.
     assert AutoModelForCausalLM.from_pretrained("out").config.intermediate_size == 32
     assert not Path("out.partial").exists()
-    assert "while_training" in Path("out/recipe.yaml").read_text()
+    word = "while_training" if rules == IN_TRAINING else "periods"
+    assert word in Path("out/recipe.yaml").read_text()
 
 
 def test_the_loss_curve_stands_in_mlflow(run: Run) -> None:

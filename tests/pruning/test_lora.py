@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunezero.errors import ModelError, RecipeError
 from prunezero.models.anatomy.linears import Linear, find_linears
@@ -61,6 +62,58 @@ def test_a_layer_in_training_computes_with_the_masked_product_of_its_factors() -
             torch.testing.assert_close(found, inputs @ (weight + change).T + bias)
             assert model.model.get_submodule(layer.name) is not layer.module
         assert model.model.get_submodule(layer.name) is layer.module
+
+
+class Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts tensors of a shape, turned or not, that operations make, views aside."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes, self.count = (shape, shape[::-1]), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and look at what it gives."""
+        found = func(*args, **(kwargs or {}))
+        given = [one.untyped_storage().data_ptr() for one in args if isinstance(one, Tensor)]
+        for one in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(one, Tensor) and tuple(one.shape) in self.shapes:
+                self.count += one.untyped_storage().data_ptr() not in given
+        return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("removed", ["nothing", "rows", "columns", "rows and columns", "weights"])
+def test_no_matrix_of_the_size_of_a_weight_is_made_where_units_are_gone(
+    removed: str, family: str
+) -> None:
+    model = wrap_model(tiny_network(family), tiny_tokenizer(), name=family)
+    layer = find_linears(model.model, targets=["re:mlp"])[0]
+    if "rows" in removed:
+        layer.weight[1::3] = 0.0
+    if "columns" in removed:
+        layer.weight[:, :5] = 0.0
+    if removed == "weights":
+        layer.weight[1, 2] = 0.0
+    generator = torch.Generator().manual_seed(0)
+    weight = layer.weight.clone()
+    inputs = torch.randn(7, weight.shape[1], generator=generator)
+    with train_factors(model.model, [layer], options(rank=2, alpha=6.0)) as factors:
+        masters = factors.masters
+        for master in masters:
+            master.detach().copy_(torch.randn(master.shape, generator=generator))
+        with torch.enable_grad(), Made(tuple(weight.shape)) as made:
+            found = model.model.get_submodule(layer.name)(inputs)
+            found.square().sum().backward()
+        first, second = (master.detach().clone().requires_grad_(True) for master in masters)
+        with torch.enable_grad():
+            merged = weight + torch.where(weight == 0, 0.0, 3.0 * second @ first)
+            bias = 0.0 if layer.bias is None else layer.bias
+            expected = inputs @ merged.T + bias
+            expected.square().sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    for master, own in zip(masters, (first, second), strict=True):
+        torch.testing.assert_close(master.grad, own.grad, rtol=1e-4, atol=1e-3)
+    assert (made.count == 0) == (removed != "weights")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -520,3 +521,21 @@ def test_the_same_call_gives_the_same_bits_and_another_text_others() -> None:
         prune(model, chosen(), 0.5, windows=windows)
         digests.append(digest(model))
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_scores_look_at_one_place_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: set[str] = set()
+    most: list[int] = []
+    plain = Factors.seen
+
+    def seen(self: Factors, layer: str) -> dict[str, Tensor]:
+        found = plain(self, layer)
+        alive.add(layer)
+        most.append(len(alive))
+        weakref.finalize(found["change"], alive.discard, layer)
+        return found
+
+    monkeypatch.setattr(Factors, "seen", seen)
+    prune(knowing_model(), chosen(), 0.5, windows=TEXT)
+    # Of a block with queries, keys, values and outputs those and the place before, at most.
+    assert 4 <= max(most) <= 7 < len(find_linears(knowing_model().model))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prunezero.formula.features import features_of_domain
+from prunezero.formula.features import FEATURES, features_of_domain
 from prunezero.formula.vocabulary import OPERATORS
 from prunezero.pruning.kinds import UNITS
 from prunezero.searching.spaces.space import SearchSpace
@@ -37,8 +37,9 @@ def random_unit_formula(rng: random.Random, space: SearchSpace) -> str:
     words = [str(word) for word in space.terminals if str(word) != "SLOPE" or rng.random() < 0.1]
     words += MORE if rng.random() < 0.4 else ()
     if rng.random() < 0.1:
-        left_out = ("MS", "SLOPE", "G_lora", "W_lora")
-        words += [name for name in features_of_domain("unit") if name not in left_out]
+        left_out = ("MS", "SLOPE")
+        known = [name for name in features_of_domain("unit") if not FEATURES[name].of_training]
+        words += [name for name in known if name not in left_out]
     return _formula(rng, space, words, rng.choice([0, 1, 1, 2, 3]))
 
 

@@ -146,7 +146,7 @@ def test_heads_that_are_counted_elsewhere_are_refused_before_anything_changes() 
                 "schedule": "while_training",
                 "recover": "lora",
             },
-            r"criterion: G_lora \(known while factors train\), schedule: while_training",
+            r"criterion: G_lora \(known while layers train\), schedule: while_training",
         ),
     ],
 )

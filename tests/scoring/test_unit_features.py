@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from prunezero.errors import StatisticsError
+from prunezero.formula.feature_row import UNIT_TERMS
 from prunezero.formula.features import FEATURES, features_of_domain
 from prunezero.scoring.statistics import SUMS, Statistics
 from prunezero.scoring.unit_features import Reader, unit_feature
 
-ROWS = [name for name in features_of_domain("unit") if FEATURES[name].shape == "row"]
+OF_UNITS = [name for name in features_of_domain("unit") if FEATURES[name].shape == "row"]
+OF_TRAINING = [name for name in OF_UNITS if FEATURES[name].of_training]
+ROWS = [name for name in OF_UNITS if name not in OF_TRAINING]
 OUT, IN, TOKENS, SEQUENCES = 5, 6, 24, 3
 DAMPING = 0.01
 COST = {"parameters": 7.0, "flops": 14.0, "kv bytes": 3.0, "milliseconds": 0.125, "slope": 0.375}
@@ -130,6 +133,19 @@ def test_a_feature_needs_no_more_sums_than_the_vocabulary_names() -> None:
         assert torch.equal(
             unit_feature(name, alone, damping=DAMPING), unit_feature(name, read, damping=DAMPING)
         )
+
+
+def test_terms_of_units_in_training_are_read_as_they_are_handed_over() -> None:
+    assert len(OF_TRAINING) == len(UNIT_TERMS)
+    terms = torch.arange(15, dtype=torch.float64).reshape(5, 3)
+    seen = Statistics(0, 0, {}, dict(zip(UNIT_TERMS, terms, strict=True)))
+    read = Reader(torch.ones(2, 6), seen, 3, 2)
+    for name, row in zip(OF_TRAINING, terms, strict=True):
+        assert torch.equal(unit_feature(name, read, damping=DAMPING), row[:, None].float())
+        with pytest.raises(
+            StatisticsError, match="known while they train alone; use schedule: per"
+        ):
+            unit_feature(name, Reader(torch.ones(2, 6), None, 3, 2, group="mlp"), damping=DAMPING)
 
 
 def test_losses_fall_with_what_may_make_up_for_a_unit() -> None:

@@ -332,7 +332,7 @@ def test_nothing_is_taken_from_a_formula_whose_values_count() -> None:
         ({"unit": "channel"}, "cannot be screened"),
         ({"terminals": ["M2", "X"]}, "feature X says nothing of unit x part"),
         ({"terminals": ["M2", "BI"]}, "feature BI says nothing of unit x part"),
-        ({"terminals": ["M2", "row_sum(G_lora)"]}, "G_lora is known only while low-rank factors"),
+        ({"terminals": ["M2", "row_sum(G_lora)"]}, "G_lora is known only while layers train"),
         ({"choices": {"schedule": ["while_training"]}}, "so it needs recover: lora"),
         ({"compare": "row"}, None),
         ({"compare": "layer"}, "says nothing of unit: width; known: group, model"),

@@ -60,7 +60,7 @@ from prunezero.pruning.recipes.documents import (
 )
 from prunezero.pruning.recipes.measured_rows import check_provenance
 from prunezero.pruning.recipes.training_options import LowRank, Training
-from prunezero.pruning.recipes.word_options import Iterative
+from prunezero.pruning.recipes.word_options import Iterative, Periods
 from prunezero.scoring.request import parse_pattern
 
 STATISTICS = ("dense", "sequential")
@@ -267,19 +267,26 @@ class Recipe(Document):
 
     @model_validator(mode="after")
     def _trains_as_it_prunes(self) -> Recipe:
-        of_training = [name for name in self.features if FEATURES[name].of_training]
-        if not self.schedule.row.in_training:
-            if of_training:
+        for name in self.features:
+            needed = FEATURES[name].schedule
+            if needed not in ("", self.schedule.word):
+                whose = "low-rank factors" if needed == "while_training" else "units"
                 raise ValueError(
-                    f"feature {of_training[0]} looks at low-rank factors while they train, so it "
-                    "needs schedule: while_training"
+                    f"feature {name} looks at {whose} while they train, so it needs schedule: "
+                    f"{needed}"
                 )
+        if not self.schedule.row.in_training:
             return self
         options, what = self.recover.options, f"schedule: {self.schedule.word}"
-        if not isinstance(options, LowRank) or getattr(options, "through", "lora") != "lora":
+        has_factors = isinstance(options, LowRank) and getattr(options, "through", "lora") == "lora"
+        needs_factors = self.schedule.options.of_factors()
+        if needs_factors and not has_factors:
             raise ValueError(
-                f"{what} takes units out while low-rank factors train, so it needs recover: lora, "
-                "or distil through lora"
+                f"{what} {needs_factors}, so it needs recover: lora, or distil through lora"
+            )
+        if self.recover.is_usual:
+            raise ValueError(
+                f"{what} takes units out of a training, so it needs recover: tune, lora or distil"
             )
         if isinstance(options, Training) and options.patience:
             raise ValueError(
@@ -362,7 +369,8 @@ class Recipe(Document):
     @property
     def tries(self) -> bool:
         """Whether something is measured on trial: how far a model moves without some units."""
-        return self.allocate.row.tries or "SLOPE" in self.features
+        is_probed = isinstance(self.schedule.options, Periods) and self.schedule.options.protect > 0
+        return self.allocate.row.tries or "SLOPE" in self.features or is_probed
 
     @property
     def looks_anew(self) -> bool:

@@ -38,6 +38,10 @@ class Options(BaseModel):
         """Why units so chosen do not have what a formula looks at; nothing where they do."""
         return ""
 
+    def of_factors(self) -> str:
+        """What they do with low-rank factors in training; nothing where they need none."""
+        return ""
+
     @classmethod
     def described(cls) -> list[str]:
         """One line for each number: its usual value, its range, and what it does."""
@@ -381,6 +385,76 @@ class WhileTraining(Options):
         if self.begin >= self.end:
             raise ValueError(f"begin {self.begin:g} is not before end {self.end:g}")
         return self
+
+    def of_factors(self) -> str:
+        """Units are scored by them."""
+        return "takes units out while low-rank factors train"
+
+
+class Periods(Options):
+    """Units go in periods of a training, in each the lowest of those that stay: they shrink."""
+
+    periods: int = Field(
+        default=5, ge=1, le=10_000, description="in each as many go as in any other"
+    )
+    begin: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the steps before the first period"
+    )
+    end: float = Field(
+        default=0.9, gt=0, le=1, description="share of the steps by which the last has ended"
+    )
+    direction: Literal["optimizer", "change"] = Field(
+        default="optimizer",
+        description="what features T_ compare weights with: what the coming step of the optimizer "
+        "takes from them, or the change that low-rank factors make",
+    )
+    shrink: Literal["linear", "half_space"] = Field(
+        default="linear",
+        description="how units go within their period: weight and change by the same share of "
+        "what they were, or the weight alone, which takes up the change, until it has turned away",
+    )
+    epsilon: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="of shrink: half_space, a unit whose next weights have less than this share "
+        "of its own square in its direction is gone at once",
+    )
+    transfer: bool = Field(
+        default=False,
+        description="whether weights that stay take up the change of their factors when a period "
+        "ends, and the factors begin at no change again",
+    )
+    protect: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the places that lose nothing: those without whose smallest units the "
+        "loss grows most, tried one by one before the training; 0 tries none",
+    )
+    probe: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        default=(0.25, 0.5),
+        min_length=1,
+        max_length=100,
+        description="shares of its units that a place so tried is without",
+    )
+    probe_windows: int = Field(
+        default=8, ge=1, le=100_000, description="windows on which a place is so tried"
+    )
+
+    @model_validator(mode="after")
+    def _ends_behind_its_beginning(self) -> Periods:
+        if self.begin >= self.end:
+            raise ValueError(f"begin {self.begin:g} is not before end {self.end:g}")
+        return self
+
+    def of_factors(self) -> str:
+        """Some choices speak of the change that factors make."""
+        if self.direction == "change":
+            return "with direction: change looks at the change that low-rank factors make"
+        if self.shrink == "half_space":
+            return "with shrink: half_space hands the change of low-rank factors to weights"
+        return "with transfer hands the change of low-rank factors to weights" * self.transfer
 
 
 class Part(Options):

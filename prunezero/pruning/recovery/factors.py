@@ -1,8 +1,10 @@
 """Low-rank factors in training: each layer computes with W + M * (alpha / rank * BA).
 
 M is 0 where a weight is zero and 1 elsewhere, in the forward pass too, so training sees what is
-merged in the end, and every zero stays. The layers, their initial factors and the merge are those
-of `peft`; the mask is ours.
+merged in the end, and every zero stays. Where whole rows and columns are zero, or nothing is, the
+mask is one of the factors, so that neither BA nor its gradient ever exists as a whole matrix; of
+other masks they do, for a moment, one layer at a time. The layers, their initial factors and the
+merge are those of `peft`; the mask is ours.
 
 Source: Hu et al. 2022, LoRA (ICLR), arXiv:2106.09685.
 """
@@ -13,16 +15,18 @@ import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import linear
 
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import Linear
 from prunezero.pruning.recipes.training_options import LowRank
+from prunezero.pruning.recovery.moves import coming_move
 
 # What `peft` calls our factors.
 _NAME = "recovery"
@@ -38,6 +42,14 @@ def _masked_linear() -> type[Any]:
 
         is_removed: Tensor
         """bool of the shape of the weight in its module"""
+        sides: tuple[Tensor, Tensor] | None
+        """the rows [out, 1] and columns [in] of the weight that stay, where what is removed are
+        whole rows and columns; else None"""
+
+        def hold(self, is_removed: Tensor) -> None:
+            """Have weights removed from now on, bool of the shape of the weight in its module."""
+            self.is_removed = is_removed
+            self.sides = _sides(is_removed.T if self.fan_in_fan_out else is_removed)
 
         def get_delta_weight(self, adapter: str) -> Tensor:
             """What is merged: the product of the factors under the mask."""
@@ -46,6 +58,9 @@ def _masked_linear() -> type[Any]:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
             """What the layer computes once it is merged, and with dropout a noisier version."""
+            # Without gradients it computes with the weights as they are merged, rounding included.
+            if self.sides is not None and torch.is_grad_enabled():
+                return self._by_factors(x, *self.sides)
             base, dropout = self.get_base_layer(), self.lora_dropout[_NAME]
             delta = self.get_delta_weight(_NAME)
             if isinstance(dropout, nn.Identity) or not dropout.training:
@@ -56,7 +71,25 @@ def _masked_linear() -> type[Any]:
                 change["bias"] = torch.zeros_like(base.bias)
             return base(x) + functional_call(base, change, (dropout(x),))
 
+        def _by_factors(self, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+            """The same by one factor after the other, the size of whose gradients is their own."""
+            first, second = (one[_NAME].weight for one in (self.lora_A, self.lora_B))
+            inputs = self.lora_dropout[_NAME](x).to(first.dtype)
+            change = linear(linear(inputs, first * columns), second * rows)
+            found: Tensor = self.get_base_layer()(x)
+            return found + (change * self.scaling[_NAME]).to(found.dtype)
+
     return MaskedLinear
+
+
+def _sides(is_removed: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The rows [out, 1] and columns [in] that stay, if all else is removed; else None.
+
+    Args:
+        is_removed: bool [out, in].
+    """
+    rows, columns = is_removed.all(1, keepdim=True), is_removed.all(0)
+    return (~rows, ~columns) if torch.equal(rows | columns, is_removed) else None
 
 
 @dataclass(frozen=True)
@@ -65,6 +98,8 @@ class Factors:
 
     modules: dict[str, Any]
     """by the names of the layers, in their order"""
+    touched: set[str] = field(default_factory=set, init=False)
+    """layers whose own weights changed, but for those that became zero"""
 
     @property
     def masters(self) -> list[Tensor]:
@@ -107,6 +142,87 @@ class Factors:
         }
 
     @torch.no_grad()
+    def moving(
+        self, layer: str, optimizer: torch.optim.Optimizer, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The changed weight of a layer and what the coming step takes from it, [out, in].
+
+        The second is alpha / rank * (dB A + B dA), of the first order, at a learning rate of 1.
+
+        Args:
+            scale: of the gradients, before the optimizer sees them.
+        """
+        module = self.modules[layer]
+        first, second = (one[_NAME].weight for one in (module.lora_A, module.lora_B))
+        moves = [coming_move(optimizer, one, scale) for one in (first, second)]
+        direction = module.scaling[_NAME] * (moves[1] @ first + second @ moves[0])
+        weight, change = self.changing(layer)
+        gone = module.is_removed.T if module.fan_in_fan_out else module.is_removed
+        return weight + change, direction.masked_fill(gone, 0.0)
+
+    @torch.no_grad()
+    def changing(self, layer: str) -> tuple[Tensor, Tensor]:
+        """The weight of a layer and the change that its factors make, [out, in] each."""
+        weight, change = self._weight(layer), self.seen(layer)["change"]
+        return weight.to(change.dtype), change
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Weights of layers that changed and are no factors, by the layers' names."""
+        return {layer: self._weight(layer).contiguous() for layer in sorted(self.touched)}
+
+    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be as it was when `frozen` gave these."""
+        for layer, tensor in tensors.items():
+            self._weight(layer).copy_(tensor)
+            self.touched.add(layer)
+
+    @torch.no_grad()
+    def shrink(self, masks: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply whole rows or columns of changed weights by a factor.
+
+        Args:
+            masks: bool [out, in] by the name of a layer, False = is multiplied.
+        """
+        for layer, mask in masks.items():
+            self._weight(layer).mul_(torch.where(mask, 1.0, factor))
+            self._scale_change(layer, mask, factor)
+
+    @torch.no_grad()
+    def take_up(self, masks: Mapping[str, Tensor], factor: float) -> None:
+        """Multiply whole rows or columns of weights, and add their change, which is none then.
+
+        Args:
+            masks: bool [out, in] by the name of a layer, False = is changed.
+        """
+        for layer, mask in masks.items():
+            weight, change = self.changing(layer)
+            self._weight(layer).copy_(torch.where(mask, weight, factor * weight + change))
+            self._scale_change(layer, mask, 0.0)
+
+    @torch.no_grad()
+    def transfer(self) -> None:
+        """Let all weights take up their change; the factors then make none, by B = 0."""
+        for layer, module in self.modules.items():
+            weight, change = self.changing(layer)
+            self._weight(layer).copy_(weight + change)
+            self.touched.add(layer)
+            module.lora_B[_NAME].weight.zero_()
+
+    def _scale_change(self, layer: str, mask: Tensor, factor: float) -> None:
+        """Multiply the change of whole rows or columns, by rows of B or columns of A."""
+        module = self.modules[layer]
+        self.touched.add(layer)
+        rows, columns = (~mask).all(1), (~mask).all(0)
+        module.lora_B[_NAME].weight.mul_(torch.where(rows, factor, 1.0)[:, None])
+        module.lora_A[_NAME].weight.mul_(torch.where(columns, factor, 1.0))
+
+    def _weight(self, layer: str) -> Tensor:
+        """The weight of a layer itself, [out, in], which shares storage."""
+        module = self.modules[layer]
+        weight: Tensor = module.get_base_layer().weight.detach()
+        return weight.T if module.fan_in_fan_out else weight
+
+    @torch.no_grad()
     def remove(self, masks: Mapping[str, Tensor]) -> None:
         """Take weights out of the model and of the training: zeros, which stay so.
 
@@ -116,7 +232,7 @@ class Factors:
         for layer, mask in masks.items():
             module = self.modules[layer]
             gone = ~(mask.T if module.fan_in_fan_out else mask)
-            module.is_removed |= gone.to(module.is_removed.device)
+            module.hold(module.is_removed | gone.to(module.is_removed.device))
             module.get_base_layer().weight.masked_fill_(module.is_removed, 0.0)
 
 
@@ -141,7 +257,7 @@ def train_factors(
             # transformers' Conv1D holds its weight turned.
             masked.fan_in_fan_out = not isinstance(layer.module, nn.Linear)
             weight: Any = layer.module.weight
-            masked.is_removed = weight.detach() == 0
+            masked.hold(weight.detach() == 0)
         factors = Factors(modules)
         for module in modules.values():
             # Small steps would be lost in the rounding of 16 bits.

@@ -28,6 +28,9 @@ from prunezero.scoring.statistics import Statistics
 
 # By layer name.
 Known = Mapping[str, Statistics]
+# Which units stay when so large a part of what goes in the end is gone, by their scores and by what
+# stayed before.
+Choose = Callable[[float, Callable[[Group], Tensor], Selection], Selection]
 
 
 @dataclass
@@ -41,9 +44,7 @@ class GradualRemoval:
     """sums over the dense model that the formula looks at"""
     score: Callable[[Group, Known], Tensor]
     """the scores [units] of a group at one step"""
-    choose: Callable[[float, Callable[[Group], Tensor]], Selection]
-    """which units stay when so large a part of what goes in the end is gone, by their scores; what
-    once went stays away"""
+    choose: Choose
     selection: Selection = field(default_factory=Selection, init=False)
     """units that stay so far"""
     averages: list[Tensor] = field(default_factory=list, init=False)
@@ -56,7 +57,6 @@ class GradualRemoval:
     def __post_init__(self) -> None:
         self._free = [group for group in self.groups if not group.is_protected]
         self._places = {group.key: place for place, group in enumerate(self._free)}
-        self._layers = [layer.name for layer in linears_of(self._free)]
         self._fault: ScoreError | None = None
 
     @property
@@ -64,11 +64,14 @@ class GradualRemoval:
         """See `Follower`."""
         return {"while_training": self.options.model_dump()}
 
+    def follow(self, optimizer: torch.optim.Optimizer, total: int) -> None:
+        """See `Follower`: gradients alone are looked at."""
+
     def see(self, trained: Factors) -> None:
         """Let the scores of a step count; where they rank nothing, it is left out."""
-        known = {layer: self._seen(layer, trained) for layer in self._layers}
         try:
-            scores = [self.score(group, known) for group in self._free]
+            # What is seen of all layers at once would be as large as the model.
+            scores = [self.score(group, self._known(group, trained)) for group in self._free]
         except ScoreError as error:
             self._fault, self.unscored = error, self.unscored + 1
             return
@@ -76,6 +79,14 @@ class GradualRemoval:
         before = self.averages or [torch.zeros_like(one) for one in scores]
         pairs = zip(before, scores, strict=True)
         self.averages = [kept * average + (1 - kept) * score for average, score in pairs]
+
+    def known(self, trained: Factors) -> dict[str, Statistics]:
+        """What formulas may look at before a step, by layer name."""
+        return {
+            layer: seen
+            for group in self._free
+            for layer, seen in self._known(group, trained).items()
+        }
 
     def act(self, trained: Factors, done: int, total: int) -> None:
         """Take out the units that are due.
@@ -88,7 +99,7 @@ class GradualRemoval:
         if is_due and not self.averages and self._fault is not None:
             raise self._fault
         if is_due and self.averages:
-            self.selection = self.choose(part, self._average_of)
+            self.selection = self.choose(part, self._average_of, self.selection)
             self.part = part
             trained.remove(self.selection.matrix_masks())
         if done == total:
@@ -113,6 +124,10 @@ class GradualRemoval:
             kept = (one.to(group.device) for one, group in pairs)
             self.selection = Selection(tuple(self.groups), tuple(kept))
             trained.remove(self.selection.matrix_masks())
+
+    def _known(self, group: Group, trained: Factors) -> dict[str, Statistics]:
+        """What formulas may look at of the layers of a group at this step."""
+        return {layer.name: self._seen(layer.name, trained) for layer in linears_of([group])}
 
     def _seen(self, layer: str, trained: Factors) -> Statistics:
         """What formulas may look at of a layer at this step."""

@@ -11,7 +11,7 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +28,11 @@ from prunezero.models.observing.gradients import asking_anew
 from prunezero.models.text.windows import check_windows
 from prunezero.pruning.recipes.training_options import Stepwise, Tune
 from prunezero.pruning.recovery import checkpoint as kept
+from prunezero.pruning.recovery.moves import HIGHEST_NORM
 from prunezero.pruning.recovery.objectives import Objective
 
 # Steps of the optimizer between two checkpoints.
 KEEP_EVERY = 10
-# Gradients of all layers together are scaled down to this norm.
-HIGHEST_NORM = 1.0
 # So many steps in a row that are not finite are no accident.
 MOST_SKIPPED = 3
 
@@ -77,6 +76,12 @@ class Parametrisation(Protocol):
     def measuring(self) -> AbstractContextManager[None]:
         """Within it the model computes what it will once training is done."""
 
+    def frozen(self) -> dict[str, Tensor]:
+        """Tensors of the model that are no masters and changed all the same, by names."""
+
+    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be as it was when `frozen` gave these."""
+
     def merge(self) -> None:
         """Leave in the model's weights what was trained."""
 
@@ -87,6 +92,9 @@ class Follower(Protocol):
     @property
     def request(self) -> dict[str, Any]:
         """What its doings follow from, as plain numbers and words."""
+
+    def follow(self, optimizer: torch.optim.Optimizer, total: int) -> None:
+        """Know the optimizer whose steps it goes along with, and how many there are."""
 
     def see(self, trained: Any) -> None:
         """Look at the masters and their gradients before a step: finite, and not clipped yet."""
@@ -251,6 +259,8 @@ class _Training:
     ) -> None:
         """All steps, from where the checkpoint is."""
         begin = time.perf_counter()
+        if self.follower is not None:
+            self.follower.follow(self.optimizer, len(self.batches))
         if checkpoint is not None:
             self._take_up(checkpoint, request)
         begin -= self.seconds
@@ -401,6 +411,7 @@ class _Training:
             "best": self.best,
             "seconds": self.seconds,
             "masters": [master.detach() for master in self.masters],
+            "frozen": self.trained.frozen(),
             "follower": {} if self.follower is None else self.follower.state(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
@@ -414,6 +425,7 @@ class _Training:
             kept.write(path, request, self._state())
         state = kept.read(path, request)
         self._load(state["masters"])
+        self.trained.load_frozen(state["frozen"])
         if self.follower is not None:
             self.follower.load(self.trained, state["follower"])
         self.optimizer.load_state_dict(state["optimizer"])

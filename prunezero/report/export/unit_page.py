@@ -66,7 +66,7 @@ def unfit_units(recipe: Recipe) -> list[str]:
         [f"unit: {unit.word} ({', '.join(f'{k} {v}' for k, v in left.items())})"] if left else []
     )
     features = [name for name in recipe.criterion.features if not _can_make(name)]
-    why = {True: "known while factors train", False: "measured on trial"}
+    why = {True: "known while layers train", False: "measured on trial"}
     return found + [f"criterion: {name} ({why[FEATURES[name].of_training]})" for name in features]
 
 

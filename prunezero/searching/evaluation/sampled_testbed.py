@@ -20,6 +20,7 @@ from prunezero.pruning.testbed import Testbed
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.statistics import BLOCK_SUMS, Statistics
 from prunezero.searching.experiment.task import Task
+from prunezero.searching.proxies.begun_training import begin_training
 from prunezero.searching.proxies.layer_error import WeightSamples
 from prunezero.searching.proxies.samples import probe_of, sample_rows, stacked
 from prunezero.searching.proxies.unit_samples import DISTANCE, UnitSamples
@@ -129,6 +130,9 @@ def _units(
     if "SLOPE" in looked_at.union(task.space.features):
         model, unit, text = testbed.language_model, kind.word, testbed.held_out
         groups = tuple(with_slopes(groups, model, unit, statistics, text, progress=progress))
+    if task.space.training:
+        begun = begin_training(testbed, recipe, groups, statistics, progress)
+        statistics = {**statistics, **begun}
     blocks = len(find_blocks(testbed.language_model.model))
     if kind.observer:
         sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}

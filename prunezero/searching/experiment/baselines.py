@@ -15,7 +15,10 @@ from prunezero.pruning.testbed import with_choices
 from prunezero.scoring.second_order import DAMPING
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
+from prunezero.searching.spaces.space_choices import word_of
 
+# Published recipes by the schedule under which their units go in a training.
+IN_TRAINING = {"while_training": ("lora_prune",), "periods": ("hesso",)}
 # How the names of baselines on the terms of a found recipe end.
 SAME_TERMS = " +"
 
@@ -41,6 +44,7 @@ def baselines(task: Task) -> list[Recipe]:
             found.append(with_choices(published, statistics="dense", **same))
         elif "update" in task.options or unit != "weight":
             found.append(with_choices(published.on_unit(unit), **same))
+    found += [with_choices(one, **same, **task.space.training) for one in _in_training(task)]
     has_biases = unit == "weight" or any("bias" in one for one in task.options.get("update", ()))
     return [
         one
@@ -59,7 +63,8 @@ def published_rules(task: Task) -> list[Rule]:
     if unit == "weight":
         rules = [Rule(recipe.criterion) for recipe in published_of(unit)]
     else:
-        rules = [rule for recipe in _for_units(unit) for rule in _as_published(recipe, task)]
+        recipes = [*_for_units(unit), *_in_training(task)]
+        rules = [rule for recipe in recipes for rule in _as_published(recipe, task)]
     rules.sort(key=lambda rule: (rule.criterion.complexity, rule.text))
     return rules
 
@@ -67,11 +72,18 @@ def published_rules(task: Task) -> list[Rule]:
 def _for_units(unit: str) -> list[Recipe]:
     """Published recipes of such units, and those of others whose formulas say as much of them.
 
-    Those whose units go while factors train are left out: no search sees what they look at.
+    Those whose units go in a training are left out; see `_in_training`.
     """
     names = dict.fromkeys([*(one.name for one in published_of(unit)), *UNITS[unit].baselines])
     found = [Recipe.load(name) for name in names]
     return [one.on_unit(unit) for one in found if not one.schedule.row.in_training]
+
+
+def _in_training(task: Task) -> list[Recipe]:
+    """Published recipes whose units go in a training by the schedule that the space has."""
+    word = word_of(task.space.training.get("schedule", ""))
+    found = map(Recipe.load, IN_TRAINING.get(word, ()))
+    return [one.on_unit(task.space.unit) for one in found]
 
 
 def _as_published(recipe: Recipe, task: Task) -> list[Rule]:

@@ -128,7 +128,7 @@ class Task:
         if isinstance(rule, Criterion):
             rule = Rule(rule)
         fields: dict[str, Any] = {"unit": self.space.unit, "compare": self.space.compare}
-        fields |= {"pattern": self.budgets[0].pattern, **rule.choices}
+        fields |= {"pattern": self.budgets[0].pattern, **self.space.training, **rule.choices}
         fields |= {"name": name, "criterion": rule.criterion}
         fields |= {"targets": self.config.targets, "ignore": self.config.ignore}
         return validated(Recipe, fields, f"candidate {rule.text}")

@@ -38,6 +38,7 @@ from prunezero.searching.spaces.space_types import (
     Share,
     Signal,
     Terminals,
+    Training,
     UnitWord,
 )
 
@@ -61,6 +62,8 @@ class SearchSpace(BaseModel):
     unit: UnitWord = "weight"
     # the costliest signal that a rule may look at
     signals: Signal = WEIGHT_SIGNALS[-1]
+    # a training that every rule has, in which its units go: `schedule` and `recover` of a recipe
+    training: Training = {}
     # leaves of a formula: features, or formulas of features
     terminals: Terminals
     operators: Operators
@@ -146,9 +149,11 @@ class SearchSpace(BaseModel):
     def decides(self) -> dict[str, Any]:
         """What of it decides how a search goes, as JSON."""
         found = self.model_dump(mode="json")
+        # Journals began before there were others.
         if self.unit == "weight":
-            # Journals of single weights began before there were others.
             del found["unit"]
+        if not self.training:
+            del found["training"]
         return found
 
     @property

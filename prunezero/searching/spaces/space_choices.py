@@ -16,6 +16,8 @@ from prunezero.pruning.recipes.recipe import Recipe
 
 # Keys of a recipe that a space may offer values for.
 CHOOSABLE = ("compare", "allocate", "update", "permute", "damping", "unit", "schedule")
+# Those that a training consists of.
+TRAINING = ("schedule", "recover")
 # A formula that every kind of unit has, and that costs nothing.
 _CHEAPEST = {"weight": "abs(W)"}
 _OF_UNITS = "RND"
@@ -23,8 +25,36 @@ _OF_UNITS = "RND"
 Choices = Mapping[str, tuple[Any, ...]]
 
 
-def check_choices(choices: Choices, unit: str = "weight") -> None:
+def word_of(choice: Any) -> str:
+    """The word of a choice, with its numbers or without."""
+    return str(next(iter(choice), "") if isinstance(choice, Mapping) else choice)
+
+
+def check_training(training: Mapping[str, Any], unit: str) -> None:
+    """Refuse what is no training in which such units go.
+
+    Raises:
+        RecipeError: keys are missing or others, or no recipe has such a training.
+    """
+    if not training:
+        return
+    if set(training) != set(TRAINING):
+        raise RecipeError("a training has the keys schedule and recover, both and no other")
+    made = validated(Recipe, _fields_of(unit) | dict(training), "training")
+    if not made.schedule.row.in_training:
+        raise RecipeError(
+            f"schedule: {made.schedule.word} takes nothing out of a training; use while_training "
+            "or periods"
+        )
+
+
+def check_choices(
+    choices: Choices, unit: str = "weight", training: Mapping[str, Any] | None = None
+) -> None:
     """Refuse what no recipe may hold.
+
+    Args:
+        training: what each of them has.
 
     Raises:
         ValueError: a key is none that a search may choose, or a value none of its key.
@@ -38,6 +68,9 @@ def check_choices(choices: Choices, unit: str = "weight") -> None:
         for value in values:
             try:
                 made = _example_of(key, value, unit)
+                if training:
+                    fields = _fields_of(unit) | {key: value} | dict(training)
+                    validated(Recipe, fields, f"choices: {key}: {value}")
             except RecipeError as error:
                 raise ValueError(str(error)) from error
             if made.unit.word != unit:
@@ -73,11 +106,15 @@ def example(key: str, value: Any, pattern: str, unit: str = "weight") -> Recipe:
     Raises:
         RecipeError: there is no such recipe.
     """
-    criterion = _CHEAPEST.get(unit, _OF_UNITS)
-    compare = next(iter(UNITS[unit].compare))
-    fields = {"name": "example", "criterion": criterion, "pattern": pattern, "unit": unit}
-    fields |= {"compare": compare, key: value}
+    fields = _fields_of(unit) | {"pattern": pattern, key: value}
     return validated(Recipe, fields, f"choices: {key}: {value}")
+
+
+def _fields_of(unit: str) -> dict[str, Any]:
+    """A recipe of such units that chooses nothing."""
+    compare = next(iter(UNITS[unit].compare))
+    criterion = _CHEAPEST.get(unit, _OF_UNITS)
+    return {"name": "example", "criterion": criterion, "unit": unit, "compare": compare}
 
 
 def is_usable(key: str, value: Any, pattern: str, unit: str = "weight") -> bool:

@@ -22,7 +22,13 @@ from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import MOST_WORDS, Words
 from prunezero.pruning.recipes.recipe import Formula
 from prunezero.scoring.request import group_columns
-from prunezero.searching.spaces.space_choices import check_choices, is_within, within
+from prunezero.searching.spaces.space_choices import (
+    check_choices,
+    check_training,
+    is_within,
+    within,
+    word_of,
+)
 
 
 def _limit(info: ValidationInfo) -> str:
@@ -70,10 +76,11 @@ def _cheap_terminals(value: tuple[Criterion, ...], info: ValidationInfo) -> tupl
         for name in terminal.features:
             if FEATURES[name].kinds and unit not in FEATURES[name].kinds:
                 raise ValueError(f"feature {name} says nothing of a {unit.replace('_', ' ')}")
-            if FEATURES[name].of_training:
+            needed = FEATURES[name].schedule
+            if needed not in ("", word_of(info.data.get("training", {}).get("schedule", ""))):
                 raise ValueError(
-                    f"feature {name} is known only while low-rank factors train, which a search "
-                    "never does; prune by it"
+                    f"feature {name} is known only while layers train; give the space a training "
+                    f"with schedule: {needed}, or prune by it"
                 )
     if unit != "weight":
         return _cheap_terminals_of_units(value, unit, _limit(info))
@@ -104,12 +111,17 @@ def _cheap_terminals_of_units(
 def _cheap_choices(
     value: dict[str, tuple[Any, ...]], info: ValidationInfo
 ) -> dict[str, tuple[Any, ...]]:
-    check_choices(value, _unit(info))
+    check_choices(value, _unit(info), info.data.get("training", {}))
     return within(value, _limit(info), _unit(info))
 
 
 def _cheap_weights(value: bool, info: ValidationInfo) -> bool:
     return value and is_within("gradients", _limit(info))
+
+
+def _known_training(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    _refused_by(lambda training: check_training(training, _unit(info)), value)
+    return value
 
 
 def _known_operators(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -189,6 +201,7 @@ CountOrNone = Annotated[int, Field(ge=0, le=100_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 UnitWord = Annotated[str, AfterValidator(_known_unit)]
 Signal = Annotated[str, AfterValidator(_known_signal)]
+Training = Annotated[dict[str, Any], MOST_WORDS, AfterValidator(_known_training)]
 Terminals = Annotated[
     tuple[Formula, ...], Field(min_length=1), MOST_WORDS, AfterValidator(_cheap_terminals)
 ]
