@@ -32,6 +32,7 @@ from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Prog
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
+from prunezero.pruning.experts import OnText, chosen_experts
 from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
@@ -45,8 +46,8 @@ from prunezero.pruning.requirements import (
     check_text,
     checked_groups,
     dense_sums,
-    depth_sums,
     layer_sums,
+    observed_sums,
     settled_sparsity,
 )
 from prunezero.pruning.slopes import with_slopes
@@ -76,7 +77,8 @@ def prune(
     become zeros too: the outcome says which, and tensors become smaller when the model is saved.
     Of channels of the residual stream only linear maps hold zeros, and no zeros stand for them: the
     model computes without them within `edit.simulated` of their kind. Directions of the stream
-    leave all weights as they are: the outcome alone knows them.
+    leave all weights as they are: the outcome alone knows them. So do experts, which routers do
+    not choose within `edit.simulated`.
 
     Args:
         language_model: modified; after an error some of its layers may be pruned already.
@@ -337,8 +339,10 @@ class _Job:
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""
         self.known = dict(self.dense)
-        if self.recipe.unit.row.walker:
-            self.selection = self._chosen_on_the_way(sparsity, tell)
+        kind = self.recipe.unit.row
+        if kind.walker or kind.domain.name == "expert":
+            choose = self._chosen_on_the_way if kind.walker else self._chosen_experts
+            self.selection = choose(sparsity, tell)
             return
         competes_freely = self.recipe.compare == "model"
         together = self._chosen_together(sparsity, tell) if competes_freely else Selection()
@@ -387,6 +391,16 @@ class _Job:
             progress=tell,
         )
 
+    def _chosen_experts(self, share: float, tell: Progress) -> Selection:
+        """What stays of mixtures, whose weights are left as they are."""
+
+        def choose(groups: Sequence[Group], part: float) -> Selection:
+            self._look(groups, (), tell)
+            return self._selected(groups, part)
+
+        text = OnText(self.language_model, self.windows, tell)
+        return chosen_experts(self.recipe, self.groups, text, share, choose)
+
     def _chosen_together(self, share: float, tell: Progress) -> Selection:
         """What stays where all units of the model compete."""
         kind, schedule = self.recipe.unit.row, self.recipe.schedule.row
@@ -409,13 +423,12 @@ class _Job:
 
     def _look(self, groups: Sequence[Group], gone: Sequence[Group], tell: Progress) -> None:
         """See what parts of the depth do to the model without some others."""
-        sums = depth_sums(self.recipe)
+        sums = observed_sums(self.recipe)
         if sums:
             assert self.windows is not None  # check_text refused it; for the type checker
-            observe = self.recipe.unit.row.observe
-            self.known |= observe(
-                self.language_model, groups, self.windows, sums, gone=gone, progress=tell
-            )
+            look = self.recipe.unit.row.observe
+            text = self.language_model, groups, self.windows
+            self.known |= look(*text, sums, gone=gone, progress=tell)
 
     def _selected(
         self,
@@ -436,7 +449,8 @@ class _Job:
         """The value of the recipe's formula for the units of a group."""
         recipe = self.recipe
         # All layers of a group have one formula.
-        criterion = recipe.criterion_of(group.members[0].linear.name)
+        name = group.members[0].linear.name if group.members else group.name
+        criterion = recipe.criterion_of(name)
         return recipe.unit.row.scores(
             group, criterion, known, damping=recipe.damping, options=recipe.unit.options
         )

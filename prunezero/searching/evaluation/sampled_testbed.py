@@ -130,7 +130,7 @@ def _units(
         model, unit, text = testbed.language_model, kind.word, testbed.held_out
         groups = tuple(with_slopes(groups, model, unit, statistics, text, progress=progress))
     blocks = len(find_blocks(testbed.language_model.model))
-    if kind.observer:
+    if kind.is_of_depth:
         sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}
         seen = kind.observe(
             testbed.language_model, groups, testbed.windows("calibration"), sums, progress=progress
