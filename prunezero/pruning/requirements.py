@@ -56,8 +56,8 @@ def layer_sums(recipe: Recipe) -> frozenset[str]:
 def observed_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums that the recipe's formula looks at and no linear map has by itself."""
     is_guarded = getattr(recipe.unit.options, "guard", "none") != "none"
-    looked_at = [recipe, *(["AMAX"] if is_guarded else [])]
-    return needed_sums(looked_at) if recipe.unit.row.observer else frozenset()
+    of_guard = needed_sums(["AMAX"] if is_guarded else [])
+    return needed_sums([recipe]) | of_guard if recipe.unit.row.observer else frozenset()
 
 
 def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:

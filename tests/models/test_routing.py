@@ -195,9 +195,10 @@ def test_a_dense_model_has_no_experts() -> None:
 class Other(nn.Module):
     """A router that answers weights of all experts."""
 
-    def __init__(self, router: nn.Module) -> None:
+    def __init__(self, router: Any) -> None:
         super().__init__()
-        self.weight, self.top_k = router.weight, router.top_k
+        self.weight: nn.Parameter = router.weight
+        self.top_k: int = router.top_k
 
     def forward(self, tokens: Tensor) -> Tensor:
         return torch.softmax(tokens @ self.weight.T, dim=-1)
