@@ -17,10 +17,12 @@ EXPERTS, TOP_K = 6, 2
 # Softmax of the chosen, softmax of all, logits chosen first, sigmoid with groups and a bias of the
 # choice, softmax with groups, and a bias of the choice that is learned.
 MIXTURES = ("mixtral", "qwen3_moe", "granitemoe", "deepseek_v3", "deepseek_v2", "ernie4_5_moe")
+# Others that are supported, of a kind each of which is among those.
+MORE = ("qwen2_moe", "olmoe", "glm4_moe")
 # Routers of some families choose among two groups of experts.
-GROUPED = ("deepseek_v3",)
+GROUPED = ("deepseek_v3", "glm4_moe")
 # The first block of these is dense.
-HALF = ("deepseek_v3", "deepseek_v2", "ernie4_5_moe")
+HALF = ("deepseek_v3", "deepseek_v2", "ernie4_5_moe", "glm4_moe")
 
 
 def moe_settings(family: str, **changes: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@ Weights are left as they are; who is gone is what routers do not choose any more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.selecting import shares_of
+from prunezero.scoring.statistics import Statistics
 
 # What stays of groups that lose a share together, by what they do in the model as it is.
 Choose = Callable[[Sequence[Group], float], Selection]
@@ -57,6 +58,26 @@ def chosen_experts(
     if not is_sequential:
         return choose(groups, share)
     return mixture_by_mixture(text.language_model, groups, budget, choose)
+
+
+def with_means(
+    selection: Selection, recipe: Recipe, statistics: Mapping[str, Statistics]
+) -> Selection:
+    """The same, where a recipe says so with experts that went answering their mean outputs.
+
+    Args:
+        statistics: by the name of a mixture.
+
+    Source: MoNE, arXiv:2507.00390, whose experts that went are a constant each.
+    """
+    if getattr(recipe.unit.options, "instead", "others") == "others":
+        return selection
+    groups = []
+    for group in selection.groups:
+        sums = statistics[group.name].sums
+        counts = sums["routed_count"].clamp(min=1.0)
+        groups.append(replace(group, means=sums["expert_output_sum"] / counts[:, None]))
+    return Selection(tuple(groups), selection.kept)
 
 
 def mixture_by_mixture(

@@ -32,7 +32,7 @@ from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Prog
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
-from prunezero.pruning.experts import OnText, chosen_experts
+from prunezero.pruning.experts import OnText, chosen_experts, with_means
 from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
@@ -76,9 +76,8 @@ def prune(
     Weights that are zero already count towards the sparsity like any other weight. Units that go
     become zeros too: the outcome says which, and tensors become smaller when the model is saved.
     Of channels of the residual stream only linear maps hold zeros, and no zeros stand for them: the
-    model computes without them within `edit.simulated` of their kind. Directions of the stream
-    leave all weights as they are: the outcome alone knows them. So do experts, which routers do
-    not choose within `edit.simulated`.
+    model computes without them within `edit.simulated` of their kind. Directions of the stream and
+    experts leave all weights as they are: the outcome alone knows them.
 
     Args:
         language_model: modified; after an error some of its layers may be pruned already.
@@ -399,7 +398,8 @@ class _Job:
             return self._selected(groups, part)
 
         text = OnText(self.language_model, self.windows, tell)
-        return chosen_experts(self.recipe, self.groups, text, share, choose)
+        chosen = chosen_experts(self.recipe, self.groups, text, share, choose)
+        return with_means(chosen, self.recipe, self.known)
 
     def _chosen_together(self, share: float, tell: Progress) -> Selection:
         """What stays where all units of the model compete."""

@@ -55,9 +55,8 @@ def layer_sums(recipe: Recipe) -> frozenset[str]:
 
 def observed_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums that the recipe's formula looks at and no linear map has by itself."""
-    is_guarded = getattr(recipe.unit.options, "guard", "none") != "none"
-    of_guard = needed_sums(["AMAX"] if is_guarded else [])
-    return needed_sums([recipe]) | of_guard if recipe.unit.row.observer else frozenset()
+    of_units: frozenset[str] = getattr(recipe.unit.options, "sums", frozenset())
+    return needed_sums([recipe]) | of_units if recipe.unit.row.observer else frozenset()
 
 
 def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
@@ -173,6 +172,12 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
             layers have settings of their own; or the smaller model would compute otherwise.
     """
     groups = checked_groups(language_model, recipe, sparsity)
+    if getattr(recipe.unit.options, "instead", "others") != "others":
+        raise ModelError(
+            f"recipe {recipe.name} lets experts that went answer their mean output, which no class "
+            "of transformers holds, so such a model cannot be saved; leave --output out, or use "
+            "instead: others"
+        )
     refuse_unsaveable(language_model, units_tried(recipe, groups, sparsity))
 
 

@@ -57,6 +57,11 @@ def test_prune_saves_a_plain_model_with_fewer_experts_and_measures_what_it_saved
 
 def test_compare_measures_each_recipe_on_the_dense_model(on_mixture: Run) -> None:
     names = "expert_random,reap,seer,expert_sparsity,expert_sparsity_progressive,expert_random"
+    # No smaller model is made where constants stay.
+    result = on_mixture("compare MODEL --recipes mone --sparsity 0.34 --json means.json")
+    assert result.exit_code == 0, result.output
+    _, means = json.loads(Path("means.json").read_text())["rows"]
+    assert means["units_removed"] == 4 and "parameters" not in means
     result = on_mixture(f"compare MODEL --recipes {names} --sparsity 0.34 --json o.json")
     assert result.exit_code == 0, result.output
     dense, first, *others, last = json.loads(Path("o.json").read_text())["rows"]
@@ -71,6 +76,7 @@ def test_compare_measures_each_recipe_on_the_dense_model(on_mixture: Run) -> Non
     [
         ("--recipe reap --sparsity 0.9", "leaves 1, but at least 2 have to stay; remove less"),
         ("--recipe seer --sparsity 0.34 --output out", "so that all keep as many"),
+        ("--recipe mone --sparsity 0.34 --output out", "so such a model cannot be saved; leave"),
         ("--recipe reap --sparsity 0.34 --output out --padded", "no zeros stand for experts"),
         ("--recipe reap --sparsity 0.34 --targets q_proj", "of which experts are stacks"),
         ("--recipe wanda --sparsity 0.5", "holds the fused weights"),

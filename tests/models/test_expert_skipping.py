@@ -32,7 +32,7 @@ def rows_run(model: LanguageModel, ids: Tensor) -> int:
     """For how many tokens experts were really run, all mixtures together."""
     rows: list[int] = []
     handles = [
-        layer.experts.act_fn.register_forward_hook(  # type: ignore[union-attr,operator]
+        layer.experts.act_fn.register_forward_hook(  # type: ignore[union-attr]
             lambda module, args, output: rows.append(len(args[0]))
         )
         for layer in find_moe_layers(model.model)

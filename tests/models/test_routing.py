@@ -21,7 +21,7 @@ from prunezero.models.editing.slicing import ROUTED, setting_of, sliced
 from prunezero.models.loading.load import load_model
 from prunezero.models.saving.save import save_model
 from tests.tiny_models import tiny_batches, tiny_model
-from tests.tiny_moe import EXPERTS, GROUPED, MIXTURES, TOP_K, moe_groups, moe_model, save_moe
+from tests.tiny_moe import EXPERTS, GROUPED, MIXTURES, MORE, TOP_K, moe_groups, moe_model, save_moe
 
 IDS = tiny_batches(2, 16)
 
@@ -46,7 +46,7 @@ def masked_choice(family: str, router: Any, tokens: Tensor, gone: list[int]) -> 
     for token in tokens:
         logits = (router.weight.float() @ token.float()).clone()
         logits[gone] = float("-inf")
-        if family in ("deepseek_v3",):
+        if family in GROUPED:
             scores = logits.sigmoid()
             judged = scores + router.e_score_correction_bias
             judged[gone] = float("-inf")
@@ -78,7 +78,7 @@ def by_expert(weights: Tensor, chosen: Tensor) -> Tensor:
     return torch.zeros(len(chosen), EXPERTS).scatter(1, chosen, weights)
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", [*MIXTURES, *MORE])
 def test_a_router_chooses_as_if_logits_of_experts_that_went_were_minus_infinity(
     family: str,
 ) -> None:
@@ -123,7 +123,7 @@ def test_an_edit_leaves_every_bit_and_the_smaller_model_computes_what_it_simulat
     assert total - left == choice.removed("parameters")
 
 
-@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("family", [*MIXTURES, *MORE])
 def test_as_many_experts_of_every_mixture_are_saved_for_the_plain_class(
     family: str, tmp_path: Path
 ) -> None:
@@ -176,7 +176,7 @@ def test_mixtures_may_keep_different_numbers_in_memory_alone(tmp_path: Path) -> 
 
 
 def test_so_many_experts_stay_that_each_token_finds_as_many_as_it_goes_to() -> None:
-    for family in MIXTURES:
+    for family in (*MIXTURES, *MORE):
         (group, *_) = moe_groups(moe_model(family))
         assert (group.least, group.strata) == ((4, 2) if family in GROUPED else (2, 1))
     (group, *_) = moe_groups(moe_model("mixtral"))

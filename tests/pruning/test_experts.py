@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunezero.errors import RecipeError, ScoreError, SelectionError
+from prunezero.errors import ModelError, RecipeError, ScoreError, SelectionError
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.routing import without_experts
 from prunezero.models.editing.selection import Selection
@@ -23,7 +23,7 @@ from prunezero.pruning.recipes.recipe import Recipe, published_of
 from prunezero.pruning.recipes.word_options import Subsets
 from prunezero.pruning.unit_scores import is_super
 from tests.models.test_routing import state, without
-from tests.models.test_routing_statistics import inputs_of
+from tests.models.test_routing_statistics import inputs_of, output_of
 from tests.tiny_models import tiny_batches
 from tests.tiny_moe import EXPERTS, MIXTURES, moe_groups, moe_model
 
@@ -116,6 +116,16 @@ def test_an_expert_that_no_token_goes_to_is_the_first_to_go() -> None:
             assert one in unseen or not unseen, name
 
 
+def test_the_expert_whose_weights_are_most_alike_in_size_goes_first_without_any_text() -> None:
+    model = moe_model("mixtral")
+    for group, flat in zip(moe_groups(model), (4, 1), strict=True):
+        layer = mixture_of(group)
+        for stack in (layer.up, layer.down):
+            stack[flat] = stack[flat].sign() / 8
+    outcome = prune(model, Recipe.load("aimer"), 0.17)
+    assert gone(outcome.selection) == [[4], [1]]
+
+
 def test_super_experts_go_last() -> None:
     largest = {f"layers.{at}": torch.full((2, EXPERTS), 1.0) for at in range(4)}
     largest["layers.1"][1, 3] = largest["layers.3"][0, 2] = 50.0
@@ -134,6 +144,37 @@ def test_super_experts_go_last() -> None:
     guarded = pruned(model, recipe("GF/N", unit={"expert": {"guard": "super"}}), 0.17).selection
     assert gone(plain)[0] == [2] and gone(guarded)[0] != [2]
     assert gone(plain)[1] == gone(guarded)[1]
+
+
+def test_a_mean_output_stands_for_an_expert_that_went() -> None:
+    model = moe_model("qwen3_moe")
+    groups, ids = moe_groups(model), WINDOWS[:1]
+    outcome = pruned(model, Recipe.load("mone"))
+    (group, kept), *_ = outcome.selection
+    layer = mixture_of(group)
+    totals, counts = torch.zeros(EXPERTS, 32, dtype=torch.float64), torch.zeros(EXPERTS)
+    for window in WINDOWS:
+        for token in inputs_of(model, layer, window[None]):
+            for expert in layer.router(token[None])[2][0].tolist():
+                totals[expert] += output_of(layer, token, expert)[0]
+                counts[expert] += 1
+    tokens, wanted = inputs_of(model, layer, ids), []
+    for token in tokens:
+        _, weights, chosen = (one[0] for one in layer.router(token[None]))
+        answer = torch.zeros(32, dtype=torch.float64)
+        for weight, expert in zip(weights.tolist(), chosen.tolist(), strict=True):
+            mean = totals[expert] / counts[expert]
+            answer += weight * (output_of(layer, token, expert)[0] if kept[expert] else mean)
+        wanted.append(answer)
+    before, dense = state(model), model.model(ids).logits
+    with without_experts(model, outcome.selection), torch.no_grad():
+        found = layer.module(tokens[None])[0]
+    torch.testing.assert_close(found.double(), torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.model(ids).logits, dense)
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+    with pytest.raises(ModelError, match="which no smaller model of qwen3_moe does"):
+        UNITS["expert"].edit.remove(model, outcome.selection)
+    assert [one.means for one in groups] == [None, None]
 
 
 def test_protected_mixtures_keep_all_of_their_experts() -> None:
@@ -171,7 +212,11 @@ def test_what_cannot_go_is_refused_before_the_text_is_read(
         ({"compare": "row"}, "compare: row says nothing of unit: expert"),
         (
             {"unit": {"expert": {"guard": "super"}}, "statistics": "sequential"},
-            "it needs statistics: dense",
+            "they need statistics: dense",
+        ),
+        (
+            {"unit": {"expert": {"instead": "mean"}}, "criterion": "LOO", "schedule": "subsets"},
+            "and schedule: one-shot",
         ),
     ],
 )

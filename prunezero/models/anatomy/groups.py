@@ -148,6 +148,9 @@ class Group:
 
     mixture: MoeLayer | None = field(default=None, compare=False)
     """the router and experts that its units are; None where units are no experts"""
+    means: Tensor | None = field(default=None, compare=False)
+    """what experts that go are answered for by, [experts, hidden]; None where others are chosen in
+    their place"""
 
     @property
     def is_turned(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prunezero.models.anatomy.experts import MoeLayer
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.exchanging import exchange, held, set_value
 from prunezero.models.editing.selection import Selection
@@ -32,12 +33,17 @@ def is_of_experts(selection: Selection) -> bool:
 def without_experts(language_model: LanguageModel, selection: Selection) -> Iterator[None]:
     """Within it no router chooses an expert that goes; nothing of the experts is touched.
 
-    Groups of other units are left alone.
+    Where a group says so, routers choose as before, and a constant stands for what an expert that
+    went makes of a token. Groups of other units are left alone.
     """
     with ExitStack() as undo:
         for group, kept in selection:
-            if group.mixture is not None and not bool(kept.all()):
+            if group.mixture is None or bool(kept.all()):
+                continue
+            if group.means is None:
                 _narrow(language_model.model, group, kept, undo)
+            else:
+                _answer_by_means(group.mixture, group.means, kept, undo)
         yield
 
 
@@ -66,6 +72,28 @@ def _narrow(model: nn.Module, group: Group, kept: Tensor, undo: ExitStack) -> No
         set_value(module, key, len(places), undo)
     handle = layer.router.register_forward_hook(_in_numbers_of_all(places))
     undo.callback(handle.remove)
+
+
+def _answer_by_means(layer: MoeLayer, means: Tensor, kept: Tensor, undo: ExitStack) -> None:
+    """Let experts that went answer by constants, weighted as their answers were.
+
+    Args:
+        means: [experts, hidden].
+    """
+    waiting: list[Tensor] = []
+
+    def chose(router: nn.Module, args: tuple[Any, ...], answer: Any) -> Any:
+        logits, weights, indices = answer
+        is_gone = ~kept.to(indices.device)[indices]
+        shares = weights.double().masked_fill(~is_gone, 0.0)
+        waiting.append((shares[..., None] * means.to(indices.device)[indices]).sum(1))
+        return logits, weights.masked_fill(is_gone, 0.0), indices
+
+    def computed(experts: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + waiting.pop().to(output.dtype)
+
+    undo.callback(layer.router.register_forward_hook(chose).remove)
+    undo.callback(layer.experts.register_forward_hook(computed).remove)
 
 
 def _in_numbers_of_all(places: Tensor) -> Callable[..., Any]:

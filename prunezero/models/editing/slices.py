@@ -205,7 +205,16 @@ def _without_sub_blocks(language_model: LanguageModel, selection: Selection) -> 
 
 
 def _without_experts(model: Any, selection: Selection) -> Slices:
-    """How a model loses experts: mixtures that keep different numbers run in memory alone."""
+    """How a model loses experts: mixtures that keep different numbers run in memory alone.
+
+    Raises:
+        ModelError: constants stand for experts that went, whose rows of the router stay.
+    """
+    if any(group.means is not None for group in selection.groups):
+        raise ModelError(
+            "experts that went answer their mean output here, which no smaller model of "
+            f"{model.config.model_type} does; use instead: others of unit: expert"
+        )
     cuts = cuts_of(selection)
     numbers = numbers_without(model, selection)
     learned = {name for name, _ in model.named_parameters()}

@@ -265,10 +265,12 @@ class Recipe(Document):
                 "schedule: subsets measures the loss of whole subsets of each mixture's experts, "
                 "which of one expert is LOO; use criterion: LOO and compare: group"
             )
-        if getattr(self.unit.options, "guard", "none") != "none" and self.statistics != "dense":
+        if getattr(self.unit.options, "sums", None) and (
+            self.statistics != "dense" or self.schedule.word == "subsets"
+        ):
             raise ValueError(
-                f"unit: {self.unit.word}: guard compares activations of all mixtures before the "
-                "first loses an expert, so it needs statistics: dense"
+                f"unit: {self.unit.word}: guard and instead look at all mixtures before the first "
+                "loses an expert, so they need statistics: dense and schedule: one-shot"
             )
         if self.compare == "model" and not self.allocate.is_usual:
             raise ValueError(

@@ -203,11 +203,23 @@ class Experts(Options):
         description="super lets experts go last whose largest activation is above 99.5 % of all "
         "and a tenth of the largest, in the first three quarters of the mixtures",
     )
+    instead: Literal["others", "mean"] = Field(
+        default="others",
+        description="what tokens get that were sent to an expert that went: others in its place, "
+        "or its mean output on calibration text, with which a model runs but cannot be saved",
+    )
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
         """Whether a block is one of the first or last, of which nothing may go."""
         is_protected = block < self.protect_first or block >= blocks - self.protect_last
         return {"is_protected": is_protected}
+
+    @property
+    def sums(self) -> frozenset[str]:
+        """Names of the sums of mixtures that these numbers look at, whatever the formula."""
+        of_guard = {"largest_activations"} if self.guard == "super" else set()
+        of_means = {"expert_output_sum", "routed_count"} if self.instead == "mean" else set()
+        return frozenset(of_guard | of_means)
 
 
 class Subsets(Options):
