@@ -19,6 +19,7 @@ from prunezero.models.editing.routing import without_experts
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import ROUTED, setting_of, sliced
 from prunezero.models.loading.load import load_model
+from prunezero.models.loading.shards import Shards
 from prunezero.models.saving.save import save_model
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_moe import EXPERTS, GROUPED, MIXTURES, MORE, TOP_K, moe_groups, moe_model, save_moe
@@ -143,6 +144,25 @@ def test_as_many_experts_of_every_mixture_are_saved_for_the_plain_class(
     # One token after another, with a cache.
     made = network.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False, min_new_tokens=4)
     assert made.shape == (1, 8)
+
+
+def test_experts_in_several_files_keep_their_bits_under_new_numbers(tmp_path: Path) -> None:
+    folder = save_moe("mixtral", tmp_path / "dense")
+    load_model(str(folder)).model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink()
+    before, model = Shards(folder), load_model(str(folder))
+    assert len({one.file for one in before.tensors.values()}) > 3
+    choice = without(moe_groups(model), 0, 3)
+    save_model(model, tmp_path / "out", smaller=choice)
+    after = Shards(tmp_path / "out")
+    for now, old in enumerate((1, 2, 4, 5)):
+        for kind in ("w1", "w2", "w3"):
+            name = "model.layers.1.block_sparse_moe.experts.{}." + f"{kind}.weight"
+            assert torch.equal(after.read(name.format(now)), before.read(name.format(old)))
+    assert len(before.tensors) - len(after.tensors) == 2 * 2 * 3
+    with without_experts(model, choice):
+        wanted = model.model(IDS).logits
+    assert torch.equal(load_model(str(tmp_path / "out")).model(IDS).logits, wanted)
 
 
 def test_a_count_that_the_file_says_under_another_name_follows(tmp_path: Path) -> None:

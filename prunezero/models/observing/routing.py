@@ -83,7 +83,6 @@ def routing_statistics(
         ids = ids[None].to(language_model.device)
         seen = _sequence(language_model, groups, ids, names, turns="t" in letters)
         for group in groups:
-            # A router that chose nobody would have raised.
             tables = tables_of(language_model, group, seen[group.name], letters, names)
             added = routing_contribution(
                 tables, names, len(seen[group.name].tokens), layer=group.name
