@@ -276,13 +276,25 @@ def _by_expert(layer: MoeLayer, seen: Seen, routed: Tensor) -> dict[str, Tensor]
 def _largest_activations(layer: MoeLayer, seen: Seen, routed: Tensor) -> Tensor:
     """The largest magnitude [experts] of what the second matrix of each expert reads."""
     largest = routed.new_zeros(layer.count)
-    activation: Any = layer.experts.act_fn
     for expert in range(layer.count):
         tokens = seen.tokens[routed[:, expert] > 0]
         if len(tokens):
-            gate, up = (tokens @ layer.up[expert].T).chunk(2, dim=-1)
-            largest[expert] = (activation(gate) * up).abs().max()
+            largest[expert] = _gated(layer.experts, tokens @ layer.up[expert].T).abs().max()
     return largest
+
+
+def _gated(experts: Any, values: Tensor) -> Tensor:
+    """What gates make of values [tokens, 2 * intermediate], by the family's own rule if it has one.
+
+    Returns [tokens, intermediate].
+    """
+    own = getattr(experts, "_apply_gate", None)
+    if own is not None:
+        found: Tensor = own(values)
+        return found
+    gate, up = values.chunk(2, dim=-1)
+    product: Tensor = experts.act_fn(gate) * up
+    return product
 
 
 def _losses_without(language_model: LanguageModel, group: Group, seen: Seen) -> Tensor:
