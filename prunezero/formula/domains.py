@@ -99,6 +99,14 @@ _ROWS = (
         reductions=_WHOLE,
         is_run_time=False,
     ),
+    # The experts that one router chooses from: what it does to tokens, and what each makes of them.
+    Domain(
+        "expert",
+        axes=("expert", "number"),
+        shapes=("row",),
+        reductions=_WHOLE,
+        is_run_time=False,
+    ),
     # A part of the depth by itself: what it does to the stream and what it costs are numbers.
     Domain(
         "block",

@@ -13,6 +13,11 @@ Text of a feature of units reads the sums of the matrix that reads what units ha
 the `slope` of its place, and its `noise`, [units] each. Of a part of the depth sums, costs and
 noise are of one unit, [1] each.
 
+Text of a feature of experts reads sums of what a router and its experts do to tokens, [experts]
+first, and a channel for each beside mask gradients; their weights `up` [experts, 2 * intermediate,
+hidden], `down` [experts, hidden, intermediate] and `router` [experts, hidden]; and `parameters` and
+`noise`, [experts] each.
+
 While low-rank factors train, beside `weight` stand `factor_a` [rank, in] and `factor_b`
 [out, rank], the gradients of a step's mean loss `gradient_a` and `gradient_b`, the `change` of the
 weight [out, in] that the factors make, and `eta`, a number of the schedule. Where units go in
@@ -44,6 +49,7 @@ MADE_FROM: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
     **dict.fromkeys(("parameters", "flops", "kv_bytes", "milliseconds"), ()),
     **dict.fromkeys(OF_FACTORS + UNIT_TERMS, ()),
+    **dict.fromkeys(("up", "down", "router"), ()),
     # what the distance is measured by: M2 and a refit
     "slope": ("gram", "input_sum", "mask_gradients"),
     "upper": ("gram",),
@@ -78,7 +84,7 @@ class Feature:
     # whether it is never negative
     nonnegative: bool = True
     # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit, "block"
-    # one number for each part of the depth
+    # one number for each part of the depth, "expert" one for each expert of a mixture
     domains: tuple[str, ...] = ("matrix",)
     # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
     kinds: tuple[str, ...] = ()

@@ -77,8 +77,8 @@ UNIT_FEATURES = (
         "mask_gradients.sum((0, 2))",
         "gradients",
         nonnegative=False,
-        domains=("unit",),
-        kinds=OF_ONE_READER,
+        domains=("unit", "expert"),
+        kinds=(*OF_ONE_READER, "expert"),
     ),
     Feature(
         "M1",
@@ -88,8 +88,8 @@ UNIT_FEATURES = (
         "L",
         "mask_gradients.sum(2).abs().sum(0)",
         "gradients",
-        domains=("unit",),
-        kinds=OF_ONE_READER,
+        domains=("unit", "expert"),
+        kinds=(*OF_ONE_READER, "expert"),
     ),
     Feature(
         "M2",
@@ -99,8 +99,8 @@ UNIT_FEATURES = (
         "L^2",
         "mask_gradients.sum(2).square().sum(0)",
         "gradients",
-        domains=("unit",),
-        kinds=OF_ONE_READER,
+        domains=("unit", "expert"),
+        kinds=(*OF_ONE_READER, "expert"),
     ),
     # By how much the square of the reader's outputs changes, summed over tokens, per sequence.
     Feature(
@@ -207,7 +207,7 @@ UNIT_FEATURES = (
         r"n_u",
         "1",
         "parameters",
-        domains=("unit", "block"),
+        domains=("unit", "block", "expert"),
     ),
     Feature(
         "FLOPS",
@@ -313,6 +313,6 @@ UNIT_FEATURES = (
         r"\xi_u",
         "1",
         "noise",
-        domains=("unit", "block"),
+        domains=("unit", "block", "expert"),
     ),
 )

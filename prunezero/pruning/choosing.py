@@ -24,7 +24,8 @@ def formula_of(recipe: Recipe, group: Group, known: Mapping[str, Statistics]) ->
         ScoreError, StatisticsError: as the scores of the recipe's unit.
     """
     # All layers of a group have one formula.
-    criterion = recipe.criterion_of(group.members[0].linear.name)
+    name = group.members[0].linear.name if group.members else group.name
+    criterion = recipe.criterion_of(name)
     return recipe.unit.row.scores(
         group, criterion, known, damping=recipe.damping, options=recipe.unit.options
     )

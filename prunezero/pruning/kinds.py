@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.word_options import Channels, Depth, Directions, Options, Units
+from prunezero.pruning.recipes.word_options import (
+    Channels,
+    Depth,
+    Directions,
+    Experts,
+    Options,
+    Units,
+)
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
@@ -89,8 +96,10 @@ class UnitKind:
         Raises:
             ModelError: there are none, or some linear maps have a part in units of others.
         """
-        from prunezero.models.anatomy.linears import find_linears
+        from prunezero.models.anatomy.linears import find_linears, refuse_fused_experts
 
+        if self.domain.name != "expert":
+            refuse_fused_experts(language_model.model, f"unit {self.word} does")
         find: Callable[..., list[Group]] = _found(self.finder)
         blocks = 1 + max(linear.block for linear in find_linears(language_model.model))
         return self.limited(find(linears, language_model), options or self.options(), blocks)
@@ -123,7 +132,7 @@ class UnitKind:
 
         Args:
             windows: calibration token ids `[count, length]`.
-            sums: names in `BLOCK_SUMS`.
+            sums: names in `BLOCK_SUMS`, or of experts in `ROUTING_SUMS` or mask_gradients.
             gone: groups that the model does without by then.
             progress: told (what, done, total) as the work goes on.
 
@@ -205,6 +214,11 @@ class UnitKind:
         """
         choose: Callable[..., Selection] = _found(self.selector)
         return choose(groups, scores_of, budget, compare=compare)
+
+    @property
+    def is_of_depth(self) -> bool:
+        """Whether its units are whole parts of the depth, a group each."""
+        return self.domain.name == "block"
 
     @property
     def several(self) -> str:
@@ -382,6 +396,26 @@ _ROWS = (
         options=Directions,
         whole_model="turns the residual stream of the whole model",
         walker="prunezero.models.observing.directions:chosen_directions",
+    ),
+    UnitKind(
+        word="expert",
+        meaning="an expert of a mixture: its matrices, and its row of the router",
+        domain=DOMAINS["expert"],
+        compare={"group": ("expert",), "model": ("expert",)},
+        baselines=(
+            *("expert_random", "expert_frequency", "ean", "reap", "man", "aimer"),
+            "expert_sparsity",
+        ),
+        reference="GF/N",
+        finder="prunezero.models.anatomy.expert_groups:expert_groups",
+        checker="prunezero.pruning.selecting:check_units",
+        scorer="prunezero.pruning.unit_scores:expert_scores",
+        selector="prunezero.pruning.selecting:select_units",
+        editor="prunezero.models.editing.slicing:ROUTED",
+        measure="units",
+        options=Experts,
+        whole_model="sees which experts the router of each block chooses",
+        observer="prunezero.models.observing.routing:routing_statistics",
     ),
     _depth(
         "attention",

@@ -32,6 +32,7 @@ from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.choosing import formula_of, last_what_went, selected
+from prunezero.pruning.experts import OnText, chosen_experts, with_means
 from prunezero.pruning.in_training import InTraining
 from prunezero.pruning.knowledge import with_protected
 from prunezero.pruning.local_search import improved
@@ -46,8 +47,8 @@ from prunezero.pruning.requirements import (
     check_text,
     checked_groups,
     dense_sums,
-    depth_sums,
     layer_sums,
+    observed_sums,
     settled_sparsity,
 )
 from prunezero.pruning.slopes import with_slopes
@@ -76,8 +77,8 @@ def prune(
     Weights that are zero already count towards the sparsity like any other weight. Units that go
     become zeros too: the outcome says which, and tensors become smaller when the model is saved.
     Of channels of the residual stream only linear maps hold zeros, and no zeros stand for them: the
-    model computes without them within `edit.simulated` of their kind. Directions of the stream
-    leave all weights as they are: the outcome alone knows them.
+    model computes without them within `edit.simulated` of their kind. Directions of the stream and
+    experts leave all weights as they are: the outcome alone knows them.
 
     Args:
         language_model: modified; after an error some of its layers may be pruned already.
@@ -329,8 +330,10 @@ class _Job:
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""
         self.known = dict(self.dense)
-        if self.recipe.unit.row.walker:
-            self.selection = self._chosen_on_the_way(sparsity, tell)
+        kind = self.recipe.unit.row
+        if kind.walker or kind.domain.name == "expert":
+            choose = self._chosen_on_the_way if kind.walker else self._chosen_experts
+            self.selection = choose(sparsity, tell)
             return
         competes_freely = self.recipe.compare == "model"
         together = self._chosen_together(sparsity, tell) if competes_freely else Selection()
@@ -379,6 +382,17 @@ class _Job:
             progress=tell,
         )
 
+    def _chosen_experts(self, share: float, tell: Progress) -> Selection:
+        """What stays of mixtures, whose weights are left as they are."""
+
+        def choose(groups: Sequence[Group], part: float) -> Selection:
+            self._look(groups, (), tell)
+            return self._selected(groups, part)
+
+        text = OnText(self.language_model, self.windows, tell)
+        chosen = chosen_experts(self.recipe, self.groups, text, share, choose)
+        return with_means(chosen, self.recipe, self.known)
+
     def _chosen_together(self, share: float, tell: Progress) -> Selection:
         """What stays where all units of the model compete."""
         kind, schedule = self.recipe.unit.row, self.recipe.schedule.row
@@ -401,13 +415,12 @@ class _Job:
 
     def _look(self, groups: Sequence[Group], gone: Sequence[Group], tell: Progress) -> None:
         """See what parts of the depth do to the model without some others."""
-        sums = depth_sums(self.recipe)
+        sums = observed_sums(self.recipe)
         if sums:
             assert self.windows is not None  # check_text refused it; for the type checker
-            observe = self.recipe.unit.row.observe
-            self.known |= observe(
-                self.language_model, groups, self.windows, sums, gone=gone, progress=tell
-            )
+            look = self.recipe.unit.row.observe
+            text = self.language_model, groups, self.windows
+            self.known |= look(*text, sums, gone=gone, progress=tell)
 
     def _selected(self, groups: Sequence[Group], share: float) -> Selection:
         """What stays of groups that lose a share together, as far as it is chosen beforehand."""

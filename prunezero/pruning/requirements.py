@@ -25,7 +25,6 @@ from prunezero.pruning.timing import are_needed, with_milliseconds
 from prunezero.pruning.unit_allocation import Ladder
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.request import pattern_sparsity, removed_count
-from prunezero.scoring.statistics import BLOCK_SUMS
 
 
 def settled_sparsity(pattern: str, sparsity: float | None) -> float:
@@ -50,13 +49,14 @@ def settled_sparsity(pattern: str, sparsity: float | None) -> float:
 
 def layer_sums(recipe: Recipe) -> frozenset[str]:
     """Names of the sums of a layer that the recipe's formulas and updates look at."""
-    of_formulas = needed_sums([recipe]) - BLOCK_SUMS.keys()
+    of_formulas = needed_sums([recipe]) - observed_sums(recipe)
     return of_formulas.union(*(choice.row.sums for choice in recipe.update))
 
 
-def depth_sums(recipe: Recipe) -> frozenset[str]:
-    """Names of the sums of parts of the depth that the recipe's formula looks at."""
-    return needed_sums([recipe]) & BLOCK_SUMS.keys()
+def observed_sums(recipe: Recipe) -> frozenset[str]:
+    """Names of the sums that the recipe's formula looks at and no linear map has by itself."""
+    of_units: frozenset[str] = getattr(recipe.unit.options, "sums", frozenset())
+    return needed_sums([recipe]) | of_units if recipe.unit.row.observer else frozenset()
 
 
 def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
@@ -83,7 +83,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
     walks = recipe.statistics == "sequential" and layer_sums(recipe) & FORWARD_SUMS
     needs = [f"unit {recipe.unit.word} needs"] if recipe.unit.row.walker else []
     needs += ["sequential statistics need"] if walks else []
-    needs += [f"criterion {recipe.criterion.text} needs"] if depth_sums(recipe) else []
+    needs += [f"criterion {recipe.criterion.text} needs"] if observed_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
     needs += ["feature SLOPE needs"] if "SLOPE" in recipe.features else []
     if recipe.looks_anew:
@@ -129,6 +129,11 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
             "so it needs statistics 'dense'"
         )
     kind = recipe.unit.row
+    if kind.domain.name == "expert" and (recipe.targets or recipe.ignore):
+        raise RecipeError(
+            f"recipe {recipe.name}: targets and ignore choose weight matrices by name, of which "
+            "experts are stacks; use protect_first and protect_last of unit: expert"
+        )
     found = find_linears(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
     groups = kind.groups(found, language_model, recipe.unit.options)
     if are_needed(recipe):
@@ -167,6 +172,12 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
             layers have settings of their own; or the smaller model would compute otherwise.
     """
     groups = checked_groups(language_model, recipe, sparsity)
+    if getattr(recipe.unit.options, "instead", "others") != "others":
+        raise ModelError(
+            f"recipe {recipe.name} lets experts that went answer their mean output, which no class "
+            "of transformers holds, so such a model cannot be saved; leave --output out, or use "
+            "instead: others"
+        )
     refuse_unsaveable(language_model, units_tried(recipe, groups, sparsity))
 
 
@@ -176,7 +187,7 @@ def units_tried(recipe: Recipe, groups: Sequence[Group], sparsity: float) -> Sel
     Raises:
         SelectionError: as `shares_of`.
     """
-    if recipe.unit.row.observer:
+    if recipe.unit.row.is_of_depth:
         free = [group for group in groups if not group.is_protected]
         groups = [group for group in free if group.block == free[0].block]
         counts = dict.fromkeys((group.name for group in groups), 0)

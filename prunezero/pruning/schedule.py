@@ -8,7 +8,13 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from prunezero.pruning.recipes.word_options import Iterative, Options, Periods, WhileTraining
+from prunezero.pruning.recipes.word_options import (
+    Iterative,
+    Options,
+    Periods,
+    Subsets,
+    WhileTraining,
+)
 
 # Earlier steps are given in ten-thousandths: what they leave is removed by a later one.
 PARTS = 10_000
@@ -26,6 +32,11 @@ def greedy(sparsity: float, options: Options) -> tuple[float, ...]:
 
 def span(sparsity: float, options: Options) -> tuple[float, ...]:
     """The sparsity itself: neighbours go together."""
+    return one_shot(sparsity, options)
+
+
+def subsets(sparsity: float, options: Subsets) -> tuple[float, ...]:
+    """The sparsity itself: the experts of a mixture go together."""
     return one_shot(sparsity, options)
 
 

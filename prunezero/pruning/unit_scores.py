@@ -13,8 +13,16 @@ from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.pruning.recipes.word_options import Channels, Depth, Directions, Options, Units
+from prunezero.pruning.recipes.word_options import (
+    Channels,
+    Depth,
+    Directions,
+    Experts,
+    Options,
+    Units,
+)
 from prunezero.pruning.rescoring import reader_of, rescored
+from prunezero.scoring.expert_features import Mixture, expert_feature
 from prunezero.scoring.feature_values import feature
 from prunezero.scoring.score import refuse_unusable, score, score_depth, score_units
 from prunezero.scoring.statistics import Statistics
@@ -38,6 +46,9 @@ NORMALISE: dict[str, Callable[[Tensor], Tensor]] = {
     "l2": lambda scores: scores / scores.square().sum().sqrt(),
     "max": lambda scores: scores / scores.abs().max(),
 }
+
+# The sum by which super experts are known.
+_LARGEST = "largest_activations"
 
 
 def _comparable(scores: Tensor, group: Group, options: Units) -> Tensor:
@@ -281,6 +292,50 @@ def depth_scores(
         raise StatisticsError(f"how many milliseconds {group.name} takes is not known")
     known = statistics.get(group.name)
     return score_depth(criterion, known, given, group=group.name, kind=group.kind)
+
+
+def expert_scores(
+    group: Group,
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics],
+    *,
+    damping: float,
+    options: Experts,
+    tables: Tables | None = None,
+) -> Tensor:
+    """The scores [experts] of one mixture.
+
+    Raises:
+        ScoreError, StatisticsError: as `score_units` and `expert_feature`.
+    """
+    layer = group.mixture
+    assert layer is not None  # groups of experts have one; for the type checker
+    weights = {"up": layer.up, "down": layer.down, "router": layer.router_weight}
+    known = statistics.get(group.name)
+    mixture = Mixture(weights, known, group.cost, group.name, options.seed)
+    values = {name: expert_feature(name, mixture) for name in criterion.features}
+    scores = score_units(criterion, layer.router_weight, values, group=group.name, kind=group.kind)
+    if options.guard == "none":
+        return scores
+    guarded = is_super(group.name, {name: one.sums[_LARGEST] for name, one in statistics.items()})
+    return scores.masked_fill(guarded.to(scores.device), torch.finfo(scores.dtype).max)
+
+
+def is_super(name: str, largest: Mapping[str, Tensor]) -> Tensor:
+    """Which experts of a mixture are super experts, bool [experts].
+
+    Args:
+        name: of the mixture.
+        largest: the largest activations [sequences, experts] of all mixtures, in the order of the
+            model.
+
+    Source: Lasby et al. 2025, REAP, arXiv:2510.13999.
+    """
+    peaks = {key: values.amax(0) for key, values in largest.items()}
+    every = torch.cat(list(peaks.values()))
+    bound = torch.maximum(every.quantile(0.995), every.max() / 10)
+    is_early = list(peaks).index(name) < 0.75 * len(peaks)
+    return (peaks[name] > bound) & is_early
 
 
 def _is_asked(member: Member, word: str) -> bool:

@@ -117,7 +117,32 @@ BLOCK_SUMS: dict[str, Sum] = {
     "loss_without_sum": Sum("losses", ("out",), torch.float64, "n.double().mean(0)"),
     "divergence_without_sum": Sum("divergences", ("out",), torch.float64, "k.double().mean(0)"),
 }
-_EVERY = {**SUMS, **BLOCK_SUMS}
+# What a router and its experts do to one sequence after another; "in" are the experts, "out" the
+# channels of their outputs. The tables [tokens, experts] hold zeros where an expert is not chosen:
+# r is 1 where it is, g the router's weight of it, n the norm of what it makes of the token; s is
+# the softmax of the router's logits over all experts. t [tokens] is 1 - cosine of the stream with
+# and without routed experts, f [experts, channels] the sum of their outputs, a [experts] their
+# largest activation, w [experts] the norm by which the layer's output changes without each, and
+# e the gradient of a factor on what each hands on, [tokens, experts].
+ROUTING_SUMS: dict[str, Sum] = {
+    name: Sum("routing", shape, torch.float64, text)
+    for name, shape, text in (
+        ("routed_count", ("in",), "r.sum(0)"),
+        ("gate_sum", ("in",), "g.sum(0)"),
+        ("gate_square_sum", ("in",), "g.square().sum(0)"),
+        ("soft_sum", ("in",), "s.sum(0)"),
+        ("norm_sum", ("in",), "n.sum(0)"),
+        ("norm_square_sum", ("in",), "n.square().sum(0)"),
+        ("gated_norm_sum", ("in",), "(g * n).sum(0)"),
+        ("gated_norm_square_sum", ("in",), "(g * n).square().sum(0)"),
+        ("turned_gated_norm_sum", ("in",), "(t[:, None] * g * n).sum(0)"),
+        ("expert_output_sum", ("in", "out"), "f"),
+        ("largest_activations", ("sequence", "in"), "a"),
+        ("together_count", ("in", "in"), "r.T @ r"),
+        ("loss_without_expert", ("in",), "w"),
+    )
+}
+_EVERY = {**SUMS, **BLOCK_SUMS, **ROUTING_SUMS}
 
 
 @dataclass(frozen=True)
@@ -172,13 +197,40 @@ def contribution(
             added[name] = torch.stack([row.of(*one) for one in cut])
         else:
             added[name] = row.of(*parts)
+    _refuse_non_finite(added, source, layer)
+    tokens = 0 if source == "gradient" else rows.shape[0]
+    return Contribution(source, tokens, sequences, added)
+
+
+def routing_contribution(
+    tables: Mapping[str, Tensor], names: Iterable[str], tokens: int, *, layer: str
+) -> Contribution:
+    """What one sequence adds to sums of a router and its experts.
+
+    Args:
+        tables: float64, by letter, see `ROUTING_SUMS`; those that the sums read.
+        names: keys of `ROUTING_SUMS`, or mask_gradients.
+        tokens: of the sequence.
+        layer: named in the error.
+
+    Raises:
+        StatisticsError: a value is NaN or infinite.
+    """
+    added = {}
+    for name in names:
+        row = ROUTING_SUMS.get(name)
+        value = tables["e"].sum(0) if row is None else row.of(*(tables[k] for k in row.letters))
+        added[name] = value[None] if _EVERY[name].by_sequence else value
+    _refuse_non_finite(added, "routing", layer)
+    return Contribution("routing", tokens, 1, added)
+
+
+def _refuse_non_finite(added: Mapping[str, Tensor], source: str, layer: str) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in added.values()):
         raise StatisticsError(
             f"the {source} of {layer} hold NaN or infinite numbers; "
             "try --dtype float32, or check that the model itself is sound"
         )
-    tokens = 0 if source == "gradient" else rows.shape[0]
-    return Contribution(source, tokens, sequences, added)
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -195,7 +247,7 @@ class Statistics:
     sequences: int
     """sequences that those tokens came in"""
     sums: dict[str, Tensor]
-    """by name, see `SUMS` and `BLOCK_SUMS`"""
+    """by name, see `SUMS`, `BLOCK_SUMS` and `ROUTING_SUMS`"""
     of_training: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """what features read of low-rank factors that train, see `formula/feature_row.py`; no sums"""
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)

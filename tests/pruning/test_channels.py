@@ -154,7 +154,7 @@ def test_formulas_may_hold_activations_and_weights_of_what_reads_the_stream() ->
     [
         (
             {"criterion": "M2"},
-            "feature M2 is for unit neuron, head, kv_group, width, not for channel",
+            "feature M2 is for unit neuron, head, kv_group, width, expert, not for channel",
         ),
         ({"criterion": "row_norm(W)"}, "W has a value for each weight, but members: inputs"),
         (

@@ -185,7 +185,10 @@ def test_what_cannot_be_saved_is_refused_before_the_work() -> None:
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"criterion": "M2"}, "feature M2 is for unit neuron, head, kv_group, width, not for dir"),
+        (
+            {"criterion": "M2"},
+            "feature M2 is for unit neuron, .*expert, not for direction",
+        ),
         ({"criterion": "row_norm(W)"}, "of a direction is known what norms hand on along it"),
         ({"compare": "model"}, "compare: model says nothing of unit: direction; known: group"),
         ({"update": "bias"}, "update: bias is for unit"),

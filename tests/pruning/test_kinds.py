@@ -24,6 +24,7 @@ from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.recipes.words import WORDS
 from prunezero.scoring.request import GROUPS
 from tests.tiny_models import FAMILIES, tiny_model, tiny_network
+from tests.tiny_moe import moe_model
 
 WEIGHT = UNITS["weight"]
 # A domain in which rows alone are ranked, and a word may look at nothing but the sum of one.
@@ -44,7 +45,7 @@ def test_every_kind_finds_its_groups_its_edit_and_its_baselines(kind: UnitKind) 
         assert Recipe.load(name).on_unit(kind.word).unit.word == kind.word
     kind.domain.refuse(Criterion.parse(kind.reference))
     assert isinstance(kind.edit, Edit)
-    model = tiny_model("llama")
+    model = moe_model() if kind.word == "expert" else tiny_model("llama")
     groups = kind.groups(find_linears(model.model), model)
     kinds = {"width": {"neuron", "kv_group"}}.get(kind.word, {kind.word})
     assert {group.kind for group in groups} == kinds

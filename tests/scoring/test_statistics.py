@@ -9,7 +9,13 @@ from prunezero.formula.feature_row import MADE_FROM
 from prunezero.formula.features import features_of_domain
 from prunezero.formula.vocabulary import FEATURES, SIGNALS
 from prunezero.scoring.feature_values import depth_feature, feature, needed_sums
-from prunezero.scoring.statistics import BLOCK_SUMS, SUMS, Statistics, contribution
+from prunezero.scoring.statistics import (
+    BLOCK_SUMS,
+    ROUTING_SUMS,
+    SUMS,
+    Statistics,
+    contribution,
+)
 
 MATRIX, UNIT = features_of_domain("matrix"), features_of_domain("unit")
 DEPTH = features_of_domain("block")
@@ -104,14 +110,15 @@ def test_a_feature_of_the_depth_equals_its_definition_in_numpy(name: str) -> Non
 def test_every_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
     assert set(expected_features()) == set(MATRIX)
     assert set(expected_of_depth()) == set(DEPTH)
-    assert {*MATRIX, *UNIT, *DEPTH} == set(FEATURES)
+    assert {*MATRIX, *UNIT, *DEPTH, *features_of_domain("expert")} == set(FEATURES)
 
 
 def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
-    allowed = {*MADE_FROM, *SUMS, *BLOCK_SUMS}
+    allowed = {*MADE_FROM, *SUMS, *BLOCK_SUMS, *ROUTING_SUMS}
     for row in FEATURES.values():
         assert row.inputs == ("upper",) or {*row.inputs} <= allowed - {"upper"}, row.name
         sums = BLOCK_SUMS if "block" in row.domains else SUMS
+        sums = ROUTING_SUMS if row.domains == ("expert",) else sums
         assert {*row.sums} <= {*sums} and row.cost in SIGNALS
         assert (row.cost == "none") == (not row.sums and not row.of_training)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from prunezero.errors import SelectionError
 
 if TYPE_CHECKING:
+    from prunezero.models.anatomy.experts import MoeLayer
     from prunezero.models.anatomy.linears import Linear
     from prunezero.models.loading.language_model import LanguageModel
 
@@ -145,6 +146,12 @@ class Group:
     """the directions that are its units, as orthonormal columns [width of the stream, units] in
     float64 on the CPU; None where they are not known yet, and where units are no directions"""
 
+    mixture: MoeLayer | None = field(default=None, compare=False)
+    """the router and experts that its units are; None where units are no experts"""
+    means: Tensor | None = field(default=None, compare=False)
+    """what experts that go are answered for by, [experts, hidden]; None where others are chosen in
+    their place"""
+
     @property
     def is_turned(self) -> bool:
         """Whether its units are directions of the stream, which no rows or columns are."""
@@ -179,6 +186,8 @@ class Group:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
+        if self.mixture is not None:
+            return self.mixture.router_weight.device
         return self.members[0].linear.weight.device
 
     @property

@@ -100,13 +100,32 @@ def refuse_experts(linears: Iterable[Linear], who: str) -> None:
             )
 
 
+def refuse_fused_experts(model: nn.Module, who: str) -> None:
+    """Refuse a model whose experts are stacks of matrices, of which `find_linears` lists none.
+
+    Args:
+        who: what does not speak of them yet, and its verb, such as "unit neuron does".
+
+    Raises:
+        ModelError: names a stack.
+    """
+    prefix, blocks = _block_list(model)
+    for index, block in enumerate(blocks):
+        for path, parameter in block.named_parameters():
+            if parameter.dim() == 3 and "expert" in path:
+                raise ModelError(
+                    f"'{prefix}.{index}.{path}' holds the fused weights {list(parameter.shape)} of "
+                    f"several experts; {who} not speak of them yet, unit: expert removes whole ones"
+                )
+
+
 def find_linears(
     model: nn.Module, *, targets: Sequence[str] = (), ignore: Sequence[str] = ()
 ) -> list[Linear]:
     """The prunable layers inside the decoder blocks, in the order of the model.
 
-    Never embeddings, norms, routers, the output head, or what `uncalled_linears` names; a shared
-    weight appears once.
+    Never embeddings, norms, routers, stacks of experts, the output head, or what `uncalled_linears`
+    names; a shared weight appears once.
 
     Args:
         model: a decoder-only model.
@@ -115,8 +134,7 @@ def find_linears(
         ignore: patterns to leave out; they may also match modules that are never pruned.
 
     Raises:
-        ModelError: a pattern matches nothing, nothing is left, or the model is a mixture of experts
-            with fused weights.
+        ModelError: a pattern matches nothing, or nothing is left.
     """
     layers = _all_linears(model)
     names = [layer.name for layer in layers]
@@ -227,7 +245,6 @@ def _all_linears(model: nn.Module) -> list[Linear]:
     uncalled = set(uncalled_linears(model))
     seen: set[tuple[int, tuple[int, ...]]] = set()
     for index, block in enumerate(blocks):
-        _refuse_fused_experts(block, f"{prefix}.{index}")
         inner = dict(_linear_modules(block))
         for path, module in inner.items():
             weight = module.weight
@@ -249,15 +266,6 @@ def _linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         is_router = routed and path.rsplit(".", 1)[-1] in ROUTERS
         if is_linear(module) and not is_router:
             yield path, module
-
-
-def _refuse_fused_experts(block: nn.Module, prefix: str) -> None:
-    for path, parameter in block.named_parameters():
-        if parameter.dim() == 3 and "expert" in path:
-            raise ModelError(
-                f"'{prefix}.{path}' holds the fused weights {list(parameter.shape)} of several "
-                "experts; mixture-of-experts models are not supported yet"
-            )
 
 
 def _check_weight(weight: Tensor, name: str) -> None:

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 
 
+def held(model: nn.Module, name: str) -> Tensor:
+    """A parameter of a model, or a buffer, by its name."""
+    path, _, kind = name.rpartition(".")
+    found = getattr(model.get_submodule(path), kind)
+    assert isinstance(found, Tensor)  # for the type checker
+    return found
+
+
 def put(model: nn.Module, name: str, values: Tensor) -> None:
-    """Exchange a parameter of a module, and let it know its own size."""
+    """Exchange a parameter or buffer of a module, and let it know its own size."""
     path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
+    if kind in module._buffers:
+        setattr(module, kind, values)
+        return
     is_parameter = isinstance(values, nn.Parameter)
     setattr(module, kind, values if is_parameter else nn.Parameter(values, requires_grad=False))
     if kind != "weight":
@@ -23,15 +34,15 @@ def put(model: nn.Module, name: str, values: Tensor) -> None:
         module.embedding_dim = values.shape[1]
     elif isinstance(module, nn.LayerNorm):
         module.normalized_shape = tuple(values.shape)
-    elif values.dim() == 2:
+    elif hasattr(module, "nf"):
         # transformers' Conv1D, whose weight is [in, out].
         for size, value in zip(("nx", "nf"), values.shape, strict=True):
             setattr(module, size, value)
 
 
 def exchange(model: nn.Module, name: str, values: Tensor, undo: ExitStack) -> None:
-    """Put a parameter in the place of another, which comes back when `undo` is left."""
-    undo.callback(put, model, name, model.get_parameter(name))
+    """Put a parameter or buffer in the place of another, which comes back when `undo` is left."""
+    undo.callback(put, model, name, held(model, name))
     put(model, name, values)
 
 

@@ -18,6 +18,7 @@ from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.narrowing import is_of_stream, narrowing_of
 from prunezero.models.editing.rotating import Rotation, is_rotated, rotation_of
+from prunezero.models.editing.routing import is_of_experts, numbers_without
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import Shortening, is_of_layers, shortening_of
 from prunezero.models.editing.skipping import (
@@ -164,6 +165,8 @@ def slices_of_one_way(
         return Slices({}, shorter.setting, shortening=shorter)
     if is_of_sub_blocks(selection):
         return _without_sub_blocks(language_model, selection)
+    if is_of_experts(selection):
+        return _without_experts(model, selection)
     if is_of_stream(selection):
         cuts = cuts_of(selection)
         plan = narrowing_of(model, cuts, None if around is None else around.own)
@@ -199,6 +202,33 @@ def _without_sub_blocks(language_model: LanguageModel, selection: Selection) -> 
     # Norms that nobody reads then stay where they are, since the class of its own has them.
     skipped = {one.module: stand_in_of(model, one) for one in gone}
     return Slices({}, {}, layers, skipped=skipped)
+
+
+def _without_experts(model: Any, selection: Selection) -> Slices:
+    """How a model loses experts: mixtures that keep different numbers run in memory alone.
+
+    Raises:
+        ModelError: constants stand for experts that went, whose rows of the router stay.
+    """
+    if any(group.means is not None for group in selection.groups):
+        raise ModelError(
+            "experts that went answer their mean output here, which no smaller model of "
+            f"{model.config.model_type} does; use instead: others of unit: expert"
+        )
+    cuts = cuts_of(selection)
+    numbers = numbers_without(model, selection)
+    learned = {name for name, _ in model.named_parameters()}
+    shown = {name: cut for name, cut in cuts.items() if name in learned}
+    setting = setting_of_all(model, shown, {})
+    if setting is None:
+        counts = sorted({int(kept.sum()) for _, kept in selection})
+        fault = (
+            f"no configuration of {model.config.model_type} gives its mixtures "
+            f"{' or '.join(map(str, counts))} experts; let the experts of each mixture compete "
+            "(compare: group), and protect none of them, so that all keep as many"
+        )
+        return Slices(cuts, {}, fault=fault, numbers=numbers)
+    return Slices(cuts, setting, numbers=numbers)
 
 
 def _note_skipped(

@@ -20,10 +20,11 @@ from prunezero.errors import ModelError
 from prunezero.models.anatomy.block_probe import PROBE_TOKENS, logits_of, relative_change
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.edit import Edit
-from prunezero.models.editing.exchanging import exchange, set_number, set_value
+from prunezero.models.editing.exchanging import exchange, held, set_number, set_value
 from prunezero.models.editing.narrowing import is_of_stream, own_setting_of_all
 from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.rotating import is_rotated, rotate_stream
+from prunezero.models.editing.routing import is_of_experts, without_experts
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import is_of_layers, shorten
 from prunezero.models.editing.skipping import (
@@ -101,8 +102,8 @@ def _kinds_of(selection: Selection) -> str:
 
 def _in_their_order(selection: Selection) -> list[Selection]:
     """Units inside of layers, of all kinds, and then those of each other way to leave."""
-    ways = (is_of_sub_blocks, is_of_layers, is_of_stream)
-    parts: list[list[Group]] = [[], [], [], []]
+    ways = (is_of_sub_blocks, is_of_layers, is_of_stream, is_of_experts)
+    parts: list[list[Group]] = [[], *([] for _ in ways)]
     for group in selection.groups:
         alone = selection.of([group])
         places = [place for place, is_of in enumerate(ways, start=1) if is_of(alone)]
@@ -155,12 +156,13 @@ def remove(language_model: LanguageModel, selection: Selection) -> None:
 
 def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
     # A tensor that two modules share stays one.
-    smaller: dict[int, nn.Parameter] = {}
+    smaller: dict[int, Tensor] = {}
     for name, cut in slices.cuts.items():
-        before = model.get_parameter(name)
+        before = held(model, name)
         if id(before) not in smaller:
             part = cut.of(before.detach())
-            smaller[id(before)] = nn.Parameter(part, requires_grad=False)
+            is_learned = isinstance(before, nn.Parameter)
+            smaller[id(before)] = nn.Parameter(part, requires_grad=False) if is_learned else part
         exchange(model, name, smaller[id(before)], undo)
     for (path, key), value in slices.numbers.items():
         set_number(model.get_submodule(path), key, value, undo)
@@ -194,7 +196,18 @@ def _set_counts(module: nn.Module, heads: Heads, settings: Any, undo: ExitStack)
             set_value(module, key, value, undo)
 
 
+def remove_experts(language_model: LanguageModel, selection: Selection) -> None:
+    """Take experts out of a model for good, also where no configuration says how many are left.
+
+    Raises:
+        ModelError: as `slices_of`.
+    """
+    _slice(language_model.model, slices_of(language_model, selection), ExitStack())
+
+
 SMALLER = Edit(zeroed, remove)
+# A router whose rows are zeros still chooses.
+ROUTED = Edit(without_experts, remove_experts, zeros_suffice=False)
 
 
 @contextmanager
@@ -259,7 +272,7 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
     """Refuse a model that computes otherwise without some units than with zeros in their place.
 
     Of channels and directions of the stream no zeros can stand for the smaller model; that one has
-    to run.
+    to run. Of experts it is compared with routers that do not choose them.
 
     Args:
         language_model: with zeros in the place of the units that go.
@@ -268,7 +281,8 @@ def refuse_other_logits(language_model: LanguageModel, selection: Selection, ids
     Raises:
         ModelError: it does, or as `slices_of`.
     """
-    before = logits_of(language_model, ids).double()
+    with without_experts(language_model, selection):
+        before = logits_of(language_model, ids).double()
     with sliced(language_model, selection):
         after = logits_of(language_model, ids).double()
     if is_of_stream(selection) or is_rotated(selection):

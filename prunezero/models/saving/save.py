@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from prunezero.models.loading.language_model import LanguageModel, quiet
 from prunezero.models.loading.shards import STORED_DTYPES, Shards, StoredTensor
 from prunezero.models.loading.source import Source, holds, names_in_files
 from prunezero.models.saving.companions import copy_companions, edit_configuration
+from prunezero.models.saving.expert_files import renamed_experts
 from prunezero.models.saving.mirror import Mirror
 from prunezero.models.saving.own_class import refuse_without_class, write_own_class
 from prunezero.models.unequal.families import is_own_type
@@ -144,7 +146,7 @@ def _save_as_source(
     tensors = model.state_dict()
     check_names(language_model)
     added = [*_new_biases(model, source), *_new_by_rotation(model, source, slices)]
-    renamed = _renamed(model, source, slices)
+    renamed = _renamed(model, source, slices) | renamed_experts(model, source, slices.cuts)
     parts = {name: cut.of for name, cut in slices.cuts.items() if name in source.names}
     made = frozenset[str]() if slices.rotation is None else slices.rotation.made
     made &= source.names.keys()
@@ -229,10 +231,16 @@ def _note_setting(configuration: Any, slices: Slices, folder: Path) -> None:
 
     is_part = configuration.get_text_config() is not configuration
     told = dict(slices.setting)
+    part = "text_config" if is_part else ""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # A file may say the same by the words of other families.
+    for word, key in configuration.get_text_config().attribute_map.items():
+        if key in told and word in (raw[part] if part else raw):
+            told[word] = told[key]
     if slices.shortening is not None and is_own_type(configuration.model_type):
         # Layers that are no longer there may have no settings of their own.
         told["per_layer_config"] = {str(now): own for now, own in slices.shortening.layers.items()}
-    edit_configuration(folder, told, part="text_config" if is_part else "")
+    edit_configuration(folder, told, part=part)
     with quiet():
         found = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     for key, value in slices.setting.items():

@@ -258,6 +258,20 @@ class Recipe(Document):
                 f"later steps of schedule: {self.schedule.word} no longer have; use schedule: "
                 "one-shot"
             )
+        if self.schedule.word == "subsets" and (
+            self.criterion.text != "LOO" or self.compare != "group"
+        ):
+            raise ValueError(
+                "schedule: subsets measures the loss of whole subsets of each mixture's experts, "
+                "which of one expert is LOO; use criterion: LOO and compare: group"
+            )
+        if getattr(self.unit.options, "sums", None) and (
+            self.statistics != "dense" or self.schedule.word == "subsets"
+        ):
+            raise ValueError(
+                f"unit: {self.unit.word}: guard and instead look at all mixtures before the first "
+                "loses an expert, so they need statistics: dense and schedule: one-shot"
+            )
         if self.compare == "model" and not self.allocate.is_usual:
             raise ValueError(
                 "compare: model lets all layers compete, so it says itself how much each loses; "

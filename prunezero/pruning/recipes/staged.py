@@ -336,6 +336,12 @@ def _faults_of(stages: tuple[Stage, ...]) -> Iterator[str]:
             "stages remove whole units, and one of these has unit: weight, whose zeros make "
             "nothing smaller; prune the saved model by that recipe"
         )
+    if "expert" in words:
+        yield (
+            "unit: expert cannot be a stage, since no zeros stand for experts that are gone, and "
+            "other stages look at the model with zeros in the place of what went; prune the saved "
+            "model by the other recipes"
+        )
     for word in words:
         if words.count(word) > 1:
             yield (
@@ -356,7 +362,7 @@ def _faults_of(stages: tuple[Stage, ...]) -> Iterator[str]:
         )
     for stage in stages:
         one = stage.recipe
-        is_uneven = one.competes_freely and not one.unit.row.observer
+        is_uneven = one.competes_freely and not one.unit.row.is_of_depth
         if {"channel", "layer"} & set(words) and is_uneven:
             yield (
                 f"layers would keep different numbers of {one.unit.row.several}, which no "

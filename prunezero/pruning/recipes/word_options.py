@@ -189,6 +189,58 @@ class Directions(Options):
         )
 
 
+class Experts(Options):
+    """Which mixtures lose no experts, and which of their experts stay anyway."""
+
+    protect_first: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the beginning that keep all experts"
+    )
+    protect_last: int = Field(
+        default=0, ge=0, le=10**6, description="blocks at the end that keep all experts"
+    )
+    seed: int = Field(default=0, ge=0, le=2**31, description="of the feature RND")
+    measure: Literal["units", "parameters"] = Field(
+        default="units", description="what the sparsity is a share of"
+    )
+    guard: Literal["none", "super"] = Field(
+        default="none",
+        description="super lets experts go last whose largest activation is above 99.5 % of all "
+        "and a tenth of the largest, in the first three quarters of the mixtures",
+    )
+    instead: Literal["others", "mean"] = Field(
+        default="others",
+        description="what tokens get that were sent to an expert that went: others in its place, "
+        "or its mean output on calibration text, with which a model runs but cannot be saved",
+    )
+
+    def limits(self, block: int, blocks: int) -> dict[str, Any]:
+        """Whether a block is one of the first or last, of which nothing may go."""
+        is_protected = block < self.protect_first or block >= blocks - self.protect_last
+        return {"is_protected": is_protected}
+
+    @property
+    def sums(self) -> frozenset[str]:
+        """Names of the sums of mixtures that these numbers look at, whatever the formula."""
+        of_guard = {"largest_activations"} if self.guard == "super" else set()
+        of_means = {"expert_output_sum", "routed_count"} if self.instead == "mean" else set()
+        return frozenset(of_guard | of_means)
+
+
+class Subsets(Options):
+    """Subsets of experts by what their layer's output loses, Lu et al. 2024, arXiv:2402.14800."""
+
+    most: int = Field(
+        default=20_000,
+        ge=1,
+        le=10**9,
+        description="subsets of one mixture that are all tried; where there are more, experts go "
+        "one by one and are then exchanged",
+    )
+    swaps: int = Field(
+        default=100, ge=0, le=10**6, description="exchanges at most, where they went one by one"
+    )
+
+
 class Owl(Options):
     """Outlier-weighed layer-wise sparsity, Yin et al. 2024 (ICML), arXiv:2310.05175."""
 

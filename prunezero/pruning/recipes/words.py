@@ -23,6 +23,7 @@ from prunezero.pruning.recipes.word_options import (
     Refit,
     Sensitivity,
     Slopes,
+    Subsets,
     Swaps,
     Table,
     WhileTraining,
@@ -34,9 +35,9 @@ from prunezero.scoring.request import GROUPS
 _EVERY = frozenset(UNITS)
 # Words that take columns out of matrices.
 _WIDTH = frozenset({"neuron", "head", "kv_group", "width"})
-# Those without which a norm divides by another number, so that no zeros stand for them.
-_STREAM = frozenset({"channel", "direction"})
-_OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.observer)
+_OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.is_of_depth)
+# Those that no weights of linear maps stand for.
+_APART = frozenset({"channel", "direction", "expert"})
 _GRAM = frozenset({"gram"})
 _SEEN_BY_READERS = frozenset({"gram", "input_sum"})
 _INPUTS = frozenset({"input_sum", "input_square_sum"})
@@ -144,7 +145,7 @@ WORDS: dict[str, dict[str, Word]] = {
             order=3,
             sees_dense=True,
             needs_biases=True,
-            units=_EVERY - _OF_DEPTH - _STREAM,
+            units=_EVERY - _OF_DEPTH - _APART,
         ),
         "swaps": Word(
             Swaps,
@@ -192,7 +193,7 @@ WORDS: dict[str, dict[str, Word]] = {
             Iterative,
             "several pruning steps of growing sparsity",
             "schedule:iterative",
-            units=_EVERY - _OF_DEPTH - _STREAM,
+            units=_EVERY - _OF_DEPTH - _APART,
             whole_model="prunes the model several times",
         ),
         "greedy": Word(
@@ -208,6 +209,16 @@ WORDS: dict[str, dict[str, Word]] = {
             "schedule:span",
             units=frozenset({"layer"}),
             chooser="depth:best_span",
+        ),
+        "subsets": Word(
+            Subsets,
+            "of each mixture those experts go without which its output changes least, as a whole",
+            "schedule:subsets",
+            "oracle",
+            needs_text=True,
+            units=frozenset({"expert"}),
+            whole_model="carries text from block to block",
+            chooser="expert_subsets:best_subsets",
         ),
         "while_training": Word(
             WhileTraining,
@@ -239,7 +250,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _STREAM,
+            units=_EVERY - _APART,
         ),
         "lora": Word(
             Lora,
@@ -248,7 +259,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _STREAM,
+            units=_EVERY - _APART,
         ),
         "distil": Word(
             Distil,
@@ -257,7 +268,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _STREAM,
+            units=_EVERY - _APART,
         ),
     },
 }

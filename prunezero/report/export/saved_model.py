@@ -21,7 +21,7 @@ from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.shards import Shards
-from prunezero.models.loading.source import Source, names_in_files
+from prunezero.models.loading.source import Source, names_in_files, targets_of
 from prunezero.models.saving.companions import places_of_companions
 from prunezero.models.saving.read_back import refuse_other_reading
 from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
@@ -272,7 +272,13 @@ def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
         now = {name: list(one.shape) for name, one in model.model.state_dict().items()}
         found = names_in_files(model.model, tensors)
     inside = f"{block_prefix(model.model)}."
+    # What files hold in another layout, as they do experts, is looked at when they are read anew.
+    others = {
+        target for target, is_same in targets_of(model.model, tensors).values() if not is_same
+    }
     for name, wanted in now.items():
+        if name in others:
+            continue
         have = list(tensors[found[name]].shape) if name in found else None
         if have != wanted and (have is not None or name.startswith(inside)):
             raise OutputError(

@@ -134,7 +134,7 @@ def _units(
         begun = begin_training(testbed, recipe, groups, statistics, progress)
         statistics = {**statistics, **begun}
     blocks = len(find_blocks(testbed.language_model.model))
-    if kind.observer:
+    if kind.is_of_depth:
         sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}
         seen = kind.observe(
             testbed.language_model, groups, testbed.windows("calibration"), sums, progress=progress

@@ -160,7 +160,7 @@ def rung_sums(
 ) -> frozenset[str]:
     """Names of the sums of linear maps that the rungs need for formulas of these features."""
     needed = needed_sums(features) - BLOCK_SUMS.keys()
-    if UNITS[unit].observer:
+    if UNITS[unit].is_of_depth:
         return needed
     also = {"gram"} if unit == "weight" else {"gram", "input_sum"}
     return needed | also | ({ROW_WEIGHTS} if with_gradients else set())

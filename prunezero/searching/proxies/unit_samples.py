@@ -111,7 +111,7 @@ class UnitSamples:
         Raises:
             FactorizationError: a Gram matrix cannot be inverted.
         """
-        if recipe.unit.row.observer:
+        if recipe.unit.row.is_of_depth:
             return self._distance(masks)
         lost = whole = 0.0
         is_measured = all(group.first for group in self.groups)

@@ -50,6 +50,11 @@ def _known_unit(value: str) -> str:
             "channels of the residual stream are one group for the whole model, of which no block "
             "by itself loses anything, so their formulas cannot be screened; prune by one"
         )
+    if UNITS[value].domain.name == "expert":
+        raise ValueError(
+            "experts are gone only once routers do not choose them, which the probe of a search "
+            "does not do, so their formulas cannot be screened; prune by one"
+        )
     if UNITS[value].walker:
         raise ValueError(
             f"unit: {value} has units that are known only on a walk through the model, so their "

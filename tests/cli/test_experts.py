@@ -1,0 +1,108 @@
+"""`prunezero prune` takes experts out of a mixture, or says in one sentence why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from prunezero.errors import PruneZeroError
+from tests.cli.conftest import Run, flat, typing
+from tests.tiny_models import tiny_batches
+from tests.tiny_moe import save_moe
+
+
+@pytest.fixture(scope="session")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny mixtures, by family."""
+    folder = tmp_path_factory.mktemp("mixtures")
+    return {family: save_moe(family, folder / family) for family in ("mixtral", "deepseek_v3")}
+
+
+@pytest.fixture
+def on_mixture(run: Run, mixtures: dict[str, Path], tiny_files: tuple[Path, Path]) -> Run:
+    """`run`, with `MODEL` for a mixture."""
+    return typing((mixtures["mixtral"], tiny_files[1]))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_prune_saves_a_plain_model_with_fewer_experts_and_measures_what_it_saved(
+    family: str, run: Run, mixtures: dict[str, Path], tiny_files: tuple[Path, Path]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    on = typing((mixtures[family], tiny_files[1]))
+    result = on("prune MODEL --recipe reap --sparsity 0.34 --output out --json o.json")
+    assert result.exit_code == 0, result.output
+    said = flat(result.output)
+    total = 12 if family == "mixtral" else 6
+    assert f"{total // 3} of {total} experts are gone" in said
+    assert "read anew, its logits differ by at most 0 from those in memory" in said
+    row = json.loads(Path("o.json").read_text())
+    assert (row["units"], row["units_removed"], row["unit"]) == (total, total // 3, "expert")
+    assert row["removed_of"] == "units of experts"
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert model(tiny_batches(1, 8)).logits.shape == (1, 8, 97)
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["saved"]["kind"] == "plain"
+    assert sum(one.numel() for one in model.parameters()) == report["costs"]["parameters"]
+    assert report["costs"]["parameters"] < report["dense_costs"]["parameters"]
+    again = on("compare MODEL --model out --recipes expert_random --sparsity 0 --json again.json")
+    assert again.exit_code == 0, again.output
+    dense, *_ = json.loads(Path("again.json").read_text())["rows"]
+    assert dense["test_perplexity"] == pytest.approx(row["test_perplexity"], rel=1e-5)
+
+
+def test_compare_measures_each_recipe_on_the_dense_model(on_mixture: Run) -> None:
+    names = "expert_random,reap,seer,expert_sparsity,expert_sparsity_progressive,expert_random"
+    # No smaller model is made where constants stay.
+    result = on_mixture("compare MODEL --recipes mone --sparsity 0.34 --json means.json")
+    assert result.exit_code == 0, result.output
+    _, means = json.loads(Path("means.json").read_text())["rows"]
+    assert means["units_removed"] == 4 and "parameters" not in means
+    result = on_mixture(f"compare MODEL --recipes {names} --sparsity 0.34 --json o.json")
+    assert result.exit_code == 0, result.output
+    dense, first, *others, last = json.loads(Path("o.json").read_text())["rows"]
+    assert first["test_perplexity"] == last["test_perplexity"] != dense["test_perplexity"]
+    assert {one["units_removed"] for one in (first, *others, last)} == {4}
+    assert {one["parameters"] for one in (first, *others, last)} == {first["parameters"]}
+    assert first["parameters"] < dense["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("--recipe reap --sparsity 0.9", "leaves 1, but at least 2 have to stay; remove less"),
+        ("--recipe seer --sparsity 0.34 --output out", "so that all keep as many"),
+        ("--recipe mone --sparsity 0.34 --output out", "so such a model cannot be saved; leave"),
+        ("--recipe reap --sparsity 0.34 --output out --padded", "no zeros stand for experts"),
+        ("--recipe reap --sparsity 0.34 --targets q_proj", "of which experts are stacks"),
+        ("--recipe wanda --sparsity 0.5", "holds the fused weights"),
+        (
+            "--recipe reap --sparsity 0.34 --output out --memory-limit 900MiB",
+            "cannot be pruned block by block; leave out the memory limit",
+        ),
+    ],
+)
+def test_what_cannot_be_done_to_experts_is_said_in_one_sentence(
+    command: str, said: str, on_mixture: Run
+) -> None:
+    result = on_mixture(f"prune MODEL {command}")
+    assert isinstance(result.exception, PruneZeroError), result.output
+    assert said in str(result.exception)
+    assert set(os.listdir()) <= {"cache"}
+
+
+def test_a_dense_model_has_no_experts_to_take_out(run: Run) -> None:
+    result = run("prune MODEL --recipe reap --sparsity 0.25 --output out")
+    assert isinstance(result.exception, PruneZeroError), result.output
+    assert "LlamaForCausalLM has no mixture of experts" in str(result.exception)
+
+
+def test_a_search_for_formulas_of_experts_is_refused(run: Run) -> None:
+    Path("mine.yaml").write_text("name: mine\nunit: expert\n")
+    result = run("search MODEL --sparsity 0.5 --space mine.yaml --budget 5 --name x")
+    assert isinstance(result.exception, PruneZeroError), result.output
+    assert "their formulas cannot be screened" in str(result.exception)
