@@ -15,6 +15,7 @@ from torch import Tensor
 from prunezero.errors import PruneZeroWarning, StatisticsError, did_you_mean, reason
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.expert_calls import warn_of_scarce
 from prunezero.models.observing.gradients import gradient_statistics
 from prunezero.models.observing.statistics_cache import (
     cache_folder,
@@ -105,6 +106,7 @@ def _forward_statistics(
     for index in range(total):
         collected |= walk.observe_and_advance(index, layers, sums)
         tell("activations of block", index + 1, total)
+    warn_of_scarce(walk.scarce)
     return collected
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunezero.models.anatomy.linears import Linear
+from prunezero.models.observing.expert_calls import own_weights
 from prunezero.models.observing.hooks import removing
 
 
@@ -20,7 +21,8 @@ from prunezero.models.observing.hooks import removing
 class _Weight:
     """The weight of one layer in training."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
+    """a parameter of the model, or that part of a stack of experts which is one's own"""
     master: Tensor
     """what the optimizer sees: the same storage, or a float32 copy of 16-bit weights"""
     is_removed: Tensor
@@ -66,9 +68,9 @@ class Weights:
 @contextmanager
 def train_weights(model: nn.Module, layers: Sequence[Linear]) -> Iterator[Weights]:
     """Within it, backward passes add to the gradients of the layers' masters."""
-    weights = [_weight(layer.module.weight) for layer in layers]
     handles: list[Any] = []
-    with removing(handles):
+    with removing(handles), own_weights(layers) as leaves:
+        weights = [_weight(leaves[layer.name]) for layer in layers]
         for one in weights:
             one.parameter.requires_grad_(True)
             register: Any = one.parameter.register_post_accumulate_grad_hook
