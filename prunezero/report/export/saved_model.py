@@ -20,8 +20,9 @@ from prunezero.models.editing.rotating import is_rotated
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.layouts import names_in_files
 from prunezero.models.loading.shards import Shards
-from prunezero.models.loading.source import Source, names_in_files
+from prunezero.models.loading.source import Source
 from prunezero.models.saving.companions import places_of_companions
 from prunezero.models.saving.read_back import refuse_other_reading
 from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
