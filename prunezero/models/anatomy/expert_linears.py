@@ -84,6 +84,16 @@ def expert_linears(experts: nn.Module) -> dict[str, ExpertLinear]:
     return {name: known[name] for name, _, _ in places}
 
 
+def experts_inside(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that hold stacks of experts."""
+    return [
+        module
+        for module in model.modules()
+        if set(STACKS) == {name for name, _ in module.named_parameters(recurse=False)}
+        and hasattr(module, "_apply_gate")
+    ]
+
+
 def linear_at(block: nn.Module, path: str) -> nn.Module:
     """The linear map at a path in a block, that of an expert among them.
 

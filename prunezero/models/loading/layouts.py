@@ -8,13 +8,14 @@ tensors has no place here, and whoever needs one refuses it by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from prunezero.errors import ModelError
+from prunezero.models.loading.shards import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,20 @@ def pieces_in_files(model: Any, stored: Iterable[str]) -> dict[str, Piece]:
         if pattern in table and number is not None:
             found[name] = Piece(target, int(number[1]), *table[pattern])
     return found
+
+
+def shapes_in_files(model: Any, stored: Mapping[str, StoredTensor]) -> dict[str, list[int]]:
+    """Sizes of the model's tensors as files hold them, by their names in the model.
+
+    Left out are those that transformers makes in other ways than `pieces_in_files` knows.
+    """
+    names = names_in_files(model, stored)
+    shapes = {name: list(stored[file].shape) for name, file in names.items()}
+    for file, piece in pieces_in_files(model, stored).items():
+        rows, columns = stored[file].shape
+        before = shapes.get(piece.name, [0])[0]
+        shapes[piece.name] = [max(before, piece.index + 1), rows * piece.parts, columns]
+    return shapes
 
 
 def _makes_a_stack(converter: Any) -> bool:

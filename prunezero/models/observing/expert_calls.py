@@ -33,9 +33,15 @@ from prunezero.scoring.statistics import SUMS, Statistics
 @contextmanager
 def calling_experts(layers: Iterable[Linear]) -> Iterator[None]:
     """Within it, the experts of the layers call their linear maps, as `nn.Linear`s are called."""
-    modules = dict.fromkeys(
-        layer.module.place[0] for layer in layers if isinstance(layer.module, ExpertLinear)
-    )
+    inside = [layer.module for layer in layers if isinstance(layer.module, ExpertLinear)]
+    with calling_each(module.place[0] for module in inside):
+        yield
+
+
+@contextmanager
+def calling_each(experts: Iterable[nn.Module]) -> Iterator[None]:
+    """The same for modules with the stacks of experts, each of them once."""
+    modules = list(dict.fromkeys(experts))
     own = {module: vars(module).get("forward") for module in modules}
     for module in modules:
         module.forward = partial(_by_each, module)
@@ -131,9 +137,10 @@ def _fill_up(collected: dict[str, Statistics], together: list[Linear]) -> list[s
 def warn_of_scarce(names: Sequence[str]) -> None:
     """Say, in one warning, which experts' sums were filled up; nothing where none were."""
     if names:
+        kind = "matrix" if len(names) == 1 else "matrices"
         shown = ", ".join(f"'{name}'" for name in names[:3])
         warnings.warn(
-            f"{len(names)} matrices of experts saw fewer calibration tokens than they have columns "
+            f"{len(names)} {kind} of experts saw fewer calibration tokens than columns "
             f"({shown}{', ...' if len(names) > 3 else ''}); what is missing was filled up with "
             "average tokens of their layer's experts, so use more text to prune them by their own",
             PruneZeroWarning,
