@@ -33,7 +33,7 @@ def test_a_mixture_is_pruned_in_memory_and_block_by_block(run: Run, mixture: str
     result = run(f"{told} --output whole --json whole.json")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "24 prunable layers" in result.output
-    result = run(f"{told} --output streamed --memory 2GiB")
+    result = run(f"{told} --output streamed --memory-limit 2GiB")
     assert result.exit_code == 0, (result.output, result.exception)
     assert zeros("whole") == zeros("streamed") == 0.5
     whole, streamed = (load_file(f"{name}/model.safetensors") for name in ("whole", "streamed"))

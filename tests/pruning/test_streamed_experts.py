@@ -81,7 +81,7 @@ def test_a_block_has_its_experts_only_while_it_is_needed(tmp_path: Path) -> None
     source = save_sharded("mixtral", tmp_path / "dense")
     whole = load_model(str(source), device="cpu").model.model.layers[1].mlp.experts
     streamed = StreamedModel(source, device="cpu")
-    experts = streamed.blocks[1].mlp.experts
+    experts = streamed.language_model.model.model.layers[1].mlp.experts
     assert experts.down_proj.is_meta
     with streamed.block(1):
         assert torch.equal(experts.gate_up_proj, whole.gate_up_proj)

@@ -251,8 +251,9 @@ def _linear_modules(block: nn.Module, index: int, prefix: str) -> Iterator[tuple
 
 def _is_router(path: str, module: nn.Module) -> bool:
     """Whether a linear map beside experts decides how much of whom a token gets."""
-    # One row is the gate of a shared expert.
-    return path.rsplit(".", 1)[-1] in ROUTERS or min(module.weight.shape) == 1  # type: ignore[arg-type]
+    # A shared expert has a gate of one row.
+    is_gate = "expert" in path and min(module.weight.shape) == 1  # type: ignore[arg-type]
+    return is_gate or path.rsplit(".", 1)[-1] in ROUTERS
 
 
 def _check_weight(weight: Tensor, name: str) -> None:

@@ -129,7 +129,7 @@ def unit_page(recipe: Recipe) -> str:
     known = constants_of(chosen)
     program = folded(exchange(_text("unit_template"), bodies, _docstring(recipe)), known)
     parts = [folded(_text(name), known) for name in ("unit_choice", "unit_parts")]
-    page = needed(program, [chosen, *parts, _text("page_parts")])
+    page = needed(program, [chosen, *parts, _text("page_parts"), _text("expert_parts")])
     check_page(page)
     return page
 
