@@ -28,7 +28,7 @@ from tests.tiny_moe import (
     unfused_twin,
 )
 
-IDS = tiny_batches(16, 32)
+IDS = tiny_batches(24, 32)
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
@@ -212,18 +212,18 @@ def experts_of(columns: int) -> list[Linear]:
 
 def test_an_expert_with_too_few_tokens_is_filled_up_with_average_ones() -> None:
     layers = experts_of(8)
-    inputs, statistics = zip(*(known(n, n) for n in (30, 3, 0, 8)), strict=True)
+    inputs, statistics = zip(*(known(n, n) for n in (30, 3, 0, 16)), strict=True)
     collected = {layer.name: one for layer, one in zip(layers, statistics, strict=True)}
     before = dict(collected)
     assert fill_up(collected, layers) == [layers[1].name, layers[2].name]
-    # Who has as many tokens as columns is left alone.
+    # Who has two tokens for each column is left alone.
     assert collected[layers[0].name] is before[layers[0].name]
     assert collected[layers[3].name] is before[layers[3].name]
     every = np.concatenate(inputs).astype(np.float64)
     for place, tokens in ((1, 3), (2, 0)):
         filled, own = collected[layers[place].name], inputs[place].astype(np.float64)
-        share = (8 - tokens) / 41
-        assert filled.tokens == 8
+        share = (16 - tokens) / 49
+        assert filled.tokens == 16
         for name, of in REFERENCE.items():
             expected = of(own) + share * of(every)
             np.testing.assert_allclose(filled.sums[name].numpy(), expected, rtol=1e-4, atol=1e-4)
@@ -244,10 +244,10 @@ def test_experts_with_few_tokens_are_named_in_one_warning() -> None:
         found = calibrate(model, IDS[:1], layers, ["gram"])
     (message,) = [str(one.message) for one in told]
     # 32 tokens go to two of four experts each, and the matrices have 32 and 48 columns.
-    assert message.startswith("16 matrices of experts saw fewer calibration tokens than")
+    assert message.startswith("16 matrices of experts saw fewer than 2 calibration tokens for")
     assert "'model.layers.0.mlp.experts.0.gate_up_proj'" in message
     for name, one in found.items():
-        assert one.tokens == (one.sums["gram"].shape[0] if "experts" in name else 32)
+        assert one.tokens == (2 * one.sums["gram"].shape[0] if "experts" in name else 32)
 
 
 def test_an_expert_alone_that_saw_no_token_is_refused() -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from prunezero.errors import ModelError
+from prunezero.errors import ModelError, PruneZeroWarning
 from prunezero.models.anatomy.expert_linears import DOWN, UP
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.loading.language_model import LanguageModel, wrap_model
+from prunezero.models.observing import walk
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning.prune import prune
+from prunezero.pruning.prune import prune, prune_layers
 from prunezero.pruning.recipes.recipe import Recipe, published_of
 from prunezero.pruning.requirements import dense_sums
 from tests.tiny_models import tiny_batches, tiny_tokenizer
 from tests.tiny_moe import EXPERTS, MOE_FAMILIES, moe_model, moe_network, unfused_twin
 
-# So many that no expert sees fewer tokens than its matrices have columns.
-WINDOWS = tiny_batches(16, 32)
+# So many that no expert sees fewer than two tokens for each column.
+WINDOWS = tiny_batches(24, 32)
 
 
 def pair() -> tuple[LanguageModel, LanguageModel]:
@@ -107,3 +109,38 @@ def test_low_rank_factors_for_experts_are_refused_before_the_work() -> None:
     others = {"lora": {"targets": ["self_attn.q_proj"], "steps": 2, "batch": 1}}
     allowed = recipe.model_validate({**recipe.model_dump(by_alias=True), "recover": others})
     prune(model, allowed, 0.5, windows=WINDOWS)
+
+
+def error_on(held_out: Tensor, seed: int, windows: Tensor, *, fills_up: bool) -> float:
+    """How much of the outputs of experts a mended mask loses on other text, as a mean."""
+    model = moe_model("mixtral", seed=seed, hidden_size=64, intermediate_size=64)
+    layers = find_linears(model.model, targets=["re:layers.0.*experts"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruneZeroWarning)
+        seen = calibrate(model, held_out, layers, ["gram"])
+        with pytest.MonkeyPatch.context() as patch:
+            if not fills_up:
+                patch.setattr(walk, "fill_up", lambda collected, layers: [])
+            known = calibrate(model, windows, layers, ["gram"])
+    before = {layer.name: layer.weight.clone() for layer in layers}
+    ratios = dict.fromkeys(before, 0.5)
+    prune_layers(Recipe.load("sparsegpt"), layers, known, ratios)
+    errors = []
+    for layer in layers:
+        gram, dense = seen[layer.name].sums["gram"].double(), before[layer.name].double()
+        change = layer.weight.double() - dense
+        errors.append(float(((change @ gram) * change).sum() / ((dense @ gram) * dense).sum()))
+    return sum(errors) / len(errors)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_experts_with_few_tokens_lose_less_on_other_text_when_filled_up(
+    seed: int, count: int
+) -> None:
+    held_out, windows = (
+        tiny_batches(32, 32, seed=100 + seed),
+        tiny_batches(2 * count, 32, seed=seed),
+    )
+    alone = error_on(held_out, seed, windows, fills_up=False)
+    assert error_on(held_out, seed, windows, fills_up=True) < 0.9 * alone

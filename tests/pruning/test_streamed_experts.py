@@ -21,7 +21,7 @@ from prunezero.pruning.streamed import prune_streamed
 from tests.tiny_models import tiny_batches, tiny_tokenizer
 from tests.tiny_moe import MOE_FAMILIES, moe_network
 
-WINDOWS = tiny_batches(16, 32)
+WINDOWS = tiny_batches(24, 32)
 
 
 def save_sharded(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

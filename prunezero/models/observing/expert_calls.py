@@ -4,12 +4,12 @@ Within `calling_experts` experts compute by their `ExpertLinear`s, so the hooks 
 serve them as well. It stands for the module's `forward` alone: the implementation that the model
 chose, a word of its configuration, is never touched.
 
-Text decides who sees how much. An expert that saw fewer tokens than its matrix has columns knows
-its inputs badly: their Gram matrix is singular, and what damping makes of it is noise. So what is
-missing up to that number is filled up with average tokens of all experts of its layer: sums are
-added up in proportion. Nothing jumps where an expert has just enough, an expert without tokens has
-the average alone, and sums of all kinds remain those of one text. (Weights alone would need another
-formula than the recipe's; the average without the expert's own tokens would forget what is known.)
+Text decides who sees how much. An expert that saw about as many tokens as its matrix has columns,
+or fewer, knows its inputs badly: their Gram matrix is singular or nearly so, and an update by it fits
+noise. So what is missing up to `TOKENS_PER_COLUMN` is filled up with average tokens of all experts
+of its layer: sums are added up in proportion. Nothing jumps where an expert has just enough, an
+expert without tokens has the average alone, and sums of all kinds remain those of one text. (Weights
+alone would need another formula than the recipe's; the average alone would forget what is known.)
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from prunezero.errors import PruneZeroWarning
 from prunezero.models.anatomy.expert_linears import DOWN, UP, ExpertLinear, expert_linears
 from prunezero.models.anatomy.linears import Linear
 from prunezero.scoring.statistics import SUMS, Statistics
+
+# With one, errors on other text are as large as ever; from two on they fall slowly.
+TOKENS_PER_COLUMN = 2
 
 
 @contextmanager
@@ -99,7 +102,7 @@ def counting_tokens(layers: Iterable[Linear], counts: dict[str, int]) -> list[An
 
 
 def fill_up(collected: dict[str, Statistics], layers: Sequence[Linear]) -> list[str]:
-    """Fill up, in place, the statistics of experts that saw fewer tokens than they have columns.
+    """Fill up, in place, the statistics of experts with fewer than 2 tokens for each column.
 
     Args:
         collected: by layer name; all experts of a layer that are to lend tokens are among them.
@@ -120,17 +123,17 @@ def _fill_up(collected: dict[str, Statistics], together: list[Linear]) -> list[s
     """The same for linear maps of one stack."""
     seen = [collected[layer.name] for layer in together]
     total = sum(one.tokens for one in seen)
-    columns = together[0].weight.shape[1]
-    scarce = [layer.name for layer in together if collected[layer.name].tokens < columns]
+    enough = TOKENS_PER_COLUMN * together[0].weight.shape[1]
+    scarce = [layer.name for layer in together if collected[layer.name].tokens < enough]
     if not scarce or not total:
         return []
     sums = [name for name in seen[0].sums if not SUMS[name].by_sequence]
     pooled = {name: sum((one.sums[name] for one in seen[1:]), seen[0].sums[name]) for name in sums}
     for name in scarce:
         known = collected[name]
-        share = (columns - known.tokens) / total
+        share = (enough - known.tokens) / total
         filled = {key: known.sums[key] + value * share for key, value in pooled.items()}
-        collected[name] = Statistics(columns, known.sequences, {**known.sums, **filled})
+        collected[name] = Statistics(enough, known.sequences, {**known.sums, **filled})
     return scarce
 
 
@@ -140,9 +143,10 @@ def warn_of_scarce(names: Sequence[str]) -> None:
         kind = "matrix" if len(names) == 1 else "matrices"
         shown = ", ".join(f"'{name}'" for name in names[:3])
         warnings.warn(
-            f"{len(names)} {kind} of experts saw fewer calibration tokens than columns "
-            f"({shown}{', ...' if len(names) > 3 else ''}); what is missing was filled up with "
-            "average tokens of their layer's experts, so use more text to prune them by their own",
+            f"{len(names)} {kind} of experts saw fewer than {TOKENS_PER_COLUMN} calibration tokens "
+            f"for each column ({shown}{', ...' if len(names) > 3 else ''}); what is missing was "
+            "filled up with average tokens of their layer's experts, so use more text to prune "
+            "them by their own",
             PruneZeroWarning,
             stacklevel=3,
         )

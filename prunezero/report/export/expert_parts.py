@@ -68,21 +68,21 @@ def given_by_each(
 
 
 def fill_up(stats: dict[str, Any], layers: dict[str, Any], sums: list[str]) -> None:
-    """Give experts that saw fewer tokens than columns the rest as average ones of their layer."""
+    """Give experts with fewer than 2 tokens for each column the rest as average ones of theirs."""
     peers: dict[Any, list[str]] = {}
     for name, module in layers.items():
         if isinstance(module, Expert):
             peers.setdefault(module.place[:2], []).append(name)
     scarce: list[str] = []
     for (experts, stack), names in peers.items():
-        columns = getattr(experts, stack).shape[2]
+        enough = 2 * getattr(experts, stack).shape[2]
         seen = {name: tokens_of(stats[name]) for name in names}
         pooled = {one: sum(stats[name][one] for name in names) for one in sums}
-        found = [name for name in names if seen[name] < columns and sum(seen.values())]
+        found = [name for name in names if seen[name] < enough and sum(seen.values())]
         for name in found:
-            share = (columns - seen[name]) / sum(seen.values())
+            share = (enough - seen[name]) / sum(seen.values())
             stats[name] |= {one: stats[name][one] + pooled[one] * share for one in sums}
-            stats[name]["tokens of all"] = columns
+            stats[name]["tokens of all"] = enough
         scarce += found
     if scarce:
         told = f"{len(scarce)} matrices of experts saw few tokens, {scarce[0]} among them"
