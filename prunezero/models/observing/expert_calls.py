@@ -5,11 +5,12 @@ serve them as well. It stands for the module's `forward` alone: the implementati
 chose, a word of its configuration, is never touched.
 
 Text decides who sees how much. An expert that saw about as many tokens as its matrix has columns,
-or fewer, knows its inputs badly: their Gram matrix is singular or nearly so, and an update by it fits
-noise. So what is missing up to `TOKENS_PER_COLUMN` is filled up with average tokens of all experts
-of its layer: sums are added up in proportion. Nothing jumps where an expert has just enough, an
-expert without tokens has the average alone, and sums of all kinds remain those of one text. (Weights
-alone would need another formula than the recipe's; the average alone would forget what is known.)
+or fewer, knows its inputs badly: their Gram matrix is singular or nearly so, and an update by it
+fits noise. So what is missing up to `TOKENS_PER_COLUMN` is filled up with average tokens of all
+experts of its layer: sums are added up in proportion. Nothing jumps where an expert has just
+enough, an expert without tokens has the average alone, and sums of all kinds remain those of one
+text. (Weights alone would need another formula than the recipe's; the average alone would forget
+what is known.)
 """
 
 from __future__ import annotations
