@@ -241,7 +241,7 @@ def test_experts_with_few_tokens_are_named_in_one_warning() -> None:
     model = moe_model("mixtral")
     layers = find_linears(model.model)
     with pytest.warns(PruneZeroWarning) as told:
-        found = calibrate(model, IDS[:1], layers, ["gram"])
+        found = calibrate(model, IDS[:1], layers, ["gram", "gradient_square_sum"])
     (message,) = [str(one.message) for one in told]
     # 32 tokens go to two of four experts each, and the matrices have 32 and 48 columns.
     assert message.startswith("16 matrices of experts saw fewer than 2 calibration tokens for")

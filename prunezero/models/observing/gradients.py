@@ -18,12 +18,7 @@ from torch.nn.functional import cross_entropy
 from prunezero.errors import PruneZeroWarning, StatisticsError
 from prunezero.models.anatomy.linears import Linear, find_blocks
 from prunezero.models.loading.language_model import LanguageModel
-from prunezero.models.observing.expert_calls import (
-    counting_tokens,
-    fill_up,
-    own_weights,
-    warn_of_scarce,
-)
+from prunezero.models.observing.expert_calls import counting_tokens, fill_up, own_weights
 from prunezero.models.observing.hooks import empty_statistics, removing
 from prunezero.scoring.statistics import SUMS, Statistics
 
@@ -38,8 +33,8 @@ def gradient_statistics(
     sums: frozenset[str],
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Statistics]:
-    """Gradient sums of the layers, by layer name.
+) -> tuple[dict[str, Statistics], list[str]]:
+    """Gradient sums of the layers, by layer name, and the names of those that `fill_up` filled.
 
     The loss of a sequence is the mean cross-entropy, in nats, of its tokens after the first.
 
@@ -69,9 +64,9 @@ def gradient_statistics(
     for name, statistics in collected.items():
         # Gradients arrive without a token count, outputs' gradients with one.
         statistics.tokens, statistics.sequences = tokens[name], len(batches)
-    warn_of_scarce(fill_up(collected, layers))
+    scarce = fill_up(collected, layers)
     _check_zeros(collected)
-    return collected
+    return collected, scarce
 
 
 def sequence_loss(model: Any, ids: Tensor) -> Tensor:
