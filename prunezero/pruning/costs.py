@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prunezero.models.anatomy.expert_linears import experts_inside
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.expert_calls import calling_each
 
 # Tokens of the window; what attention costs grows with their number.
 CONTEXT = 128
@@ -99,8 +101,13 @@ def _counted(model: Any, ids: Tensor, *, use_cache: bool) -> tuple[int, Any]:
     # It imports Triton, whose mode is settled by whoever imports it first.
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Fused attention is one call whose products the counter does not know on every device.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # Fused attention, and experts together, are calls whose products the counter does not know.
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        calling_each(experts_inside(model)),
+        FlopCounterMode(display=False) as counter,
+    ):
         answer = model(ids, use_cache=use_cache)
     return counter.get_total_flops(), answer
 

@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.word_options import (
-    Channels,
-    Depth,
-    Directions,
-    Experts,
-    Options,
-    Units,
-)
+from prunezero.pruning.recipes.unit_options import Channels, Depth, Directions, Experts, Units
+from prunezero.pruning.recipes.word_options import Options
 from prunezero.scoring.request import group_columns
 
 if TYPE_CHECKING:
@@ -96,10 +90,8 @@ class UnitKind:
         Raises:
             ModelError: there are none, or some linear maps have a part in units of others.
         """
-        from prunezero.models.anatomy.linears import find_linears, refuse_fused_experts
+        from prunezero.models.anatomy.linears import find_linears
 
-        if self.domain.name != "expert":
-            refuse_fused_experts(language_model.model, f"unit {self.word} does")
         find: Callable[..., list[Group]] = _found(self.finder)
         blocks = 1 + max(linear.block for linear in find_linears(language_model.model))
         return self.limited(find(linears, language_model), options or self.options(), blocks)

@@ -31,7 +31,8 @@ from prunezero.errors import FactorizationError
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.selection import Selection
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recipes.word_options import Refit, Units
+from prunezero.pruning.recipes.unit_options import Units
+from prunezero.pruning.recipes.word_options import Refit
 from prunezero.pruning.rescoring import reader_of
 from prunezero.scoring.second_order import damped_gram
 from prunezero.scoring.statistics import Statistics, sum_of

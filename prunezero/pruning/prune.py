@@ -28,6 +28,7 @@ from prunezero.models.editing.zeroing import clear_biases
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.source import round_as_stored
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress, calibrate
+from prunezero.models.observing.expert_calls import warn_of_scarce
 from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
@@ -360,6 +361,8 @@ class _Job:
                     self.known.pop(layer.name, None)
             done += len(inside)
             tell(f"layers pruned to {sparsity:.0%}", done, len(self.layers))
+        if walk is not None:
+            warn_of_scarce(walk.scarce)
 
     def _chosen_on_the_way(self, share: float, tell: Progress) -> Selection:
         """What stays where a walk through the model says what the units are; it stays dense."""

@@ -20,6 +20,7 @@ from prunezero.errors import ModelError, OutputError, RecipeError
 from prunezero.models.anatomy.groups import weight_groups
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.observing.calibration import FORWARD_SUMS, BlockWalk, Progress
+from prunezero.models.observing.expert_calls import warn_of_scarce
 from prunezero.models.saving.resumable import ResumableCheckpoint
 from prunezero.models.saving.save import count_sparsity, stored_layers
 from prunezero.models.streaming.memory import MemoryNeed, PeakMemory, mebibytes, memory_need
@@ -165,6 +166,8 @@ class _Job:
             with streamed.block(index):
                 self._prune_block(index, walk if index <= self._last else None)
             tell("blocks pruned", index + 1, total)
+        if walk is not None:
+            warn_of_scarce(walk.scarce)
         return first
 
     @property

@@ -13,14 +13,8 @@ from prunezero.errors import ScoreError, StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.groups import Group, Member
-from prunezero.pruning.recipes.word_options import (
-    Channels,
-    Depth,
-    Directions,
-    Experts,
-    Options,
-    Units,
-)
+from prunezero.pruning.recipes.unit_options import Channels, Depth, Directions, Experts, Units
+from prunezero.pruning.recipes.word_options import Options
 from prunezero.pruning.rescoring import reader_of, rescored
 from prunezero.scoring.expert_features import Mixture, expert_feature
 from prunezero.scoring.feature_values import feature

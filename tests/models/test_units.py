@@ -16,9 +16,7 @@ from prunezero.models.anatomy.linears import (
 )
 from prunezero.models.loading.language_model import wrap_model
 from prunezero.models.streaming.streamed_model import StreamedModel
-from prunezero.pruning.kinds import UNITS
 from tests.tiny_models import BLOCKS, FAMILIES, tiny_network, tiny_tokenizer
-from tests.tiny_moe import moe_model
 
 LAYERS_PER_BLOCK = {"llama": 7, "mistral": 7, "qwen3": 7, "gemma3": 7, "gpt2": 4, "opt": 6}
 
@@ -109,15 +107,6 @@ def test_a_weight_shared_by_two_layers_appears_once() -> None:
     first, second = find_blocks(network)
     second.mlp.up_proj.weight = first.mlp.up_proj.weight  # type: ignore[union-attr]
     assert len(find_linears(network)) == 13
-
-
-def test_fused_experts_are_refused_by_name_where_other_units_go() -> None:
-    model = moe_model("mixtral")
-    linears = find_linears(model.model)
-    assert not [linear.name for linear in linears if "expert" in linear.name]
-    for word in set(UNITS) - {"expert"}:
-        with pytest.raises(ModelError, match=f"fused weights .* unit {word} does not speak of"):
-            UNITS[word].groups(linears, model)
 
 
 class Expert(nn.Module):

@@ -25,7 +25,7 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import with_choices
-from prunezero.report.export import page_parts, pruner_template
+from prunezero.report.export import expert_parts, page_parts, pruner_template
 from prunezero.report.export.kernel import write_kernel
 from prunezero.report.export.page import pruner_page, write_pruner
 from prunezero.scoring.feature_values import needed_sums
@@ -203,8 +203,11 @@ def test_page_collects_only_the_sums_of_its_formula() -> None:
 
 def test_template_is_the_exported_wanda_but_for_its_words() -> None:
     page = functions_of(pruner_page(recipe_of("wanda", Criterion.parse("abs(W)*X"))))
-    files = [Path(str(module.__file__)).read_text() for module in (pruner_template, page_parts)]
-    theirs = functions_of(files[0]) | functions_of(files[1])
+    files = [
+        Path(str(module.__file__)).read_text()
+        for module in (pruner_template, page_parts, expert_parts)
+    ]
+    theirs = {name: text for file in files for name, text in functions_of(file).items()}
     assert theirs.keys() - page.keys() == {"inverse_factor", "inverse_of_upper", "add_row"}
     assert [name for name, text in page.items() if text != theirs[name]] == ["listen"]
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
+from prunezero.models.anatomy.expert_linears import linear_at
+from prunezero.models.anatomy.linears import Linear, block_prefix, find_blocks, find_linears
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.expert_calls import calling_experts
 from prunezero.models.observing.hooks import removing
 from prunezero.models.observing.walk import hidden_of, split_call
 
@@ -62,7 +64,7 @@ class BlockProbe:
             layer.module.register_forward_hook(_noting(trace, name))
             for name, layer in self.layers.items()
         ]
-        with torch.enable_grad(), removing(handles):
+        with torch.enable_grad(), removing(handles), calling_experts(self.layers.values()):
             # A fresh leaf that asks for gradients, since weights do not.
             state = self.state.clone().requires_grad_()
             trace.returned.append(hidden_of(self.block(state, *self.rest, **self.named)))
@@ -129,12 +131,12 @@ def probe_of(language_model: LanguageModel, index: int, call: Call) -> BlockProb
     state, rest, named = call
     generator = torch.Generator(state.device).manual_seed(0)
     twin = copy.deepcopy(block).float()
-    paths = {module: path for path, module in block.named_modules()}
+    prefix = f"{block_prefix(language_model.model)}.{index}."
     originals = {
         layer.name: layer for layer in find_linears(language_model.model) if layer.block == index
     }
     layers = {
-        name: replace(layer, module=twin.get_submodule(paths[layer.module]))
+        name: replace(layer, module=linear_at(twin, name.removeprefix(prefix)))
         for name, layer in originals.items()
     }
     for layer in layers.values():

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.experts import DOWN, UP, MoeLayer, find_moe_layers
+from prunezero.models.anatomy.expert_linears import DOWN, UP
+from prunezero.models.anatomy.experts import MoeLayer, find_moe_layers
 from prunezero.models.anatomy.groups import Group, Part
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel

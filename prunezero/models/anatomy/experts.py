@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.linears import block_prefix, find_blocks
-
-# The two stacks of matrices that a layer of experts holds, and nothing else.
-UP, DOWN = "gate_up_proj", "down_proj"
+from prunezero.models.anatomy.blocks import block_prefix, find_blocks
+from prunezero.models.anatomy.expert_linears import DOWN, UP
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,33 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     Raises:
         ModelError: a block has experts of another layout.
     """
-    prefix = block_prefix(model)
-    found = []
-    for index, block in enumerate(find_blocks(model)):
-        for path, module in block.named_modules():
-            if any(value.dim() == 3 for value in module.parameters(recurse=False)):
-                found.append(_layer(block, index, f"{prefix}.{index}.", path))
-    return found
+    prefix = f"{block_prefix(model)}."
+    blocks = enumerate(find_blocks(model))
+    return [layer for index, block in blocks for layer in moe_layers_of(block, index, prefix)]
+
+
+def moe_layers_of(block: nn.Module, index: int, prefix: str) -> list[MoeLayer]:
+    """The mixtures of experts of one block.
+
+    Args:
+        index: of the block.
+        prefix: what stands before its index in names, such as "model.layers.".
+
+    Raises:
+        ModelError: the block has experts of another layout.
+    """
+    return [
+        _layer(block, index, f"{prefix}{index}.", path)
+        for path, module in block.named_modules()
+        if _holds_stacks(path, module)
+    ]
+
+
+def _holds_stacks(path: str, module: nn.Module) -> bool:
+    """Whether a module holds matrices of several experts, in whatever layout."""
+    stacks = {name for name, one in module.named_parameters(recurse=False) if one.dim() == 3}
+    # Convolutions and recurrences have three axes as well.
+    return bool(stacks) and ("expert" in path or stacks <= {UP, DOWN})
 
 
 def _layer(block: nn.Module, index: int, prefix: str, path: str) -> MoeLayer:
@@ -116,7 +134,12 @@ def _layer(block: nn.Module, index: int, prefix: str, path: str) -> MoeLayer:
 
 
 def _is_gated(experts: nn.Module) -> bool:
-    """Whether the two stacks have the shapes of gated experts, and are not transposed ones."""
+    """Whether the two stacks have the shapes of gated experts, and are not transposed ones.
+
+    How gate and up become one is a method of the module, and nothing comes behind the second stack.
+    """
+    if not hasattr(experts, "_apply_gate") or getattr(experts, "has_post_expert_norm", False):
+        return False
     up, down = _parameter(experts, UP), _parameter(experts, DOWN)
     (count, rows, hidden), (many, out, inner) = up.shape, down.shape
     return (many, out, 2 * inner) == (count, hidden, rows)

@@ -1,12 +1,12 @@
 """Linears, the weight matrices of a model that may be pruned, and the blocks that hold them.
 
-Structure decides, never class names: blocks are the longest list of equal modules, layers are the
-linear maps inside.
+Structure decides, never class names: layers are the linear maps inside blocks, and in stacks of
+experts each matrix is one.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +16,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, did_you_mean
+from prunezero.models.anatomy.blocks import block_list, block_prefix, find_blocks, is_linear
+from prunezero.models.anatomy.expert_linears import ExpertLinear, expert_linears
+from prunezero.models.anatomy.experts import moe_layers_of
 from prunezero.models.anatomy.patterns import fits
+
+__all__ = [
+    "Linear",
+    "block_prefix",
+    "by_block",
+    "find_blocks",
+    "find_linears",
+    "is_linear",
+    "matching",
+    "note_calls",
+    "refuse_experts",
+    "refuse_stacks",
+    "uncalled_linears",
+]
 
 # The modules that choose experts; their few rows decide where tokens go.
 ROUTERS = ("gate", "router")
@@ -31,7 +48,7 @@ class Linear:
     name: str
     """dotted name of the module in the model"""
     module: nn.Module
-    """nn.Linear, or transformers' Conv1D"""
+    """nn.Linear, transformers' Conv1D, or the `ExpertLinear` of one expert"""
     block: int
     """index of the decoder block it is in"""
     kind: str
@@ -49,31 +66,6 @@ class Linear:
         """The bias [out] without gradient, sharing storage; None where the layer has none."""
         bias = getattr(self.module, "bias", None)
         return bias.detach() if isinstance(bias, Tensor) else None
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear map: nn.Linear or transformers' Conv1D."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks in order.
-
-    Raises:
-        ModelError: the model is an encoder-decoder, or has no list of equal blocks.
-    """
-    return list(_block_list(model)[1])
-
-
-def block_prefix(model: nn.Module) -> str:
-    """The name of the list of decoder blocks, such as "model.layers".
-
-    Raises:
-        ModelError: as `find_blocks`.
-    """
-    return _block_list(model)[0]
 
 
 def by_block(linears: Iterable[Linear]) -> dict[int, list[Linear]]:
@@ -100,23 +92,21 @@ def refuse_experts(linears: Iterable[Linear], who: str) -> None:
             )
 
 
-def refuse_fused_experts(model: nn.Module, who: str) -> None:
-    """Refuse a model whose experts are stacks of matrices, of which `find_linears` lists none.
+def refuse_stacks(linears: Iterable[Linear], who: str) -> None:
+    """Refuse linear maps that are parts of a stack of experts.
 
     Args:
-        who: what does not speak of them yet, and its verb, such as "unit neuron does".
+        who: what does not reach into stacks, and its verb, such as "recover tune does".
 
     Raises:
-        ModelError: names a stack.
+        ModelError: one is.
     """
-    prefix, blocks = _block_list(model)
-    for index, block in enumerate(blocks):
-        for path, parameter in block.named_parameters():
-            if parameter.dim() == 3 and "expert" in path:
-                raise ModelError(
-                    f"'{prefix}.{index}.{path}' holds the fused weights {list(parameter.shape)} of "
-                    f"several experts; {who} not speak of them yet, unit: expert removes whole ones"
-                )
+    for linear in linears:
+        if isinstance(linear.module, ExpertLinear):
+            raise ModelError(
+                f"'{linear.name}' is one matrix of a stack of experts, into which {who} not reach; "
+                "leave the experts out by targets, or leave that choice out"
+            )
 
 
 def find_linears(
@@ -124,8 +114,8 @@ def find_linears(
 ) -> list[Linear]:
     """The prunable layers inside the decoder blocks, in the order of the model.
 
-    Never embeddings, norms, routers, stacks of experts, the output head, or what `uncalled_linears`
-    names; a shared weight appears once.
+    Never embeddings, norms, routers, the output head, or what `uncalled_linears` names; a shared
+    weight appears once.
 
     Args:
         model: a decoder-only model.
@@ -134,13 +124,14 @@ def find_linears(
         ignore: patterns to leave out; they may also match modules that are never pruned.
 
     Raises:
-        ModelError: a pattern matches nothing, or nothing is left.
+        ModelError: a pattern matches nothing, nothing is left, or the model has experts of a layout
+            that is not supported.
     """
     layers = _all_linears(model)
     names = [layer.name for layer in layers]
     _refuse_uncalled(targets, names, uncalled_linears(model))
     wanted = [_matcher(pattern, names, names) for pattern in targets]
-    modules = [name for name, _ in model.named_modules()]
+    modules = [*(name for name, _ in model.named_modules()), *names]
     unwanted = [_matcher(pattern, modules, names) for pattern in ignore]
     chosen = [
         layer
@@ -164,11 +155,11 @@ def note_calls(model: nn.Module, run: Callable[[], object]) -> None:
     Args:
         run: a forward pass; its own errors are left to those who need its result.
     """
-    prefix, blocks = _block_list(model)
+    prefix, blocks = block_list(model)
     left = {
         f"{prefix}.{index}.{path}": module
         for index, block in enumerate(blocks)
-        for path, module in _linear_modules(block)
+        for path, module in _linear_modules(block, index, f"{prefix}.")
         if "expert" not in path
     }
 
@@ -217,35 +208,14 @@ def matching(pattern: str, layers: Sequence[Linear]) -> set[str]:
     return set(filter(_matcher(pattern, names, names), names))
 
 
-def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and list of the decoder blocks."""
-    configuration = getattr(model, "config", None)
-    if getattr(configuration, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be pruned"
-        )
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside = any(name.startswith(outer + ".") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            equal = len({type(block) for block in module}) == 1
-            if equal and "expert" not in name and any(map(is_linear, module.modules())):
-                found.append((name, module))
-    if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no list of equal decoder blocks with linear layers in it; "
-            "this layout is not supported"
-        )
-    return max(found, key=lambda entry: len(entry[1]))
-
-
 def _all_linears(model: nn.Module) -> list[Linear]:
-    prefix, blocks = _block_list(model)
+    prefix, blocks = block_list(model)
     layers: list[Linear] = []
     uncalled = set(uncalled_linears(model))
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    seen: set[tuple[Any, ...]] = set()
     for index, block in enumerate(blocks):
-        inner = dict(_linear_modules(block))
+        inner = dict(_linear_modules(block, index, f"{prefix}."))
+        kinds = _kinds(inner)
         for path, module in inner.items():
             weight = module.weight
             assert isinstance(weight, Tensor)  # for the type checker
@@ -253,19 +223,37 @@ def _all_linears(model: nn.Module) -> list[Linear]:
             _check_weight(weight, name)
             if name in uncalled:
                 continue
-            key = (weight.data_ptr(), tuple(weight.shape))
+            key = _storage(module, weight)
             if key not in seen:
                 seen.add(key)
-                layers.append(Linear(name, module, index, _kind(path, list(inner))))
+                layers.append(Linear(name, module, index, kinds[path]))
     return layers
 
 
-def _linear_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _storage(module: nn.Module, weight: Tensor) -> tuple[Any, ...]:
+    """What two modules have in common that hold the same weight."""
+    if isinstance(module, ExpertLinear):
+        # All matrices of a stack that is not loaded begin at one place.
+        return module.stack.data_ptr(), module.place[1:], tuple(weight.shape)
+    return weight.data_ptr(), tuple(weight.shape)
+
+
+def _linear_modules(block: nn.Module, index: int, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Linear maps of a block that may be pruned, in its order, by their paths in it."""
+    stacks = {layer.experts for layer in moe_layers_of(block, index, prefix)}
     routed = any("expert" in name for name, _ in block.named_modules())
     for path, module in block.named_modules():
-        is_router = routed and path.rsplit(".", 1)[-1] in ROUTERS
-        if is_linear(module) and not is_router:
+        if module in stacks:
+            yield from ((f"{path}.{own}", one) for own, one in expert_linears(module).items())
+        elif is_linear(module) and not (routed and _is_router(path, module)):
             yield path, module
+
+
+def _is_router(path: str, module: nn.Module) -> bool:
+    """Whether a linear map beside experts decides how much of whom a token gets."""
+    # A shared expert has a gate of one row.
+    is_gate = "expert" in path and min(module.weight.shape) == 1  # type: ignore[arg-type]
+    return is_gate or path.rsplit(".", 1)[-1] in ROUTERS
 
 
 def _check_weight(weight: Tensor, name: str) -> None:
@@ -281,13 +269,21 @@ def _check_weight(weight: Tensor, name: str) -> None:
         )
 
 
-def _kind(path: str, paths: list[str]) -> str:
+def _kinds(paths: Iterable[str]) -> dict[str, str]:
+    """The shortest ending of each path that no other has; a number alone begins none."""
+    endings = {path: list(_endings(path)) for path in paths}
+    counts = Counter(ending for found in endings.values() for ending in found)
+    return {
+        path: next((one for one in found if counts[one] == 1), path)
+        for path, found in endings.items()
+    }
+
+
+def _endings(path: str) -> Iterator[str]:
     words = path.split(".")
     for start in range(len(words) - 1, 0, -1):
-        ending = ".".join(words[start:])
-        if sum(fits(ending, other) for other in paths) == 1:
-            return ending
-    return path
+        if not words[start].isdecimal():
+            yield ".".join(words[start:])
 
 
 def _matcher(pattern: str, known: list[str], layers: list[str]) -> Callable[[str], bool]:

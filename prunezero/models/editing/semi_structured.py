@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.errors import ModelError, reason
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, refuse_stacks
 from prunezero.models.loading.language_model import LanguageModel
 
 # The first GPUs with sparse tensor cores, NVIDIA's Ampere.
@@ -83,6 +83,7 @@ def first_dense_group(weight: Tensor) -> tuple[int, int] | None:
 
 def _check_layer(layer: Linear) -> None:
     name, weight = layer.name, layer.weight
+    refuse_stacks([layer], "2:4 tensors do")
     if not isinstance(layer.module, nn.Linear):
         raise ModelError(
             f"layer '{name}' is a {type(layer.module).__name__}, whose weights lie transposed; "

@@ -62,8 +62,8 @@ def checked_checkpoint(source: str, name: str) -> Checkpoint:
         )
     check_sizes(raw, getattr(kind, "attribute_map", {}), len(shards.tensors), name)
     configuration = kind.from_dict(raw)
-    names = check_layout(configuration, shards.tensors, name)
-    return Checkpoint(configuration, Source(shards, names))
+    names, pieces = check_layout(configuration, shards.tensors, name)
+    return Checkpoint(configuration, Source(shards, names, pieces))
 
 
 def _folder_of(source: str) -> Path:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from prunezero.errors import ModelError, PruneZeroError, PruneZeroWarning, reason
 from prunezero.models.anatomy.linears import block_prefix
+from prunezero.models.loading.layouts import Piece, names_in_files, pieces_in_files, targets_of
 from prunezero.models.loading.shards import STORED_DTYPES, StoredTensor
 from prunezero.models.loading.sizes import building_at_most
-from prunezero.models.loading.source import names_in_files, targets_of
 
 # What is computed and not stored may take this much, and twice the room of weights in float32.
 _MOST_BUFFER_BYTES = 2**28
@@ -32,11 +32,12 @@ _HARMLESS = re.compile(
 
 def check_layout(
     configuration: Any, stored: Mapping[str, StoredTensor], name: str
-) -> dict[str, str]:
-    """Names in the files by name in the model, once headers and configuration agree.
+) -> tuple[dict[str, str], dict[str, Piece]]:
+    """Names in the files by name in the model, and pieces, once headers and configuration agree.
 
     Nothing is read or allocated: transformers loads tensors without numbers, and reports. Tensors
-    that change their layout have no such name.
+    that change their layout have no such name; those that make stacks are pieces, see
+    `pieces_in_files`.
 
     Args:
         configuration: of a causal language model.
@@ -63,7 +64,7 @@ def check_layout(
             f"model '{name}': config.json asks for {computed / 2**30:.0f} GiB of tables that no "
             "file holds; get the file again"
         )
-    return names_in_files(model, stored)
+    return names_in_files(model, stored), pieces_in_files(model, stored)
 
 
 def _loaded_without_numbers(

@@ -7,15 +7,17 @@ file, to the last bit; another one is rounded once to the dtype of the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunezero.errors import ModelError
+from prunezero.models.loading.layouts import Piece
 from prunezero.models.loading.shards import STORED_DTYPES, Shards
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,6 +31,8 @@ class Source:
     """their tensors"""
     names: Mapping[str, str]
     """name in the files by name in the model, of tensors that are the same in both"""
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
+    """what tensors of the files are of stacks in the model, by their names in the files"""
     moved: set[str] = field(default_factory=set)
     """layers whose channels have changed places in the model since"""
 
@@ -37,10 +41,33 @@ class Source:
         """Where the files are, with the configuration and tokenizer beside them."""
         return self.shards.folder
 
+    @cached_property
+    def parts(self) -> Mapping[str, list[str]]:
+        """Names in the files by name in the model, of all that is there in whatever layout.
+
+        Names in the model are those of stacks, and of the weight of each linear map in them.
+        """
+        found = {name: [stored] for name, stored in self.names.items()}
+        for stored, piece in self.pieces.items():
+            for name in (piece.name, piece.matrix):
+                found.setdefault(name, []).append(stored)
+        return found
+
+    def stored_as(self, name: str) -> list[str]:
+        """The tensors in the files that hold a tensor of the model, or one matrix of a stack.
+
+        None where the files lack it, or have it in another layout; a stack that is stored as it is
+        holds all of its matrices.
+        """
+        return self.parts.get(name) or self.parts.get(stack_of(name)[0], [])
+
     def dtype_of(self, name: str) -> torch.dtype | None:
-        """The dtype in the files of a tensor of the model; None where the files lack it."""
-        stored = self.names.get(name)
-        return None if stored is None else STORED_DTYPES.get(self.shards.tensors[stored].dtype)
+        """The dtype in the files of a tensor of the model; None where the files lack it.
+
+        Of the matrices of a stack it is that of the first part.
+        """
+        stored = self.stored_as(name)
+        return STORED_DTYPES.get(self.shards.tensors[stored[0]].dtype) if stored else None
 
     def read(self, name: str) -> Tensor:
         """The tensor of the model as the files hold it, on the CPU, by its name in the model.
@@ -63,6 +90,22 @@ class Source:
                 is too large for the stored dtype.
         """
         stored = self.read(name) if part is None else part(self.read(name))
+        return self._joined(name, stored, weight)
+
+    def saved_piece(self, stored: str, matrix: Tensor) -> Tensor:
+        """The same of a tensor in the files that is a part of a stack.
+
+        Args:
+            stored: its name in the files.
+            matrix: of the stack, as the model has it now.
+
+        Raises:
+            ModelError: as `saved`.
+        """
+        return self._joined(stored, self.shards.read(stored), self.pieces[stored].rows_of(matrix))
+
+    def _joined(self, name: str, stored: Tensor, weight: Tensor) -> Tensor:
+        """The numbers of a stored tensor where the weight still has them, and its own elsewhere."""
         weight = weight.detach().cpu()
         if stored.shape != weight.shape:
             raise ModelError(
@@ -71,7 +114,7 @@ class Source:
             )
         is_kept = _is_kept(stored, weight)
         changed = _rounded(weight, stored.dtype)
-        self._refuse_too_large(name, changed.isfinite() | is_kept)
+        _refuse_too_large(name, stored.dtype, changed.isfinite() | is_kept)
         return torch.where(is_kept, stored, changed)
 
     def made_anew(self, name: str, weight: Tensor) -> Tensor:
@@ -83,64 +126,26 @@ class Source:
         stored = self.dtype_of(name)
         assert stored is not None  # whoever asks has seen the name; for the type checker
         changed = _rounded(weight.detach().cpu(), stored)
-        self._refuse_too_large(name, changed.isfinite())
+        _refuse_too_large(name, stored, changed.isfinite())
         return changed
 
-    def _refuse_too_large(self, name: str, fits: Tensor) -> None:
-        stored = self.dtype_of(name)
-        if stored is not None and not bool(fits.all()):
-            raise ModelError(
-                f"'{name}' holds numbers that {_word(stored)}, the dtype of its file, cannot "
-                "hold; convert the source to bfloat16 or float32 first, or choose a recipe that "
-                "leaves weights as they are"
-            )
 
+def stack_of(name: str) -> tuple[str, int]:
+    """The name of the stack in which a linear map's weight is one matrix, and its index there.
 
-def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Name in the files by name in the model, by the table that transformers loads by.
-
-    Args:
-        model: a transformers model, on whatever device.
-        stored: names in the files; those of tensors that change their layout are left out.
-
-    Raises:
-        ModelError: two of them are the same tensor of the model.
+    Nothing, and 0, for a name of another kind.
     """
-    found: dict[str, str] = {}
-    for name, (target, is_same) in targets_of(model, stored).items():
-        if is_same and target in found:
-            raise ModelError(
-                f"the files hold '{target}' twice, as '{found[target]}' and as '{name}'; get the "
-                "files again"
-            )
-        if is_same:
-            found[target] = name
-    return found
+    found = re.fullmatch(r"(.*)\.(\d+)\.(\w+)\.weight", name)
+    return ("", 0) if found is None else (f"{found[1]}.{found[3]}", int(found[2]))
 
 
-def targets_of(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, bool]]:
-    """What each stored tensor becomes in the model, and whether it keeps its layout.
-
-    Of several that become one by a change of layout each has the same. Tensors that the model does
-    not use are left out.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    table = get_model_conversion_mapping(model)
-    renamings = [one for one in table if isinstance(one, WeightRenaming)]
-    converters = [one for one in table if isinstance(one, WeightConverter)]
-    known = model.state_dict()
-    prefix = model.base_model_prefix
-    found = {}
-    for name in stored:
-        target, converter = rename_source_key(name, renamings, converters, prefix, known)
-        # As transformers does it: a name that is right already is left alone.
-        if target not in known and name in known:
-            target, converter = rename_source_key(name, [], [], prefix, known)
-        if target in known:
-            found[name] = target, converter is None
-    return found
+def _refuse_too_large(name: str, stored: torch.dtype, fits: Tensor) -> None:
+    if not bool(fits.all()):
+        raise ModelError(
+            f"'{name}' holds numbers that {_word(stored)}, the dtype of its file, cannot "
+            "hold; convert the source to bfloat16 or float32 first, or choose a recipe that "
+            "leaves weights as they are"
+        )
 
 
 def round_as_stored(source: Source, name: str, weight: Tensor, *, like: str = "") -> None:

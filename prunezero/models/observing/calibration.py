@@ -15,6 +15,7 @@ from torch import Tensor
 from prunezero.errors import PruneZeroWarning, StatisticsError, did_you_mean, reason
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.expert_calls import warn_of_scarce
 from prunezero.models.observing.gradients import gradient_statistics
 from prunezero.models.observing.statistics_cache import (
     cache_folder,
@@ -66,15 +67,18 @@ def calibrate(
         folder = cache_folder(cache, language_model, batches, layers, text_fingerprint)
     found = {} if folder is None else read_sums(folder, layers, names)
     parts, missing = list(found.values()), names - found.keys()
+    scarce: dict[str, None] = {}
     for collect, wanted in (
         (_forward_statistics, missing & FORWARD_SUMS),
         (_gradient_statistics, missing - FORWARD_SUMS),
     ):
         if wanted:
-            collected = collect(language_model, batches, layers, wanted, tell)
+            collected, found_scarce = collect(language_model, batches, layers, wanted, tell)
+            scarce |= dict.fromkeys(found_scarce)
             if folder is not None:
                 _keep(folder, collected, wanted, tell)
             parts.append(collected)
+    warn_of_scarce(list(scarce))
     if folder is not None and missing and folder.is_dir():
         limit_size(folder)
     return {layer.name: _joined([part[layer.name] for part in parts]) for layer in layers}
@@ -97,7 +101,7 @@ def _forward_statistics(
     layers: Sequence[Linear],
     sums: frozenset[str],
     tell: Progress,
-) -> dict[str, Statistics]:
+) -> tuple[dict[str, Statistics], list[str]]:
     walk = BlockWalk(language_model, batches)
     collected: dict[str, Statistics] = {}
     # Blocks behind the last layer have nothing to say.
@@ -105,7 +109,7 @@ def _forward_statistics(
     for index in range(total):
         collected |= walk.observe_and_advance(index, layers, sums)
         tell("activations of block", index + 1, total)
-    return collected
+    return collected, walk.scarce
 
 
 def _gradient_statistics(
@@ -114,7 +118,7 @@ def _gradient_statistics(
     layers: Sequence[Linear],
     sums: frozenset[str],
     tell: Progress,
-) -> dict[str, Statistics]:
+) -> tuple[dict[str, Statistics], list[str]]:
     def told(done: int, total: int) -> None:
         tell("gradients of sequence", done, total)
 

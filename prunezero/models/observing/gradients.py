@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from prunezero.errors import PruneZeroWarning, StatisticsError
 from prunezero.models.anatomy.linears import Linear, find_blocks
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.expert_calls import counting_tokens, fill_up, own_weights
 from prunezero.models.observing.hooks import empty_statistics, removing
 from prunezero.scoring.statistics import SUMS, Statistics
 
@@ -32,8 +33,8 @@ def gradient_statistics(
     sums: frozenset[str],
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Statistics]:
-    """Gradient sums of the layers, by layer name.
+) -> tuple[dict[str, Statistics], list[str]]:
+    """Gradient sums of the layers, by layer name, and the names of those that `fill_up` filled.
 
     The loss of a sequence is the mean cross-entropy, in nats, of its tokens after the first.
 
@@ -48,7 +49,9 @@ def gradient_statistics(
         StatisticsError: the loss or a gradient is not finite, or all gradients of a layer are zero.
     """
     collected = {layer.name: empty_statistics(layer, sums) for layer in layers}
-    with torch.enable_grad(), _collecting(language_model, layers, collected):
+    tokens = dict.fromkeys(collected, 0)
+    counting = removing(counting_tokens(layers, tokens))
+    with torch.enable_grad(), _collecting(language_model, layers, collected), counting:
         for done, ids in enumerate(batches, start=1):
             loss = sequence_loss(language_model.model, ids[None].to(language_model.device))
             if not bool(torch.isfinite(loss)):
@@ -58,11 +61,12 @@ def gradient_statistics(
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             progress(done, len(batches))
-    for statistics in collected.values():
+    for name, statistics in collected.items():
         # Gradients arrive without a token count, outputs' gradients with one.
-        statistics.tokens, statistics.sequences = batches.numel(), len(batches)
+        statistics.tokens, statistics.sequences = tokens[name], len(batches)
+    scarce = fill_up(collected, layers)
     _check_zeros(collected)
-    return collected
+    return collected, scarce
 
 
 def sequence_loss(model: Any, ids: Tensor) -> Tensor:
@@ -78,11 +82,11 @@ def _collecting(
     """Within it, a backward pass fills the statistics and leaves no gradient behind."""
     model = language_model.model
     handles: list[Any] = []
-    with asking_anew(model), removing(handles):
+    with asking_anew(model), removing(handles), own_weights(layers) as weights:
         # The embedding needs no gradient, yet the graph has to start in front of the first block.
         handles.append(find_blocks(model)[0].register_forward_pre_hook(_require_gradient))
         for layer in layers:
-            handles += _layer_hooks(layer, collected[layer.name])
+            handles += _layer_hooks(layer, weights[layer.name], collected[layer.name])
         yield
 
 
@@ -107,12 +111,10 @@ def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> None:
         args[0].requires_grad_(True)
 
 
-def _layer_hooks(layer: Linear, statistics: Statistics) -> list[Any]:
+def _layer_hooks(layer: Linear, weight: Tensor, statistics: Statistics) -> list[Any]:
     sources = {SUMS[name].source for name in statistics.sums}
     handles: list[Any] = []
     if "gradient" in sources:
-        weight = layer.module.weight
-        assert isinstance(weight, Tensor)  # for the type checker
         weight.requires_grad_(True)
         is_transposed = not isinstance(layer.module, nn.Linear)
 

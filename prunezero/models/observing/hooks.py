@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunezero.models.anatomy.linears import Linear
+from prunezero.models.observing.expert_calls import calling_experts
 from prunezero.scoring.statistics import SUMS, Contribution, Statistics, contribution
 
 
@@ -75,7 +76,7 @@ def observing(
             handles.append(layer.module.register_forward_pre_hook(hook))
         if "outputs" in sources:
             handles.append(layer.module.register_forward_hook(_adding_outputs(layer, statistics)))
-    with removing(handles):
+    with removing(handles), calling_experts(layers):
         yield visits
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunezero.errors import ModelError, StatisticsError
 from prunezero.models.anatomy.linears import Linear, find_blocks
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.expert_calls import fill_up
 from prunezero.models.observing.hooks import StopForwardError, empty_statistics, observing, removing
 from prunezero.models.text.windows import check_windows
 from prunezero.scoring.statistics import SUMS, Statistics
@@ -59,6 +60,8 @@ class BlockWalk:
         check_windows(batches, language_model)
         self.blocks = find_blocks(language_model.model)
         self.position = 0
+        self.scarce: list[str] = []
+        """names of experts' matrices so far that saw too few tokens, see `fill_up`"""
         self._device = language_model.device
         self._states_device = states_device or language_model.device
         body = language_model.model.base_model
@@ -158,6 +161,10 @@ class BlockWalk:
                 visits.end_sequence()
         self.position += int(moves)
         if names:
+            for statistics in collected.values():
+                # One whose tokens all go to other experts counts too.
+                statistics.sequences = max(statistics.sequences, len(self._states))
+            self.scarce += fill_up(collected, here)
             _check_seen(collected)
         return collected
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from prunezero.errors import ModelError
-from prunezero.models.anatomy.experts import DOWN, UP
+from prunezero.models.anatomy.expert_linears import DOWN, UP
 from prunezero.models.editing.widths import Cut
-from prunezero.models.loading.source import Source, targets_of
-
-_NUMBERS = re.compile(r"(?<=\.)\d+(?=\.)")
+from prunezero.models.loading.source import Source
 
 
-def renamed_experts(model: Any, source: Source, cuts: Mapping[str, Cut]) -> dict[str, str | None]:
+def renamed_experts(source: Source, cuts: Mapping[str, Cut]) -> dict[str, str | None]:
     """New names of stored tensors of single experts, by the old ones; None where one goes.
 
     Args:
@@ -30,36 +27,31 @@ def renamed_experts(model: Any, source: Source, cuts: Mapping[str, Cut]) -> dict
         ModelError: the files hold experts in another way.
     """
     stacks = {name for name in cuts if name.rpartition(".")[2] in (UP, DOWN)}
-    inside = {name: cuts[name] for name in stacks - source.names.keys()}
-    if not inside:
-        return {}
+    apart = stacks - source.names.keys()
     found: dict[str, str | None] = {}
-    stored_in: dict[str, set[int]] = {name: set() for name in inside}
-    for stored, (target, _) in targets_of(model, source.shards.tensors).items():
-        if target not in inside:
-            continue
-        number = _last_number(stored)
-        kept = inside[target].kept.tolist()
-        if number is None:
-            raise _other_layout(source, stored)
-        stored_in[target].add(int(number[0]))
-        begin, end = number.span()
-        is_kept = int(number[0]) in kept
-        now = kept.index(int(number[0])) if is_kept else 0
-        found[stored] = f"{stored[:begin]}{now}{stored[end:]}" if is_kept else None
-    for name, numbers in stored_in.items():
-        if not numbers or numbers != set(range(len(numbers))):
-            raise _other_layout(source, name)
+    for stored, piece in source.pieces.items():
+        if piece.name in apart:
+            place = place_now(cuts[piece.name], piece.index)
+            found[stored] = None if place is None else _numbered(stored, piece.index, place)
+    for name in apart - {piece.name for piece in source.pieces.values()}:
+        raise ModelError(
+            f"the files in '{source.folder}' hold the experts of '{name}' in a way that cannot be "
+            "cut there; load the model once, save it by its own save_pretrained, and prune that "
+            "folder"
+        )
     return found
 
 
-def _last_number(name: str) -> re.Match[str] | None:
-    """The last whole number between dots of a name."""
-    return next(iter(reversed(list(_NUMBERS.finditer(name)))), None)
+def place_now(cut: Cut | None, index: int) -> int | None:
+    """The place of a matrix in what is left of its stack; None where it goes."""
+    if cut is None:
+        return index
+    kept = cut.kept.tolist()
+    return kept.index(index) if index in kept else None
 
 
-def _other_layout(source: Source, name: str) -> ModelError:
-    return ModelError(
-        f"the files in '{source.folder}' hold the experts of '{name}' in a way that cannot be cut "
-        "there; load the model once, save it by its own save_pretrained, and prune that folder"
-    )
+def _numbered(name: str, before: int, now: int) -> str:
+    """A name with another number of its expert, which is the last one between dots."""
+    begin, number, end = re.fullmatch(r"(.*\.)(\d+)(\.[^.\d].*)", name).groups()  # type: ignore[union-attr]
+    assert int(number) == before  # pieces were found by it; for the reader
+    return f"{begin}{now}{end}"

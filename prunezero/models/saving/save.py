@@ -24,10 +24,11 @@ from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slices import Slices
 from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel, quiet
+from prunezero.models.loading.layouts import names_in_files, pieces_in_files
 from prunezero.models.loading.shards import STORED_DTYPES, Shards, StoredTensor
-from prunezero.models.loading.source import Source, holds, names_in_files
+from prunezero.models.loading.source import Source, holds, stack_of
 from prunezero.models.saving.companions import copy_companions, edit_configuration
-from prunezero.models.saving.expert_files import renamed_experts
+from prunezero.models.saving.expert_files import place_now, renamed_experts
 from prunezero.models.saving.mirror import Mirror
 from prunezero.models.saving.own_class import refuse_without_class, write_own_class
 from prunezero.models.unequal.families import is_own_type
@@ -146,7 +147,7 @@ def _save_as_source(
     tensors = model.state_dict()
     check_names(language_model)
     added = [*_new_biases(model, source), *_new_by_rotation(model, source, slices)]
-    renamed = _renamed(model, source, slices) | renamed_experts(model, source, slices.cuts)
+    renamed = _renamed(model, source, slices) | renamed_experts(source, slices.cuts)
     parts = {name: cut.of for name, cut in slices.cuts.items() if name in source.names}
     made = frozenset[str]() if slices.rotation is None else slices.rotation.made
     made &= source.names.keys()
@@ -169,7 +170,12 @@ def _save_as_source(
     for stored, tensor in source.shards.tensors.items():
         if renamed.get(stored, stored) is None:
             continue
-        if stored in model_names and tensor.dtype in STORED_DTYPES:
+        if stored in source.pieces and tensor.dtype in STORED_DTYPES:
+            piece = source.pieces[stored]
+            place = place_now(slices.cuts.get(piece.name), piece.index)
+            assert place is not None  # what goes has no name any more; for the type checker
+            mirror.write(stored, source.saved_piece(stored, tensors[piece.name][place]))
+        elif stored in model_names and tensor.dtype in STORED_DTYPES:
             name = model_names[stored]
             now = slices.name_now(name) or name
             if name in made:
@@ -344,42 +350,63 @@ def _save_network(model: Any, folder: Path) -> None:
             model.generation_config = settings
 
 
+@dataclass(frozen=True)
+class StoredMatrix:
+    """Where files hold a weight, or a part of its rows."""
+
+    name: str
+    """of the tensor"""
+    index: int | None = None
+    """of the matrix in it, where it is a stack of several"""
+
+
 def stored_layers(
     language_model: LanguageModel, layers: Iterable[Linear], folder: str | Path
-) -> list[str]:
-    """The names that layers have in the files of a folder that the model was saved to.
+) -> list[StoredMatrix]:
+    """Where the weights of layers are in the files of a folder that the model was saved to.
 
     Raises:
         ModelError: the folder has no safetensors files, or a file is damaged.
     """
     source = language_model.source
-    names = (
-        names_in_files(language_model.model, Shards(Path(folder)).tensors)
-        if source is None
-        else source.names
-    )
-    weights = [f"{layer.name}.weight" for layer in layers]
-    return [names.get(weight, weight).removesuffix(".weight") for weight in weights]
+    if source is None:
+        shards, model = Shards(Path(folder)), language_model.model
+        names = names_in_files(model, shards.tensors)
+        source = Source(shards, names, pieces_in_files(model, shards.tensors))
+    found = []
+    for layer in layers:
+        weight = f"{layer.name}.weight"
+        stack, index = stack_of(weight)
+        if stack in source.names:
+            found.append(StoredMatrix(source.names[stack], index))
+        else:
+            found += [StoredMatrix(name) for name in source.stored_as(weight) or [weight]]
+    return found
 
 
-def count_sparsity(folder: str | Path, layer_names: Iterable[str]) -> SavedSparsity:
-    """Count the zeros of the named layers in the safetensors files of a folder, one by one.
+def count_sparsity(folder: str | Path, layers: Iterable[StoredMatrix | str]) -> SavedSparsity:
+    """Count the zeros of some layers in the safetensors files of a folder, one by one.
 
     Args:
-        layer_names: as in the files, see `stored_layers`.
+        layers: see `stored_layers`; or names as in the files, without the ending ".weight".
 
     Raises:
         ModelError: the folder has no safetensors files, a file is damaged, or a layer is missing.
     """
     zeros = negative_zeros = total = 0
     shards = Shards(Path(folder))
-    for layer in layer_names:
-        name = f"{layer}.weight"
+    matrices: dict[str, list[int | None]] = {}
+    for layer in layers:
+        one = StoredMatrix(f"{layer}.weight") if isinstance(layer, str) else layer
+        matrices.setdefault(one.name, []).append(one.index)
+    for name, indices in matrices.items():
         if name not in shards.tensors:
             raise ModelError(f"the saved model in '{folder}' has no weight '{name}'")
-        weight = shards.read(name)
-        is_zero = weight == 0
-        zeros += int(is_zero.sum())
-        negative_zeros += int((is_zero & torch.signbit(weight)).sum())
-        total += weight.numel()
+        stored = shards.read(name)
+        for index in indices:
+            weight = stored if index is None else stored[index]
+            is_zero = weight == 0
+            zeros += int(is_zero.sum())
+            negative_zeros += int((is_zero & torch.signbit(weight)).sum())
+            total += weight.numel()
     return SavedSparsity(zeros, negative_zeros, total)

@@ -31,6 +31,7 @@ from prunezero.models.loading.load import (
 )
 from prunezero.models.loading.own_changes import refuse_own_changes
 from prunezero.models.loading.shards import STORED_DTYPES, Shard, Shards
+from prunezero.models.loading.source import Source
 from prunezero.models.observing.hooks import removing
 from prunezero.models.observing.walk import record_calls
 
@@ -74,14 +75,16 @@ class StreamedModel:
                 f"model '{self.language_model.name}' shares weights between its blocks, so they "
                 "cannot be pruned one by one; load it whole"
             )
-        self._names = {parameter: self._stored_name(names) for parameter, names in names_of.items()}
+        self._stored = {
+            parameter: self._stored_names(names) for parameter, names in names_of.items()
+        }
         self._model_names = {parameter: names[0] for parameter, names in names_of.items()}
         parameters = {name for names in names_of.values() for name in names}
         self._stored_buffers = {
-            name: self._stored_name([name])
+            name: self._stored_names([name])[0]
             for name in sorted(model.state_dict().keys() - parameters)
         }
-        stored = sorted(checkpoint.source.names.values())
+        stored = sorted([*checkpoint.source.names.values(), *checkpoint.source.pieces])
         check_finite(((name, self.shards.read(name)) for name in stored), called)
         ids = torch.zeros((1, 2), dtype=torch.long, device=self.language_model.device)
         run = partial(record_calls, model.base_model, self.blocks, ids)
@@ -91,12 +94,19 @@ class StreamedModel:
         with self.outside(), self.outlined(), torch.no_grad():
             note_calls(model, partial(model.base_model, ids, use_cache=False))
 
-    def _stored_name(self, names: list[str]) -> str:
-        """The name that a parameter or buffer has in the files."""
+    @property
+    def _source(self) -> Source:
         source = self.language_model.source
         assert source is not None  # for the type checker: it was made of files
+        return source
+
+    def _stored_names(self, names: list[str]) -> list[str]:
+        """The names that a parameter or buffer has in the files: of a stack, those of its parts."""
+        source = self._source
         found = [source.names[name] for name in names if name in source.names]
         where = self.language_model.name
+        if not found and source.parts.get(names[0]):
+            return source.parts[names[0]]
         if not found:
             raise ModelError(
                 f"the files of model '{where}' hold '{names[0]}' in another layout than the model "
@@ -108,7 +118,7 @@ class StreamedModel:
                     f"model '{where}' ties '{found[0]}' and '{other}' but its files hold different "
                     "numbers for them; set tie_word_embeddings to false in config.json"
                 )
-        return found[0]
+        return found[:1]
 
     @contextmanager
     def outside(self, *, with_head: bool = False) -> Iterator[None]:
@@ -156,8 +166,14 @@ class StreamedModel:
 
     def _fill(self, parameter: nn.Parameter, source: Shards | Shard) -> nn.Parameter:
         """Give a parameter its numbers; what comes back is its place on the meta device."""
-        numbers = source.read(self._names[parameter])
-        real = numbers.to(self.language_model.device, parameter.dtype)
+        device = self.language_model.device
+        stored, pieces = self._stored[parameter], self._source.pieces
+        if stored[0] in pieces:
+            real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            for name in stored:
+                pieces[name].of(real).copy_(source.read(name))
+        else:
+            real = source.read(stored[0]).to(device, parameter.dtype)
         twin = nn.Parameter(real, requires_grad=False)
         # The object stays the same one, so weights that are tied stay tied.
         _exchange(parameter, twin)
@@ -171,15 +187,17 @@ class StreamedModel:
         Raises:
             ModelError: a number is too large for the stored dtype.
         """
-        source = self.language_model.source
-        assert source is not None  # for the type checker: it was made of files
+        source = self._source
         for parameter in self._inside[index]:
-            name = self._model_names[parameter]
-            yield source.names[name], source.saved(name, parameter)
+            for stored in self._stored[parameter]:
+                if stored in source.pieces:
+                    yield stored, source.saved_piece(stored, parameter[source.pieces[stored].index])
+                else:
+                    yield stored, source.saved(self._model_names[parameter], parameter)
 
     def names_outside(self) -> list[str]:
         """Names of all tensors in the files that no block has, also of those that nobody uses."""
-        inside = {self._names[parameter] for block in self._inside for parameter in block}
+        inside = {name for block in self._inside for one in block for name in self._stored[one]}
         return [name for name in self.shards.tensors if name not in inside]
 
     @contextmanager
@@ -211,7 +229,7 @@ class StreamedModel:
         return outside, max(sum(map(self._bytes, block)) for block in self._inside)
 
     def _bytes(self, parameter: nn.Parameter) -> int:
-        stored = STORED_DTYPES[self.shards.tensors[self._names[parameter]].dtype]
+        stored = STORED_DTYPES[self.shards.tensors[self._stored[parameter][0]].dtype]
         copied = 0 if stored == parameter.dtype else stored.itemsize
         return parameter.numel() * (parameter.dtype.itemsize + copied)
 

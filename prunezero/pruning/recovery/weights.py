@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunezero.models.anatomy.linears import Linear
+from prunezero.models.observing.expert_calls import own_weights
 from prunezero.models.observing.hooks import removing
 from prunezero.pruning.recovery.moves import coming_move
 
@@ -22,7 +23,8 @@ from prunezero.pruning.recovery.moves import coming_move
 class _Weight:
     """The weight of one layer in training."""
 
-    parameter: nn.Parameter
+    parameter: Tensor
+    """a parameter of the model, or that part of a stack of experts which is one's own"""
     master: Tensor
     """what the optimizer sees: the same storage, or a float32 copy of 16-bit weights"""
     is_removed: Tensor
@@ -118,9 +120,9 @@ class Weights:
 @contextmanager
 def train_weights(model: nn.Module, layers: Sequence[Linear]) -> Iterator[Weights]:
     """Within it, backward passes add to the gradients of the layers' masters."""
-    weights = {layer.name: _weight(layer) for layer in layers}
     handles: list[Any] = []
-    with removing(handles):
+    with removing(handles), own_weights(layers) as leaves:
+        weights = {layer.name: _weight(layer, leaves[layer.name]) for layer in layers}
         for one in weights.values():
             one.parameter.requires_grad_(True)
             register: Any = one.parameter.register_post_accumulate_grad_hook
@@ -128,8 +130,7 @@ def train_weights(model: nn.Module, layers: Sequence[Linear]) -> Iterator[Weight
         yield Weights(weights)
 
 
-def _weight(layer: Linear) -> _Weight:
-    parameter: Any = layer.module.weight
+def _weight(layer: Linear, parameter: Any) -> _Weight:
     weight = parameter.detach()
     master = weight.float() if weight.dtype.itemsize < 4 else weight
     return _Weight(parameter, master, weight == 0, not isinstance(layer.module, nn.Linear))

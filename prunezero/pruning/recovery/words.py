@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.anatomy.linears import Linear, find_linears, refuse_stacks
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.recipes.training_options import Distil, Lora, Stepwise, Tune
@@ -93,11 +93,14 @@ def layers_trained(
     """The layers that a recovery trains: those that are pruned, or those it names itself.
 
     Raises:
-        ModelError: a pattern matches nothing.
+        ModelError: a pattern matches nothing, or low-rank factors are for experts.
     """
     if not isinstance(options, Stepwise):
         return list(pruned)
-    return find_linears(language_model.model, targets=options.targets)
+    layers = find_linears(language_model.model, targets=options.targets)
+    if isinstance(options, Lora) or options.model_dump().get("through") == "lora":
+        refuse_stacks(layers, "low-rank factors do")
+    return layers
 
 
 def answers_for(

@@ -61,7 +61,8 @@ def pruner_page(recipe: Recipe) -> str:
         "DAMPING": repr(recipe.damping),
         "EQUAL_IN_ROWS": repr(any(one.shape == "row" for one in recipe.formulas)),
     }
-    page = needed(exchange(source, new, _docstring(recipe)), [PARTS.read_text(encoding="utf-8")])
+    parts = [path.read_text(encoding="utf-8") for path in PARTS]
+    page = needed(exchange(source, new, _docstring(recipe)), parts)
     check_page(page)
     return page
 

@@ -21,6 +21,9 @@ def listen_body(sums: frozenset[str]) -> list[str]:
         lines += _hook("add_forward", "module: Any, args: Any, output: Any", body)
         lines.append("hooks.append(module.register_forward_hook(add_forward))")
     if has_gradients:
+        body = ["if torch.is_grad_enabled():", '    count_tokens(stats, "gradients", args[0])']
+        lines += _hook("count_tokens_of_gradients", "module: Any, args: Any", body)
+        lines.append("hooks.append(module.register_forward_pre_hook(count_tokens_of_gradients))")
         body = []
         if added["gradient"]:
             body.append("is_linear = isinstance(module, nn.Linear)")

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunezero.report.export.expert_parts import STACKS, Expert
+
 
 class RefusalError(ValueError):
     """What was asked for would give no mask, or one that says nothing."""
@@ -26,13 +28,14 @@ def linear_maps(model: Any) -> tuple[dict[str, Any], list[str]]:
     prefix, blocks = block_list(model)
     found: dict[str, Any] = {}
     for index, block in enumerate(blocks):
-        for path, parameter in block.named_parameters():
-            if parameter.dim() == 3 and "expert" in path:
-                raise RefusalError(f"{path} holds fused weights of experts, which is not supported")
         routed = any("expert" in path for path, _ in block.named_modules())
         for path, module in block.named_modules():
-            if is_linear(module) and not (routed and path.split(".")[-1] in ("gate", "router")):
-                found[f"{prefix}.{index}.{path}"] = module
+            name = f"{prefix}.{index}.{path}"
+            if holds_stacks(name, path, module):
+                places = [(place, one) for place in range(len(module.down_proj)) for one in STACKS]
+                found |= {f"{name}.{n}.{one}": Expert(module, one, n) for n, one in places}
+            elif is_linear(module) and not (routed and is_router(path, module)):
+                found[name] = module
     for name, module in found.items():
         weight = module.weight
         if weight.is_meta or weight.dim() != 2 or weight.dtype.itemsize < 2:
@@ -45,6 +48,25 @@ def linear_maps(model: Any) -> tuple[dict[str, Any], list[str]]:
         if name not in never:
             first.setdefault((module.weight.data_ptr(), module.weight.shape), (name, module))
     return dict(first.values()), never
+
+
+def holds_stacks(name: str, path: str, module: Any) -> bool:
+    """Whether a module holds matrices of experts; those of another layout are refused."""
+    three = {key for key, one in module.named_parameters(recurse=False) if one.dim() == 3}
+    if not three or not ("expert" in path or three <= {*STACKS}):
+        return False
+    shapes = {key: tuple(one.shape) for key, one in module.named_parameters()}
+    if shapes.keys() == {*STACKS} and hasattr(module, "_apply_gate"):
+        count, hidden, inner = shapes["down_proj"]
+        if shapes["gate_up_proj"] == (count, 2 * inner, hidden):
+            return True
+    raise RefusalError(f"{name} holds experts as {shapes}; this layout is not supported")
+
+
+def is_router(path: str, module: Any) -> bool:
+    """Whether a linear map beside experts decides how much of whom a token gets."""
+    is_gate = "expert" in path and min(module.weight.shape) == 1
+    return is_gate or path.split(".")[-1] in ("gate", "router")
 
 
 def block_list(model: Any) -> tuple[str, Any]:
@@ -94,7 +116,7 @@ def chosen(
     model: Any, layers: dict[str, Any], targets: list[str], ignore: list[str]
 ) -> dict[str, Any]:
     """Those of the layers that some patterns mean, all if there are none, and others do not."""
-    modules = [name for name, _ in model.named_modules()]
+    modules = [*(name for name, _ in model.named_modules()), *layers]
     for pattern, names in [*((t, layers) for t in targets), *((i, modules) for i in ignore)]:
         if not any(fits(pattern, name) for name in names):
             raise RefusalError(f"{pattern!r} matches no layer; there are {list(layers)[:3]}...")
@@ -204,7 +226,8 @@ def counted(stats: dict[str, Any], sums: list[str], whole: dict[str, int]) -> di
         raise RefusalError(f"all gradients of {stats['layer']} are zero, so they rank nothing")
     for word, total in whole.items():
         seen = [value for name, value in stats.items() if name.startswith(f"{word} of")]
-        stats[word] = max([*seen, total if of_gradients else 0])
+        # Text decides how many tokens come to an expert, in whatever sequences.
+        stats[word] = max(seen) if seen and word == "tokens" else total
     return stats
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from prunezero.errors import OutputError
 
-PARTS = Path(__file__).with_name("page_parts.py")
+PARTS = [Path(__file__).with_name(f"{name}.py") for name in ("page_parts", "expert_parts")]
 
 
 def exchange(source: str, new: Mapping[str, Any], docstring: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunezero.report.export.expert_parts import call_experts, fill_up
 from prunezero.report.export.page_parts import (
     RefusalError,
     add,
@@ -184,7 +185,8 @@ def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[s
     check_text(model, batches)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    hooks = [hook for name, module in layers.items() for hook in listen(module, stats[name])]
+    hooks = call_experts(layers)
+    hooks += [hook for name, module in layers.items() for hook in listen(module, stats[name])]
     try:
         for ids in batches:
             read(model, ids.to(before[0][0].device))
@@ -193,6 +195,7 @@ def measure(model: Any, layers: dict[str, Any], batches: list[Tensor]) -> dict[s
             hook.remove()
         for parameter, flag in before:
             parameter.requires_grad_(flag).grad = None
+    fill_up(stats, layers, SUMS)
     counts = {"tokens": sum(ids.numel() for ids in batches), "sequences": len(batches)}
     return {name: counted(stats[name], SUMS, counts) for name in layers}
 
@@ -240,9 +243,9 @@ if __name__ == "__main__":
         report = prune_(exact, batches, options.sparsity, options.pattern)
     except RefusalError as error:
         raise SystemExit(f"refused: {error}") from error
+    computed, stored = linear_maps(exact)[0], linear_maps(model)[0]
     for name in report["layers"]:
-        gone = matrix(exact.get_submodule(name)) == 0
-        matrix(model.get_submodule(name)).masked_fill_(gone, 0.0)
+        matrix(stored[name]).masked_fill_(matrix(computed[name]) == 0, 0.0)
     print(f"{report['zeros']} weights are zero, sparsity {report['sparsity']:.4f}")
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)

@@ -20,8 +20,9 @@ from prunezero.models.editing.rotating import is_rotated
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import refuse_other_logits, sliced
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.loading.layouts import shapes_in_files
 from prunezero.models.loading.shards import Shards
-from prunezero.models.loading.source import Source, names_in_files, targets_of
+from prunezero.models.loading.source import Source
 from prunezero.models.saving.companions import places_of_companions
 from prunezero.models.saving.read_back import refuse_other_reading
 from prunezero.models.saving.save import SavedSparsity, count_sparsity, save_model, stored_layers
@@ -267,24 +268,18 @@ def _stored(model: LanguageModel, smaller: Selection, folder: Path) -> int:
         OutputError: one is not of the size that it should be, or there although it went.
     """
     tensors = Shards(folder).tensors
-    names = names_in_files(model.model, tensors)
+    before = shapes_in_files(model.model, tensors)
     with sliced(model, smaller):
         now = {name: list(one.shape) for name, one in model.model.state_dict().items()}
-        found = names_in_files(model.model, tensors)
+        found = shapes_in_files(model.model, tensors)
     inside = f"{block_prefix(model.model)}."
-    # What files hold in another layout, as they do experts, is looked at when they are read anew.
-    others = {
-        target for target, is_same in targets_of(model.model, tensors).values() if not is_same
-    }
     for name, wanted in now.items():
-        if name in others:
-            continue
-        have = list(tensors[found[name]].shape) if name in found else None
+        have = found.get(name)
         if have != wanted and (have is not None or name.startswith(inside)):
             raise OutputError(
                 f"{folder} holds '{name}' with shape {have}, not {wanted}; please report this"
             )
-    left = sorted(names.keys() - now.keys())
+    left = sorted(before.keys() - now.keys())
     if left:
         raise OutputError(f"{folder} holds '{left[0]}', which went; please report this")
     return sum(math.prod(tensor.shape) for tensor in tensors.values())

@@ -15,7 +15,7 @@ from prunezero.formula.code import torch_lines
 from prunezero.formula.features import FEATURES
 from prunezero.pruning.recipes.choices import Choice
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recipes.word_options import Units
+from prunezero.pruning.recipes.unit_options import Units
 from prunezero.report.export.page_folding import constants_of, folded, needed
 from prunezero.report.export.page_hooks import listen_body, listen_to_reader, read_body
 from prunezero.report.export.page_text import check_page, exchange
@@ -129,7 +129,7 @@ def unit_page(recipe: Recipe) -> str:
     known = constants_of(chosen)
     program = folded(exchange(_text("unit_template"), bodies, _docstring(recipe)), known)
     parts = [folded(_text(name), known) for name in ("unit_choice", "unit_parts")]
-    page = needed(program, [chosen, *parts, _text("page_parts")])
+    page = needed(program, [chosen, *parts, _text("page_parts"), _text("expert_parts")])
     check_page(page)
     return page
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunezero.report.export.expert_parts import Expert
 from prunezero.report.export.page_parts import (
     RefusalError,
     add,
@@ -155,6 +156,8 @@ def find_groups(model: Any) -> list[Group]:
 def groups_of(model: Any, layout: str) -> list[Group]:
     """The groups of a model whose fused matrices are laid out like this."""
     layers, _ = linear_maps(model)
+    if any(isinstance(module, Expert) for module in layers.values()):
+        raise RefusalError("units beside stacks of experts are for `prunezero prune` alone")
     if TARGETS or IGNORE:
         wanted = chosen(model, layers, TARGETS, IGNORE)
     prefix, blocks = block_list(model)
