@@ -16,6 +16,9 @@ noise are of one unit, [1] each.
 While low-rank factors train, beside `weight` stand `factor_a` [rank, in] and `factor_b`
 [out, rank], the gradients of a step's mean loss `gradient_a` and `gradient_b`, the `change` of the
 weight [out, in] that the factors make, and `eta`, a number of the schedule.
+
+Text of a feature of an attention reads what one layer saw of a text so far, `OF_ATTENTION`; shapes
+and meanings stand in `models/attending/observing.py`.
 """
 
 from __future__ import annotations
@@ -28,17 +31,27 @@ from functools import cached_property
 import sympy
 
 # What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse,
-# a forward pass for each unit.
-SIGNALS = ("none", "activations", "gradients", "second order", "oracle")
+# attention between all pairs of tokens, a forward pass for each unit or of tokens yet to come.
+SIGNALS = ("none", "activations", "gradients", "second order", "full map", "oracle")
 # What formulas of single weights may look at.
-WEIGHT_SIGNALS = SIGNALS[:-1]
+WEIGHT_SIGNALS = SIGNALS[:4]
+# What saves no work where it is looked at: such a choice is a simulation.
+SIMULATED_SIGNALS = SIGNALS[4:]
 # What a text may read that is known only while low-rank factors train.
 OF_TRAINING = ("factor_a", "factor_b", "gradient_a", "gradient_b", "change", "eta")
+# What a text may read of an attention while the model runs.
+OF_ATTENTION = (
+    *("keys", "values", "output_norms", "ages", "positions", "column_noise"),
+    *("window_attention", "last_attention", "attention_sum", "attention_max", "next_attention"),
+    *("query_mean", "query_covariance", "key_lag", "value_lag"),
+    *("logits", "attention", "distances"),
+)
 # What a text may read that is no sum, and the sums that it is made from.
 MADE_FROM: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
     **dict.fromkeys(("parameters", "flops", "kv_bytes", "milliseconds"), ()),
     **dict.fromkeys(OF_TRAINING, ()),
+    **dict.fromkeys(OF_ATTENTION, ()),
     # what the distance is measured by: M2 and a refit
     "slope": ("gram", "input_sum", "mask_gradients"),
     "upper": ("gram",),
@@ -73,7 +86,7 @@ class Feature:
     # whether it is never negative
     nonnegative: bool = True
     # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit, "block"
-    # one number for each part of the depth
+    # one number for each part of the depth, "kv_column" and "link" queries and keys of an attention
     domains: tuple[str, ...] = ("matrix",)
     # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
     kinds: tuple[str, ...] = ()
@@ -97,6 +110,11 @@ class Feature:
     def of_training(self) -> bool:
         """Whether it is known only while low-rank factors train."""
         return not set(self.inputs).isdisjoint(OF_TRAINING)
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether it is known only of an attention, while the model runs."""
+        return not set(self.inputs).isdisjoint(OF_ATTENTION)
 
     @property
     def sums(self) -> tuple[str, ...]:
