@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
+from prunezero.pruning.recipes.attention_options import Columns
 from prunezero.pruning.recipes.word_options import Channels, Depth, Directions, Options, Units
 from prunezero.scoring.request import group_columns
 
@@ -88,12 +89,27 @@ class UnitKind:
 
         Raises:
             ModelError: there are none, or some linear maps have a part in units of others.
+            RecipeError: such units are none of the weights.
         """
+        self.refuse_run_time()
         from prunezero.models.anatomy.linears import find_linears
 
         find: Callable[..., list[Group]] = _found(self.finder)
         blocks = 1 + max(linear.block for linear in find_linears(language_model.model))
         return self.limited(find(linears, language_model), options or self.options(), blocks)
+
+    def refuse_run_time(self) -> None:
+        """Refuse to take out of a model what is no part of it.
+
+        Raises:
+            RecipeError: such units come and go while the model runs.
+        """
+        if self.domain.is_run_time:
+            raise RecipeError(
+                f"unit: {self.word}: nothing is removed from the weights, {self.several} are left "
+                "out while the model runs; install such a recipe for a while by "
+                "prunezero.pruning.attention.keeping, or measure it by its kept_row"
+            )
 
     def limited(self, groups: Sequence[Group], options: Options, blocks: int) -> list[Group]:
         """The groups of a model of so many blocks, with what the options say of all."""
@@ -296,6 +312,32 @@ def _width(
     )
 
 
+def _run_time(
+    word: str, meaning: str, compare: tuple[str, ...], reference: str, baselines: tuple[str, ...]
+) -> UnitKind:
+    """What attention works on: a policy leaves it out for a while, and no function edits weights.
+
+    What installs it is `prunezero/pruning/attention.py`.
+    """
+    return UnitKind(
+        word=word,
+        meaning=meaning,
+        domain=DOMAINS[word],
+        compare={one: ("key",) for one in compare},
+        baselines=baselines,
+        reference=reference,
+        finder="",
+        checker="",
+        scorer="",
+        selector="",
+        editor="",
+        measure="units",
+        options=Columns,
+        plural="keys with their values",
+        whole_model="leaves keys out while the whole model runs",
+    )
+
+
 _ROWS = (
     UnitKind(
         word="weight",
@@ -404,6 +446,13 @@ _ROWS = (
         "layer_groups",
         "shortening:SHORTER",
         ("random_layers", "shortgpt", "gromov", "shortened_llama", "sleb"),
+    ),
+    _run_time(
+        "kv_column",
+        "a key and value that a key-value head remembers, once the prompt was read",
+        ("kv_head", "layer"),
+        "ATT_W",
+        ("attention_random", "window_sink", "snapkv", "h2o", "keydiff"),
     ),
 )
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import Feature
 from prunezero.pruning.recipes.documents import MOST_WORDS, LayerPattern, LayerPatterns
 
@@ -37,6 +38,11 @@ class Options(BaseModel):
     def fault_of(self, features: Sequence[Feature]) -> str:
         """Why units so chosen do not have what a formula looks at; nothing where they do."""
         return ""
+
+    @property
+    def formulas(self) -> tuple[Criterion, ...]:
+        """Formulas that choose beside the recipe's own."""
+        return ()
 
     @classmethod
     def described(cls) -> list[str]:

@@ -31,6 +31,8 @@ from prunezero.scoring.request import GROUPS
 
 # Words that mean the same whatever is removed.
 _EVERY = frozenset(UNITS)
+# What is a part of the weights.
+_STORED = frozenset(word for word, kind in UNITS.items() if not kind.domain.is_run_time)
 # Words that take columns out of matrices.
 _WIDTH = frozenset({"neuron", "head", "kv_group", "width"})
 # Those without which a norm divides by another number, so that no zeros stand for them.
@@ -143,7 +145,7 @@ WORDS: dict[str, dict[str, Word]] = {
             order=3,
             sees_dense=True,
             needs_biases=True,
-            units=_EVERY - _OF_DEPTH - _STREAM,
+            units=_STORED - _OF_DEPTH - _STREAM,
         ),
         "swaps": Word(
             Swaps,
@@ -191,7 +193,7 @@ WORDS: dict[str, dict[str, Word]] = {
             Iterative,
             "several pruning steps of growing sparsity",
             "schedule:iterative",
-            units=_EVERY - _OF_DEPTH - _STREAM,
+            units=_STORED - _OF_DEPTH - _STREAM,
             whole_model="prunes the model several times",
         ),
         "greedy": Word(
@@ -229,7 +231,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _STREAM,
+            units=_STORED - _STREAM,
         ),
         "lora": Word(
             Lora,
@@ -238,7 +240,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _STREAM,
+            units=_STORED - _STREAM,
         ),
         "distil": Word(
             Distil,
@@ -247,7 +249,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _STREAM,
+            units=_STORED - _STREAM,
         ),
     },
 }
