@@ -68,7 +68,7 @@ def keeping(
     """Within it, the cache that it gives keeps a share of the keys of a prompt, by a recipe.
 
     Its tensors shrink, or are masked where heads keep unequal numbers of keys. Hand it to
-    `model.generate(ids, past_key_values=cache)`; see `models/attending/installing.py`.
+    `model.generate(ids, cache=cache)`; see `models/attending/installing.py`.
 
     Args:
         kept: share of the prompt's keys that stay, above 0 and at most 1.

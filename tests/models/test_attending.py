@@ -162,17 +162,13 @@ def test_generation_goes_on_at_the_right_places_with_fewer_bytes() -> None:
     prompt = tiny_batches(1, 48)
     wanted = model.model.generate(prompt, max_new_tokens=12, do_sample=False)
     with evicting(model, policy(kept=1.0)) as cache:
-        found = model.model.generate(
-            prompt, cache=cache, max_new_tokens=12, do_sample=False
-        )
+        found = model.model.generate(prompt, cache=cache, max_new_tokens=12, do_sample=False)
         assert torch.equal(found, wanted)
         whole = bytes_held(cache)
         cache.reset()
         assert bytes_held(cache) == 0
     with evicting(model, policy(kept=0.25)) as cache:
-        found = model.model.generate(
-            prompt, cache=cache, max_new_tokens=12, do_sample=False
-        )
+        found = model.model.generate(prompt, cache=cache, max_new_tokens=12, do_sample=False)
         # The last token that is drawn is not read any more.
         assert cache.get_seq_length() == 48 + 11 and found.shape == (1, 60)
         # Two layers, keys and values, two heads of eight float32 channels.

@@ -23,7 +23,7 @@ from prunezero.models.attending.installing import Known, installed
 from prunezero.models.attending.interface import Attend, Call, watched_attention
 from prunezero.models.attending.observing import merged, next_attention
 from prunezero.models.attending.policy import Policy
-from prunezero.models.attending.remembering import bytes_held, plain_cache
+from prunezero.models.attending.remembering import bytes_held, cache_word, plain_cache
 from prunezero.models.evaluation import Head, find_head, window_measures
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.measures import TO_DENSE
@@ -214,5 +214,6 @@ def _noting(calls: dict[int, Call]) -> Attend:
 
 def _run(language_model: LanguageModel, ids: Tensor, cache: Any) -> Tensor:
     body = language_model.model.base_model
-    found = body(ids[None].to(language_model.device), cache=cache, use_cache=True)
+    held = {cache_word(body): cache}
+    found = body(ids[None].to(language_model.device), use_cache=True, **held)
     return found.last_hidden_state[0]

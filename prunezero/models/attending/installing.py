@@ -40,7 +40,7 @@ def evicting(
 ) -> Iterator[Any]:
     """Within it, the cache that it gives forgets keys of the text that is read into it first.
 
-    Hand the cache to `model(ids, cache=...)` or `model.generate(ids, past_key_values=...)`; after
+    Hand the cache to `model(ids, cache=...)` or `model.generate(ids, cache=...)`; after
     `cache.reset()` it takes another text. Leaving it, also after an error, the model is what it
     was.
 
@@ -138,8 +138,7 @@ class Session(ABC):
         if held is None or held.shape != call.keys.shape:
             raise ModelError(
                 "keys are chosen in the cache that was given with the policy, but the model runs "
-                "with another one or with none; hand it over as cache=..., or to generate as "
-                "past_key_values=..."
+                "with another one or with none; hand it over as cache=..."
             )
         if call.before:
             return self._later(call)

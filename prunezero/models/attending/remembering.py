@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -84,6 +85,12 @@ def plain_cache(language_model: LanguageModel) -> Any:
     from transformers.cache_utils import DynamicCache
 
     return DynamicCache(config=language_model.model.config)
+
+
+def cache_word(network: Any) -> str:
+    """What a network calls the cache that it is handed: newer versions of transformers say so."""
+    accepted = inspect.signature(network.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"
 
 
 def bytes_held(cache: Any) -> int:
