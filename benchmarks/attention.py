@@ -8,9 +8,9 @@
 A prompt of 768 tokens is read densely, a share of its keys stays in each layer (the first four and
 the last 32 among them), and 256 tokens follow, predicted from what is left: once the text as it was
 written, and once the prompt's own beginning behind text of another window, which only its own keys
-foretell. Each recipe of `baselines/` that keeps keys is measured as published, and, where it
-can be, with the same blocks of 16 keys for all heads of a layer, which is what servers with paged
-caches can do. Finished rows, one for each window, are kept in docs/results/attention.jsonl, so a
+foretell. Each recipe of `baselines/` that keeps keys, or links to them, is measured as
+published, and, where it can be, with the same blocks of 16 keys for all heads of a layer, which is
+what servers with paged caches can do. Finished rows, one for each window, are kept in docs/results/attention.jsonl, so a
 second start goes on behind the last one; docs/results/attention.md is the table.
 """
 
@@ -121,7 +121,7 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
 def wanted(names: str) -> Iterator[tuple[Recipe, str]]:
     """Each recipe as published, and with blocks that all heads of a layer share."""
     chosen = [Recipe.load(name) for name in names.split(",") if name]
-    for recipe in chosen or published_of("kv_column"):
+    for recipe in chosen or [*published_of("kv_column"), *published_of("link")]:
         yield recipe, "as published"
         if shared := in_shared_blocks(recipe):
             yield shared, SHARED
@@ -129,6 +129,8 @@ def wanted(names: str) -> Iterator[tuple[Recipe, str]]:
 
 def in_shared_blocks(recipe: Recipe) -> Recipe | None:
     """The recipe with the same blocks for all heads; None where its budget is spent otherwise."""
+    if recipe.unit.word != "kv_column":
+        return None
     numbers = recipe.unit.options.model_dump(exclude_defaults=True)
     blocks = {"kv_column": {**numbers, "share": "layer", "block": 16}}
     if numbers.get("when") == "step" or recipe.compare == "layer":
@@ -191,7 +193,7 @@ def measured_row(
         row = kept_row(model, recipe, kept, texts, known)
     except PruneZeroError as error:
         return {"refused": str(error)}
-    found = {key: row[key] for key in ("signal", "simulated", "kv_bytes", "seconds")}
+    found = {key: row[key] for key in ("signal", "simulated", "kv_bytes", "links", "seconds")}
     for name in texts:
         found[f"{name}_loss"] = row[f"{name}_window_losses"][0]
         found |= {f"{name}_{key}": row[f"{name}_{key}"] for key in ("kl", "top1_agreement")}

@@ -30,7 +30,8 @@ def report(rows: list[Row]) -> list[str]:
         "*recall* the prompt's own beginning comes again behind other text. A cell is the mean "
         "over draws of windows, and in brackets the largest minus the smallest; without brackets "
         "there is one draw. KL is to the dense model. Bytes are those of the cache behind the "
-        "prompt, counted on its tensors, beside the dense ones. *Simulated* are recipes that look "
+        "prompt, counted on its tensors, and links those between what follows and all tokens before "
+        "it, both beside the dense ones. *Simulated* are recipes that look "
         "at attention between all tokens, or at tokens yet to come, or whose heads keep unequal "
         "numbers of keys: they save less than they look, or nothing.",
         "",
@@ -70,8 +71,8 @@ def _table(rows: list[Row], dense: list[Row]) -> list[str]:
     }
     ranked = sorted(measured, key=lambda key: _mean(measured[key], "text_kl"))
     lines = [
-        "| recipe | form | windows | text | KL | recall | KL | bytes | simulated |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| recipe | form | windows | text | KL | recall | KL | bytes | links | simulated |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key in ranked:
         found = measured[key]
@@ -81,10 +82,11 @@ def _table(rows: list[Row], dense: list[Row]) -> list[str]:
             for cell in (_perplexity(found, name), _spread(found, f"{name}_kl", 3))
         ]
         part = _mean(found, "kv_bytes") / _mean(dense, "kv_bytes") if dense else math.nan
+        computed = f"{100 * _mean(found, 'links'):.0f} %"
         is_simulated = "yes" if found[0]["simulated"] else "no"
         lines.append(
             f"| `{key[0]}` | {key[1]} | {len(found)} | "
-            + " | ".join([*cells, f"{100 * part:.0f} %", is_simulated])
+            + " | ".join([*cells, f"{100 * part:.0f} %", computed, is_simulated])
             + " |"
         )
     refused = sorted(

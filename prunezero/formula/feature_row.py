@@ -44,7 +44,7 @@ OF_ATTENTION = (
     *("keys", "values", "output_norms", "ages", "positions", "column_noise"),
     *("window_attention", "last_attention", "attention_sum", "attention_max", "next_attention"),
     *("query_mean", "query_covariance", "key_lag", "value_lag"),
-    *("logits", "attention", "distances"),
+    *("logits", "attention", "distances", "page_bounds"),
 )
 # What a text may read that is no sum, and the sums that it is made from.
 MADE_FROM: dict[str, tuple[str, ...]] = {

@@ -170,6 +170,17 @@ ATTENTION_FEATURES = (
         domains=_LINKS,
     ),
     Feature(
+        "PAGE",
+        "element",
+        "the most that a query's product with any key of a key's page can be, scaled",
+        r"\textstyle\sum_c\max(q_{ic}\min_p k_c, q_{ic}\max_p k_c)/\sqrt d",
+        "1",
+        "page_bounds",
+        "activations",
+        nonnegative=False,
+        domains=_LINKS,
+    ),
+    Feature(
         "DIST",
         "element",
         "how many tokens a key stands before a query",

@@ -15,39 +15,43 @@ from typing import Any
 from prunezero.errors import RecipeError, StatisticsError
 from prunezero.models.attending.continuing import Continuations, continued
 from prunezero.models.attending.installing import Known, installed
+from prunezero.models.attending.links import LinkPolicy
 from prunezero.models.attending.observing import Looks
 from prunezero.models.attending.policy import Policy
 from prunezero.models.loading.language_model import LanguageModel
-from prunezero.pruning.recipes.attention_options import Columns
+from prunezero.pruning.recipes.attention_options import Columns, Links
 from prunezero.pruning.recipes.recipe import Recipe
 
 # What the formula, or something around it, is asked about that only weights have.
 _OF_WEIGHTS = ("statistics", "targets", "ignore", "pattern")
 
 
-def policy_of(recipe: Recipe, kept: float) -> Policy:
+def policy_of(recipe: Recipe, kept: float) -> Policy | LinkPolicy:
     """What a recipe does when it keeps a share of a prompt's keys.
 
     Args:
-        kept: the share, above 0 and at most 1.
+        kept: the share, above 0 and at most 1; of links, of those that each query sees.
 
     Raises:
-        RecipeError: the recipe is not of keys and values, or chooses what only weights have.
+        RecipeError: the recipe is not of keys or links, or chooses what only weights have.
         SelectionError: two ways to choose at once.
     """
     options = recipe.unit.options
-    if not isinstance(options, Columns):
+    if not isinstance(options, Columns | Links):
         raise RecipeError(
             f"recipe {recipe.name} removes {recipe.unit.several} from the weights, and a recipe of "
-            "unit: kv_column is needed here; prune by it instead"
+            "unit: kv_column or link is needed here; prune by it instead"
         )
     named = [one.arrow for one in recipe.extras]
     named += [key for key in _OF_WEIGHTS if key in recipe.effect]
     if named:
         raise RecipeError(
-            f"recipe {recipe.name}: {', '.join(named)} is about weights, and unit: kv_column "
-            "leaves those as they are; leave it out"
+            f"recipe {recipe.name}: {', '.join(named)} is about weights, and unit: "
+            f"{recipe.unit.word} leaves those as they are; leave it out"
         )
+    if isinstance(options, Links):
+        numbers = options.model_dump(exclude={"when"})
+        return LinkPolicy(recipe.criterion, kept, at_prompt=options.when == "all", **numbers)
     return Policy(
         recipe.criterion,
         kept,
@@ -67,7 +71,8 @@ def keeping(
 ) -> Iterator[Any]:
     """Within it, the cache that it gives keeps a share of the keys of a prompt, by a recipe.
 
-    Its tensors shrink, or are masked where heads keep unequal numbers of keys. Hand it to
+    Its tensors shrink, or are masked where heads keep unequal numbers of keys, or queries choose
+    for themselves. Hand it to
     `model.generate(ids, cache=cache)`; see `models/attending/installing.py`.
 
     Args:
@@ -92,7 +97,8 @@ def kept_row(
     """What a model is worth that keeps a share of the keys of each prompt, by a recipe.
 
     Of each text by name: perplexity, KL and the other measures to the dense model, and losses of
-    windows; over all, bytes of keys and values behind the prompt, and those of the dense model.
+    windows; over all, bytes of keys and values behind the prompt, those of the dense model, and the
+    share of links behind the prompt that were computed.
 
     Args:
         kept: share of the prompt's keys that stay, above 0 and at most 1.
@@ -116,5 +122,6 @@ def kept_row(
         found = continued(language_model, policy, text, known or {})
         row |= {f"{name}_{key}": value for key, value in found.measures.items()}
         row |= {"kv_bytes": found.bytes_held, "dense_kv_bytes": found.dense_bytes}
+        row |= {"links": found.links}
         row["seconds"] += found.seconds
     return row

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunezero.errors import RecipeError
 from prunezero.formula.domains import DOMAINS, Domain
-from prunezero.pruning.recipes.attention_options import Columns
+from prunezero.pruning.recipes.attention_options import Columns, Links
 from prunezero.pruning.recipes.word_options import Channels, Depth, Directions, Options, Units
 from prunezero.scoring.request import group_columns
 
@@ -313,7 +313,13 @@ def _width(
 
 
 def _run_time(
-    word: str, meaning: str, compare: tuple[str, ...], reference: str, baselines: tuple[str, ...]
+    word: str,
+    meaning: str,
+    options: type[Options],
+    compare: tuple[str, ...],
+    reference: str,
+    baselines: tuple[str, ...],
+    plural: str = "",
 ) -> UnitKind:
     """What attention works on: a policy leaves it out for a while, and no function edits weights.
 
@@ -332,9 +338,9 @@ def _run_time(
         selector="",
         editor="",
         measure="units",
-        options=Columns,
-        plural="keys with their values",
-        whole_model="leaves keys out while the whole model runs",
+        options=options,
+        plural=plural,
+        whole_model="leaves out what attention works on while the whole model runs",
     )
 
 
@@ -450,9 +456,19 @@ _ROWS = (
     _run_time(
         "kv_column",
         "a key and value that a key-value head remembers, once the prompt was read",
+        Columns,
         ("kv_head", "layer"),
         "ATT_W",
         ("attention_random", "window_sink", "snapkv", "h2o", "keydiff"),
+        "keys with their values",
+    ),
+    _run_time(
+        "link",
+        "what a query and a key before it have to do with each other in one head",
+        Links,
+        ("query",),
+        "ATT",
+        ("quest", "link_oracle"),
     ),
 )
 

@@ -49,7 +49,7 @@ def read_on(
 ) -> Tensor:
     """Logits of a prompt and of what follows it, so many tokens at a time."""
     with torch.no_grad():
-        parts = [ids[:, :prompt], *ids[:, prompt:].split(step, 1)]
+        parts = [ids[:, :prompt], *torch.split(ids[:, prompt:], step, 1)]
         return torch.cat([model.model(part, cache=cache).logits for part in parts], 1)
 
 
@@ -293,7 +293,7 @@ def _several(model: LanguageModel, cache: Any) -> None:
     [
         (_with_another_cache, {}, "runs with another one or with none"),
         (_without_cache, {}, "runs with another one or with none"),
-        (_padded, {}, "a padded batch has texts of unequal length"),
+        (_padded, {}, "a padded batch has texts of unequal length, which here"),
         (_several, {"each_step": True}, "2 tokens come at once behind the prompt"),
         (_several, {"kept": 0.1}, "3 of 24 keys may stay, but 6 always do"),
     ],

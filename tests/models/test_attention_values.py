@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -118,7 +119,7 @@ def expected(name: str, one: Attended) -> Array:
         assert one.measured.next_attention is not None
         return one.measured.next_attention.numpy()
     a = maps(one) if name.startswith("ATT") else np.zeros(0)
-    found = {
+    found: dict[str, Callable[[], Any]] = {
         "KN": lambda: np.linalg.norm(k, axis=-1),
         "VN": lambda: np.linalg.norm(v, axis=-1),
         "ATT_W": lambda: pooled(a[:, -6:].mean(1), KEYS - 6, 5),
@@ -175,7 +176,7 @@ def test_what_was_not_measured_is_refused_by_name() -> None:
             column_features([name], bare, LOOKS)
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the largest tensor that an operation makes."""
 
     largest = 0
@@ -194,7 +195,7 @@ class _Largest(TorchDispatchMode):
 def test_a_cheap_feature_makes_no_tensor_of_all_pairs(name: str) -> None:
     keys = 8192
     one = attended(keys, heads=1, group=1)
-    with _Largest() as guard:
+    with _Largest() as guard:  # type: ignore[no-untyped-call]
         Policy(Criterion.parse(name), 0.5, looks=LOOKS).chosen(one, keys // 2)
     # Pairs of even a hundredth of the queries would be more.
     assert guard.largest < keys * keys // 100 or FEATURES[name].cost in SIMULATED_SIGNALS
@@ -202,7 +203,7 @@ def test_a_cheap_feature_makes_no_tensor_of_all_pairs(name: str) -> None:
 
 def test_the_guard_sees_a_full_map() -> None:
     one = attended(1024, heads=1, group=1)
-    with _Largest() as guard:
+    with _Largest() as guard:  # type: ignore[no-untyped-call]
         one.attention(0, 1024)
     assert guard.largest == 1024 * 1024
 

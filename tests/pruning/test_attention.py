@@ -41,6 +41,7 @@ IDS = torch.stack(
     [3 + torch.randperm(90, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
 )[:, : PROMPT + MORE]
 PUBLISHED = {recipe.name: recipe for recipe in published_of("kv_column")}
+STEPPING = ("h2o", "tova")
 
 Array = np.ndarray[Any, Any]
 
@@ -239,7 +240,7 @@ class Stepping:
     def __init__(self, sums: dict[int, float]) -> None:
         self.sums = sums
 
-    def see(self, queries: Array, keys: Array, scaling: float) -> dict[int, float]:
+    def see(self, queries: Array, keys: dict[int, Array], scaling: float) -> dict[int, float]:
         """Attention that the newest token pays to those that are there, the mean of a group."""
         there = [*self.sums, max(self.sums) + 1]
         paid = dict.fromkeys(there, 0.0)
@@ -250,22 +251,25 @@ class Stepping:
         return paid
 
 
-@pytest.mark.parametrize("name", ["h2o", "tova"])
+@pytest.mark.parametrize("name", STEPPING)
 def test_a_key_goes_at_each_step_as_the_paper_says(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = sharp_model("llama")
     seen: list[Call] = []
     attend = Session.attend
-    monkeypatch.setattr(
-        Session, "attend", lambda self, call: (seen.append(call), attend(self, call))[1]
-    )
+
+    def noted(self: Session, call: Call) -> Any:
+        seen.append(call)
+        return attend(self, call)
+
+    monkeypatch.setattr(Session, "attend", noted)
     policy = policy_of(small(PUBLISHED[name]), KEPT)
     kept: dict[int, list[list[list[int]]]] = {}
     with torch.no_grad(), installed(model, policy) as session:
-        for part in (IDS[:1, :PROMPT], *IDS[:1, PROMPT:].split(1, 1)):
+        for part in (IDS[:1, :PROMPT], *torch.split(IDS[:1, PROMPT:], 1, 1)):
             model.model(part, cache=session.cache)
-            for layer, (last,) in session.last.items():
+            for layer, (last,) in session.last.items():  # type: ignore[attr-defined]
                 kept.setdefault(layer, []).append(last.positions.tolist())
     for layer, steps in kept.items():
         prompt, *later = [call for call in seen if call.layer == layer]
@@ -319,7 +323,7 @@ def test_a_row_is_measured_on_what_follows_a_prompt(name: str) -> None:
             known = next_attention(model, ids, PROMPT) if name == "attention_oracle" else None
             with torch.no_grad(), installed(model, policy_of(chosen, KEPT), known) as session:
                 model.model(ids[None, :PROMPT], cache=session.cache)
-                parts = ids[None, PROMPT:].split(1 if name == "h2o" else MORE, 1)
+                parts = torch.split(ids[None, PROMPT:], 1 if name in STEPPING else MORE, 1)
                 found = torch.cat([model.model(p, cache=session.cache).logits for p in parts], 1)
             with torch.no_grad():
                 dense = model.model(ids[None]).logits[0, PROMPT:].double().log_softmax(-1)
@@ -335,6 +339,27 @@ def test_a_row_is_measured_on_what_follows_a_prompt(name: str) -> None:
     assert row["dense_kv_bytes"] == dense_bytes
     assert row["kv_bytes"] == (dense_bytes if name == "adakv" else dense_bytes // 2)
     assert row["simulated"] == (name != "snapkv")
+
+
+@pytest.mark.parametrize("name", ["quest", "link_oracle"])
+@pytest.mark.parametrize("when", ["following", "all"])
+def test_links_are_measured_behind_the_same_prompts(name: str, when: str) -> None:
+    model, published = sharp_model("llama"), Recipe.load(name)
+    numbers = published.unit.options.model_dump(exclude_defaults=True)
+    numbers |= {"sinks": SINKS, "recent": RECENT, "when": when}
+    numbers |= {"page": 4} if name == "quest" else {}
+    chosen = with_choices(published, unit={"link": numbers})
+    row = kept_row(model, chosen, KEPT, {"text": read_densely(model, IDS, prompt=PROMPT)})
+    losses = []
+    for ids in IDS:
+        with torch.no_grad(), installed(model, policy_of(chosen, KEPT)) as session:
+            parts = [ids[None, :PROMPT], ids[None, PROMPT:]]
+            logs = [model.model(p, cache=session.cache).logits[0].log_softmax(-1) for p in parts]
+        losses += [-float(logs[1][t, ids[PROMPT + t + 1]]) for t in range(MORE - 1)]
+    assert row["text_perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+    assert row["simulated"] and row["kv_bytes"] == row["dense_kv_bytes"]
+    # A page that is not full stays beside the budget, or the budget holds no whole page more.
+    assert row["links"] == pytest.approx(KEPT, abs=0.1 if name == "quest" else 0.01)
 
 
 def test_keeping_all_costs_nothing_and_prompts_are_read_once() -> None:
@@ -376,7 +401,7 @@ def test_pruning_refuses_what_comes_and_goes_while_a_model_runs() -> None:
             {"name": "mine", "unit": "kv_column", "terminals": ["KN"], "operators": ["mul"]},
             "mine.yaml",
         )
-    with pytest.raises(RecipeError, match="a recipe of unit: kv_column is needed here"):
+    with pytest.raises(RecipeError, match="a recipe of unit: kv_column or link is needed here"):
         policy_of(Recipe.load("wanda"), 0.5)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from prunezero.errors import TextError
 from prunezero.models.attending.installing import Known, installed
 from prunezero.models.attending.interface import Attend, Call, watched_attention
+from prunezero.models.attending.links import LinkPolicy
 from prunezero.models.attending.observing import merged, next_attention
 from prunezero.models.attending.policy import Policy
 from prunezero.models.attending.remembering import bytes_held, cache_word, plain_cache
@@ -67,6 +68,8 @@ class Continued:
     """of keys and values behind one prompt, counted on tensors"""
     dense_bytes: int
     """the same of the dense model"""
+    links: float
+    """share of links behind a prompt that stay, of those that the dense model computes"""
     seconds: float
     """elapsed, without reading the prompts"""
 
@@ -132,7 +135,7 @@ def read_densely(
 
 
 def continued(
-    language_model: LanguageModel, policy: Policy, text: Continuations, known: Known
+    language_model: LanguageModel, policy: Policy | LinkPolicy, text: Continuations, known: Known
 ) -> Continued:
     """What a policy is worth on continuations that the dense model has read.
 
@@ -145,13 +148,13 @@ def continued(
     """
     started = time.perf_counter()
     rows = []
-    held = 0
+    held, links = 0, 1.0
     head = find_head(language_model, torch.stack([one.ids for one in text.readings]))
     for reading in text.readings:
         seen = known
         if "ATT_NEXT" in policy.features:
             seen = merged(known, next_attention(language_model, reading.ids, text.prompt))
-        states, held = _states(language_model, policy, reading, text.prompt, seen)
+        states, held, links = _states(language_model, policy, reading, text.prompt, seen)
         dense = reading.states
         # The token in front of the first predicted one is what it is predicted from.
         begin = text.skipped - 1
@@ -172,7 +175,7 @@ def continued(
     }
     measures = {"perplexity": math.exp(mean), **near, "window_losses": losses}
     seconds = time.perf_counter() - started
-    return Continued(measures, held, text.dense_bytes, seconds)
+    return Continued(measures, held, text.dense_bytes, links, seconds)
 
 
 def dense_measures(language_model: LanguageModel, text: Continuations) -> dict[str, Any]:
@@ -187,15 +190,23 @@ def dense_measures(language_model: LanguageModel, text: Continuations) -> dict[s
 
 
 def _states(
-    language_model: LanguageModel, policy: Policy, reading: Reading, prompt: int, known: Known
-) -> tuple[Tensor, int]:
-    """Final hidden states of what follows [tokens, hidden], and bytes of the cache before it."""
+    language_model: LanguageModel,
+    policy: Policy | LinkPolicy,
+    reading: Reading,
+    prompt: int,
+    known: Known,
+) -> tuple[Tensor, int, float]:
+    """Final hidden states of what follows [tokens, hidden], bytes before it, and share of links."""
     with torch.no_grad(), installed(language_model, policy, known) as session:
-        session.read_again(reading.calls)
+        if isinstance(policy, LinkPolicy) and policy.at_prompt:
+            _run(language_model, reading.ids[:prompt], session.cache)
+        else:
+            session.read_again(reading.calls)
         held = bytes_held(session.cache)
         following = reading.ids[prompt:]
         parts = torch.split(following, 1 if policy.each_step else len(following))
-        return torch.cat([_run(language_model, one, session.cache) for one in parts]), held
+        states = torch.cat([_run(language_model, one, session.cache) for one in parts])
+    return states, held, session.links_kept / max(session.links, 1)
 
 
 def _logits(head: Head, states: Tensor, places: slice) -> Tensor:

@@ -9,7 +9,7 @@ does, for they choose behind its attention; what follows sees only what stayed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from prunezero.models.attending.interface import (
     remembering_layers,
     watched_attention,
 )
+from prunezero.models.attending.links import LinkPolicy
 from prunezero.models.attending.observing import Attended, Measured, attended_of, writers
 from prunezero.models.attending.policy import Policy
 from prunezero.models.attending.remembering import forgetting_cache, plain_cache
@@ -81,17 +82,23 @@ def masking(
 
 @contextmanager
 def installed(
-    language_model: LanguageModel, policy: Policy, known: Known | None = None
+    language_model: LanguageModel, policy: Policy | LinkPolicy, known: Known | None = None
 ) -> Iterator[Session]:
     """The way that a policy's budgets allow: `evicting`, or `masking` where heads compete.
+
+    Links are masked too.
 
     Raises:
         SelectionError, ModelError: as these.
     """
     if policy.together and policy.each_step:
         raise _together_at_each_step()
-    way = _Masking if policy.together else _Evicting
-    with _watched(way(language_model, policy, known or {})) as session:
+    if isinstance(policy, LinkPolicy):
+        session: Session = _Linking(language_model, policy, known or {})
+    else:
+        way = _Masking if policy.together else _Evicting
+        session = way(language_model, policy, known or {})
+    with _watched(session):
         yield session
 
 
@@ -113,13 +120,17 @@ class Session(ABC):
     cache: Any
     """of the one text that it is installed for"""
 
-    def __init__(self, language_model: LanguageModel, policy: Policy, known: Known) -> None:
-        self.language_model, self.policy, self.known = language_model, policy, known
+    def __init__(
+        self, language_model: LanguageModel, features: Collection[str], known: Known
+    ) -> None:
+        self.language_model, self.known = language_model, known
         self.layers = remembering_layers(language_model)
-        self.writers = writers(language_model) if "VON" in policy.features else {}
+        self.writers = writers(language_model) if "VON" in features else {}
         self.cache = self._new_cache()
-        # Of each layer and text of a batch, what it saw last.
-        self.last: dict[int, list[Attended]] = {}
+        # Behind the prompt, in all heads of the layers that remember: links that there are, and
+        # those that stayed.
+        self.links = 0
+        self.links_kept = 0
 
     @abstractmethod
     def _new_cache(self) -> Any: ...
@@ -129,6 +140,9 @@ class Session(ABC):
 
     @abstractmethod
     def _later(self, call: Call) -> tuple[Tensor, Tensor | None]: ...
+
+    def _at_prompt(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return call.usual()
 
     def attend(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """What a call of attention gives under the policy."""
@@ -141,9 +155,11 @@ class Session(ABC):
                 "with another one or with none; hand it over as cache=..."
             )
         if call.before:
+            seen = self.cache.layers[call.layer].get_seq_length()
+            self.links += _pairs(call, seen)
             return self._later(call)
         refuse_extras(call)
-        found = call.usual()
+        found = self._at_prompt(call)
         self._after_prompt(call)
         return found
 
@@ -159,12 +175,6 @@ class Session(ABC):
                 refuse_extras(call)
                 self._after_prompt(call)
 
-    def _chosen(self, attended: Attended) -> Tensor:
-        """Which keys of a prompt stay, bool [key-value heads, keys]."""
-        keys = attended.keys.shape[1]
-        counts = self.policy.counts(keys, len(self.layers))
-        return self.policy.chosen(attended, counts[self.layers.index(attended.layer)])
-
     def _attended(self, call: Call, item: int, places: Tensor | None = None) -> Attended:
         return attended_of(
             call,
@@ -173,6 +183,22 @@ class Session(ABC):
             writer=self.writers.get(call.layer),
             measured=self.known.get(call.layer),
         )
+
+
+class _Choosing(Session):
+    """Keys are chosen behind the prompt, and at each step where the policy says so."""
+
+    def __init__(self, language_model: LanguageModel, policy: Policy, known: Known) -> None:
+        self.policy = policy
+        super().__init__(language_model, policy.features, known)
+        # Of each layer and text of a batch, what it saw last.
+        self.last: dict[int, list[Attended]] = {}
+
+    def _chosen(self, attended: Attended) -> Tensor:
+        """Which keys of a prompt stay, bool [key-value heads, keys]."""
+        keys = attended.keys.shape[1]
+        counts = self.policy.counts(keys, len(self.layers))
+        return self.policy.chosen(attended, counts[self.layers.index(attended.layer)])
 
     def _remember(self, attended: Attended, places: Tensor) -> Attended:
         """What is known of the keys that stay, for the next step.
@@ -221,24 +247,21 @@ class Session(ABC):
             )
 
 
-class _Evicting(Session):
+class _Evicting(_Choosing):
     """Keys leave the tensors of the cache."""
 
     def _new_cache(self) -> Any:
         return forgetting_cache(self.language_model)
 
     def _after_prompt(self, call: Call) -> None:
-        if call.mask is not None and not bool(_allowed(call.mask)[..., -1, :].all()):
-            raise ModelError(
-                "a padded batch has texts of unequal length, of which a cache cannot keep unequal "
-                "numbers of keys; read texts of one length, or one by one"
-            )
+        _refuse_padding(call)
         self._keep(call, [self._attended(call, item) for item in range(len(call.keys))], None)
 
     def _later(self, call: Call) -> tuple[Tensor, Tensor | None]:
         self._refuse_several(call)
         count = call.queries.shape[2]
         allowed = None if count == 1 else _causal(call)[None, None]
+        self.links_kept += _pairs(call, call.keys.shape[2])
         found = call.masked(allowed)
         if self.policy.each_step:
             pairs = zip(call.keys, call.values, strict=True)
@@ -258,7 +281,7 @@ class _Evicting(Session):
             self.last[call.layer] = [self._remember(*pair) for pair in pairs]
 
 
-class _Masking(Session):
+class _Masking(_Choosing):
     """Keys are masked; which, by layer, bool [batch, key-value heads, keys]."""
 
     def __init__(self, language_model: LanguageModel, policy: Policy, known: Known) -> None:
@@ -289,7 +312,10 @@ class _Masking(Session):
         alive = self.alive[call.layer] = torch.cat([alive, new], 2)
         group = call.queries.shape[1] // alive.shape[1]
         allowed = alive.repeat_interleave(group, 1)[:, :, None] & _causal(call)
-        found = call.masked(allowed if call.mask is None else allowed & _allowed(call.mask))
+        if call.mask is not None:
+            allowed = allowed & _allowed(call.mask)
+        self.links_kept += int(allowed.sum())
+        found = call.masked(allowed)
         if self.policy.each_step:
             for item in range(len(alive)):
                 self._step(call, item)
@@ -305,6 +331,44 @@ class _Masking(Session):
         kept = chosen.nonzero()[:, 1].view(len(alive), -1)
         alive.zero_().scatter_(1, there.gather(1, kept), True)
         self.last[call.layer][item] = self._remember(attended, kept)
+
+
+class _Linking(Session):
+    """Links are masked: each query keeps its own, and all keys stay."""
+
+    def __init__(self, language_model: LanguageModel, policy: LinkPolicy, known: Known) -> None:
+        self.policy = policy
+        super().__init__(language_model, policy.features, known)
+
+    def _new_cache(self) -> Any:
+        return plain_cache(self.language_model)
+
+    def _at_prompt(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return self._later(call) if self.policy.at_prompt else call.usual()
+
+    def _after_prompt(self, call: Call) -> None:
+        _refuse_padding(call)
+
+    def _later(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        parts = [self.policy.chosen(self._attended(call, item)) for item in range(len(call.keys))]
+        allowed = torch.stack(parts)
+        if call.before:
+            self.links_kept += int(allowed.sum())
+        return call.masked(allowed)
+
+
+def _refuse_padding(call: Call) -> None:
+    if call.mask is not None and not bool(_allowed(call.mask)[..., -1, :].all()):
+        raise ModelError(
+            "a padded batch has texts of unequal length, which here are not told apart; read texts "
+            "of one length, or one by one"
+        )
+
+
+def _pairs(call: Call, keys: int) -> int:
+    """Links of the queries of a call, in all its heads, the last of which sees so many keys."""
+    batch, heads, count, _ = call.queries.shape
+    return batch * heads * (count * (keys - count) + count * (count + 1) // 2)
 
 
 def _causal(call: Call) -> Tensor:

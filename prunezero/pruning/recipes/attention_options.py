@@ -100,6 +100,36 @@ class Columns(Options):
         return (_parsed(self.first),) if self.first else ()
 
 
+class Links(Options):
+    """How many links between tokens each query keeps, and how their scores are read."""
+
+    sinks: int = Field(
+        default=4, ge=0, le=_MOST, description="first keys that every query keeps, in its budget"
+    )
+    recent: int = Field(
+        default=32,
+        ge=1,
+        le=_MOST,
+        description="keys at a query and just before it that it keeps, in its budget",
+    )
+    page: int = Field(
+        default=1,
+        ge=1,
+        le=_MOST,
+        description="neighbouring keys that stay or go together; one that is not full before a "
+        "query stays",
+    )
+    share: Literal["head", "layer"] = Field(
+        default="head",
+        description="who keeps the same links: a query head by itself, or all of a layer, by the "
+        "mean of their scores",
+    )
+    when: Literal["following", "all"] = Field(
+        default="following",
+        description="whether links of the prompt stay, or go too",
+    )
+
+
 @lru_cache(maxsize=64)
 def _parsed(text: str) -> Criterion:
     return Criterion.parse(text)
