@@ -10,8 +10,9 @@ the last 32 among them), and 256 tokens follow, predicted from what is left: onc
 written, and once the prompt's own beginning behind text of another window, which only its own keys
 foretell. Each recipe of `baselines/` that keeps keys, or links to them, is measured as
 published, and, where it can be, with the same blocks of 16 keys for all heads of a layer, which is
-what servers with paged caches can do. Finished rows, one for each window, are kept in docs/results/attention.jsonl, so a
-second start goes on behind the last one; docs/results/attention.md is the table.
+what servers with paged caches can do. Finished rows, one for each window, are kept in
+docs/results/attention.jsonl, so a second start goes on behind the last one;
+docs/results/attention.md is the table.
 """
 
 from __future__ import annotations

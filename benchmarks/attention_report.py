@@ -30,9 +30,9 @@ def report(rows: list[Row]) -> list[str]:
         "*recall* the prompt's own beginning comes again behind other text. A cell is the mean "
         "over draws of windows, and in brackets the largest minus the smallest; without brackets "
         "there is one draw. KL is to the dense model. Bytes are those of the cache behind the "
-        "prompt, counted on its tensors, and links those between what follows and all tokens before "
-        "it, both beside the dense ones. *Simulated* are recipes that look "
-        "at attention between all tokens, or at tokens yet to come, or whose heads keep unequal "
+        "prompt, counted on its tensors, and links those between what follows and all tokens "
+        "before it, both beside the dense ones. *Simulated* are recipes that look at attention "
+        "between all tokens, or at tokens yet to come, or whose heads keep unequal "
         "numbers of keys: they save less than they look, or nothing.",
         "",
     ]

@@ -284,6 +284,10 @@ def _padded(model: LanguageModel, cache: Any) -> None:
     model.model(IDS, attention_mask=mask, cache=cache)
 
 
+def _beams(model: LanguageModel, cache: Any) -> None:
+    model.model.generate(IDS[:1], cache=cache, max_new_tokens=3, num_beams=2)
+
+
 def _several(model: LanguageModel, cache: Any) -> None:
     read_on(model, cache, IDS, step=2)
 
@@ -294,6 +298,7 @@ def _several(model: LanguageModel, cache: Any) -> None:
         (_with_another_cache, {}, "runs with another one or with none"),
         (_without_cache, {}, "runs with another one or with none"),
         (_padded, {}, "a padded batch has texts of unequal length, which here"),
+        (_beams, {"each_step": True}, "beams and drafts exchange"),
         (_several, {"each_step": True}, "2 tokens come at once behind the prompt"),
         (_several, {"kept": 0.1}, "3 of 24 keys may stay, but 6 always do"),
     ],
@@ -313,12 +318,20 @@ def test_models_and_policies_that_cannot_be_are_refused() -> None:
     ):
         pass
     model = sharp_model("llama")
+    with (
+        evicting(model, policy()),
+        pytest.raises(ModelError, match="is watched or left out in part already"),
+        masking(model, policy()),
+    ):
+        pass
     model.model.config._attn_implementation = "flex_attention"
     with (
         pytest.raises(ModelError, match="computes attention by flex_attention"),
         evicting(model, policy()),
     ):
         pass
+    with pytest.raises(SelectionError, match="ATT_NEXT says what follows a prompt"):
+        policy("ATT_NEXT", each_step=True)
     with pytest.raises(SelectionError, match="compare: layer and block are two ways to choose"):
         policy(together=True, block=4)
     with (

@@ -193,6 +193,9 @@ class _Choosing(Session):
         super().__init__(language_model, policy.features, known)
         # Of each layer and text of a batch, what it saw last.
         self.last: dict[int, list[Attended]] = {}
+        if policy.each_step or isinstance(self, _Masking):
+            # What is remembered here beside the cache would not follow.
+            self.cache.reorder_cache = self.cache.crop = _refuse_other_texts
 
     def _chosen(self, attended: Attended) -> Tensor:
         """Which keys of a prompt stay, bool [key-value heads, keys]."""
@@ -324,8 +327,8 @@ class _Masking(_Choosing):
     def _step(self, call: Call, item: int) -> None:
         alive = self.alive[call.layer][item]
         there = alive.nonzero()[:, 1].view(len(alive), -1)
-        rows = there[..., None].expand(-1, -1, call.keys.shape[-1])
-        held = call.keys[item].gather(1, rows), call.values[item].gather(1, rows)
+        heads = torch.arange(len(alive), device=alive.device)[:, None]
+        held = call.keys[item][heads, there], call.values[item][heads, there]
         attended = self._stepped(call, item, held)
         chosen = self.policy.chosen(attended, there.shape[1] - 1)
         kept = chosen.nonzero()[:, 1].view(len(alive), -1)
@@ -355,6 +358,13 @@ class _Linking(Session):
         if call.before:
             self.links_kept += int(allowed.sum())
         return call.masked(allowed)
+
+
+def _refuse_other_texts(*_: object) -> None:
+    raise ModelError(
+        "beams and drafts exchange or take back what a cache holds, which keys that go at each "
+        "step, or are masked, do not follow; generate greedily or by sampling"
+    )
 
 
 def _refuse_padding(call: Call) -> None:

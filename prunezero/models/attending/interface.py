@@ -21,6 +21,8 @@ from prunezero.models.loading.language_model import LanguageModel
 
 # Implementations that take a mask of each head.
 BASES = ("sdpa", "eager")
+# Of the names under which ours are registered.
+_PREFIX = "prunezero_"
 _NUMBERS = itertools.count()
 
 
@@ -113,7 +115,7 @@ def watched_attention(language_model: LanguageModel, attend: Attend) -> Iterator
 
     configs = _configs(language_model)
     base = configs[0]._attn_implementation
-    name = f"prunezero_{next(_NUMBERS)}"
+    name = f"{_PREFIX}{next(_NUMBERS)}"
     functions, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
 
     def function(
@@ -146,6 +148,11 @@ def _configs(language_model: LanguageModel) -> list[Any]:
         raise ModelError(
             f"{type(model).__name__} does not call attention through the interface of "
             "transformers, so nothing can be left out of it while it runs"
+        )
+    if any(str(name).startswith(_PREFIX) for name in names):
+        raise ModelError(
+            f"the attention of '{language_model.name}' is watched or left out in part already; "
+            "leave that context first"
         )
     if len(names) != 1 or not names <= set(BASES):
         raise ModelError(
