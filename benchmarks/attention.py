@@ -134,7 +134,8 @@ def in_shared_blocks(recipe: Recipe) -> Recipe | None:
         return None
     numbers = recipe.unit.options.model_dump(exclude_defaults=True)
     blocks = {"kv_column": {**numbers, "share": "layer", "block": 16}}
-    if numbers.get("when") == "step" or recipe.compare == "layer":
+    # The last layers of falling budgets have room for no block beside those that always stay.
+    if {"when", "falling"} & set(numbers) or recipe.compare == "layer":
         return None
     try:
         changed = with_choices(recipe, unit=blocks)

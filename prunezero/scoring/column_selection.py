@@ -133,7 +133,7 @@ def keep_blocks(scores: Tensor, count: int, always: Tensor, block: int) -> Tenso
     # A last block that is not full stays, so what remains is of full ones.
     partial = block - rest if rest else 0
     most = (count - partial) // block + (1 if rest else 0)
-    _refuse_small(most, fixed, f" blocks of {block}")
+    _refuse_small(most, fixed, f"blocks of {block} keys")
     chosen = keep_columns(padded.mean(-1).float(), most, fixed)
     return chosen.repeat_interleave(block, dim=1)[:, :keys]
 
@@ -165,10 +165,10 @@ def falling_counts(keys: int, kept: int, fixed: int, layers: int, ratio: float) 
     return [fixed + after - before for before, after in pairwise(sums)]
 
 
-def _refuse_small(count: int, always: Tensor, of: str = "") -> None:
+def _refuse_small(count: int, always: Tensor, several: str = "keys") -> None:
     fixed = int(always.sum())
     if count < fixed:
         raise SelectionError(
-            f"{count}{of} of {len(always)} keys may stay, but {fixed}{of} always do, the first "
+            f"{count} of {len(always)} {several} may stay, but {fixed} always do, the first "
             "(sinks) and the most recent; keep more, or lower the recipe's sinks or recent"
         )

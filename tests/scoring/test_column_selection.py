@@ -112,7 +112,7 @@ def test_blocks_stay_or_go_whole_by_their_mean(block: int) -> None:
             if len(expected) + block <= count:
                 expected |= places[at]
         assert row == expected and len(row) <= count
-    with pytest.raises(SelectionError, match="blocks of 16"):
+    with pytest.raises(SelectionError, match="1 of 3 blocks of 16 keys may stay, but 2 always do"):
         keep_blocks(values, 20, ALWAYS, 16)
 
 
