@@ -303,6 +303,19 @@ def test_a_key_goes_at_each_step_as_the_paper_says(
                 assert sorted(one.sums) == steps[step + 1][head], (layer, step, head)
 
 
+def test_heavy_hitters_step_by_step_are_not_those_of_the_shortcut() -> None:
+    model, found = sharp_model("llama"), {}
+    for name in ("h2o", "h2o_prompt"):
+        with torch.no_grad(), keeping(model, small(PUBLISHED[name]), KEPT) as cache:
+            parts = (IDS[:1, :PROMPT], *torch.split(IDS[:1, PROMPT:], 1, 1))
+            logits = torch.cat([model.model(part, cache=cache).logits for part in parts], 1)
+            found[name] = logits, [layer.keys.shape[2] for layer in cache.layers]
+    assert found["h2o"][1] == [BUDGET] * 2 and found["h2o_prompt"][1] == [BUDGET + MORE] * 2
+    difference = (found["h2o"][0] - found["h2o_prompt"][0]).abs()[0].amax(-1)
+    # What is asked first is answered from the same keys.
+    assert float(difference[: PROMPT + 1].max()) < 1e-6 and float(difference[-1]) > 1e-3
+
+
 def texts_of(model: LanguageModel) -> dict[str, Continuations]:
     again = recall_windows(IDS, prompt=PROMPT, repeated=MORE, language_model=model)
     return {

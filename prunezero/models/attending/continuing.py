@@ -106,6 +106,9 @@ def read_densely(
 ) -> Continuations:
     """What the dense model makes of prompts and of what follows them.
 
+    Queries, keys and values of all layers stay in memory, so that every policy chooses from one
+    reading; many prompts are better measured one by one.
+
     Args:
         windows: token ids [count, length].
         prompt: tokens of each prompt.
