@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention_report
 import efficiency_report
 import found_report
 import methods
@@ -45,10 +46,11 @@ def main() -> None:
 
 
 def pages(folder: Path) -> dict[Path, str]:
-    """The text of every page that is made from lines of this folder."""
+    """The text of every page that is made from lines of this folder; others are not measured."""
     made = {
         folder / f"{name}.md": "\n".join(page(read(folder / f"{name}.jsonl"))) + "\n"
         for name, page in PAGES.items()
+        if (folder / f"{name}.jsonl").is_file()
     }
     prose = folder / "README.md"
     return made | {prose: with_tables(prose.read_text(), folder)}
@@ -76,6 +78,7 @@ def latest(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
 
 
 PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
+    "attention": attention_report.report,
     "found": found_report.report,
     "methods": lambda rows: methods.report(latest(rows, ("model", "calibration_tokens"))),
     "pruning": lambda rows: pruning_report.report(latest(rows, pruning.CONDITIONS)),

@@ -114,7 +114,10 @@ def measure(arguments: argparse.Namespace, seed: int, path: Path) -> None:
 def wanted(names: str, shares: list[float]) -> Iterator[tuple[AnyRecipe, float]]:
     """Each recipe as published, and with its columns refitted, at each share."""
     chosen = [load_recipe(name) for name in names.split(",") if name] or [
-        recipe for recipe in map(load_recipe, published_recipes()) if not recipe.unit.is_usual
+        recipe
+        for recipe in map(load_recipe, published_recipes())
+        if not recipe.unit.is_usual
+        and not any(one.unit.row.domain.is_run_time for one in recipes_of(recipe))
     ]
     for share in shares:
         for recipe in chosen:

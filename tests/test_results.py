@@ -49,7 +49,7 @@ def test_every_table_has_its_place_in_the_prose(results: Any) -> None:
 
 def test_every_file_of_lines_is_shown(results: Any) -> None:
     shown = {*results.PAGES, *(file for file, _ in results.results_tables.TABLES.values())}
-    assert {path.stem for path in RESULTS.glob("*.jsonl")} == shown
+    assert {path.stem for path in RESULTS.glob("*.jsonl")} <= shown
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))

@@ -72,6 +72,7 @@ def export(
     loaded = load_recipe(found if os.path.isfile(found) else recipe)
     why = "which one file of plain torch cannot follow; use `prunezero prune` with the recipe"
     chosen = with_choices(refuse_stages(loaded, why), pattern=pattern, statistics=statistics)
+    chosen.unit.row.refuse_run_time()
     # What one file cannot follow is told before the other is written.
     if kernel is not None:
         refuse_several(chosen)

@@ -13,9 +13,9 @@ from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from prunezero.formula.operators import Operator
-    from prunezero.pruning.kinds import UnitKind
     from prunezero.pruning.recipes.staged import AnyRecipe, ShareWord
     from prunezero.pruning.recipes.word_row import Word
+    from prunezero.pruning.unit_kind import UnitKind
 
 Rows = list[dict[str, Any]]
 

@@ -162,11 +162,13 @@ def on_unit(recipes: Sequence[AnyRecipe], word: str | None) -> list[AnyRecipe]:
     """The recipes, those of whole units for other units; those of single weights as they are.
 
     Raises:
-        RecipeError: there are no such units, or none of the recipes is of whole units, or one has
-            stages of units of its own.
+        RecipeError: one removes nothing from the weights; or there are no such units, or none of
+            the recipes is of whole units, or one has stages of units of its own.
     """
-    from prunezero.pruning.recipes.staged import refuse_stages
+    from prunezero.pruning.recipes.staged import recipes_of, refuse_stages
 
+    for one in [one for recipe in recipes for one in recipes_of(recipe)]:
+        one.unit.row.refuse_run_time()
     if word is None:
         return list(recipes)
     if all(recipe.unit.is_usual for recipe in recipes):

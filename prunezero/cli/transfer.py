@@ -95,7 +95,8 @@ def _found(source: str, runs_dir: Path, sparsity: float | None) -> tuple[Recipe,
     """The recipe of a search or file, and how much it removes.
 
     Raises:
-        RecipeError: there is none, it is one of several stages, or nothing says how much.
+        RecipeError: there is none, it is one of several stages or removes nothing from the
+            weights, or nothing says how much.
     """
     from prunezero.errors import RecipeError
     from prunezero.pruning.recipes.recipe import Recipe
@@ -103,6 +104,7 @@ def _found(source: str, runs_dir: Path, sparsity: float | None) -> tuple[Recipe,
 
     folder = runs_dir / source
     recipe = Recipe.load(folder / "recipe.yaml" if folder.is_dir() else source)
+    recipe.unit.row.refuse_run_time()
     asked = recipe.provenance.get("sparsity") if sparsity is None else sparsity
     if asked is None and recipe.pattern == "free":
         raise RecipeError(

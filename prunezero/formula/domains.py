@@ -115,6 +115,24 @@ _ROWS = (
         reductions=frozenset(),
         is_run_time=False,
     ),
+    # Keys and values of one head. They are chosen once the queries are there, so what looks at all
+    # of them looks at the past.
+    Domain(
+        "kv_column",
+        axes=("query", "key"),
+        shapes=("column",),
+        reductions=_WHOLE,
+        is_run_time=True,
+    ),
+    # What one head computes between tokens. Each query chooses by itself: a word that looks at more
+    # than one entry would tell it of later queries, or of keys that it does not see.
+    Domain(
+        "link",
+        axes=("query", "key"),
+        shapes=("element", "column"),
+        reductions=frozenset(),
+        is_run_time=True,
+    ),
 )
 
 DOMAINS: dict[str, Domain] = {row.name: row for row in _ROWS}

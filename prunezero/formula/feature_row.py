@@ -22,6 +22,9 @@ While low-rank factors train, beside `weight` stand `factor_a` [rank, in] and `f
 [out, rank], the gradients of a step's mean loss `gradient_a` and `gradient_b`, the `change` of the
 weight [out, in] that the factors make, and `eta`, a number of the schedule. Where units go in
 periods of a training, of a group are known the `UNIT_TERMS` [units], see `recovery/saliency.py`.
+
+Text of a feature of an attention reads what one layer saw of a text so far, `OF_ATTENTION`; shapes
+and meanings stand in `models/attending/observing.py`.
 """
 
 from __future__ import annotations
@@ -34,22 +37,32 @@ from functools import cached_property
 import sympy
 
 # What a feature costs, cheapest first: nothing, a forward pass, a backward pass, a matrix inverse,
-# a forward pass for each unit.
-SIGNALS = ("none", "activations", "gradients", "second order", "oracle")
+# attention between all pairs of tokens, a forward pass for each unit or of tokens yet to come.
+SIGNALS = ("none", "activations", "gradients", "second order", "full map", "oracle")
 # What formulas of single weights may look at.
-WEIGHT_SIGNALS = SIGNALS[:-1]
+WEIGHT_SIGNALS = SIGNALS[:4]
+# What saves no work where it is looked at: such a choice is a simulation.
+SIMULATED_SIGNALS = SIGNALS[4:]
 # What a text may read that is known only while low-rank factors train.
 OF_FACTORS = ("factor_a", "factor_b", "gradient_a", "gradient_b", "change", "eta")
 # What one of units may read that is known only where they go in periods of a training.
 UNIT_TERMS = ("unit_norm", "unit_mean", "unit_cosine", "unit_first", "unit_second")
 # By the word of a recipe's `schedule` under which it is known.
 OF_TRAINING = {"while_training": OF_FACTORS, "periods": UNIT_TERMS}
+# What a text may read of an attention while the model runs.
+OF_ATTENTION = (
+    *("keys", "values", "output_norms", "ages", "positions", "column_noise"),
+    *("window_attention", "last_attention", "attention_sum", "attention_max", "next_attention"),
+    *("query_mean", "query_covariance", "key_lag", "value_lag"),
+    *("logits", "attention", "distances", "page_bounds"),
+)
 # What a text may read that is no sum, and the sums that it is made from.
 MADE_FROM: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("weight", "reader", "tokens", "sequences", "noise"), ()),
     **dict.fromkeys(("parameters", "flops", "kv_bytes", "milliseconds"), ()),
     **dict.fromkeys(OF_FACTORS + UNIT_TERMS, ()),
     **dict.fromkeys(("up", "down", "router"), ()),
+    **dict.fromkeys(OF_ATTENTION, ()),
     # what the distance is measured by: M2 and a refit
     "slope": ("gram", "input_sum", "mask_gradients"),
     "upper": ("gram",),
@@ -84,7 +97,8 @@ class Feature:
     # whether it is never negative
     nonnegative: bool = True
     # of which tables: "matrix" is the weight of a linear map, "unit" a row for each unit, "block"
-    # one number for each part of the depth, "expert" one for each expert of a mixture
+    # one number for each part of the depth, "expert" one for each expert of a mixture,
+    # "kv_column" and "link" queries and keys of an attention
     domains: tuple[str, ...] = ("matrix",)
     # words of a recipe's `unit` that alone have it; empty: all whose matrices are of these domains
     kinds: tuple[str, ...] = ()
@@ -114,6 +128,11 @@ class Feature:
     def of_training(self) -> bool:
         """Whether it is known only in a training in which units go."""
         return bool(self.schedule)
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether it is known only of an attention, while the model runs."""
+        return not set(self.inputs).isdisjoint(OF_ATTENTION)
 
     @property
     def sums(self) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ __all__ = [
     "dense_reference",
     "evaluate",
     "frequency_perplexity",
+    "window_measures",
 ]
 
 # Tokens whose logits exist together.
@@ -148,7 +149,7 @@ def evaluate(
             if reference is not None:
                 states = reference.states[place].to(hidden.device)
                 dense = partial(dense_logits, language_model, reference, head, states)
-            loss, near = _window(head, hidden, dense, ids)
+            loss, near = window_measures(head, hidden, dense, ids)
             losses.append(loss)
             nearness.append(near)
     columns = zip(*nearness, strict=True)
@@ -187,7 +188,7 @@ def frequency_perplexity(windows: Tensor, seen: Tensor, vocabulary: int) -> floa
 Head = Callable[[Tensor], Tensor]
 
 
-def _window(
+def window_measures(
     head: Head, hidden: Tensor, dense: Callable[[slice], Tensor] | None, ids: Tensor
 ) -> tuple[float, tuple[float, ...]]:
     """Mean loss of one window in nats per predicted token, and its means of `TO_DENSE`.

@@ -6,7 +6,6 @@ place of units take as long as what stood there, so the model at full size stand
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunezero.models.attending.remembering import cache_word
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import sliced
 from prunezero.models.loading.language_model import LanguageModel
@@ -78,9 +78,7 @@ def _seconds(language_model: LanguageModel, ids: Tensor) -> tuple[float, float]:
     wait_for(language_model)
     read = time.perf_counter() - begin
     begin = time.perf_counter()
-    # Newer versions of transformers call it so.
-    accepted = inspect.signature(language_model.model.forward).parameters
-    name = "cache" if "cache" in accepted else "past_key_values"
+    name = cache_word(language_model.model)
     for _ in range(_WRITTEN):
         following = answer.logits[:, -1:].argmax(-1)
         known = {name: cache_of(answer)}

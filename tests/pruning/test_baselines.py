@@ -85,9 +85,12 @@ def test_a_recipe_says_where_it_comes_from_and_how_to_run_it(name: str) -> None:
     assert recipe.name == name
     assert recipe.source
     first, *_ = (folder("baselines") / f"{name}.yaml").read_text().splitlines()
+    is_run_time = isinstance(recipe, Recipe) and recipe.unit.row.domain.is_run_time
     # The demo model has no experts.
     model = "./mixture" if recipe.unit.word == "expert" else "demo"
-    assert first.startswith(f"# prunezero prune --model {model} --recipe {name} ")
+    prune = f"prunezero prune --model {model} --recipe"
+    command = "python benchmarks/attention.py --recipes" if is_run_time else prune
+    assert f"{first} ".startswith(f"# {command} {name} ")
     for result in recipe.published:
         assert {"model", "sparsity", "pattern", "sequence_length", "perplexity"} <= set(result)
 

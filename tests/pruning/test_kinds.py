@@ -18,10 +18,11 @@ from prunezero.models.anatomy.groups import Group, weight_groups
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.editing.edit import Edit
 from prunezero.pruning.budget import MEASURES, Budget
-from prunezero.pruning.kinds import UNITS, UnitKind
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.recipes.words import WORDS
+from prunezero.pruning.unit_kind import UnitKind
 from prunezero.scoring.request import GROUPS
 from tests.tiny_models import FAMILIES, tiny_model, tiny_network
 from tests.tiny_moe import moe_model
@@ -36,22 +37,39 @@ def recipe(**choices: object) -> Recipe:
     return validated(Recipe, fields, "mine.yaml")
 
 
-@pytest.mark.parametrize("kind", UNITS.values(), ids=lambda kind: kind.word)
-def test_every_kind_finds_its_groups_its_edit_and_its_baselines(kind: UnitKind) -> None:
+STORED = [kind for kind in UNITS.values() if not kind.domain.is_run_time]
+OF_RUN_TIME = [kind for kind in UNITS.values() if kind.domain.is_run_time]
+
+
+def whole(kind: UnitKind) -> None:
+    """A row says what every kind has to say."""
     assert UNITS[kind.word] is kind and kind.meaning
     assert kind.domain is DOMAINS[kind.domain.name]
     assert set(kind.baselines) <= set(published_recipes())
     for name in kind.baselines:
         assert Recipe.load(name).on_unit(kind.word).unit.word == kind.word
     kind.domain.refuse(Criterion.parse(kind.reference))
+    for axes in kind.compare.values():
+        assert axes and set(axes) <= set(kind.domain.axes)
+
+
+@pytest.mark.parametrize("kind", STORED, ids=lambda kind: kind.word)
+def test_every_kind_finds_its_groups_its_edit_and_its_baselines(kind: UnitKind) -> None:
+    whole(kind)
     assert isinstance(kind.edit, Edit)
     model = moe_model() if kind.word == "expert" else tiny_model("llama")
     groups = kind.groups(find_linears(model.model), model)
     kinds = {"width": {"neuron", "kv_group"}}.get(kind.word, {kind.word})
     assert {group.kind for group in groups} == kinds
     assert all(set(group.cost) <= set(MEASURES) for group in groups)
-    for axes in kind.compare.values():
-        assert axes and set(axes) <= set(kind.domain.axes)
+
+
+@pytest.mark.parametrize("kind", OF_RUN_TIME, ids=lambda kind: kind.word)
+def test_what_comes_and_goes_while_a_model_runs_is_nothing_to_remove(kind: UnitKind) -> None:
+    whole(kind)
+    model = tiny_model("llama")
+    with pytest.raises(RecipeError, match="nothing is removed from the weights"):
+        kind.groups(find_linears(model.model), model)
 
 
 def test_weights_compete_in_every_group_and_pattern_that_there_is() -> None:

@@ -19,6 +19,7 @@ from prunezero.scoring.statistics import (
 
 MATRIX, UNIT = features_of_domain("matrix"), features_of_domain("unit")
 DEPTH = features_of_domain("block")
+ATTENTION = {*features_of_domain("kv_column"), *features_of_domain("link")}
 OUT, IN = 3, 2
 WEIGHT = torch.tensor([[1.0, -2.0], [0.0, 4.0], [3.0, -4.0]])
 # Two sequences of two tokens.
@@ -110,7 +111,8 @@ def test_a_feature_of_the_depth_equals_its_definition_in_numpy(name: str) -> Non
 def test_every_feature_of_the_vocabulary_has_a_value_and_no_other() -> None:
     assert set(expected_features()) == set(MATRIX)
     assert set(expected_of_depth()) == set(DEPTH)
-    assert {*MATRIX, *UNIT, *DEPTH, *features_of_domain("expert")} == set(FEATURES)
+    of_experts = features_of_domain("expert")
+    assert {*MATRIX, *UNIT, *DEPTH, *ATTENTION, *of_experts} == set(FEATURES)
 
 
 def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
@@ -120,7 +122,9 @@ def test_a_row_reads_the_weight_and_sums_or_the_factor_alone() -> None:
         sums = BLOCK_SUMS if "block" in row.domains else SUMS
         sums = ROUTING_SUMS if row.domains == ("expert",) else sums
         assert {*row.sums} <= {*sums} and row.cost in SIGNALS
-        assert (row.cost == "none") == (not row.sums and not row.of_training)
+        assert row.of_attention == (row.name in ATTENTION)
+        if not row.of_attention:
+            assert (row.cost == "none") == (not row.sums and not row.of_training)
 
 
 @pytest.mark.parametrize("name", sorted(MATRIX))

@@ -18,11 +18,12 @@ from prunezero.formula import Criterion
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.observing.calibration import calibrate
-from prunezero.pruning.kinds import UNITS, UnitKind
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.choices import chosen_unit
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Options
 from prunezero.pruning.testbed import Testbed
+from prunezero.pruning.unit_kind import UnitKind
 from prunezero.scoring.feature_values import depth_feature
 from prunezero.scoring.statistics import Statistics
 from prunezero.scoring.tables import Tables

@@ -14,11 +14,12 @@ from pydantic import BeforeValidator, PlainSerializer, ValidationError, WithJson
 from pydantic.fields import FieldInfo
 
 from prunezero.errors import did_you_mean
-from prunezero.pruning.kinds import UNITS, UnitKind
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import fault_in_words
 from prunezero.pruning.recipes.word_options import Options
 from prunezero.pruning.recipes.word_row import Word
 from prunezero.pruning.recipes.words import WORDS
+from prunezero.pruning.unit_kind import UnitKind
 
 
 @dataclass(frozen=True)

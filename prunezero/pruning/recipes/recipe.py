@@ -332,8 +332,9 @@ class Recipe(Document):
 
     @property
     def formulas(self) -> tuple[Criterion, ...]:
-        """The criterion, and then those that some layers have instead."""
-        return tuple(dict.fromkeys((self.criterion, *self.criteria.values())))
+        """The criterion, then those that some layers have instead, or that choose beside it."""
+        others = (*self.criteria.values(), *self.unit.options.formulas)
+        return tuple(dict.fromkeys((self.criterion, *others)))
 
     @property
     def features(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from pydantic import (
 from prunezero.errors import PruneZeroError, RecipeError, did_you_mean
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import costliest
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.choices import field_of, read_word, spelled, with_numbers
 from prunezero.pruning.recipes.documents import (
     Document,
@@ -342,6 +343,9 @@ def _faults_of(stages: tuple[Stage, ...]) -> Iterator[str]:
             "other stages look at the model with zeros in the place of what went; prune the saved "
             "model by the other recipes"
         )
+    for word in words:
+        if UNITS[word].domain.is_run_time:
+            yield f"unit: {word} is left out while a model runs, so it is no stage of a pruning"
     for word in words:
         if words.count(word) > 1:
             yield (

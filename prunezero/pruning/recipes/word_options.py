@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import Feature
 from prunezero.pruning.recipes.documents import MOST_WORDS, LayerPattern, LayerPatterns
 
@@ -41,6 +42,11 @@ class Options(BaseModel):
     def of_factors(self) -> str:
         """What they do with low-rank factors in training; nothing where they need none."""
         return ""
+
+    @property
+    def formulas(self) -> tuple[Criterion, ...]:
+        """Formulas that choose beside the recipe's own."""
+        return ()
 
     @classmethod
     def described(cls) -> list[str]:

@@ -33,6 +33,8 @@ from prunezero.scoring.request import GROUPS
 
 # Words that mean the same whatever is removed.
 _EVERY = frozenset(UNITS)
+# What is a part of the weights.
+_STORED = frozenset(word for word, kind in UNITS.items() if not kind.domain.is_run_time)
 # Words that take columns out of matrices.
 _WIDTH = frozenset({"neuron", "head", "kv_group", "width"})
 _OF_DEPTH = frozenset(word for word, kind in UNITS.items() if kind.is_of_depth)
@@ -145,7 +147,7 @@ WORDS: dict[str, dict[str, Word]] = {
             order=3,
             sees_dense=True,
             needs_biases=True,
-            units=_EVERY - _OF_DEPTH - _APART,
+            units=_STORED - _OF_DEPTH - _APART,
         ),
         "swaps": Word(
             Swaps,
@@ -193,7 +195,7 @@ WORDS: dict[str, dict[str, Word]] = {
             Iterative,
             "several pruning steps of growing sparsity",
             "schedule:iterative",
-            units=_EVERY - _OF_DEPTH - _APART,
+            units=_STORED - _OF_DEPTH - _APART,
             whole_model="prunes the model several times",
         ),
         "greedy": Word(
@@ -250,7 +252,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _APART,
+            units=_STORED - _APART,
         ),
         "lora": Word(
             Lora,
@@ -259,7 +261,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _APART,
+            units=_STORED - _APART,
         ),
         "distil": Word(
             Distil,
@@ -268,7 +270,7 @@ WORDS: dict[str, dict[str, Word]] = {
             "gradients",
             needs_text=True,
             whole_model=_TRAINS,
-            units=_EVERY - _APART,
+            units=_STORED - _APART,
         ),
     },
 }

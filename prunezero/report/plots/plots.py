@@ -31,6 +31,7 @@ SIGNALS = {
     "activations": ("#0072b2", "o"),
     "gradients": ("#009e73", "^"),
     "second order": ("#cc79a7", "D"),
+    "full map": ("#f0e442", "P"),
     "oracle": ("#56b4e9", "v"),
 }
 LABELLED_FORMULAS = 6

@@ -55,6 +55,11 @@ def _known_unit(value: str) -> str:
             "experts are gone only once routers do not choose them, which the probe of a search "
             "does not do, so their formulas cannot be screened; prune by one"
         )
+    if UNITS[value].domain.is_run_time:
+        raise ValueError(
+            f"unit: {value} is left out while a model runs, and a search looks for what to remove "
+            "from its weights; measure formulas of it by prunezero.pruning.attention"
+        )
     if UNITS[value].walker:
         raise ValueError(
             f"unit: {value} has units that are known only on a walk through the model, so their "
