@@ -43,6 +43,7 @@ OF_TRAINING = ("factor_a", "factor_b", "gradient_a", "gradient_b", "change", "et
 OF_ATTENTION = (
     *("keys", "values", "output_norms", "ages", "positions", "column_noise"),
     *("window_attention", "last_attention", "attention_sum", "attention_max", "next_attention"),
+    "reread_attention",
     *("query_mean", "query_covariance", "key_lag", "value_lag"),
     *("logits", "attention", "distances", "page_bounds"),
 )
