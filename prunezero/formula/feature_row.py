@@ -53,6 +53,7 @@ OF_TRAINING = {"while_training": OF_FACTORS, "periods": UNIT_TERMS}
 OF_ATTENTION = (
     *("keys", "values", "output_norms", "ages", "positions", "column_noise"),
     *("window_attention", "last_attention", "attention_sum", "attention_max", "next_attention"),
+    "reread_attention",
     *("query_mean", "query_covariance", "key_lag", "value_lag"),
     *("logits", "attention", "distances", "page_bounds"),
 )

@@ -123,6 +123,13 @@ ATTENTION_FEATURES = (
         "oracle",
     ),
     _column(
+        "ATT_READ",
+        "the most attention that a key receives from one query when the text is read once more",
+        r"\max_{i>n} a_{ij}",
+        "reread_attention",
+        "full map",
+    ),
+    _column(
         "EXPECTED",
         "attention that a key would receive from normally distributed queries of calibration text",
         r"\operatorname{softmax}_j(k_j^\top\mu_q/\sqrt d + k_j^\top\Sigma_q k_j/2d)",

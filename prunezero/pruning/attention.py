@@ -77,7 +77,8 @@ def keeping(
 
     Args:
         kept: share of the prompt's keys that stay, above 0 and at most 1.
-        known: what was measured beforehand, for EXPECTED and ATT_NEXT.
+        known: what was measured beforehand, for EXPECTED (`query_moments`), ATT_READ
+            (`reread_attention`) and ATT_NEXT, all of `models/attending/observing.py`.
 
     Raises:
         RecipeError, SelectionError: as `policy_of`.

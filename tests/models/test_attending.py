@@ -14,7 +14,12 @@ from prunezero.errors import ModelError, PruneZeroError, SelectionError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.attending.installing import evicting, masking
 from prunezero.models.attending.interface import Call, watched_attention
-from prunezero.models.attending.observing import Looks, next_attention, query_moments
+from prunezero.models.attending.observing import (
+    Looks,
+    next_attention,
+    query_moments,
+    reread_attention,
+)
 from prunezero.models.attending.policy import Policy
 from prunezero.models.attending.remembering import bytes_held
 from prunezero.models.loading.language_model import LanguageModel
@@ -244,6 +249,21 @@ def test_attention_that_is_yet_to_come_is_what_later_tokens_pay() -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_attention_of_a_text_read_once_more_is_the_most_that_a_query_pays() -> None:
+    model = sharp_model("llama", attn_implementation="eager")
+    ids = IDS[0, :PROMPT]
+    with torch.no_grad():
+        maps = model.model(ids.repeat(2)[None], output_attentions=True).attentions
+    found = reread_attention(model, ids)
+    for layer, attention in enumerate(maps):
+        wanted = attention[0].view(2, 2, 2 * PROMPT, -1)[:, :, PROMPT:, :PROMPT].amax((1, 2))
+        value = found[layer].reread_attention
+        assert value is not None
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(PruneZeroError, match="66 tokens are longer than the 64 positions"):
+        reread_attention(model, tiny_batches(1, 33)[0])
+
+
 def test_query_moments_are_those_of_the_places_behind_a_prompt() -> None:
     model = sharp_model("llama")
     seen: dict[int, list[Tensor]] = {}
@@ -330,7 +350,7 @@ def test_models_and_policies_that_cannot_be_are_refused() -> None:
         evicting(model, policy()),
     ):
         pass
-    with pytest.raises(SelectionError, match="ATT_NEXT says what follows a prompt"):
+    with pytest.raises(SelectionError, match="ATT_NEXT is measured of a prompt"):
         policy("ATT_NEXT", each_step=True)
     with pytest.raises(SelectionError, match="compare: layer and block are two ways to choose"):
         policy(together=True, block=4)

@@ -38,7 +38,8 @@ def attended(
 
     mixing = drawn(heads * group, WIDTH, WIDTH)
     measured = Measured(
-        drawn(heads * group, WIDTH), mixing @ mixing.mT / 8, drawn(heads, keys).abs()
+        *(drawn(heads * group, WIDTH), mixing @ mixing.mT / 8),
+        *(drawn(heads, keys).abs(), drawn(heads, keys).abs()),
     )
     return Attended(
         layer=1,
@@ -118,6 +119,9 @@ def expected(name: str, one: Attended) -> Array:
     if name == "ATT_NEXT":
         assert one.measured.next_attention is not None
         return one.measured.next_attention.numpy()
+    if name == "ATT_READ":
+        assert one.measured.reread_attention is not None
+        return one.measured.reread_attention.numpy()
     a = maps(one) if name.startswith("ATT") else np.zeros(0)
     found: dict[str, Callable[[], Any]] = {
         "KN": lambda: np.linalg.norm(k, axis=-1),
@@ -171,7 +175,7 @@ def test_noise_stays_with_its_key_and_differs_by_layer_head_and_seed() -> None:
 
 def test_what_was_not_measured_is_refused_by_name() -> None:
     bare = replace(attended(), measured=Measured(), writer=None)
-    for name in ("EXPECTED", "ATT_NEXT", "VON"):
+    for name in ("EXPECTED", "ATT_NEXT", "ATT_READ", "VON"):
         with pytest.raises(StatisticsError, match=f"feature {name} looks at .* layer 1"):
             column_features([name], bare, LOOKS)
 

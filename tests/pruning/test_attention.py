@@ -21,7 +21,12 @@ from prunezero.models.attending.continuing import (
 )
 from prunezero.models.attending.installing import Known, Session, installed
 from prunezero.models.attending.interface import Call
-from prunezero.models.attending.observing import merged, next_attention, query_moments
+from prunezero.models.attending.observing import (
+    merged,
+    next_attention,
+    query_moments,
+    reread_attention,
+)
 from prunezero.models.attending.remembering import bytes_held
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.attention import keeping, kept_row, policy_of
@@ -61,11 +66,14 @@ def recipe(**choices: object) -> Recipe:
 class Head:
     """What one key-value head and the query heads that read it see of a prompt, in float64."""
 
-    def __init__(self, call: Call, head: int, writer: Array, known: Known) -> None:
+    def __init__(self, call: Call, twice: Call, head: int, writer: Array, known: Known) -> None:
         group = call.queries.shape[1] // call.keys.shape[1]
         self.q = call.queries[0, head * group : (head + 1) * group].double().numpy()
         self.k, self.v = (one[0, head].double().numpy() for one in (call.keys, call.values))
         self.scaling, self.n = call.scaling, len(self.k)
+        # Of the prompt and its repetition.
+        self.again = twice.queries[0, head * group : (head + 1) * group, self.n :].double().numpy()
+        self.twice = twice.keys[0, head].double().numpy()
         width = self.k.shape[1]
         self.writers = [
             writer[:, one * width : (one + 1) * width]
@@ -97,6 +105,18 @@ class Head:
         near = [m for m in range(j - POOL // 2, j + POOL // 2 + 1) if 0 <= m < self.n - WINDOW]
         votes = [sum(self.pays(i, m) for i in range(self.n - WINDOW, self.n)) for m in near]
         return sum(votes) / WINDOW / POOL
+
+    def read_again(self, j: int) -> float:
+        """The most that a query of the repetition pays, by any head."""
+        return max(
+            float(np.exp(self.again[h, i] @ self.twice[j] * self.scaling))
+            / sum(
+                float(np.exp(self.again[h, i] @ self.twice[m] * self.scaling))
+                for m in range(self.n + i + 1)
+            )
+            for h in range(len(self.again))
+            for i in range(self.n)
+        )
 
     def expected(self, j: int) -> float:
         total = 0.0
@@ -145,6 +165,7 @@ PAPERS: dict[str, Callable[[Head, int], float]] = {
     ),
     "criticalkv": lambda head, j: (head.observed(j) + 0.0001) * head.written(j),
     "lagkv": lambda head, j: head.lagged(head.k, j) + head.lagged(head.v, j),
+    "kvzip": Head.read_again,
     "attention_oracle": lambda head, j: float(head.following[j]),
 }
 
@@ -193,13 +214,15 @@ def places_of(kept: Tensor, all_keys: Tensor) -> set[int]:
 
 
 def known_of(model: LanguageModel) -> dict[int, Any]:
-    return merged(query_moments(model, IDS[1:], PROMPT), next_attention(model, IDS[0], PROMPT))
+    before = merged(query_moments(model, IDS[1:], PROMPT), next_attention(model, IDS[0], PROMPT))
+    return merged(before, reread_attention(model, IDS[0, :PROMPT]))
 
 
 @pytest.mark.parametrize("name", sorted(PAPERS))
 def test_a_recipe_keeps_the_keys_that_its_paper_says(name: str) -> None:
-    model = sharp_model("llama")
+    model = sharp_model("llama", max_position_embeddings=2 * PROMPT)
     calls, known = calls_of(model, IDS[0, :PROMPT]), known_of(model)
+    twice = calls_of(model, IDS[0, :PROMPT].repeat(2))
     policy = policy_of(small(PUBLISHED[name]), KEPT)
     found: dict[int, list[set[int]]] = {}
     with torch.no_grad(), installed(model, policy, known) as session:
@@ -213,7 +236,7 @@ def test_a_recipe_keeps_the_keys_that_its_paper_says(name: str) -> None:
             found[layer] = [places_of(*pair) for pair in pairs]
     for layer, call in calls.items():
         writer = model.model.model.layers[layer].self_attn.o_proj.weight.double().numpy()
-        heads = [Head(call, head, writer, known) for head in range(call.keys.shape[1])]
+        heads = [Head(call, twice[layer], head, writer, known) for head in range(2)]
         assert found[layer] == of_paper(name, heads, layer)
     sizes = [len(kept) for layer in found.values() for kept in layer]
     assert sum(sizes) == BUDGET * len(sizes)
@@ -324,16 +347,18 @@ def texts_of(model: LanguageModel) -> dict[str, Continuations]:
     }
 
 
-@pytest.mark.parametrize("name", ["snapkv", "adakv", "h2o", "attention_oracle"])
+@pytest.mark.parametrize("name", ["snapkv", "adakv", "h2o", "attention_oracle", "kvzip"])
 def test_a_row_is_measured_on_what_follows_a_prompt(name: str) -> None:
-    model = sharp_model("llama")
+    model = sharp_model("llama", max_position_embeddings=2 * PROMPT)
     chosen = small(PUBLISHED[name])
     row = kept_row(model, chosen, KEPT, texts_of(model))
     again = recall_windows(IDS, prompt=PROMPT, repeated=MORE, language_model=model)
     for text, windows, begin in (("text", IDS, 0), ("recall", again, 3)):
         losses, distances = [], []
         for ids in windows:
-            known = next_attention(model, ids, PROMPT) if name == "attention_oracle" else None
+            known = merged(
+                next_attention(model, ids, PROMPT), reread_attention(model, ids[:PROMPT])
+            )
             with torch.no_grad(), installed(model, policy_of(chosen, KEPT), known) as session:
                 model.model(ids[None, :PROMPT], cache=session.cache)
                 parts = torch.split(ids[None, PROMPT:], 1 if name in STEPPING else MORE, 1)

@@ -22,7 +22,7 @@ from prunezero.errors import TextError
 from prunezero.models.attending.installing import Known, installed
 from prunezero.models.attending.interface import Attend, Call, watched_attention
 from prunezero.models.attending.links import LinkPolicy
-from prunezero.models.attending.observing import merged, next_attention
+from prunezero.models.attending.observing import merged, next_attention, reread_attention
 from prunezero.models.attending.policy import Policy
 from prunezero.models.attending.remembering import bytes_held, cache_word, plain_cache
 from prunezero.models.evaluation import Head, find_head, window_measures
@@ -157,6 +157,8 @@ def continued(
         seen = known
         if "ATT_NEXT" in policy.features:
             seen = merged(known, next_attention(language_model, reading.ids, text.prompt))
+        if "ATT_READ" in policy.features:
+            seen = merged(seen, reread_attention(language_model, reading.ids[: text.prompt]))
         states, held, links = _states(language_model, policy, reading, text.prompt, seen)
         dense = reading.states
         # The token in front of the first predicted one is what it is predicted from.

@@ -18,6 +18,7 @@ from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.models.attending.interface import Call, remembering_layers, watched_attention
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.text.windows import check_length
 
 # Queries whose attention exists together.
 CHUNK = 128
@@ -47,6 +48,8 @@ class Measured:
     """[query heads, width, width]"""
     next_attention: Tensor | None = None
     """attention that keys receive from the tokens that follow [key-value heads, keys]"""
+    reread_attention: Tensor | None = None
+    """the most that keys receive when the text is read once more [key-value heads, keys]"""
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,39 @@ def next_attention(language_model: LanguageModel, ids: Tensor, start: int) -> di
 
     with watched_attention(language_model, note), torch.no_grad():
         language_model.model.base_model(ids[None].to(language_model.device), use_cache=False)
+    return found
+
+
+def reread_attention(language_model: LanguageModel, ids: Tensor) -> dict[int, Measured]:
+    """The most attention that each key receives when its text is read once more, by layer.
+
+    The largest over queries and over the query heads that read a key-value head.
+
+    Args:
+        ids: token ids [length] of the text.
+
+    Raises:
+        TextError: twice the text is longer than the model can read.
+
+    Source: Kim et al. 2025, KVzip, arXiv:2505.23416, section 3.2, without words between.
+    """
+    twice, start = torch.cat([ids, ids]), len(ids)
+    check_length(len(twice), language_model)
+    found = {}
+    layers = remembering_layers(language_model)
+
+    def note(call: Call) -> tuple[Tensor, Tensor | None]:
+        if call.layer in layers:
+            attended = attended_of(call)
+            most = torch.zeros(len(attended.keys), start, device=ids.device)
+            for at in range(start, 2 * start, CHUNK):
+                part = attended.logits(at, min(at + CHUNK, 2 * start)).softmax(-1)
+                most = torch.maximum(most, part[..., :start].amax((1, 2)).to(most.device))
+            found[call.layer] = Measured(reread_attention=most)
+        return call.usual()
+
+    with watched_attention(language_model, note), torch.no_grad():
+        language_model.model.base_model(twice[None].to(language_model.device), use_cache=False)
     return found
 
 

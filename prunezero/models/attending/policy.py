@@ -76,10 +76,11 @@ class Policy:
             raise SelectionError(
                 f"{' and '.join(named)} are two ways to choose keys; leave one of them out"
             )
-        if self.each_step and "ATT_NEXT" in self.features:
+        beforehand = {"ATT_NEXT", "ATT_READ"} & set(self.features)
+        if self.each_step and beforehand:
             raise SelectionError(
-                "ATT_NEXT says what follows a prompt, so it says nothing at each step; leave when: "
-                "step out"
+                f"{' and '.join(sorted(beforehand))} is measured of a prompt, so it says nothing "
+                "at each step; leave when: step out"
             )
 
     @property

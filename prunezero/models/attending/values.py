@@ -106,6 +106,11 @@ def _next_attention(attended: Attended, looks: Looks) -> Tensor:
     return _known(attended, known, "ATT_NEXT", "the tokens that follow")
 
 
+def _reread_attention(attended: Attended, looks: Looks) -> Tensor:
+    known = attended.measured.reread_attention
+    return _known(attended, known, "ATT_READ", "the text when it is read once more")
+
+
 def _known(attended: Attended, value: Tensor | None, name: str, what: str) -> Tensor:
     if value is None:
         raise StatisticsError(
@@ -158,6 +163,7 @@ VALUES: dict[str, Value] = {
     "attention_sum": lambda attended, looks: attended.totals[0],
     "attention_max": lambda attended, looks: attended.totals[1],
     "next_attention": _next_attention,
+    "reread_attention": _reread_attention,
     "query_mean": _query_mean,
     "query_covariance": _query_covariance,
     "key_lag": lambda attended, looks: _lag(attended.keys, looks),
