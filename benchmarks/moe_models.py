@@ -1,7 +1,7 @@
 """Real mixtures of experts, made here: none is small enough to be at hand.
 
-    python benchmarks/moe_models.py demo FOLDER --minutes 30    # the demo model, its MLPs divided
-    python benchmarks/moe_models.py small FOLDER --minutes 15   # a small one, trained from nothing
+    python benchmarks/moe_models.py demo FOLDER --steps 200     # the demo model, its MLPs divided
+    python benchmarks/moe_models.py small FOLDER --steps 1500   # a small one, trained from nothing
     python benchmarks/moe_models.py texts FOLDER                # the two texts of it alone
     python benchmarks/moe_models.py routing MODEL --texts A,B   # who is chosen, by text
 
@@ -46,7 +46,7 @@ SMALL = {
     **{"num_key_value_heads": 2, "intermediate_size": 64, "moe_intermediate_size": 64},
     **{"num_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": True},
     **{"max_position_embeddings": 512, "tie_word_embeddings": True, "rope_theta": 10000.0},
-    **{"output_router_logits": True, "router_aux_loss_coef": 0.01},
+    **{"output_router_logits": True, "router_aux_loss_coef": 0.05},
 }
 VOCABULARY = 2048
 LENGTH = 256
@@ -63,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["demo", "small", "texts", "routing"])
     parser.add_argument("folder", help="to write to; of `routing`, the model")
-    parser.add_argument("--minutes", type=float, default=15, help="of training")
+    parser.add_argument("--steps", type=int, help="of training; 200 of `demo`, 1500 of `small`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--texts", default="demo", help="of `routing`, by commas")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,12 +76,12 @@ def main() -> None:
     elif arguments.what == "routing":
         print(json.dumps(routing(arguments.folder, arguments.texts.split(",")), indent=1))
     elif arguments.what == "demo":
-        make_demo(folder, 60 * arguments.minutes)
+        make_demo(folder, arguments.steps or 200)
     else:
-        make_small(folder, 60 * arguments.minutes)
+        make_small(folder, arguments.steps or 1500)
 
 
-def make_demo(folder: Path, seconds: float) -> None:
+def make_demo(folder: Path, steps: int) -> None:
     """The demo model with experts in place of its MLPs."""
     dense = load_model("demo", dtype="float32")
     text = load_text("demo")
@@ -95,7 +95,7 @@ def make_demo(folder: Path, seconds: float) -> None:
         found = model(batch).logits.log_softmax(-1)
         return functional.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()
 
-    train(model, trained, distance, ids, seconds=seconds, rate=3e-4, batch=2)
+    train(model, trained, distance, ids, steps=steps, rate=3e-4, batch=2)
     save(model, dense.tokenizer, folder)
 
 
@@ -202,7 +202,7 @@ def together(active: Tensor, *, rounds: int = 8) -> list[Tensor]:
     return [torch.nonzero(own == place).flatten() for place in range(EXPERTS)]
 
 
-def make_small(folder: Path, seconds: float) -> None:
+def make_small(folder: Path, steps: int) -> None:
     """A small model that has learned two kinds of text."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -228,7 +228,7 @@ def make_small(folder: Path, seconds: float) -> None:
         found: Tensor = model(batch, labels=batch).loss
         return found
 
-    train(model, list(model.parameters()), loss, ids, seconds=seconds, rate=3e-3, batch=8)
+    train(model, list(model.parameters()), loss, ids, steps=steps, rate=3e-3, batch=8)
     model.config.output_router_logits = False
     save(model.to(torch.bfloat16), tokenizer, folder)
 
@@ -278,30 +278,28 @@ def train(
     loss_of: Loss,
     ids: Tensor,
     *,
-    seconds: float,
+    steps: int,
     rate: float,
     batch: int,
 ) -> None:
-    """AdamW for so many seconds, the rate falling to nothing; told about ten times."""
+    """AdamW for so many steps, the rate falling to nothing; told about ten times."""
     model.train().requires_grad_(False)
     for value in values:
         value.requires_grad_(True)
     optimizer = torch.optim.AdamW(values, lr=rate, weight_decay=0.01)
-    begin, told, step, recent = time.perf_counter(), 0.0, 0, []
-    while (spent := time.perf_counter() - begin) < seconds:
-        warm = min(1.0, (step + 1) / 20)
+    begin, recent = time.perf_counter(), list[float]()
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * warm * max(0.02, 1 - spent / seconds)
+            group["lr"] = rate * min(1.0, (step + 1) / 20) * max(0.02, 1 - step / steps)
         loss = loss_of(ids[torch.randint(len(ids), (batch,))])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(values, 1.0)
         optimizer.step()
-        step += 1
         recent.append(float(loss.detach()))
-        if spent >= told:
-            print(f"{spent:6.0f} s, step {step}, loss {np.mean(recent[-20:]):.3f}", flush=True)
-            told += seconds / 10
+        if step % max(1, steps // 10) == 0 or step == steps - 1:
+            spent = time.perf_counter() - begin
+            print(f"{spent:6.0f} s, step {step + 1}, loss {np.mean(recent[-20:]):.3f}", flush=True)
     model.eval().requires_grad_(False)
 
 
