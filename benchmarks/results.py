@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import attention_report
+import cluster
 import efficiency_report
+import experts
 import found_report
 import methods
 import pruning
 import pruning_report
+import recovery
 import results_tables
 import rounding
 import scoring_report
@@ -79,9 +82,12 @@ def latest(rows: list[Row], keys: tuple[str, ...]) -> list[Row]:
 
 PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
     "attention": attention_report.report,
+    "cluster": cluster.report,
+    "experts": experts.report,
     "found": found_report.report,
     "methods": lambda rows: methods.report(latest(rows, ("model", "calibration_tokens"))),
     "pruning": lambda rows: pruning_report.report(latest(rows, pruning.CONDITIONS)),
+    "recovery": recovery.report,
     "rounding": lambda rows: rounding.report(latest(rows, rounding.CONDITIONS)),
     "scoring": lambda rows: scoring_report.report(scoring_report.latest(rows)),
     "speed": speed.report,
