@@ -146,9 +146,9 @@ class Proposer:
         group = competing(mother)
         if chance < space.fresh + space.chosen + space.crossover:
             child = cross(criterion, father.criterion, space, rng, compare=group)
-            return child and (child, choices, "cross", (mother.name, father.name))
+            return _drawn(child, choices, "cross", mother.name, father.name)
         child = mutate(criterion, space, rng, compare=group)
-        return child and (child, choices, "mutate", (mother.name,))
+        return _drawn(child, choices, "mutate", mother.name)
 
     def _parent(self, rng: random.Random, population: Sequence[Recipe]) -> Recipe:
         """The best of a tournament."""
@@ -161,7 +161,7 @@ class Proposer:
             choices[key] = rng.choice(values)
         group = competing_units(choices["unit"], choices["compare"])
         criterion = random_criterion(self._space, rng, compare=group)
-        return criterion and (criterion, choices, "random", ())
+        return _drawn(criterion, choices, "random")
 
     def _other_choices(self, rng: random.Random, choices: Mapping[str, Any]) -> dict[str, Any]:
         key = rng.choice(sorted(self._options))
@@ -176,4 +176,11 @@ class Proposer:
         return criterion
 
 
+# A formula, choices around it, what made them, and names of parents.
 _Draw = tuple[Criterion, dict[str, Any], str, tuple[str, ...]]
+
+
+def _drawn(
+    criterion: Criterion | None, choices: dict[str, Any], origin: str, *parents: str
+) -> _Draw | None:
+    return None if criterion is None else (criterion, choices, origin, parents)
