@@ -11,6 +11,7 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.report.plots.axes import bulk
+from prunezero.report.plots.fronts import pareto_picture
 from prunezero.report.plots.labels import LONGEST_LABEL, short
 from prunezero.report.plots.plots import (
     pareto,
@@ -18,7 +19,6 @@ from prunezero.report.plots.plots import (
     progress,
     proxy_against_truth,
 )
-from prunezero.report.plots.fronts import pareto_picture
 from prunezero.report.plots.quality import SIZE, quality_against_size
 
 
