@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from prunezero.errors import SearchError
+from prunezero.errors import PruneZeroWarning, SearchError
 from prunezero.models.attending.continuing import read_densely, recall_windows
 from prunezero.models.attending.observing import next_attention, query_moments
 from prunezero.models.loading.language_model import LanguageModel
@@ -168,8 +168,15 @@ def test_a_search_that_was_cut_ends_where_the_whole_one_does(
     size = log.stat().st_size
     search_attention(model, texts, experiment(), known=known, log=log)
     assert log.stat().st_size == size
+    log.write_bytes(log.read_bytes().replace(b'"measured"', b'"meazured"', 1))
+    with pytest.warns(PruneZeroWarning, match=r"line \d+: damaged; .* measured again"):
+        again = search_attention(model, texts, experiment(), known=known, log=log)
+    assert told(again) == told(found)
     with pytest.raises(SearchError, match=r"other settings \(seed: 0, now 1\)"):
         search_attention(model, texts, experiment(seed=1), known=known, log=log)
+    log.write_text("no log\n")
+    with pytest.raises(SearchError, match="line 1 does not say what was searched"):
+        search_attention(model, texts, experiment(), known=known, log=log)
 
 
 def test_recipes_of_the_front_are_files_that_load_and_stand_beside_their_rivals(

@@ -85,9 +85,9 @@ class Log:
     def _take(self, path: Path, records: list[Result | None]) -> None:
         damaged = [place for place, one in enumerate(records, start=1) if one is None]
         if damaged:
+            lines = "line" if len(damaged) == 1 else f"{len(damaged)} lines, the first line"
             warnings.warn(
-                f"{path}, line {damaged[0]}, damaged as are {len(damaged) - 1} more: what stood "
-                "there is measured again",
+                f"{path}, {lines} {damaged[0]}: damaged; what stood there is measured again",
                 PruneZeroWarning,
                 stacklevel=5,
             )
