@@ -11,6 +11,7 @@ import pytest
 
 from prunezero.errors import OutputError
 from prunezero.report.plots.axes import bulk
+from prunezero.report.plots.fronts import pareto_picture
 from prunezero.report.plots.labels import LONGEST_LABEL, short
 from prunezero.report.plots.plots import (
     pareto,
@@ -100,3 +101,23 @@ def test_quality_stands_against_size_and_what_is_far_worse_is_named(tmp_path: Pa
         path = tmp_path / f"{len(few)}.png"
         quality_against_size(few, path)
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_recipes_stand_by_two_objectives_and_those_without_a_number_are_left_out(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"recipe": "snapkv", "is_found": False, "rank": 0, "text_kl": 0.05, "recall_kl": 1.9},
+        {"recipe": "mine-1", "is_found": True, "rank": 0, "text_kl": 0.08, "recall_kl": 1.2},
+        {"recipe": "keydiff", "is_found": False, "rank": 1, "text_kl": 0.3, "recall_kl": 2.0},
+        {"recipe": "lagkv", "is_found": False, "refused": "it keeps too few"},
+    ]
+    pictures = []
+    for few in (rows, rows[:3], rows[:1], []):
+        path = tmp_path / f"{len(few)}.png"
+        pareto_picture(
+            few, path, across=("text_kl", "KL on text"), upwards=("recall_kl", "KL on recall")
+        )
+        pictures.append(path.read_bytes())
+        assert pictures[-1].startswith(b"\x89PNG")
+    assert pictures[0] == pictures[1] != pictures[2]

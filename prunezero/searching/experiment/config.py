@@ -16,6 +16,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import WEIGHT_SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.budget import Budget
+from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.pruning.testbed import Settings, Testbed
@@ -117,7 +118,8 @@ class SearchConfig(BaseModel):
 
         Raises:
             RecipeError: there is no such field, or it holds what it may not; or there is no such
-                search space, or nothing is left of it under these signals.
+                search space, nothing is left of it under these signals, or its units are of run
+                time.
         """
         for name in named.keys() - cls.model_fields.keys():
             near = did_you_mean(name, cls.model_fields) or "."
@@ -132,6 +134,12 @@ class SearchConfig(BaseModel):
         elif signals is not None:
             limited = {**space.model_dump(mode="json"), "signals": signals}
             space = validated(SearchSpace, limited, f"search space {space.name}")
+        if UNITS[space.unit].domain.is_run_time:
+            raise RecipeError(
+                f"search space {space.name} is of unit: {space.unit}, which is left out while a "
+                "model runs, and this search removes from weights; use search_attention of "
+                "prunezero.searching.attending.search"
+            )
         found = {"space": space.name, **named, "space_content": space, "signals": space.signals}
         return validated(cls, found, "search")
 

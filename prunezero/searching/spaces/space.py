@@ -177,7 +177,7 @@ class SearchSpace(BaseModel):
         if self.unit != "weight":
             units = self.choices.get("unit", (self.unit,))
             found = {competing_units(unit, one) for unit in units for one in groups}
-            return next(word for word in (AS_IT_IS, "model", "group") if word in found)
+            return next(word for word in (AS_IT_IS, "model", "group", "row") if word in found)
         widest = [group for group in ("model", "layer") if group in groups]
         inside = [group for group in groups if group != "row"]
         return [*widest, *inside, "row"][0]

@@ -19,7 +19,7 @@ CHOOSABLE = ("compare", "allocate", "update", "permute", "damping", "unit", "sch
 # Those that a training consists of.
 TRAINING = ("schedule", "recover")
 # A formula that every kind of unit has, and that costs nothing.
-_CHEAPEST = {"weight": "abs(W)"}
+_CHEAPEST = {"weight": "abs(W)", "kv_column": "RNDK"}
 _OF_UNITS = "RND"
 
 Choices = Mapping[str, tuple[Any, ...]]
@@ -147,5 +147,9 @@ def competing_units(unit: Any, compare: str) -> str:
     """
     made = chosen_unit(unit)
     options = made.options.model_dump(exclude_defaults=True)
+    if made.word == "kv_column":
+        # Means over heads and over blocks are of values; else a key-value head is a row by itself.
+        is_mean = options.get("share") == "layer" or "block" in options
+        return AS_IT_IS if is_mean else {"layer": "model"}.get(compare, "row")
     counts = {"members", "channels", "normalise", "rescore"}.intersection(options)
     return AS_IT_IS if counts or made.word == "head" else compare

@@ -55,10 +55,10 @@ def _known_unit(value: str) -> str:
             "experts are gone only once routers do not choose them, which the probe of a search "
             "does not do, so their formulas cannot be screened; prune by one"
         )
-    if UNITS[value].domain.is_run_time:
+    if value == "link":
         raise ValueError(
-            f"unit: {value} is left out while a model runs, and a search looks for what to remove "
-            "from its weights; measure formulas of it by prunezero.pruning.attention"
+            "links are left out query by query, of which no rung of a search knows anything; "
+            "measure formulas of them by prunezero.pruning.attention"
         )
     if UNITS[value].walker:
         raise ValueError(
@@ -110,10 +110,12 @@ def _cheap_terminals_of_units(
     value: tuple[Criterion, ...], unit: str, limit: str
 ) -> tuple[Criterion, ...]:
     kept = tuple(terminal for terminal in value if is_within(terminal.signal, limit))
-    if not any(terminal.shape in ("row", "element") for terminal in kept):
+    shapes = {"element", *UNITS[unit].domain.shapes}
+    if shapes.isdisjoint(terminal.shape for terminal in kept):
+        free = "AGE" if unit == "kv_column" else "PARAMS"
         raise ValueError(
             f"none that varies by {unit.replace('_', ' ')} looks at '{limit}' or less, so no "
-            "formula could rank them; allow costlier signals, or add PARAMS"
+            f"formula could rank them; allow costlier signals, or add {free}"
         )
     return kept
 
