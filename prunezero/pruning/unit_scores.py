@@ -311,7 +311,9 @@ def expert_scores(
     scores = score_units(criterion, layer.router_weight, values, group=group.name, kind=group.kind)
     if options.guard == "none":
         return scores
-    guarded = is_super(group.name, {name: one.sums[_LARGEST] for name, one in statistics.items()})
+    # Beside mixtures may stand linear maps, where other recipes look at those.
+    seen = {name: one.sums for name, one in statistics.items() if _LARGEST in one.sums}
+    guarded = is_super(group.name, {name: sums[_LARGEST] for name, sums in seen.items()})
     return scores.masked_fill(guarded.to(scores.device), torch.finfo(scores.dtype).max)
 
 
