@@ -1,4 +1,4 @@
-"""Proxy for experts: what the outputs of mixtures lose when routers may choose only those that stay.
+"""Proxy for experts: what outputs of mixtures lose when routers choose only among those that stay.
 
 Outputs of all experts for a sample of tokens are kept, as the search among subsets keeps them, so
 that a selection costs one call of each router and a lookup. Tokens are those of the dense model:
