@@ -10,17 +10,20 @@ from typing import Protocol
 from torch import Tensor
 
 from prunezero.formula.criterion import Criterion
+from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import Linear, find_blocks, find_linears
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.compare import RecipeRunner
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.requirements import observed_sums
 from prunezero.pruning.slopes import with_slopes
 from prunezero.pruning.testbed import Testbed
 from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.statistics import BLOCK_SUMS, Statistics
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.proxies.begun_training import begin_training
+from prunezero.searching.proxies.expert_samples import ExpertSamples, oracles_of
 from prunezero.searching.proxies.layer_error import WeightSamples
 from prunezero.searching.proxies.samples import probe_of, sample_rows, stacked
 from prunezero.searching.proxies.unit_samples import DISTANCE, UnitSamples
@@ -140,4 +143,20 @@ def _units(
             testbed.language_model, groups, testbed.windows("calibration"), sums, progress=progress
         )
         statistics = {**statistics, **seen}
+    if kind.domain.name == "expert":
+        return _experts(task, testbed, groups, progress)
     return UnitSamples(groups, blocks, statistics)
+
+
+def _experts(
+    task: Task, testbed: Testbed, groups: tuple[Group, ...], progress: Progress | None
+) -> ExpertSamples:
+    """All experts of the model, what routers do to them, and what they make of some tokens."""
+    model, windows = testbed.language_model, testbed.windows("calibration")
+    seeds = map(task.recipe, task.seeds, repeat("it"))
+    looked_at = map(observed_sums, chain(task.space.examples("free"), seeds))
+    sums = needed_sums(task.space.features).union(*looked_at)
+    kind = task.recipe(task.usual, "it").unit.row
+    seen = kind.observe(model, groups, windows, sums, progress=progress) if sums else {}
+    blocks = len(find_blocks(model.model))
+    return ExpertSamples(groups, blocks, seen, oracles=oracles_of(model, groups, windows))

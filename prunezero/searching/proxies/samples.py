@@ -159,6 +159,9 @@ def rung_sums(
     features: Iterable[str], *, with_gradients: bool, unit: str = "weight"
 ) -> frozenset[str]:
     """Names of the sums of linear maps that the rungs need for formulas of these features."""
+    # What whole experts do is observed by mixture, see `requirements.observed_sums`.
+    if UNITS[unit].domain.name == "expert":
+        return frozenset()
     needed = needed_sums(features) - BLOCK_SUMS.keys()
     if UNITS[unit].is_of_depth:
         return needed

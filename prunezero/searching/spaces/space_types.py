@@ -50,11 +50,6 @@ def _known_unit(value: str) -> str:
             "channels of the residual stream are one group for the whole model, of which no block "
             "by itself loses anything, so their formulas cannot be screened; prune by one"
         )
-    if UNITS[value].domain.name == "expert":
-        raise ValueError(
-            "experts are gone only once routers do not choose them, which the probe of a search "
-            "does not do, so their formulas cannot be screened; prune by one"
-        )
     if value == "link":
         raise ValueError(
             "links are left out query by query, of which no rung of a search knows anything; "
