@@ -45,7 +45,7 @@ def measured_finally(
     say(f"found: {best.rule.text}", style="bold")
     equivalent = published_equivalent(task, best.rule)
     if equivalent is not None:
-        say(f"it ranks weights as the published {equivalent} does")
+        say(f"it ranks as the published {equivalent} does")
     for sentence in verdict(rows, objective):
         say(sentence)
     _say_files(recipe, folder)

@@ -58,7 +58,7 @@ class Subsets(Options):
     """Subsets of experts by what their layer's output loses, Lu et al. 2024, arXiv:2402.14800."""
 
     most: int = Field(
-        default=20_000,
+        default=2_000,
         ge=1,
         le=10**9,
         description="subsets of one mixture that are all tried; where there are more, experts go "
