@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prunezero.errors import PruneZeroError
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.cli.conftest import Run, flat, typing
 from tests.tiny_models import tiny_batches
 from tests.tiny_moe import save_moe
@@ -55,6 +56,7 @@ def test_prune_saves_a_plain_model_with_fewer_experts_and_measures_what_it_saved
     assert dense["test_perplexity"] == pytest.approx(row["test_perplexity"], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::prunezero.errors.PruneZeroWarning")
 def test_compare_measures_each_recipe_on_the_dense_model(on_mixture: Run) -> None:
     # A recipe of weights beside them has sums of linear maps seen as well.
     assert on_mixture("compare MODEL --recipes reap,wanda --sparsity 0.34").exit_code == 0
@@ -81,10 +83,9 @@ def test_compare_measures_each_recipe_on_the_dense_model(on_mixture: Run) -> Non
         ("--recipe mone --sparsity 0.34 --output out", "so such a model cannot be saved; leave"),
         ("--recipe reap --sparsity 0.34 --output out --padded", "no zeros stand for experts"),
         ("--recipe reap --sparsity 0.34 --targets q_proj", "of which experts are stacks"),
-        ("--recipe wanda --sparsity 0.5", "holds the fused weights"),
         (
             "--recipe reap --sparsity 0.34 --output out --memory-limit 900MiB",
-            "cannot be pruned block by block; leave out the memory limit",
+            "cannot be run block by block: unit expert sees which experts the router",
         ),
     ],
 )
@@ -103,8 +104,9 @@ def test_a_dense_model_has_no_experts_to_take_out(run: Run) -> None:
     assert "LlamaForCausalLM has no mixture of experts" in str(result.exception)
 
 
-def test_a_search_for_formulas_of_experts_is_refused(run: Run) -> None:
-    Path("mine.yaml").write_text("name: mine\nunit: expert\n")
-    result = run("search MODEL --sparsity 0.5 --space mine.yaml --budget 5 --name x")
-    assert isinstance(result.exception, PruneZeroError), result.output
-    assert "their formulas cannot be screened" in str(result.exception)
+@pytest.mark.filterwarnings("ignore::prunezero.errors.PruneZeroWarning")
+def test_a_search_finds_a_recipe_of_experts_beside_the_published_ones(on_mixture: Run) -> None:
+    result = on_mixture("search MODEL --sparsity 0.34 --space experts --budget 4 --name x")
+    assert result.exit_code == 0, result.output
+    assert "expert_sparsity" in result.output
+    assert Recipe.load("runs/x/recipe.yaml").unit.word == "expert"
