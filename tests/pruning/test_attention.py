@@ -433,10 +433,10 @@ def test_pruning_refuses_what_comes_and_goes_while_a_model_runs() -> None:
         body = {"unit": "kv_column", "criterion": "ATT_W", "compare": "kv_head"}
         stages = [body, {"recipe": "mask_fisher"}]
         validated(StagedRecipe, {"name": "mine", "stages": stages}, "mine.yaml")
-    with pytest.raises(PruneZeroError, match="kv_column is left out while a model runs"):
+    with pytest.raises(PruneZeroError, match="links are left out query by query"):
         validated(
             SearchSpace,
-            {"name": "mine", "unit": "kv_column", "terminals": ["KN"], "operators": ["mul"]},
+            {"name": "mine", "unit": "link", "terminals": ["QK"], "operators": ["mul"]},
             "mine.yaml",
         )
     with pytest.raises(RecipeError, match="a recipe of unit: kv_column or link is needed here"):
