@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from pruning import cpu_name
 from rows import append, read
-from units import kept_of, place_of
+from units import kept_of
 from units_report import CONDITIONS, cell, mean, part
 
 from prunezero.errors import PruneZeroError
 from prunezero.models.anatomy.experts import find_moe_layers
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.text.splits import Text, load_text
 from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
@@ -35,6 +36,9 @@ from prunezero.pruning.recipes.staged import load_recipe
 from prunezero.pruning.testbed import Settings, Testbed
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+
+# What tells a row from every other.
+PLACE = ("recipe", "calibrated_on", "share", "seed", *CONDITIONS)
 
 Row = dict[str, Any]
 
@@ -46,10 +50,11 @@ def main() -> None:
     if not arguments.report:
         torch.set_num_threads(arguments.threads)
         texts = {Path(name).stem: load_text(name) for name in arguments.texts.split(",")}
+        model = load_model(arguments.folder, dtype="float32")
         for seed in range(arguments.draws):
             for measured in texts:
                 for seen in texts:
-                    measure(arguments, texts, (seen, measured), seed, path)
+                    measure(arguments, model, texts, (seen, measured, seed), path)
     text = "\n".join(report(read(path))) + "\n"
     path.with_suffix(".md").write_text(text)
     print(text)
@@ -80,17 +85,17 @@ def parsed() -> argparse.Namespace:
 
 def measure(
     arguments: argparse.Namespace,
+    model: LanguageModel,
     texts: dict[str, Text],
-    which: tuple[str, str],
-    seed: int,
+    which: tuple[str, str, int],
     path: Path,
 ) -> None:
     """Append the rows of one draw of one text, measured on one text, that the file lacks.
 
     Args:
-        which: text to calibrate with, and text to measure on.
+        which: text to calibrate with, text to measure on, and the draw.
     """
-    seen, measured = which
+    seen, measured, seed = which
     given = {
         "model": Path(arguments.folder).name,
         "text": measured,
@@ -105,13 +110,17 @@ def measure(
     missing = []
     for share in [0.0, *map(float, arguments.shares.split(","))]:
         for recipe in [None] if share == 0 else recipes_of(arguments.recipes):
-            head = {"recipe": recipe.name if recipe else "dense", "update": seen, "share": share}
+            head = {
+                "recipe": recipe.name if recipe else "dense",
+                "calibrated_on": seen,
+                "share": share,
+            }
             head |= {"seed": seed} | given
             if place_of(head) not in known and (recipe or seen == measured):
                 missing.append((recipe, share, head))
     if not missing:
         return
-    testbed = set_up(arguments, texts[seen], texts[measured], seed)
+    testbed = testbed_of(arguments, model, texts[seen], texts[measured], seed)
     runner = RecipeRunner(testbed, {}, splits=SPLITS)
     for recipe, share, head in missing:
         row = head | measured_row(runner, recipe, share)
@@ -126,7 +135,9 @@ def recipes_of(names: str) -> list[Recipe]:
     return [one for one in found if isinstance(one, Recipe) and one.unit.word == "expert"]
 
 
-def set_up(arguments: argparse.Namespace, seen: Text, measured: Text, seed: int) -> Testbed:
+def testbed_of(
+    arguments: argparse.Namespace, model: LanguageModel, seen: Text, measured: Text, seed: int
+) -> Testbed:
     """The model on a text, calibrated with another, or the same."""
     documents = {**measured.documents, "calibration": seen.documents["calibration"]}
     text = replace(
@@ -139,7 +150,7 @@ def set_up(arguments: argparse.Namespace, seen: Text, measured: Text, seed: int)
         arguments.test_tokens,
         seed,
     )
-    return Testbed(load_model(arguments.folder, dtype="float32"), text, settings)
+    return Testbed(model, text, settings)
 
 
 def measured_row(runner: RecipeRunner, recipe: Recipe | None, share: float) -> Row:
@@ -153,6 +164,11 @@ def measured_row(runner: RecipeRunner, recipe: Recipe | None, share: float) -> R
     except PruneZeroError as error:
         return {"refused": str(error)}
     return kept_of(row) | {"acceptance": row["acceptance"]}
+
+
+def place_of(row: Row) -> tuple[Any, ...]:
+    """The place of a row in the file."""
+    return tuple(row.get(key) for key in PLACE)
 
 
 def report(rows: list[Row]) -> list[str]:
@@ -191,9 +207,9 @@ def report(rows: list[Row]) -> list[str]:
 def _table(rows: list[Row], dense: list[Row]) -> list[str]:
     by_recipe: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        by_recipe[row["recipe"]][row["update"]].append(row)
+        by_recipe[row["recipe"]][row["calibrated_on"]].append(row)
     measured = rows[0]["text"]
-    others = sorted({row["update"] for row in rows} - {measured})
+    others = sorted({row["calibrated_on"] for row in rows} - {measured})
     head = ["recipe", "draws", "validation", "test", "KL", "acceptance", "parameters"]
     head += [f"{what}, calibrated on {other}" for other in others for what in ("test", "KL")]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
