@@ -7,6 +7,8 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
+from rows import under_equal
+
 # Rows stand in one table only where these are the same.
 CONDITIONS = (
     *("model", "text", "windows", "prompt", "following", "repeated", "skipped"),
@@ -36,10 +38,7 @@ def report(rows: list[Row]) -> list[str]:
         "numbers of keys: they save less than they look, or nothing.",
         "",
     ]
-    places: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        places[tuple(row.get(key) for key in CONDITIONS)].append(row)
-    for found in places.values():
+    for found in under_equal(rows, CONDITIONS):
         lines += _under_equal_conditions(found)
     return lines
 

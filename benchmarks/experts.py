@@ -13,15 +13,15 @@ on behind the last one; docs/results/experts.md is the table. Nothing is chosen 
 from __future__ import annotations
 
 import argparse
-import os
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import add_conditions, settings_of
 from pruning import cpu_name
-from rows import append, read
+from rows import append, read, under_equal
 from units import kept_of
 from units_report import CONDITIONS, cell, mean, part
 
@@ -33,7 +33,7 @@ from prunezero.models.text.splits import Text, load_text
 from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.recipes.staged import load_recipe
-from prunezero.pruning.testbed import Settings, Testbed
+from prunezero.pruning.testbed import Testbed
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
@@ -69,13 +69,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--texts", default="demo", help="by commas")
     parser.add_argument("--recipes", default="", help="names or files, by commas; else all")
     parser.add_argument("--shares", default="0.25,0.5", help="of experts, by commas")
-    parser.add_argument("--draws", type=int, default=3, help="of calibration text")
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--evaluation-tokens", type=int, default=16384)
-    parser.add_argument("--test-tokens", type=int, default=16384)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--report", action="store_true")
+    add_conditions(parser, calibration_tokens=16384, evaluation_tokens=16384)
     arguments = parser.parse_args()
     if not (arguments.folder or arguments.report):
         parser.error("say the folder of a mixture of experts, or --report")
@@ -143,14 +137,7 @@ def testbed_of(
     text = replace(
         measured, documents=documents, fingerprint=f"{seen.fingerprint}{measured.fingerprint}"
     )
-    settings = Settings(
-        arguments.sequence_length,
-        arguments.calibration_tokens,
-        arguments.evaluation_tokens,
-        arguments.test_tokens,
-        seed,
-    )
-    return Testbed(model, text, settings)
+    return Testbed(model, text, settings_of(arguments, seed))
 
 
 def measured_row(runner: RecipeRunner, recipe: Recipe | None, share: float) -> Row:
@@ -183,10 +170,7 @@ def report(rows: list[Row]) -> list[str]:
         "Nothing was chosen by test text.",
         "",
     ]
-    places: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        places[tuple(row.get(key) for key in CONDITIONS)].append(row)
-    for found in places.values():
+    for found in under_equal(rows, CONDITIONS):
         one, dense = found[0], [row for row in found if row["recipe"] == "dense"]
         lines += [
             f"## {one['model']} on {one['text']}",

@@ -15,15 +15,15 @@ docs/results/recovery.md is the table. Nothing is chosen by test text.
 from __future__ import annotations
 
 import argparse
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import add_conditions, settings_of
 from pruning import cpu_name
-from rows import append, read
+from rows import append, read, under_equal
 from seconds_and_memory import measured
 from units import KEPT, share_of_units, update_of, with_refit
 from units_report import CONDITIONS, cell, mean, part
@@ -34,7 +34,7 @@ from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.staged import load_recipe
 from prunezero.pruning.requirements import dense_sums
-from prunezero.pruning.testbed import Settings, set_up, with_choices
+from prunezero.pruning.testbed import set_up, with_choices
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 RECIPES = (
@@ -71,18 +71,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--text", default="demo")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="names or files, by commas")
     parser.add_argument("--shares", default="0.2,0.5", help="of block parameters, by commas")
-    parser.add_argument("--draws", type=int, default=3, help="of calibration text")
     parser.add_argument("--steps", type=int, default=64, help="of the optimizer")
     parser.add_argument("--batch", type=int, default=4, help="windows in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16.0)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--calibration-tokens", type=int, default=32768)
-    parser.add_argument("--evaluation-tokens", type=int, default=8192)
-    parser.add_argument("--test-tokens", type=int, default=16384)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--report", action="store_true")
+    add_conditions(parser, calibration_tokens=32768, evaluation_tokens=8192)
     arguments = parser.parse_args()
     arguments.cpu = cpu_name()
     return arguments
@@ -104,14 +98,7 @@ def measure(arguments: argparse.Namespace, seed: int, path: Path) -> None:
     if not missing:
         return
     torch.set_num_threads(arguments.threads)
-    settings = Settings(
-        arguments.sequence_length,
-        arguments.calibration_tokens,
-        arguments.evaluation_tokens,
-        arguments.test_tokens,
-        seed,
-    )
-    testbed = set_up(arguments.model, arguments.text, settings, dtype="float32")
+    testbed = set_up(arguments.model, arguments.text, settings_of(arguments, seed), dtype="float32")
     linears = find_linears(testbed.language_model.model)
     sums = testbed.statistics(linears, dense_sums([recipe for recipe, _, _ in missing]))
     runner = RecipeRunner(testbed, sums, splits=SPLITS)
@@ -204,10 +191,7 @@ def report(rows: list[Row]) -> list[str]:
         "included. Nothing was chosen by test text.",
         "",
     ]
-    places: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        places[tuple(row.get(key) for key in (*TRAINING, *CONDITIONS))].append(row)
-    for found in places.values():
+    for found in under_equal(rows, (*TRAINING, *CONDITIONS)):
         lines += _under_equal_conditions(found)
     return lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +27,11 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def under_equal(rows: list[dict[str, Any]], keys: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """Rows that are equal in some columns together, in the order in which they first stand."""
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        places.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return list(places.values())

@@ -15,12 +15,12 @@ last one; docs/results/units.md is the table, units.png the picture. Nothing is 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from conditions import add_conditions, settings_of
 from pruning import cpu_name
 from rows import append, read
 from units_report import CONDITIONS, draw, report
@@ -31,7 +31,7 @@ from prunezero.pruning.compare import SPLITS, RecipeRunner, finite_row
 from prunezero.pruning.recipes.recipe import Recipe, published_recipes
 from prunezero.pruning.recipes.staged import AnyRecipe, load_recipe, recipes_of
 from prunezero.pruning.requirements import checked_groups, dense_sums
-from prunezero.pruning.testbed import Settings, Testbed, set_up, with_choices
+from prunezero.pruning.testbed import Testbed, set_up, with_choices
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 # What tells a row from every other under the same conditions.
@@ -65,13 +65,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--text", default="demo")
     parser.add_argument("--recipes", default="", help="names or files, by commas; else all")
     parser.add_argument("--shares", default="0.1,0.2,0.3", help="of block parameters, by commas")
-    parser.add_argument("--draws", type=int, default=3, help="of calibration text")
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--calibration-tokens", type=int, default=16384)
-    parser.add_argument("--evaluation-tokens", type=int, default=8192)
-    parser.add_argument("--test-tokens", type=int, default=16384)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--report", action="store_true")
+    add_conditions(parser, calibration_tokens=16384, evaluation_tokens=8192)
     arguments = parser.parse_args()
     arguments.cpu = cpu_name()
     return arguments
@@ -90,14 +84,7 @@ def measure(arguments: argparse.Namespace, seed: int, path: Path) -> None:
     if not missing:
         return
     torch.set_num_threads(arguments.threads)
-    settings = Settings(
-        arguments.sequence_length,
-        arguments.calibration_tokens,
-        arguments.evaluation_tokens,
-        arguments.test_tokens,
-        seed,
-    )
-    testbed = set_up(arguments.model, arguments.text, settings, dtype="float32")
+    testbed = set_up(arguments.model, arguments.text, settings_of(arguments, seed), dtype="float32")
     linears = find_linears(testbed.language_model.model)
     sums = testbed.statistics(linears, dense_sums([recipes_of(one)[0] for one, _, _ in missing]))
     runner = RecipeRunner(testbed, sums)

@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from rows import under_equal
+
 from prunezero.report.plots.quality import quality_against_size
 
 # Rows stand in one table only where these are the same. Threads and processors differ by rounding
@@ -37,10 +39,7 @@ def report(rows: list[Row]) -> list[str]:
         "Nothing was chosen by test text.",
         "",
     ]
-    places: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in rows:
-        places[tuple(row.get(key) for key in CONDITIONS)].append(row)
-    for found in places.values():
+    for found in under_equal(rows, CONDITIONS):
         lines += _under_equal_conditions(found)
     return lines
 
