@@ -32,6 +32,7 @@ import rounding
 import scoring_report
 import search_efficiency
 import speed
+import stream_cuts
 import units_report
 from rows import read
 
@@ -91,6 +92,7 @@ PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
     "rounding": lambda rows: rounding.report(latest(rows, rounding.CONDITIONS)),
     "scoring": lambda rows: scoring_report.report(scoring_report.latest(rows)),
     "speed": speed.report,
+    "stream_cuts": stream_cuts.report,
     "units": units_report.report,
     "search_efficiency": lambda rows: efficiency_report.report(
         search_efficiency.shown(rows, rows[-1])
