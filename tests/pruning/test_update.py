@@ -415,6 +415,7 @@ def test_the_dense_model_comes_back_after_every_measurement(family: str, update_
     def stop(what: str, done: int, total: int) -> None:
         raise StopError
 
+    settings, names = network.config.to_dict(), list(network.state_dict())
     dense, chosen = logits(), recipe(update=update_)
     known = testbed.statistics(find_linears(network), dense_sums([chosen]))
     runner = RecipeRunner(testbed, known)
@@ -424,3 +425,5 @@ def test_the_dense_model_comes_back_after_every_measurement(family: str, update_
     with pytest.raises(StopError):
         runner.row(chosen, 0.5, ["validation"], progress=stop)
     assert torch.equal(logits(), dense)
+    # Biases that an update opened would be counted with every later recipe.
+    assert network.config.to_dict() == settings and list(network.state_dict()) == names

@@ -8,7 +8,8 @@ model, and those that add biases to linear maps, and nothing else, may be turned
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,23 @@ def open_biases(language_model: LanguageModel, layers: Sequence[Linear]) -> list
         zeros = module.weight.new_zeros(module.weight.shape[0])
         module.bias = nn.Parameter(zeros, requires_grad=False)
     return sorted(added)
+
+
+@contextmanager
+def closed_again(model: Any) -> Iterator[None]:
+    """Within it biases may be opened; behind it those that were not there before are gone.
+
+    Zeros would change nothing of what the model computes, but they would be counted and saved.
+    """
+    settings, closed = model.config.get_text_config(), _closed_switches(model.config)
+    bare = [one for one in model.modules() if isinstance(one, nn.Linear) and one.bias is None]
+    try:
+        yield
+    finally:
+        for module in bare:
+            module.register_parameter("bias", None)
+        for switch in closed:
+            setattr(settings, switch, False)
 
 
 def refuse_without_bias(
