@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -135,17 +136,24 @@ def _units(
         groups = tuple(with_slopes(groups, model, unit, statistics, text, progress=progress))
     if task.space.training:
         begun = begin_training(testbed, recipe, groups, statistics, progress)
-        statistics = {**statistics, **begun}
+        statistics = _beside(statistics, begun)
     blocks = len(find_blocks(testbed.language_model.model))
     if kind.is_of_depth:
         sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}
         seen = kind.observe(
             testbed.language_model, groups, testbed.windows("calibration"), sums, progress=progress
         )
-        statistics = {**statistics, **seen}
+        statistics = _beside(statistics, seen)
     if kind.domain.name == "expert":
         return _experts(task, testbed, groups, progress)
     return UnitSamples(groups, blocks, statistics)
+
+
+def _beside(
+    statistics: Mapping[str, Statistics], more: Mapping[str, Statistics]
+) -> Mapping[str, Statistics]:
+    """Both, the second in front of the first; none is read that is not asked for."""
+    return ChainMap(*(cast(MutableMapping[str, Statistics], one) for one in (more, statistics)))
 
 
 def _experts(
