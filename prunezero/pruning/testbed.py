@@ -150,15 +150,23 @@ class Testbed:
             TextError, StatisticsError: as `calibrate`, or `calibrate_on_disk`.
         """
         ids, names = self.windows("calibration"), frozenset(sums)
-        known = {"cache": cache_dir(), "text_fingerprint": self.text.fingerprint}
         if self.gradient_bytes is None or not names:
-            return calibrate(self.language_model, ids, layers, names, **known, progress=progress)
+            return calibrate(
+                self.language_model,
+                ids,
+                layers,
+                names,
+                cache=cache_dir(),
+                text_fingerprint=self.text.fingerprint,
+                progress=progress,
+            )
         return calibrate_on_disk(
             self.language_model,
             ids,
             layers,
             names,
-            **known,
+            cache=cache_dir(),
+            text_fingerprint=self.text.fingerprint,
             gradient_bytes=self.gradient_bytes,
             progress=progress,
         )

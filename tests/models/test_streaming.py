@@ -167,7 +167,7 @@ def test_files_that_do_not_fit_the_configuration_are_refused(
 def test_weights_shared_between_blocks_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = streaming._without_weights
+    usual = streaming.without_weights
 
     def with_one_weight_twice(configuration: Any, dtype: torch.dtype) -> Any:
         model = usual(configuration, dtype)
@@ -175,7 +175,7 @@ def test_weights_shared_between_blocks_are_refused(
         first.mlp.up_proj.weight = second.mlp.up_proj.weight  # type: ignore[union-attr]
         return model
 
-    monkeypatch.setattr(streaming, "_without_weights", with_one_weight_twice)
+    monkeypatch.setattr(streaming, "without_weights", with_one_weight_twice)
     with pytest.raises(ModelError, match="shares weights between its blocks"):
         StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
 

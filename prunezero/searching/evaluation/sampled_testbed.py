@@ -111,11 +111,15 @@ def _weights(
 ) -> list[Samples]:
     """Rows of all layers, of some, and few rows of few."""
     space = task.space
-    offered = [*space.choices.get("damping", ())]
-    offered += [rule.choices["damping"] for rule in task.seeds if "damping" in rule.choices]
-    samples = sample_rows(layers, statistics, space.features, dampings=offered)
+    samples = sample_rows(layers, statistics, space.features, dampings=dampings_of(task))
     of_some = (samples, samples[::_TUNED_ON], probe_of(samples, kinds=space.criteria))
     return [WeightSamples(stacked(one)) for one in of_some]
+
+
+def dampings_of(task: Task) -> list[float]:
+    """Those that the rules of a search may have, beside the usual one."""
+    offered = [*task.space.choices.get("damping", ())]
+    return offered + [rule.choices["damping"] for rule in task.seeds if "damping" in rule.choices]
 
 
 def _units(
