@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
 import torch
 
@@ -37,7 +36,7 @@ from prunezero.pruning.streamed import checked_sums
 from prunezero.pruning.testbed import Settings
 from prunezero.scoring.statistics import sums_bytes
 
-# Where all layers compete: of each weight its score and its mask, and on a CPU all scores once more.
+# Where all layers compete: of each weight score and mask, and on a CPU all scores once more.
 RANKING_BYTES, RANKING_BYTES_CPU = 6, 10
 # Of each logit while a model is measured beside the dense one: both, their logarithms and chances.
 MEASURING_COPIES = 6
@@ -75,6 +74,8 @@ class MemoryPlan:
     """of gradient sums in memory together; None where all that is collected stays there"""
     passes: int = 1
     """of the text through the model for gradients"""
+    disk_bytes: int = 0
+    """of sums over calibration text in the cache"""
 
     @cached_property
     def peak(self) -> Phase:
@@ -173,10 +174,12 @@ def plan_of(
     is_sparing = is_sparing or limit is not None
     sizes = _Sizes(language_model, work, is_sparing=is_sparing)
     if not is_sparing:
-        return MemoryPlan(tuple(sizes.phases(sizes.gradients)))
+        return MemoryPlan(tuple(sizes.phases(sizes.gradients)), disk_bytes=sizes.on_disk)
     blocks = sizes.gradients_by_block
     block = max(blocks, default=0)
-    least = MemoryPlan(tuple(sizes.phases(block)), block, passes_within(blocks, block))
+    least = MemoryPlan(
+        tuple(sizes.phases(block)), block, passes_within(blocks, block), sizes.on_disk
+    )
     if limit is None:
         return least
     if least.total > limit:
@@ -189,7 +192,7 @@ def plan_of(
     if blocks:
         others = next(phase.total for phase in sizes.phases(0) if phase.what == _BACKWARD)
         room = min(sizes.gradients, max(limit - others, *blocks))
-    return MemoryPlan(tuple(sizes.phases(room)), room, passes_within(blocks, room))
+    return MemoryPlan(tuple(sizes.phases(room)), room, passes_within(blocks, room), sizes.on_disk)
 
 
 def streamed_bytes(language_model: LanguageModel, recipe: Recipe, settings: Settings) -> int:
@@ -356,11 +359,17 @@ class _Sizes:
         )
         return numbers * self._size
 
+    @property
+    def on_disk(self) -> int:
+        """Bytes of all sums over calibration text."""
+        work = self._work
+        return work.draws * self._sums(work.sums) + self._sums(work.again)
+
     @cached_property
     def _sums_held(self) -> int:
         work = self._work
         if not self._is_sparing:
-            return work.draws * self._sums(work.sums) + self._sums(work.again)
+            return self.on_disk
         # Of one block, for each text that sums are of.
         texts = work.draws + bool(work.again)
         return texts * max(self._by_block(work.sums).values(), default=0)
@@ -456,13 +465,3 @@ class _Sizes:
             "a block at work": self._trace.saved_bytes,
             "spare": SPARE_BYTES,
         }
-
-
-def written(plan: MemoryPlan, limit: int | None, peak_bytes: int) -> dict[str, Any]:
-    """What is written beside results: bytes that were allowed, planned, and measured."""
-    return {
-        "limit_bytes": limit,
-        "planned_bytes": plan.total,
-        "peak_bytes": peak_bytes,
-        "gradient_passes": plan.passes,
-    }
