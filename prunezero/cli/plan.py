@@ -144,10 +144,10 @@ def _row(work: str, what: str, signal: str, plan_of: Callable[[bool], Any]) -> d
         "signal": signal,
         "in_memory_bytes": usual.total,
         "in_memory_while": usual.peak.what,
-        "in_memory_on_gb": _device(usual.total),
+        "in_memory_on_gb": smallest_device(usual.total),
         "least_limit_bytes": least.total,
         "least_limit_while": least.peak.what,
-        "least_limit_on_gb": _device(least.total),
+        "least_limit_on_gb": smallest_device(least.total),
         "gradient_passes": least.passes,
     }
 
@@ -170,12 +170,12 @@ def _streamed_row(model: LanguageModel, recipe: Recipe, settings: Settings) -> d
         "in_memory_on_gb": None,
         "least_limit_bytes": least,
         "least_limit_while": None if least is None else "pruning a block",
-        "least_limit_on_gb": None if least is None else _device(least),
+        "least_limit_on_gb": None if least is None else smallest_device(least),
         "gradient_passes": 0,
     }
 
 
-def _device(size: int) -> int | None:
+def smallest_device(size: int) -> int | None:
     """GB of the smallest device that holds so many bytes; None where none does."""
     return next((gb for gb in DEVICES_GB if size + SET_ASIDE_BYTES <= gb * 10**9), None)
 

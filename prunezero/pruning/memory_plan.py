@@ -38,6 +38,8 @@ from prunezero.scoring.statistics import sums_bytes
 
 # Where all layers compete: of each weight score and mask, and on a CPU all scores once more.
 RANKING_BYTES, RANKING_BYTES_CPU = 6, 10
+# What allocators keep of freed memory, as a share of what is used.
+SPARE = 0.1
 # Of each logit while a model is measured beside the dense one: both, their logarithms and chances.
 MEASURING_COPIES = 6
 # And for a gradient of the loss: logits in float32, log chances, and the gradients of both.
@@ -191,7 +193,7 @@ def plan_of(
     room = 0
     if blocks:
         others = next(phase.total for phase in sizes.phases(0) if phase.what == _BACKWARD)
-        room = min(sizes.gradients, max(limit - others, *blocks))
+        room = min(sizes.gradients, max(int((limit - others) / (1 + SPARE)), *blocks))
     return MemoryPlan(tuple(sizes.phases(room)), room, passes_within(blocks, room), sizes.on_disk)
 
 
@@ -266,6 +268,10 @@ def refuse_unplanned(recipe: AnyRecipe) -> Recipe:
     return recipe
 
 
+def _with_spare(phase: Phase) -> Phase:
+    return Phase(phase.what, {**phase.parts, "spare": SPARE_BYTES + round(SPARE * phase.total)})
+
+
 _BACKWARD = "collecting gradients"
 
 
@@ -311,11 +317,11 @@ class _Sizes:
             found.append(Phase(_BACKWARD, self._backward(gradient_bytes)))
         held = self._held()
         if self._work.sampling:
-            making = {"samples in the making": self._work.sampling, "spare": SPARE_BYTES}
+            making = {"samples in the making": self._work.sampling}
             found.append(Phase("sampling", held | making))
         found.append(Phase("pruning", held | self._pruning()))
         found.append(Phase("measuring", held | self._measuring()))
-        return found
+        return [_with_spare(phase) for phase in found]
 
     def _held(self) -> dict[str, int]:
         """What stays from the first pruning to the last."""
@@ -398,7 +404,6 @@ class _Sizes:
             "hidden states": self._states,
             "a block at work": self._trace.saved_bytes,
             "what a sequence adds": self._added(names),
-            "spare": SPARE_BYTES,
         }
 
     @property
@@ -426,7 +431,6 @@ class _Sizes:
             "what blocks remember": (blocks + 1) * self._trace.saved_bytes,
             "logits": length * self._vocabulary * (4 * LOSS_COPIES + 2 * self._size),
             "the gradient of a matrix": largest * (2 * self._size + 8),
-            "spare": SPARE_BYTES,
         }
 
     def _pruning(self) -> dict[str, int]:
@@ -440,7 +444,7 @@ class _Sizes:
         each = RANKING_BYTES_CPU if self._is_cpu else RANKING_BYTES
         return {
             "scores, masks and a factorization": (
-                SPARE_BYTES + SCORING_BYTES * largest + FACTOR_BYTES * widest**2 * is_factored
+                SCORING_BYTES * largest + FACTOR_BYTES * widest**2 * is_factored
             ),
             "scores of all layers": each * numbers if ranked else 0,
             **self._walking(needed),
@@ -463,5 +467,4 @@ class _Sizes:
         return {
             "logits": logits * (4 * MEASURING_COPIES + self._size),
             "a block at work": self._trace.saved_bytes,
-            "spare": SPARE_BYTES,
         }

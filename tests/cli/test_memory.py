@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from prunezero.cli import plan as planning
+from prunezero.cli.plan import SET_ASIDE_BYTES, smallest_device
 from prunezero.errors import ModelError, RecipeError
-from prunezero.report.runs.candidate_tables import read_candidates
+from prunezero.report.runs.folder import read_candidates
 from tests.cli.conftest import Run, flat, small_space
 from tests.tiny_models import save_tiny_model
 
@@ -118,10 +118,10 @@ def test_plan_tells_each_work_and_signal_and_which_device_holds_it(
 
 
 def test_the_smallest_device_is_told_or_none() -> None:
-    spare = planning.SET_ASIDE_BYTES
-    assert planning._device(24 * 10**9 - spare) == 24
-    assert planning._device(24 * 10**9 - spare + 1) == 80
-    assert planning._device(141 * 10**9) is None
+    spare = SET_ASIDE_BYTES
+    assert smallest_device(24 * 10**9 - spare) == 24
+    assert smallest_device(24 * 10**9 - spare + 1) == 80
+    assert smallest_device(141 * 10**9) is None
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from prunezero.searching.evaluation.memory import search_plan
 from tests.searching.testbed import config_of, make_task, tiny_space, tiny_testbed
 from tests.tiny_models import LAYOUTS, save_tiny_model, tiny_model
 
-SETTINGS = Settings(64, 512, 512, 512)
+SETTINGS = Settings(64, 256, 256, 256)
 # By so much a plan may lie above what is measured: kernels need less than the most for scores.
-TOLERANCE = 1.4
+TOLERANCE = 1.5
 SIZES: dict[str, dict[str, int]] = {
     "llama": {"hidden_size": 512, "intermediate_size": 1376, "num_key_value_heads": 2},
-    "gpt2": {"n_embd": 512, "n_layer": 4},
+    "gpt2": {"n_embd": 512, "n_layer": 3},
     "opt": {"hidden_size": 512, "ffn_dim": 1536, "word_embed_proj_dim": 512},
 }
 
@@ -51,7 +51,7 @@ from tests.searching.testbed import tiny_space, tiny_text
 
 torch.set_num_threads(1)
 small, large, cache, searches = *map(Path, sys.argv[1:4]), sys.argv[4] == "search"
-recipes = [Recipe.load(name) for name in ("wanda", "gblm", "sparsegpt")]
+recipes = [Recipe.load(name) for name in ("gblm", "sparsegpt")]
 space = tiny_space("formulas")
 
 def taken(folder, way):
@@ -85,7 +85,7 @@ for way in ("disk", "memory"):
 def measured(family: str, work: str, tmp_path: Path) -> list[tuple[int, int]]:
     """Bytes that were measured and planned, with all that can be on disk, and all in memory."""
     small = save_tiny_model(family, tmp_path / "small")
-    changes = {"num_hidden_layers": 4} if family != "gpt2" else {}
+    changes = {"num_hidden_layers": 3} if family != "gpt2" else {}
     large = save_tiny_model(family, tmp_path / "large", **SIZES[family], **changes)
     printed = subprocess.run(
         [sys.executable, "-c", PROGRAM, small, large, tmp_path / "caches", work],
