@@ -23,6 +23,7 @@ import cluster
 import efficiency_report
 import experts
 import found_report
+import memory_plan
 import methods
 import pruning
 import pruning_report
@@ -86,6 +87,7 @@ PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
     "cluster": cluster.report,
     "experts": experts.report,
     "found": found_report.report,
+    "memory": memory_plan.report,
     "methods": lambda rows: methods.report(latest(rows, ("model", "calibration_tokens"))),
     "pruning": lambda rows: pruning_report.report(latest(rows, pruning.CONDITIONS)),
     "recovery": recovery.report,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def _timed(
-    recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]
+    recipe: Recipe, layers: list[Linear], statistics: Mapping[str, Statistics]
 ) -> tuple[dict[str, float], dict[str, list[Tensor]]]:
     """Shortest seconds of each way over the layers of one block, and the weights that it leaves."""
     dense = DenseWeights(layers)
@@ -106,13 +106,13 @@ def _wait(layers: list[Linear]) -> None:
         torch.cuda.synchronize()
 
 
-def _ours(recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]) -> None:
+def _ours(recipe: Recipe, layers: list[Linear], statistics: Mapping[str, Statistics]) -> None:
     for layer in layers:
         statistics[layer.name].memo.clear()
     prune_layers(recipe, layers, statistics, {layer.name: 0.5 for layer in layers})
 
 
-def _published(recipe: Recipe, layers: list[Linear], statistics: dict[str, Statistics]) -> None:
+def _published(recipe: Recipe, layers: list[Linear], statistics: Mapping[str, Statistics]) -> None:
     pattern = parse_pattern(recipe.pattern)
     for layer in layers:
         known = statistics[layer.name]

@@ -1,4 +1,4 @@
-"""The commands: search, show, verify, compare, prune, export, list, ui, doctor.
+"""The commands: search, show, verify, compare, prune, plan, export, list, ui, doctor.
 
 Each command is one module beside this one; here they are gathered, behind the guard that all share.
 """
@@ -17,6 +17,7 @@ from prunezero.cli.doctor import doctor
 from prunezero.cli.export import export
 from prunezero.cli.guard import guarded, say_aside
 from prunezero.cli.listing import list_
+from prunezero.cli.plan import plan
 from prunezero.cli.prune import prune
 from prunezero.cli.search import search
 from prunezero.cli.show import show
@@ -39,6 +40,7 @@ app.command()(verify)
 app.command()(compare)
 app.command()(transfer)
 app.command()(prune)
+app.command()(plan)
 app.command()(export)
 app.command(name="list")(list_)
 app.command()(ui)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from prunezero.cli import options
 from prunezero.cli.layer_options import Ignore, Targets
+from prunezero.cli.limit import Limit, MemoryLimit
 from prunezero.cli.options import (
     Allocate,
     CalibrationTokens,
@@ -60,6 +62,7 @@ def compare(
         Path | None,
         typer.Option(help="PNG file: perplexity on test text against parameters, all recipes."),
     ] = None,
+    memory_limit: MemoryLimit = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
     runs_dir: RunsDir = Path("runs"),
@@ -87,11 +90,14 @@ def compare(
 
         prunezero compare --model demo --recipes wanda,ria --sparsity 0.5 --ignore down_proj
 
+        prunezero compare --model demo --recipes wanda,gblm --sparsity 0.5 --memory-limit 2GiB
+
         prunezero compare --model demo --recipes flap,mask_fisher --sparsity 0.2 --plot sizes.png
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
     from prunezero.files.places import check_apart, try_file
     from prunezero.models.anatomy.patterns import patterns_of
+    from prunezero.pruning.memory_plan import compare_plan
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.pruning.testbed import set_up, with_choices
     from prunezero.report.plots.quality import quality_against_size
@@ -119,9 +125,12 @@ def compare(
         sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
     )
     check_runs_dir(runs_dir)
+    limit = Limit(memory_limit, device)
     with waiting(f"loading {model}"):
         testbed = set_up(model, text, settings, dtype=dtype, device=device)
     say_about([testbed])
+    planned = partial(compare_plan, testbed.language_model, chosen, settings)
+    testbed = limit.kept_on(testbed, lambda size: planned(limit=size, with_rounding=rounding))
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:
@@ -141,7 +150,8 @@ def compare(
             title = f"{len(rows) - 1} of {len(chosen)} recipes on {testbed.language_model.name}"
             console.print(results_table(rows, title, best="validation_perplexity"))
             say_conditions(rows, testbed.language_model.name, [testbed])
-            options.write_json({"model": model, "text": text, "rows": rows}, json_file)
+            memory = limit.measured()
+            options.write_json({"model": model, "text": text, "rows": rows, **memory}, json_file)
             if plot is not None:
                 quality_against_size([{**row, "name": row["recipe"]} for row in rows], plot)
         if untracked:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunezero.cli import options, search_setup
+from prunezero.cli.limit import Limit, MemoryLimit
 from prunezero.cli.options import JsonFile, RunsDir
 from prunezero.cli.quantities import seconds_of
 from prunezero.cli.search_options import (
@@ -78,6 +79,7 @@ def search(
     workers: Workers = 1,
     threads: Threads = None,
     cluster: Cluster = None,
+    memory_limit: MemoryLimit = None,
     json_file: JsonFile = None,
     sequence_length: SequenceLength = None,
     calibration_tokens: CalibrationTokens = None,
@@ -111,12 +113,15 @@ def search(
 
         prunezero search --model demo --sparsity 0.5 --objective acceptance --time 30m
 
+        prunezero search --model demo --sparsity 0.5 --memory-limit 4GiB --time 30m
+
         prunezero search --model demo --sparsity 0.5 --targets q_proj,k_proj,v_proj --time 10m
 
         prunezero search --time 10m --name first --resume
     """
     from prunezero.cli.stopping import sigterm_interrupts, told_what_is_kept
     from prunezero.cli.tables import say
+    from prunezero.files.atomic import write_json
     from prunezero.report.runs.folder import refuse_foreign, run_folder
     from prunezero.report.tracking.tracker import Tracker
     from prunezero.searching.session import make_task
@@ -125,6 +130,8 @@ def search(
     options.check_json(json_file)
     search_setup.check_limits(budget, seconds, resume, name)
     search_setup.check_workers(workers, threads, cluster)
+    limit = Limit(memory_limit, device or "auto")
+    limit.refuse_workers(workers, cluster)
     folder = run_folder(runs_dir, name) if name else None
     if resume and folder and not (folder / "journal.jsonl").is_file():
         raise RecipeError(f"{folder} holds no search to go on with; leave --resume out")
@@ -164,7 +171,7 @@ def search(
         try:
             with told_what_is_kept(lambda: search_setup.kept(folder, budget, seconds)):
                 pool = search_setup.pool_of(workers, threads, cluster)
-                session = _opened(task, folder, resume=resume, pool=pool)
+                session = _opened(task, folder, limit, resume=resume, pool=pool)
                 try:
                     rows = _run(session, tracker, folder, budget, seconds)
                 finally:
@@ -174,7 +181,10 @@ def search(
             if untracked:
                 say(f"{untracked} results could not be logged to MLflow yet; they are kept")
     models = {"model": config.model, "also_models": list(config.also_model)}
-    found = {**models, "text": config.text, "name": name, "rows": rows}
+    memory = limit.measured()
+    if memory:
+        write_json(memory, folder / "memory.json")
+    found = {**models, **memory, "text": config.text, "name": name, "rows": rows}
     options.write_json(found, json_file)
     say(f"see it here: prunezero show {search_setup.typed_name(folder)}")
     say(f"see it in MLflow: prunezero ui --runs-dir {shell_word(runs_dir)}")
@@ -183,6 +193,7 @@ def search(
 def _opened(
     task: Task,
     folder: Path,
+    limit: Limit,
     *,
     resume: bool,
     pool: Callable[[EvaluatorPlan], Evaluators] | None,
@@ -190,6 +201,7 @@ def _opened(
     """The search that was asked for, on its models and text, ready to run."""
     from prunezero.cli.tables import Bars, say
     from prunezero.report.runs.search_file import forget_config, write_config
+    from prunezero.searching.evaluation.memory import search_plan
     from prunezero.searching.experiment.testbeds import without_missing_biases
     from prunezero.searching.session import make_task, open_session
 
@@ -198,6 +210,9 @@ def _opened(
     if reason:
         say(f"updates of biases are left out: {reason}")
         task = make_task(config)
+    first = testbeds[0].language_model
+    kept = limit.kept_on(testbeds[0], lambda size: search_plan(first, task, limit=size))
+    testbeds = [kept, *testbeds[1:]]
     try:
         with Bars() as bars:
             return open_session(

@@ -15,7 +15,6 @@ from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import closed_again
 from prunezero.models.editing.selection import Selection
-from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.measures import TO_DENSE
 from prunezero.models.observing.calibration import Progress
@@ -162,7 +161,7 @@ class RecipeRunner:
         self.outcome: Outcome | None = None
         """of the last pruning"""
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
-        self._dense = DenseWeights(find_linears(testbed.language_model.model))
+        self._dense = testbed.dense_weights()
 
     def redrawn(self, testbed: Testbed, statistics: Mapping[str, Statistics]) -> RecipeRunner:
         """The stand of the same model and text under another draw of calibration text."""

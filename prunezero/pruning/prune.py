@@ -11,12 +11,13 @@ as Wanda and SparseGPT do it. Gradients always come from the dense model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -114,7 +115,7 @@ def prune(
     tell = progress or (lambda what, done, total: None)
     if answers is None:
         answers = answers_for(language_model, recipe.recover.options, windows, tell)
-    sums = dict(statistics or {})
+    sums = {} if statistics is None else statistics
     texts = (windows, windows if held_out is None else held_out)
     job = _Job(language_model, recipe, layers, groups, reordering, sums, *texts, answers)
     ratios = job.run(fraction, folder, tell)
@@ -195,11 +196,11 @@ class _Job:
     layers: list[Linear]
     groups: list[Group]
     reordering: Reordering
-    dense: dict[str, Statistics]
+    dense: Mapping[str, Statistics]
     windows: Tensor | None
     held_out: Tensor | None
     answers: DenseAnswers | None
-    known: dict[str, Statistics] = field(default_factory=dict, init=False)
+    known: ChainMap[str, Statistics] = field(default_factory=ChainMap, init=False)
     """of the dense model and, block by block, of the model as pruned so far"""
     selection: Selection = field(default_factory=Selection, init=False)
     """units that stay, where they are rows and columns that can be taken out"""
@@ -330,7 +331,8 @@ class _Job:
 
     def _prune(self, sparsity: float, ratios: dict[str, float], tell: Progress) -> None:
         """One walk over the blocks at one sparsity."""
-        self.known = dict(self.dense)
+        # What is seen on the way stands in front; the dense ones may be on disk, so none is copied.
+        self.known = ChainMap({}, cast(MutableMapping[str, Statistics], self.dense))
         kind = self.recipe.unit.row
         if kind.walker or kind.domain.name == "expert":
             choose = self._chosen_on_the_way if kind.walker else self._chosen_experts

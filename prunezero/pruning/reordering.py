@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 from torch import Tensor
 
@@ -67,7 +67,7 @@ class Reordering:
         self,
         block: int,
         score_of: Callable[[Linear], Tensor],
-        statistics: dict[str, Statistics],
+        statistics: MutableMapping[str, Statistics],
     ) -> None:
         """Permute one block into the orders that keep the most; its statistics are replaced.
 

@@ -78,7 +78,7 @@ def prune(
             progress=progress,
         )
     return _prune_in_stages(
-        language_model, recipe, sparsity, dict(statistics or {}), windows, held_out, progress
+        language_model, recipe, sparsity, statistics or {}, windows, held_out, progress
     )
 
 
@@ -86,7 +86,7 @@ def _prune_in_stages(
     language_model: LanguageModel,
     recipe: StagedRecipe,
     sparsity: float | None,
-    statistics: dict[str, Statistics],
+    statistics: Mapping[str, Statistics],
     windows: Tensor | None,
     held_out: Tensor | None,
     progress: Progress | None,

@@ -7,7 +7,7 @@ same text, at the same sequence length, from the same dense model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from prunezero.errors import PruneZeroWarning
 from prunezero.files.cache import cache_dir
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, find_linears
+from prunezero.models.editing.zeroing import DenseWeights
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
-from prunezero.models.observing.calibration import Progress, calibrate
+from prunezero.models.observing.calibration import Progress, calibrate, calibrate_on_disk
 from prunezero.models.text.splits import Text, load_text, unseen_windows, windows
 from prunezero.models.text.windows import begin_with
 from prunezero.pruning.recipes.documents import validated
@@ -63,6 +64,9 @@ class Testbed:
     """how much of the text is used"""
     is_reversed: bool = False
     """whether calibration windows come last to first: the same sums, up to rounding"""
+    gradient_bytes: int | None = None
+    """None keeps sums and a copy of the dense weights in memory; else they are read from files, to
+    the last bit the same, and of gradient sums so many bytes are in memory while they are made"""
 
     @property
     def begin_with(self) -> str:
@@ -139,21 +143,43 @@ class Testbed:
 
     def statistics(
         self, layers: Sequence[Linear], sums: Iterable[str], progress: Progress | None = None
-    ) -> dict[str, Statistics]:
+    ) -> Mapping[str, Statistics]:
         """Sums of the dense model by layer name, from the cache where they are known already.
 
         Raises:
-            TextError, StatisticsError: as `calibrate`.
+            TextError, StatisticsError: as `calibrate`, or `calibrate_on_disk`.
         """
-        return calibrate(
+        ids, names = self.windows("calibration"), frozenset(sums)
+        if self.gradient_bytes is None or not names:
+            return calibrate(
+                self.language_model,
+                ids,
+                layers,
+                names,
+                cache=cache_dir(),
+                text_fingerprint=self.text.fingerprint,
+                progress=progress,
+            )
+        return calibrate_on_disk(
             self.language_model,
-            self.windows("calibration"),
+            ids,
             layers,
-            sums,
+            names,
             cache=cache_dir(),
             text_fingerprint=self.text.fingerprint,
+            gradient_bytes=self.gradient_bytes,
             progress=progress,
         )
+
+    def dense_weights(self) -> DenseWeights:
+        """Brings the model back, as it is now, after each edit: all layers and their biases.
+
+        Raises:
+            ModelError: a file of the model is damaged.
+        """
+        model = self.language_model
+        source = None if self.gradient_bytes is None else model.source
+        return DenseWeights(find_linears(model.model), source)
 
 
 def beginning(words: Iterable[str]) -> dict[str, str]:

@@ -7,9 +7,10 @@ passes may be added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -373,6 +374,21 @@ def _known_sum(name: str) -> Sum:
             f"known sums: {', '.join(_EVERY)}"
         )
     return _EVERY[name]
+
+
+def sums_bytes(names: Iterable[str], shape: Sequence[int], sequences: int) -> int:
+    """Memory of the named sums of a layer, in bytes.
+
+    Args:
+        shape: of its weight, out and in.
+        sequences: of the text, each of which adds a row to sums that are kept by sequence.
+
+    Raises:
+        StatisticsError: a name is no sum.
+    """
+    size = {"in": shape[1], "out": shape[0], "sequence": sequences}
+    rows = map(_known_sum, names)
+    return sum(prod(size[axis] for axis in row.shape) * row.dtype.itemsize for row in rows)
 
 
 def sum_of(statistics: Statistics | None, name: str) -> Tensor:

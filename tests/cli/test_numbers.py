@@ -25,6 +25,7 @@ NEEDED = {
     "search": "--sparsity 0.5 --budget 5 --name x --model nowhere",
     "compare": "--sparsity 0.5 --model nowhere",
     "prune": "--sparsity 0.5 --model nowhere --output out",
+    "plan": "--config nowhere",
     "transfer": "wanda --sparsity 0.5 --models nowhere",
     "show": "nothing",
     "verify": "nothing",

@@ -89,8 +89,7 @@ def test_a_second_run_reads_the_first_ones_files(
     monkeypatch.setattr(calibration, "gradient_statistics", None)
     assert_equal(calibrate(model, ids, layers, SOME, cache=tmp_path), first)
     assert [file.name for file in sum_files(tmp_path)] == [
-        "gradient_square_sum.safetensors",
-        "input_square_sum.safetensors",
+        f"{name}.{block}.safetensors" for name in sorted(SOME) for block in (0, 1)
     ]
 
 
@@ -103,7 +102,7 @@ def test_only_the_missing_sums_are_collected(
     monkeypatch.setattr(calibration, "gradient_statistics", None)
     both = calibrate(model, ids, layers, [*SOME, "gram"], cache=tmp_path)
     assert set(both[layers[0].name].sums) == {*SOME, "gram"}
-    assert len(sum_files(tmp_path)) == 3
+    assert len(sum_files(tmp_path)) == 2 * 3
 
 
 @pytest.mark.parametrize("change", ["model", "ids", "text", "layers"])
@@ -119,7 +118,7 @@ def test_another_model_text_or_choice_of_layers_has_its_own_files(
     text = "other" if change == "text" else ""
     other: Tensor = tiny_batches(seed=int(change == "ids"))
     calibrate(model, other, layers, ["gram"], cache=tmp_path, text_fingerprint=text)
-    assert len(sum_files(tmp_path)) == 2
+    assert len({file.parent for file in sum_files(tmp_path)}) == 2
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 64, None])
@@ -127,9 +126,9 @@ def test_a_damaged_file_is_made_anew_with_a_warning(tmp_path: Path, damage: byte
     model, ids = tiny_model(), tiny_batches()
     layers = find_linears(model.model)
     first = calibrate(model, ids, layers, ["gram"], cache=tmp_path)
-    (file,) = sum_files(tmp_path)
+    file, _ = sum_files(tmp_path)
     file.write_bytes(file.read_bytes()[:-7] if damage is None else damage)
-    with pytest.warns(UserWarning, match="gram.safetensors is damaged and is made anew"):
+    with pytest.warns(UserWarning, match="gram.0.safetensors is damaged and is made anew"):
         assert_equal(calibrate(model, ids, layers, ["gram"], cache=tmp_path), first)
     assert_equal(calibrate(model, ids, layers, ["gram"], cache=tmp_path), first)
 
@@ -138,14 +137,14 @@ def test_no_flipped_bit_of_a_file_of_sums_changes_what_is_read(tmp_path: Path) -
     model, ids = tiny_model(), tiny_batches()
     layers = find_linears(model.model)
     first = calibrate(model, ids, layers, ["input_sum"], cache=tmp_path)
-    (file,) = sum_files(tmp_path)
+    file, _ = sum_files(tmp_path)
     written = file.read_bytes()
     # A few of each part: the length of the header, the header, and numbers.
     for place in (0, 9, 60, len(written) // 2, len(written) - 1, *range(100, len(written), 501)):
         damaged = bytearray(written)
         damaged[place] ^= 1
         file.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="input_sum.safetensors is damaged and is made anew"):
+        with pytest.warns(UserWarning, match="input_sum.0.safetensors is damaged and is made anew"):
             assert_equal(calibrate(model, ids, layers, ["input_sum"], cache=tmp_path), first)
         assert file.read_bytes() == written
 
@@ -155,7 +154,7 @@ def test_a_file_that_was_not_written_for_its_place_is_made_anew(tmp_path: Path, 
     model, ids = tiny_model(), tiny_batches()
     layers = find_linears(model.model)
     first = calibrate(model, ids, layers, ["gram"], cache=tmp_path)
-    (file,) = sum_files(tmp_path)
+    file, _ = sum_files(tmp_path)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     tensors, name = load_file(file), layers[2].name
@@ -169,9 +168,13 @@ def test_a_file_that_was_not_written_for_its_place_is_made_anew(tmp_path: Path, 
     save_file({**tensors, **changed}, file, metadata={} if fault == "unsigned" else metadata)
     if fault == "other text":
         calibrate(model, tiny_batches(seed=1), layers, ["gram"], cache=tmp_path)
-        (other,) = set(sum_files(tmp_path)) - {file}
+        (other,) = (
+            one
+            for one in sum_files(tmp_path)
+            if one.parent != file.parent and one.name == file.name
+        )
         shutil.copy(other, file)
-    with pytest.warns(UserWarning, match="gram.safetensors is damaged and is made anew"):
+    with pytest.warns(UserWarning, match="gram.0.safetensors is damaged and is made anew"):
         assert_equal(calibrate(model, ids, layers, ["gram"], cache=tmp_path), first)
 
 
@@ -185,11 +188,12 @@ def test_the_files_used_longest_ago_go_when_the_cache_is_full(
         for age, folder in enumerate(sorted(tmp_path.glob("statistics/*"), key=os.path.getmtime)):
             moment = time.time() - 1000 + 10 * age
             os.utime(folder, (moment, moment))
-    size = sum_files(tmp_path)[0].stat().st_size
+    folder = sum_files(tmp_path)[0].parent
+    size = sum(file.stat().st_size for file in folder.iterdir())
     calibrate(model, tiny_batches(seed=0), layers, ["gram"], cache=tmp_path)
     monkeypatch.setenv("PRUNEZERO_CACHE_GIB", str(2.5 * size / 2**30))
     calibrate(model, tiny_batches(seed=3), layers, ["gram"], cache=tmp_path)
-    assert len(sum_files(tmp_path)) == 2
+    assert len({file.parent for file in sum_files(tmp_path)}) == 2
     monkeypatch.setattr(calibration, "BlockWalk", None)
     calibrate(model, tiny_batches(seed=0), layers, ["gram"], cache=tmp_path)
 
@@ -229,4 +233,5 @@ def test_what_others_keep_beside_the_sums_is_never_deleted(
             model, tiny_batches(seed=seed), find_linears(model.model), ["gram"], cache=tmp_path
         )
     assert all((folder / "answers.csv").is_file() for folder in (own, hashed, elsewhere))
-    assert len(sum_files(tmp_path)) == 4
+    # Three of others, and those of the last text: one for each block.
+    assert len(sum_files(tmp_path)) == 3 + 2

@@ -16,6 +16,7 @@ from prunezero.models.anatomy.linears import find_blocks, find_linears
 from prunezero.models.evaluation import evaluate
 from prunezero.models.loading.language_model import wrap_model
 from prunezero.models.loading.load import load_model, local_folder
+from prunezero.models.loading.outline import without_weights
 from prunezero.models.loading.shards import Shards, write_shard
 from prunezero.models.observing.walk import BlockWalk
 from prunezero.models.saving.resumable import ResumableCheckpoint
@@ -167,7 +168,7 @@ def test_files_that_do_not_fit_the_configuration_are_refused(
 def test_weights_shared_between_blocks_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = streaming._without_weights
+    usual = without_weights
 
     def with_one_weight_twice(configuration: Any, dtype: torch.dtype) -> Any:
         model = usual(configuration, dtype)
@@ -175,7 +176,7 @@ def test_weights_shared_between_blocks_are_refused(
         first.mlp.up_proj.weight = second.mlp.up_proj.weight  # type: ignore[union-attr]
         return model
 
-    monkeypatch.setattr(streaming, "_without_weights", with_one_weight_twice)
+    monkeypatch.setattr(streaming, "without_weights", with_one_weight_twice)
     with pytest.raises(ModelError, match="shares weights between its blocks"):
         StreamedModel(save_tiny_model("llama", tmp_path), device="cpu")
 

@@ -278,7 +278,7 @@ def test_a_plan_builds_the_evaluator_again_without_calibrating(
 ) -> None:
     testbed, task = testbed_of(files), task_on(files)
     evaluator = Evaluator(task, [testbed])
-    for collect in ("_forward_statistics", "_gradient_statistics"):
+    for collect in ("BlockWalk", "gradient_statistics"):
         monkeypatch.setattr(f"prunezero.models.observing.calibration.{collect}", None)
     again = EvaluatorPlan.of(task.config, [testbed]).evaluator(1)
     found = again.task.config

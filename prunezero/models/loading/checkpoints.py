@@ -66,6 +66,24 @@ def checked_checkpoint(source: str, name: str) -> Checkpoint:
     return Checkpoint(configuration, Source(shards, names, pieces))
 
 
+def checked_configuration(source: str, name: str) -> Any:
+    """The configuration alone, once it is sure that no foreign code is asked for.
+
+    Args:
+        source: folder, hub id, or the path of a config.json.
+        name: of the model, as the user wrote it.
+
+    Raises:
+        ModelError: it asks for foreign code, is quantized, or is no causal language model.
+    """
+    from transformers import CONFIG_MAPPING
+
+    raw = _checked_settings(source, name)
+    kind = CONFIG_MAPPING[raw["model_type"]]
+    _refuse_other_kinds(raw, kind, name)
+    return kind.from_dict(raw)
+
+
 def _folder_of(source: str) -> Path:
     """The folder itself, or that of a hub id in the cache, once its weights are there."""
     from transformers.utils import cached_file

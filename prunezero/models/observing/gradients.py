@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,28 +27,64 @@ from prunezero.scoring.statistics import SUMS, Statistics
 HIGHEST_ZERO_SHARE = 0.5
 
 
+# Given layers and their sums by name, as soon as they are collected.
+Keep = Callable[[Sequence[Linear], dict[str, Statistics]], None]
+
+
 def gradient_statistics(
     language_model: LanguageModel,
     batches: Tensor,
-    layers: Sequence[Linear],
+    groups: Sequence[Sequence[Linear]],
     sums: frozenset[str],
+    keep: Keep,
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[dict[str, Statistics], list[str]]:
-    """Gradient sums of the layers, by layer name, and the names of those that `fill_up` filled.
+) -> list[str]:
+    """Collect gradient sums, and give the names of layers that `fill_up` filled.
 
-    The loss of a sequence is the mean cross-entropy, in nats, of its tokens after the first.
+    The loss of a sequence is the mean cross-entropy, in nats, of its tokens after the first. Each
+    group of layers has a pass over the text of its own; all sums are those of one pass over all
+    layers, to the last bit.
 
     Args:
         language_model: dense; its weights and their `requires_grad` are the same afterwards.
         batches: token ids [count, length], already checked.
-        layers: gradients are taken for these alone.
+        groups: of layers, gradients are taken for these alone; experts of a block in one group.
         sums: names of gradient sums, see `SUMS`.
-        progress: told the sequences done and their total.
+        keep: given each group with its sums by layer name.
+        progress: told the sequences done, and their total over all passes.
 
     Raises:
         StatisticsError: the loss or a gradient is not finite, or all gradients of a layer are zero.
     """
+    zeros = numbers = 0
+    scarce: list[str] = []
+    total = len(groups) * len(batches)
+    for place, layers in enumerate(groups):
+        told = partial(_told, progress, place * len(batches), total)
+        collected = _one_pass(language_model, batches, layers, sums, told)
+        scarce += fill_up(collected, layers)
+        found_zeros, found_numbers = _counted_zeros(collected)
+        zeros, numbers = zeros + found_zeros, numbers + found_numbers
+        keep(layers, collected)
+        # Let go before the next sums are made.
+        del collected
+    _warn_of_zeros(zeros, numbers)
+    return scarce
+
+
+def _told(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _one_pass(
+    language_model: LanguageModel,
+    batches: Tensor,
+    layers: Sequence[Linear],
+    sums: frozenset[str],
+    told: Callable[[int], None],
+) -> dict[str, Statistics]:
+    """Sums of the layers by name, from one pass over the text."""
     collected = {layer.name: empty_statistics(layer, sums) for layer in layers}
     tokens = dict.fromkeys(collected, 0)
     counting = removing(counting_tokens(layers, tokens))
@@ -60,13 +97,11 @@ def gradient_statistics(
                     f"{float(loss.detach())}; try --dtype float32, or check that the model is sound"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
-            progress(done, len(batches))
+            told(done)
     for name, statistics in collected.items():
         # Gradients arrive without a token count, outputs' gradients with one.
         statistics.tokens, statistics.sequences = tokens[name], len(batches)
-    scarce = fill_up(collected, layers)
-    _check_zeros(collected)
-    return collected, scarce
+    return collected
 
 
 def sequence_loss(model: Any, ids: Tensor) -> Tensor:
@@ -83,8 +118,9 @@ def _collecting(
     model = language_model.model
     handles: list[Any] = []
     with asking_anew(model), removing(handles), own_weights(layers) as weights:
-        # The embedding needs no gradient, yet the graph has to start in front of the first block.
-        handles.append(find_blocks(model)[0].register_forward_pre_hook(_require_gradient))
+        # What is before the layers needs no gradient, yet the graph has to start in front of them.
+        first = min(layer.block for layer in layers)
+        handles.append(find_blocks(model)[first].register_forward_pre_hook(_require_gradient))
         for layer in layers:
             handles += _layer_hooks(layer, weights[layer.name], collected[layer.name])
         yield
@@ -164,8 +200,12 @@ def _output_hook(
     return hook
 
 
-def _check_zeros(collected: dict[str, Statistics]) -> None:
-    """Refuse a layer whose gradients are all zero; warn when most of all gradients are."""
+def _counted_zeros(collected: dict[str, Statistics]) -> tuple[int, int]:
+    """How many gradient sums are zero, and how many there are.
+
+    Raises:
+        StatisticsError: all of a layer are.
+    """
     zeros, numbers = 0, 0
     for name, statistics in collected.items():
         for total in statistics.sums.values():
@@ -176,6 +216,11 @@ def _check_zeros(collected: dict[str, Statistics]) -> None:
                     "try --dtype float32, or leave the layer out with ignore"
                 )
             zeros, numbers = zeros + layer_zeros, numbers + total.numel()
+    return zeros, numbers
+
+
+def _warn_of_zeros(zeros: int, numbers: int) -> None:
+    """Warn when most of all gradients are zero."""
     if numbers and zeros / numbers > HIGHEST_ZERO_SHARE:
         warnings.warn(
             f"{zeros / numbers:.0%} of the gradient sums are exactly zero; "

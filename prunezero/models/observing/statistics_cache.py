@@ -1,8 +1,9 @@
 """Which sums over the dense model are already on disk?
 
-One folder per model and text, in it one safetensors file per sum with the tensors of all layers,
-so that a criterion that needs one more sum collects just that one. A file holds a digest of each of
-its tensors, and a checksum of those: a flipped bit would be a wrong mask that nobody sees.
+One folder per model and text, in it one safetensors file per sum and block with the tensors of its
+layers, so that a criterion that needs one more sum collects just that one, and a block can be read
+and written without the others. A file holds a digest of each of its tensors, and a checksum of
+those: a flipped bit would be a wrong mask that nobody sees.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,12 @@ from prunezero.errors import PruneZeroWarning, StatisticsError, reason
 from prunezero.files.atomic import replace_whole
 from prunezero.files.checked_lines import line_of, record_of
 from prunezero.files.digests import joined_digest, tensor_digest, tensor_digests
-from prunezero.models.anatomy.linears import Linear
+from prunezero.models.anatomy.linears import Linear, by_block
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.scoring.statistics import SUMS, Statistics
 
 # Raise it when a sum changes its meaning: older files are then never read.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DEFAULT_LIMIT_GIB = 8.0
 
 
@@ -64,25 +65,92 @@ def read_sums(
 
     A file that is not to the last bit what was written is collected anew, with a warning.
     """
-    found: dict[str, dict[str, Statistics]] = {}
+    found = {}
     for name in sorted(names):
-        path = folder / f"{name}.safetensors"
-        if not path.is_file():
-            continue
+        parts = list(_parts(folder, layers, name))
+        if all(part is not None for part in parts):
+            found[name] = {layer: one for part in parts if part for layer, one in part.items()}
+    if found:
+        note_use(folder)
+    return found
+
+
+def whole_sums(folder: Path, layers: Sequence[Linear], names: frozenset[str]) -> frozenset[str]:
+    """Which of the named sums the folder holds, every bit as it was written.
+
+    Each file is read and let go again; one that is damaged costs a warning.
+    """
+    return frozenset(
+        name
+        for name in sorted(names)
+        if all(part is not None for part in _parts(folder, layers, name))
+    )
+
+
+def read_block(
+    folder: Path, inside: Sequence[Linear], names: frozenset[str]
+) -> dict[str, Statistics]:
+    """The named sums of the layers of one block, by layer name, all of which are there.
+
+    Raises:
+        StatisticsError: a file is gone, or is not what was written any more.
+    """
+    parts = []
+    for name in sorted(names):
+        path = _path(folder, name, inside[0].block)
         try:
-            found[name] = _read(path, name, layers)
+            parts.append(_read(path, name, inside))
+        # Whatever a damaged file makes a reader do.
+        except Exception as error:
+            raise StatisticsError(
+                f"{path} was damaged or deleted while it was in use ({reason(error, path)}); run "
+                "the same command again, which makes it anew, with a larger PRUNEZERO_CACHE_GIB "
+                "where several runs share the cache"
+            ) from error
+    note_use(folder)
+    return {layer.name: joined([part[layer.name] for part in parts]) for layer in inside}
+
+
+def joined(parts: Sequence[Statistics]) -> Statistics:
+    """One layer's sums of several passes over the same text."""
+    sums: dict[str, Tensor] = {}
+    for part in parts:
+        sums |= part.sums
+    tokens = max((part.tokens for part in parts), default=0)
+    sequences = max((part.sequences for part in parts), default=0)
+    return Statistics(tokens, sequences, sums)
+
+
+def note_use(folder: Path) -> None:
+    """Mark the moment of a folder's last use; a cache that cannot be written can still be read."""
+    with suppress(OSError):
+        os.utime(folder)
+
+
+def _parts(
+    folder: Path, layers: Sequence[Linear], name: str
+) -> Iterator[dict[str, Statistics] | None]:
+    """One sum of block after block by layer name; None where it has to be collected."""
+    for block, inside in by_block(layers).items():
+        path = _path(folder, name, block)
+        if not path.is_file():
+            yield None
+            return
+        try:
+            yield _read(path, name, inside)
         # Whatever a damaged file makes a reader do.
         except Exception as error:
             warnings.warn(
                 f"{path} is damaged and is made anew ({reason(error)})",
                 PruneZeroWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-    if found:
-        # The mark of its last use; a cache that cannot be written can be read all the same.
-        with suppress(OSError):
-            os.utime(folder)
-    return found
+            yield None
+            return
+
+
+def _path(folder: Path, name: str, block: int) -> Path:
+    return folder / f"{name}.{block}.safetensors"
 
 
 def _read(path: Path, name: str, layers: Sequence[Linear]) -> dict[str, Statistics]:
@@ -121,20 +189,34 @@ def _place(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def write_sums(folder: Path, statistics: Mapping[str, Statistics], names: frozenset[str]) -> None:
-    """Write one file per named sum, with a digest of each tensor; complete or not there."""
+def write_sums(
+    folder: Path,
+    layers: Sequence[Linear],
+    statistics: Mapping[str, Statistics],
+    names: frozenset[str],
+) -> None:
+    """Write one file per named sum and block, with a digest of each tensor.
+
+    Each is complete or not there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(names):
-        tensors = {layer: row.sums[name].cpu() for layer, row in statistics.items()}
-        digests = tensor_digests(tensors)
-        counts = {layer: (row.tokens, row.sequences) for layer, row in statistics.items()}
-        noted = {layer: [*counts[layer], digest] for layer, digest in digests.items()}
-        path = folder / f"{name}.safetensors"
-        line = line_of({"place": _place(path), "layers": noted})
-        metadata = {"noted": line.decode().rstrip("\n")}
-        # safetensors refuses tensors that share storage, which copies of one sum may do.
-        tensors = {layer: tensor.contiguous().clone() for layer, tensor in tensors.items()}
-        replace_whole(path, partial(_save, tensors, metadata))
+        for block, inside in by_block(layers).items():
+            _write(
+                _path(folder, name, block), name, {one.name: statistics[one.name] for one in inside}
+            )
+
+
+def _write(path: Path, name: str, statistics: Mapping[str, Statistics]) -> None:
+    tensors = {layer: row.sums[name].cpu() for layer, row in statistics.items()}
+    digests = tensor_digests(tensors)
+    counts = {layer: (row.tokens, row.sequences) for layer, row in statistics.items()}
+    noted = {layer: [*counts[layer], digest] for layer, digest in digests.items()}
+    line = line_of({"place": _place(path), "layers": noted})
+    metadata = {"noted": line.decode().rstrip("\n")}
+    # safetensors refuses tensors that share storage, which copies of one sum may do.
+    tensors = {layer: tensor.contiguous().clone() for layer, tensor in tensors.items()}
+    replace_whole(path, partial(_save, tensors, metadata))
 
 
 def _save(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:

@@ -69,7 +69,7 @@ class BlockWalk:
         self._extras, self._output = record_calls(body, self.blocks, first)
         self._states: list[Tensor] = []
         for ids in batches:
-            state, extras = _first_block_call(
+            state, extras = first_block_call(
                 body, self.blocks[0], ids[None].to(language_model.device)
             )
             if not _same(extras, self._extras[0], tolerance=_JITTER):
@@ -274,10 +274,15 @@ def answering(blocks: list[nn.Module], answer: Callable[..., Any]) -> Iterator[N
                 block.forward = forward
 
 
-def _first_block_call(
+def first_block_call(
     body: nn.Module, block: nn.Module, ids: Tensor
 ) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Hidden states and other arguments of the first block, without running the rest."""
+    """Hidden states and other arguments of the first block, without running the rest.
+
+    Args:
+        body: the model without its head.
+        ids: [1, length].
+    """
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from prunezero.files.places import mebibytes as mebibytes
 from prunezero.models.anatomy.linears import Linear
-from prunezero.models.observing.hooks import empty_statistics
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.streaming.streamed_model import StreamedModel
+from prunezero.scoring.statistics import sums_bytes
 
 # Working memory for each weight of the largest matrix: scores, their order, masks.
 SCORING_BYTES = 48
@@ -64,21 +66,41 @@ def memory_need(
         sums: names of the sums that are collected for them.
         windows: calibration token ids [count, length] that walk through the blocks, if any.
     """
-    names = frozenset(sums)
-    statistics = [0] * len(streamed.blocks)
+    count, length = (0, 0) if windows is None else windows.shape
+    return block_need(
+        streamed.language_model, streamed.weight_bytes(), layers, frozenset(sums), (count, length)
+    )
+
+
+def block_need(
+    language_model: LanguageModel,
+    weight_bytes: tuple[int, int],
+    layers: Sequence[Linear],
+    sums: frozenset[str],
+    text: tuple[int, int],
+) -> MemoryNeed:
+    """The same of a model whose weights may be outlines.
+
+    Args:
+        weight_bytes: of what is outside the blocks, and of the largest block.
+        layers: to be pruned.
+        sums: names of the sums that are collected for them.
+        text: calibration windows that walk through the blocks, and tokens in each.
+    """
+    names = sums
+    windows, length = text
+    statistics: Counter[int] = Counter()
     for layer in layers:
-        collected = empty_statistics(layer, names).sums
-        factor = collected["gram"].nbytes if "gram" in names else 0
-        statistics[layer.block] += factor + sum(value.nbytes for value in collected.values())
-    model = streamed.language_model
-    state_bytes = int(model.model.config.hidden_size) * model.dtype.itemsize
-    waits_here = windows is not None and model.device.type == "cpu"
-    outside, block = streamed.weight_bytes()
+        factor = 4 * layer.weight.shape[1] ** 2 if "gram" in names else 0
+        statistics[layer.block] += factor + sums_bytes(names, layer.weight.shape, windows)
+    state_bytes = int(language_model.model.config.hidden_size) * language_model.dtype.itemsize
+    waits_here = language_model.device.type == "cpu"
+    outside, block = weight_bytes
     return MemoryNeed(
         outside=outside,
         block=block,
-        statistics=max(statistics),
-        states=windows.numel() * state_bytes if windows is not None and waits_here else 0,
+        statistics=max(statistics.values()),
+        states=windows * length * state_bytes if waits_here else 0,
         work=SPARE_BYTES + max(_work(layer, "gram" in names) for layer in layers),
     )
 

@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import find_blocks, note_calls
@@ -29,10 +27,10 @@ from prunezero.models.loading.load import (
     explained,
     load_tokenizer,
 )
+from prunezero.models.loading.outline import exchange, outlines, without_weights
 from prunezero.models.loading.own_changes import refuse_own_changes
 from prunezero.models.loading.shards import STORED_DTYPES, Shard, Shards
 from prunezero.models.loading.source import Source
-from prunezero.models.observing.hooks import removing
 from prunezero.models.observing.walk import record_calls
 
 
@@ -162,7 +160,7 @@ class StreamedModel:
             yield
         finally:
             for parameter, placeholder in zip(parameters, placeholders, strict=False):
-                _exchange(parameter, placeholder)
+                exchange(parameter, placeholder)
 
     def _fill(self, parameter: nn.Parameter, source: Shards | Shard) -> nn.Parameter:
         """Give a parameter its numbers; what comes back is its place on the meta device."""
@@ -176,7 +174,7 @@ class StreamedModel:
             real = source.read(stored[0]).to(device, parameter.dtype)
         twin = nn.Parameter(real, requires_grad=False)
         # The object stays the same one, so weights that are tied stay tied.
-        _exchange(parameter, twin)
+        exchange(parameter, twin)
         return twin
 
     def stored_block(self, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -207,18 +205,14 @@ class StreamedModel:
         For what looks at shapes alone and refuses weights that are not loaded.
         """
         weights = [parameter for block in self._inside for parameter in block]
-        outlines = []
-        for weight in weights:
-            one = (1,) * weight.dim()
-            number = torch.zeros(one, dtype=weight.dtype, device=self.language_model.device)
-            outlines.append(nn.Parameter(number.expand(weight.shape), requires_grad=False))
-        for weight, outline in zip(weights, outlines, strict=True):
-            _exchange(weight, outline)
+        shapes = outlines(weights, self.language_model.device)
+        for weight, outline in zip(weights, shapes, strict=True):
+            exchange(weight, outline)
         try:
             yield
         finally:
-            for weight, outline in zip(weights, outlines, strict=True):
-                _exchange(weight, outline)
+            for weight, outline in zip(weights, shapes, strict=True):
+                exchange(weight, outline)
 
     def weight_bytes(self) -> tuple[int, int]:
         """Memory for what is outside the blocks, and for the largest block.
@@ -234,36 +228,15 @@ class StreamedModel:
         return parameter.numel() * (parameter.dtype.itemsize + copied)
 
 
-def _exchange(left: nn.Parameter, right: nn.Parameter) -> None:
-    """Let two parameters swap numbers, device and shape; who refers to one finds the other's."""
-    torch.utils.swap_tensors(left, right)  # type: ignore[no-untyped-call]
-
-
 def _on_meta_device(name: str, checkpoint: Checkpoint, dtype: str, device: str) -> LanguageModel:
     check_dtype(dtype)
     place = device_of(device)
     source = checkpoint.source
     with quiet(), explained(name):
         chosen = computing_dtype(dtype, place, source.shards)
-        model = _without_weights(checkpoint.configuration, chosen)
+        model = without_weights(checkpoint.configuration, chosen)
         tokenizer = load_tokenizer(str(source.folder))
     return LanguageModel(model, tokenizer, name, source.shards.fingerprint(), chosen, place, source)
-
-
-def _without_weights(configuration: Any, dtype: torch.dtype) -> Any:
-    """The network with every parameter on the meta device and every buffer real."""
-    from transformers import AutoModelForCausalLM
-
-    handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
-    with removing([handle]):
-        model = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
-    return model.eval().requires_grad_(False)
-
-
-def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-    if parameter is None or parameter.is_meta:
-        return None
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
 
 def _names_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:

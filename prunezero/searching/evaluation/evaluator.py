@@ -78,11 +78,7 @@ class Evaluator:
             TextError, StatisticsError: the text is too short, or nothing follows from it.
         """
         self.task = task
-        space = task.space
-        sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient, unit=space.unit)
-        for budget in task.budgets:
-            sums |= dense_sums(space.examples(budget.pattern))
-        sums |= dense_sums(baselines(task))
+        sums = sums_of(task)
         self._testbeds = drawn(testbeds, task.config.draws)
         self._sampled: list[SampledTestbed] = []
         for place, one in enumerate(self._testbeds):
@@ -259,6 +255,18 @@ class Evaluator:
         ]
         told = [key for key in ("model", "seed") if len({place[key] for place in of}) > 1]
         return [{key: place[key] for key in told} for place in of]
+
+
+def sums_of(task: Task) -> frozenset[str]:
+    """Names of the sums of layers that all rungs of a search look at, and its baselines."""
+    space = task.space
+    sums = rung_sums(space.features, with_gradients=space.weighted_by_gradient, unit=space.unit)
+    return sums | dense_sums(recipes_of_space(task)) | dense_sums(baselines(task))
+
+
+def recipes_of_space(task: Task) -> list[Recipe]:
+    """A recipe for every choice of the space under each budget."""
+    return [one for budget in task.budgets for one in task.space.examples(budget.pattern)]
 
 
 def _is_short_of_memory(error: Exception) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import Tensor
 
@@ -110,11 +111,15 @@ def _weights(
 ) -> list[Samples]:
     """Rows of all layers, of some, and few rows of few."""
     space = task.space
-    offered = [*space.choices.get("damping", ())]
-    offered += [rule.choices["damping"] for rule in task.seeds if "damping" in rule.choices]
-    samples = sample_rows(layers, statistics, space.features, dampings=offered)
+    samples = sample_rows(layers, statistics, space.features, dampings=dampings_of(task))
     of_some = (samples, samples[::_TUNED_ON], probe_of(samples, kinds=space.criteria))
     return [WeightSamples(stacked(one)) for one in of_some]
+
+
+def dampings_of(task: Task) -> list[float]:
+    """Those that the rules of a search may have, beside the usual one."""
+    offered = [*task.space.choices.get("damping", ())]
+    return offered + [rule.choices["damping"] for rule in task.seeds if "damping" in rule.choices]
 
 
 def _units(
@@ -135,17 +140,24 @@ def _units(
         groups = tuple(with_slopes(groups, model, unit, statistics, text, progress=progress))
     if task.space.training:
         begun = begin_training(testbed, recipe, groups, statistics, progress)
-        statistics = {**statistics, **begun}
+        statistics = _beside(statistics, begun)
     blocks = len(find_blocks(testbed.language_model.model))
     if kind.is_of_depth:
         sums = {DISTANCE, *(needed_sums(task.space.features) & BLOCK_SUMS.keys())}
         seen = kind.observe(
             testbed.language_model, groups, testbed.windows("calibration"), sums, progress=progress
         )
-        statistics = {**statistics, **seen}
+        statistics = _beside(statistics, seen)
     if kind.domain.name == "expert":
         return _experts(task, testbed, groups, progress)
     return UnitSamples(groups, blocks, statistics)
+
+
+def _beside(
+    statistics: Mapping[str, Statistics], more: Mapping[str, Statistics]
+) -> Mapping[str, Statistics]:
+    """Both, the second in front of the first; none is read that is not asked for."""
+    return ChainMap(*(cast(MutableMapping[str, Statistics], one) for one in (more, statistics)))
 
 
 def _experts(

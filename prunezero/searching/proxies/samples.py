@@ -5,6 +5,7 @@ Layers of one shape are kept as a stack, so that a formula is computed on all of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from prunezero.formula.features import FEATURES
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.anatomy.patterns import fits
 from prunezero.pruning.kinds import UNITS
@@ -21,6 +23,8 @@ from prunezero.scoring.statistics import BLOCK_SUMS, Statistics
 
 # Its share of the Fisher information weighs the error of an output.
 ROW_WEIGHTS = "output_gradient_square_sum"
+# Of the rows of a layer.
+SHARE = 0.04
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def sample_rows(
     features: Sequence[str],
     *,
     dampings: Iterable[float] = (),
-    share: float = 0.04,
+    share: float = SHARE,
     seed: int = 0,
 ) -> list[Sample]:
     """Rows of every layer, drawn once and then the same for every formula.
@@ -195,7 +199,7 @@ def sample_rows(
     for layer in layers:
         known = statistics[layer.name]
         weight = layer.weight
-        count = min(weight.shape[0], max(8, round(share * weight.shape[0])))
+        count = _row_count(weight.shape[0], share)
         rows = torch.randperm(weight.shape[0], generator=generator)[:count].sort().values
         rows = rows.to(weight.device)
         values = {name: feature(name, weight, known) for name in {*features, "W"}}
@@ -220,6 +224,56 @@ def sample_rows(
             kept = gram.bfloat16() if weight.dtype == torch.bfloat16 else gram
         samples.append(Sample(layer.name, sampled, kept, squares, damped))
     return samples
+
+
+def sample_bytes(
+    layers: Sequence[Linear],
+    features: Iterable[str],
+    *,
+    readers: Sequence[Sequence[str]],
+    dampings: Iterable[float] = (),
+    holds_grams: bool = True,
+    is_cpu: bool = True,
+) -> tuple[int, int]:
+    """Bytes of what `sample_rows` and `stacked` keep of some layers, and take while they work.
+
+    Args:
+        features: that a formula may look at.
+        readers: names of layers of the first block, those that read the same inputs together.
+        dampings: of recipes, where others than the usual one are asked for.
+        holds_grams: whether Gram matrices are not in memory anyway.
+        is_cpu: elsewhere Gram matrices are copied side by side.
+    """
+    names = {*features, "W"}
+    damped = [name for name in OF_FACTOR if name in names] * len({*dampings} - {DAMPING})
+    shapes = Counter(FEATURES[name].shape for name in [*names, *damped])
+    rows = kept = 0
+    for layer in layers:
+        height, width = layer.weight.shape
+        count = _row_count(height, SHARE)
+        kept += 4 * (shapes["element"] * count * width + shapes["column"] * width + count)
+        kept += 4 * shapes["row"] * count
+        rows = max(rows, 4 * height * width * shapes["element"])
+    grams = sum(layer.weight.shape[1] ** 2 for layer in _one_of_each(layers, readers))
+    size = 2 if layers[0].weight.dtype == torch.bfloat16 else 4
+    own = size * grams if holds_grams or size == 2 else 0
+    # Layers that are tuned on stand in a stack of their own, and so does the probe.
+    again = round(kept * (1 + 1 / 3 + 0.1))
+    if is_cpu:
+        return again + own, kept + rows
+    return again + round(size * grams * (1 + 1 / 3)), kept + rows + own
+
+
+def _one_of_each(layers: Sequence[Linear], readers: Sequence[Sequence[str]]) -> list[Linear]:
+    """Layers without those that read what another one of the same block does."""
+    first = {layer.name: layer.kind for layer in layers if layer.block == layers[0].block}
+    known = [[first[name] for name in names if name in first] for names in readers]
+    others = {kind for kinds in known for kind in kinds[1:]}
+    return [layer for layer in layers if layer.kind not in others]
+
+
+def _row_count(rows: int, share: float) -> int:
+    return min(rows, max(8, round(share * rows)))
 
 
 def probe_of(
