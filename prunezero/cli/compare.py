@@ -121,7 +121,7 @@ def compare(
     check_runs_dir(runs_dir)
     with waiting(f"loading {model}"):
         testbed = set_up(model, text, settings, dtype=dtype, device=device)
-    say_about([testbed])
+    say_about([testbed], chosen)
     rows: list[dict[str, Any]] = []
     tracker = Tracker(runs_dir)
     try:

@@ -40,9 +40,8 @@ from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Periods
-from prunezero.pruning.recovery.answers import DenseAnswers
 from prunezero.pruning.recovery.training import Follower, TrainingReport
-from prunezero.pruning.recovery.words import answers_for, layers_trained
+from prunezero.pruning.recovery.words import OfDense, known_of_dense, layers_trained
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
     check_text,
@@ -69,7 +68,8 @@ def prune(
     statistics: Mapping[str, Statistics] | None = None,
     windows: Tensor | None = None,
     held_out: Tensor | None = None,
-    answers: DenseAnswers | None = None,
+    sources: Sequence[str] = (),
+    of_dense: OfDense | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -90,7 +90,8 @@ def prune(
             that look at the loss, and recovery.
         held_out: such token ids that statistics have not seen, for what is measured on trial: where
             columns were refitted, places look better than they are. Those of `windows` if None.
-        answers: those of `answers_for`, where the model is not the dense one any more.
+        sources: of which source of its text each of `windows` is, by name; none of one source.
+        of_dense: by `known_of_dense`, where the model is not the dense one any more.
         folder: keeps finished pruning steps and trainings, so that the same call goes on there
             after a stop; the caller deletes it. None keeps nothing.
         progress: told (what, done, total) as the work goes on.
@@ -107,16 +108,17 @@ def prune(
     fraction = settled_sparsity(recipe.pattern, sparsity)
     groups = checked_groups(language_model, recipe, fraction)
     layers = linears_of(groups)
-    check_text(recipe, windows)
+    check_text(recipe, windows, sources)
     reordering = Reordering(language_model, recipe, layers)
     if recipe.needs_biases:
         open_biases(language_model, layers)
     tell = progress or (lambda what, done, total: None)
-    if answers is None:
-        answers = answers_for(language_model, recipe.recover.options, windows, tell)
+    if of_dense is None:
+        options = recipe.recover.options
+        of_dense = known_of_dense(language_model, options, windows, sources, tell)
     sums = dict(statistics or {})
     texts = (windows, windows if held_out is None else held_out)
-    job = _Job(language_model, recipe, layers, groups, reordering, sums, *texts, answers)
+    job = _Job(language_model, recipe, layers, groups, reordering, sums, *texts, of_dense)
     ratios = job.run(fraction, folder, tell)
     outcome = job.outcome(fraction, time.perf_counter() - begin)
     check_reached(outcome, recipe, groups, ratios)
@@ -198,7 +200,7 @@ class _Job:
     dense: dict[str, Statistics]
     windows: Tensor | None
     held_out: Tensor | None
-    answers: DenseAnswers | None
+    of_dense: OfDense
     known: dict[str, Statistics] = field(default_factory=dict, init=False)
     """of the dense model and, block by block, of the model as pruned so far"""
     selection: Selection = field(default_factory=Selection, init=False)
@@ -285,7 +287,8 @@ class _Job:
 
     def _request(self, sparsity: float) -> dict[str, Any]:
         """Whatever the pruned weights follow from, in words and numbers."""
-        return {
+        mixture = self.of_dense.mixture
+        return ({} if mixture is None else mixture.request) | {
             "model": self.language_model.fingerprint,
             "recipe": self.recipe.to_yaml(),
             "sparsity": sparsity,
@@ -311,7 +314,8 @@ class _Job:
             self.windows,
             recover.options,
             step=step,
-            answers=self.answers,
+            answers=self.of_dense.answers,
+            mixture=self.of_dense.mixture,
             checkpoint=checkpoint,
             progress=tell,
             follower=follower,
