@@ -88,8 +88,7 @@ def prune(
         statistics: sums of the dense model by layer name, those of `dense_sums([recipe])`.
         windows: calibration token ids `[count, length]`, for sequential statistics, allocations
             that look at the loss, and recovery.
-        held_out: such token ids that statistics have not seen, for what is measured on trial: where
-            columns were refitted, places look better than they are. Those of `windows` if None.
+        held_out: such ids that statistics have not seen, for trials; None takes `windows`.
         sources: of which source of its text each of `windows` is, by name; none of one source.
         of_dense: by `known_of_dense`, where the model is not the dense one any more.
         folder: keeps finished pruning steps and trainings, so that the same call goes on there
@@ -112,14 +111,12 @@ def prune(
     reordering = Reordering(language_model, recipe, layers)
     if recipe.needs_biases:
         open_biases(language_model, layers)
-    tell = progress or (lambda what, done, total: None)
-    if of_dense is None:
-        options = recipe.recover.options
-        of_dense = known_of_dense(language_model, options, windows, sources, tell)
+    options = recipe.recover.options
+    of_dense = of_dense or known_of_dense(language_model, options, windows, sources, progress)
     sums = dict(statistics or {})
     texts = (windows, windows if held_out is None else held_out)
     job = _Job(language_model, recipe, layers, groups, reordering, sums, *texts, of_dense)
-    ratios = job.run(fraction, folder, tell)
+    ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
     outcome = job.outcome(fraction, time.perf_counter() - begin)
     check_reached(outcome, recipe, groups, ratios)
     return outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def test_where_nothing_is_lost_or_known_all_sources_have_the_same_share(
 # The order of windows
 
 
-def order(growths: list[tuple[float, ...]], count: int = 24, **numbers: Any) -> list[list[int]]:
+def order(growths: Sequence[tuple[float, ...]], count: int = 24, **numbers: Any) -> list[list[int]]:
     """Batches of windows of sources a, b and c in turn, by what is measured each time."""
     options = Tune.model_validate({**SAMPLING, "held_out": 3, **numbers})
     mixture = Mixture(THREE, tuple(place % 3 for place in range(count)), {})
@@ -91,10 +92,11 @@ def order(growths: list[tuple[float, ...]], count: int = 24, **numbers: Any) -> 
     return drawn
 
 
-def slow_order(growths: list[tuple[float, ...]], sequences: int, batch: int) -> list[list[int]]:
+def slow_order(growths: Sequence[tuple[float, ...]], sequences: int, batch: int) -> list[list[int]]:
     """The same by exact numbers, with each source's windows in a deck that is shuffled anew."""
     credit, decks = [Fraction(0)] * 3, [[], [], []]  # type: ignore[var-annotated]
-    rounds, found = [0] * 3, []
+    rounds = [0] * 3
+    found: list[list[int]] = []
     for step in range(math.ceil(sequences / batch)):
         lost = [max(Fraction(0), Fraction(str(one)) - 1) for one in growths[step // 3]]
         part = [one / sum(lost) if sum(lost) else Fraction(1, 3) for one in lost]
@@ -220,12 +222,13 @@ def test_growth_is_the_loss_on_held_out_windows_over_the_dense_models() -> None:
 def test_held_out_windows_decide_the_order_and_are_not_trained_on() -> None:
     trained: set[int] = set()
     plain = training._Training._add_gradients
+
+    def watched(self: Any, places: list[int]) -> tuple[float, str]:
+        trained.update(places)
+        return plain(self, places)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            training._Training,
-            "_add_gradients",
-            lambda self, places: trained.update(places) or plain(self, places),
-        )
+        patch.setattr(training._Training, "_add_gradients", watched)
         run("tune", sequences=60)
     assert trained == set(range(8))
 
