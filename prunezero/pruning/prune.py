@@ -40,7 +40,8 @@ from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Periods
-from prunezero.pruning.recovery.training import Follower, TrainingReport
+from prunezero.pruning.recovery.parts import Follower
+from prunezero.pruning.recovery.training import TrainingReport
 from prunezero.pruning.recovery.words import OfDense, known_of_dense, layers_trained
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (

@@ -109,7 +109,7 @@ def slow_cycles(seen: Seen, tolerance: int) -> tuple[set[int], int, list[set[int
             if not tried:
                 tried, low = [low], set()
                 start = rows(seen.weights[step])
-            low -= set.union(*tried)
+            low = {unit for unit in low if not any(unit in some for some in tried)}
         if not tried:
             np.testing.assert_array_equal(rows(seen.after[step]), rows(seen.stepped[step]))
             continue
@@ -228,20 +228,19 @@ def test_scores_that_rank_nothing_are_left_out_and_told(monkeypatch: pytest.Monk
     assert outcome.sparsity_reached == GONE / 64
 
 
-def short(word: str) -> Recipe:
-    """The same in 12 steps: cycles end after 4 and 6, and all is gone after 10."""
-    numbers = {**NUMBERS, **({"sequences": 24} if word == "tune" else {"steps": 12})}
-    schedule = {"periods": {**CYCLES, "begin": 0.17, "cycles": 2, "cycles_end": 0.5, "end": 0.84}}
-    return chosen(schedule=schedule, recover={word: numbers})
+# The same in 12 steps: cycles end after 4 and 6, and all is gone after 10.
+SHORT = {"periods": {**CYCLES, "begin": 0.17, "cycles": 2, "cycles_end": 0.5, "end": 0.84}}
 
 
 @pytest.mark.parametrize("word", ["tune", "lora"])
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8])
+@pytest.mark.parametrize("stop", [3, 5, 8])
 def test_a_stopped_training_goes_on_to_the_same_bits(
     stop: int, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "KEEP_EVERY", 1)
-    whole, model = same_again(short(word), stop, tmp_path)
+    length = {"sequences": 24} if word == "tune" else {"steps": 12}
+    fitted = chosen(schedule=SHORT, recover={word: {**NUMBERS, **length}})
+    whole, model = same_again(fitted, stop, tmp_path)
     assert digest(model) == digest(whole)
 
 
@@ -249,7 +248,7 @@ def killed_or_whole(folder: Path | None, kill_at: int = 0) -> tuple[str, Any]:
     """The digest of a model that units left by cycles, on text of two sources, and its curves."""
     sampling = {"sampling": "degradation", "measure_every": 2, "held_out": 2, "second_stage": 1}
     numbers = {**NUMBERS, "steps": 12, **sampling}
-    fitted = chosen(schedule=short("lora").schedule.model_dump(), recover={"lora": numbers})
+    fitted = chosen(schedule=SHORT, recover={"lora": numbers})
 
     def kill(what: str, done: int, total: int) -> None:
         if "tuning" in what and done == kill_at:

@@ -11,11 +11,11 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from prunezero.pruning.recovery.drawing import ByDegradation, Equal, order_of
 from prunezero.pruning.recovery.mixture import Mixture, SourceReport, losses_of
 from prunezero.pruning.recovery.moves import HIGHEST_NORM
 from prunezero.pruning.recovery.objectives import Objective
+from prunezero.pruning.recovery.parts import Follower, Parametrisation
 
 # Steps of the optimizer between two checkpoints.
 KEEP_EVERY = 10
@@ -65,52 +66,6 @@ class TrainingReport:
     """of the look whose weights stayed; None without looks"""
     sources: tuple[SourceReport, ...] = ()
     """of a text of several sources, in its order"""
-
-
-class Parametrisation(Protocol):
-    """What of a model changes in a training."""
-
-    @property
-    def masters(self) -> list[Tensor]:
-        """What the optimizer changes; backward passes fill their gradients."""
-
-    def write(self) -> None:
-        """Let the model compute with the masters as they are now."""
-
-    def measuring(self) -> AbstractContextManager[None]:
-        """Within it the model computes what it will once training is done."""
-
-    def frozen(self) -> dict[str, Tensor]:
-        """Tensors of the model that are no masters and changed all the same, by names."""
-
-    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
-        """Be as it was when `frozen` gave these."""
-
-    def merge(self) -> None:
-        """Leave in the model's weights what was trained."""
-
-
-class Follower(Protocol):
-    """What goes along with a training, step by step, and may take weights out of it."""
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """What its doings follow from, as plain numbers and words."""
-
-    def follow(self, optimizer: torch.optim.Optimizer, total: int) -> None:
-        """Know the optimizer whose steps it goes along with, and how many there are."""
-
-    def see(self, trained: Any) -> None:
-        """Look at the masters and their gradients before a step: finite, and not clipped yet."""
-
-    def act(self, trained: Any, done: int, total: int) -> None:
-        """Do what is due after so many steps of all, whether or not the last changed anything."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: tensors, numbers and words, by names."""
-
-    def load(self, trained: Any, state: dict[str, Any]) -> None:
-        """Be as it was when `state` was taken."""
 
 
 @dataclass(frozen=True)
@@ -167,21 +122,16 @@ def train(
         OutputError: the checkpoint cannot be written or read, or is of another request.
     """
     check_windows(windows, language_model)
-    fault = options.fault_of_text(len(windows), () if mixture is None else mixture.sources)
-    if fault:
-        raise RecipeError(f"training {fault}")
-    order = order_of(options, len(windows), mixture, f"{seed} {step}")
-    request = _settings(language_model, layers, options, follower) | {"seed": seed, "step": step}
-    request |= {} if mixture is None else mixture.request
+    text = _text(windows, options, mixture, f"{seed} {step}")
+    request = {"seed": seed, "step": step, **text.request}
+    request |= _settings(language_model, layers, options, follower)
     model = language_model.model
     with torch.enable_grad(), _drawing(language_model, f"{seed} {step}"), _undone(layers) as before:
         if checkpoint is not None:
             request |= {"weights": kept.digest(before), "windows": kept.digest([windows])}
         with asking_anew(model), choices.parametrised(model, layers) as trained:
-            text = _Text(windows, order, mixture)
-            training = _Training(
-                language_model, text, options, choices.objective, trained, follower
-            )
+            parts = (choices.objective, trained, follower)
+            training = _Training(language_model, text, options, *parts)
             training.run(checkpoint, request, f"steps of tuning {step + 1}", progress)
             trained.merge()
         if not all(bool(torch.isfinite(layer.weight).all()) for layer in layers):
@@ -207,6 +157,14 @@ def _settings(
             "torch": str(torch.__version__),
         }
     )
+
+
+def _text(windows: Tensor, options: Tune | Stepwise, mixture: Mixture | None, seed: str) -> _Text:
+    """What a training trains on, if there is enough of it."""
+    fault = options.fault_of_text(len(windows), () if mixture is None else mixture.sources)
+    if fault:
+        raise RecipeError(f"training {fault}")
+    return _Text(windows, order_of(options, len(windows), mixture, seed), mixture)
 
 
 @contextmanager
@@ -243,6 +201,11 @@ class _Text:
     def sources(self) -> int:
         """How many it has."""
         return 1 if self.mixture is None else len(self.mixture.names)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What its order follows from beside seed and options, as plain numbers."""
+        return {} if self.mixture is None else self.mixture.request
 
 
 @dataclass
