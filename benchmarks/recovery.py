@@ -7,9 +7,10 @@
 Recipes that remove neurons and key-value groups are trained on equally many tokens, with the same
 optimizer, rate and rank: those that prune at once train afterwards, those that prune while they
 train do so from the first step. Whatever a recipe says of its own training is replaced by that.
-Every row also stands without training where that can be. Finished rows are kept in
-docs/results/recovery.jsonl, so a second start goes on behind the last one;
-docs/results/recovery.md is the table. Nothing is chosen by test text.
+Every row also stands without training where that can be. Of text of several sources (--text a,b) a
+recipe that samples them by what they lost does so here too, and rows tell tokens and perplexity of
+each. Finished rows are kept in docs/results/recovery.jsonl, so a second start goes on behind the
+last one; docs/results/recovery.md is the table. Nothing is chosen by test text.
 """
 
 from __future__ import annotations
@@ -39,12 +40,19 @@ from prunezero.pruning.testbed import set_up, with_choices
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 RECIPES = (
     *("llm_pruner", "llm_pruner_element1", "flap", "ziplm", "mask_fisher", "fisher_slopes"),
-    *("lora_prune", "hesso", "lora_shear"),
+    *("lora_prune", "hesso", "hesso_cric", "lora_shear"),
 )
 # Recipes that are trained in both ways.
 DISTILLED = ("flap", "fisher_slopes")
 # How often units go while factors train, of the steps of the optimizer.
 REMOVALS = 20
+# What a recipe says of the sources of its text.
+SAMPLING = ("sampling", "measure_every", "balance", "second_stage", "second_from", "held_out")
+# What is kept of training and measuring on several of them.
+OF_SOURCES = (
+    *("sources", "trained_tokens_by_source", "steps_skipped_by_source", "source_shares"),
+    *("source_growth", "validation_perplexity_by_source", "test_perplexity_by_source"),
+)
 TRAINING = ("steps", "batch", "learning_rate", "rank", "alpha")
 PLACE = ("recipe", "update", "recover", "share", "seed", *TRAINING, *CONDITIONS)
 
@@ -122,7 +130,7 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Recipe]:
     for name in arguments.recipes.split(","):
         recipe = load_recipe(name)
         assert isinstance(recipe, Recipe)  # none of several stages is asked for
-        lora = {"lora": {**numbers, "after": "last step"}}
+        lora = {"lora": {**numbers, **sampling_of(recipe), "after": "last step"}}
         if recipe.schedule.row.in_training:
             yield with_choices(recipe, recover=lora, schedule=in_steps(recipe, arguments.steps))
             continue
@@ -135,6 +143,12 @@ def wanted(arguments: argparse.Namespace) -> Iterator[Recipe]:
         if name in DISTILLED:
             distil = {**numbers, "through": "lora", "after": "last step"}
             yield with_choices(recipe, recover={"distil": distil})
+
+
+def sampling_of(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of the sources of its text, where it tells them apart."""
+    own = recipe.recover.options.model_dump(include=set(SAMPLING))
+    return own if own.get("sampling", "equal") != "equal" else {}
 
 
 def in_steps(recipe: Recipe, steps: int) -> dict[str, Any]:
@@ -169,8 +183,8 @@ def measured_row(runner: RecipeRunner, recipe: Recipe, share: float) -> Row:
 def kept_of(row: Row) -> Row:
     """What is kept of a row of results."""
     perplexities = {key: row[key] for key in row if key.endswith("_perplexity")}
-    curves = ("training_losses", "steps_skipped")
-    return {key: row[key] for key in (*KEPT, *curves) if key in row} | perplexities
+    kept = (*KEPT, "training_losses", "steps_skipped", *OF_SOURCES)
+    return {key: row[key] for key in kept if key in row} | perplexities
 
 
 def place_of(row: Row) -> tuple[Any, ...]:
@@ -230,11 +244,23 @@ def _table(rows: list[Row], dense: list[Row]) -> list[str]:
         found = fine[key]
         numbers = [cell(found, f"{split}_perplexity") for split in ("validation", "test")]
         numbers += [cell(found, "kl", 3), part(found, dense, "parameters_without_embeddings")]
-        numbers.append(f"{mean(found, 'trained_tokens'):,.0f}")
+        numbers.append(tokens_of(found))
         numbers += [f"{mean(found, name):,.0f}" for name in ("training_seconds", "peak_mib")]
         lines.append(" | ".join([f"| `{key[0]}`", *key[1:], str(len(found)), *numbers]) + " |")
     refused = {(key[0], found[0]["refused"]) for key, found in groups.items() if key not in fine}
     return [*lines, *(f"\n`{name}` was refused: {why}" for name, why in sorted(refused))]
+
+
+def tokens_of(rows: list[Row]) -> str:
+    """How many tokens were trained on, the mean over draws, and on each of several sources."""
+    told = f"{mean(rows, 'trained_tokens'):,.0f}"
+    column = "trained_tokens_by_source"
+    found = [row[column] for row in rows if column in row]
+    if not found:
+        return told
+    means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    each = ", ".join(f"{Path(name).name} {count:,.0f}" for name, count in means.items())
+    return f"{told} ({each})"
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def compare(
     limit = Limit(memory_limit, device)
     with waiting(f"loading {model}"):
         testbed = set_up(model, text, settings, dtype=dtype, device=device)
-    say_about([testbed])
+    say_about([testbed], chosen)
     planned = partial(compare_plan, testbed.language_model, chosen, settings)
     testbed = limit.kept_on(testbed, lambda size: planned(limit=size, with_rounding=rounding))
     rows: list[dict[str, Any]] = []

@@ -35,7 +35,8 @@ def expanded(path: Path | None) -> Path | None:
 MODEL = typer.Option(help="Hub id, folder, .gguf file, or `demo` (a 135M Llama-class model).")
 Model = Annotated[str, MODEL]
 TEXT = typer.Option(
-    "--text", help="Hub dataset id, .txt/.jsonl/.parquet file or folder, or `demo`."
+    "--text",
+    help="Hub dataset id, .txt/.jsonl/.parquet file or folder, or `demo`; several by commas.",
 )
 TextName = Annotated[str, TEXT]
 Sparsity = Annotated[

@@ -229,7 +229,7 @@ def _prune_in_memory(
     from prunezero.pruning.staging import edit_of
 
     name, output = testbed.language_model.name, places.output
-    say_about([testbed])
+    say_about([testbed], [recipe])
     is_smaller = output is not None and edit_of(recipe).makes_smaller and not padded
     layers = _layers_once_checked(
         testbed.language_model, recipe, sparsity, places, padded=padded, is_smaller=is_smaller

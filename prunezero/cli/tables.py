@@ -17,6 +17,7 @@ from prunezero.models.measures import SHARES
 
 if TYPE_CHECKING:
     from prunezero.pruning.recipes.recipe import Recipe
+    from prunezero.pruning.recipes.staged import AnyRecipe
     from prunezero.pruning.testbed import Testbed
     from prunezero.searching.experiment.objectives import Objective
 
@@ -224,13 +225,29 @@ def _tells(row: dict[str, Any], told: str) -> bool:
     return any(told == f"{word} {row.get(word)}" for word in _LAYERS)
 
 
-def say_about(testbeds: Sequence[Testbed]) -> None:
-    """A line on each model at hand, and one on what was guessed about their text, if anything."""
+def say_about(testbeds: Sequence[Testbed], recipes: Sequence[AnyRecipe] = ()) -> None:
+    """A line on each model at hand, and one on what was guessed about their text, if anything.
+
+    One more is on recipes that would prefer some sources of a text which has one.
+    """
+    from prunezero.pruning.recipes.staged import recipes_of
+
     for testbed in testbeds:
         say(_about_model(testbed))
     text = testbeds[0].text
     if text.notes:
         say(f"text {text.name}: {'; '.join(text.notes)}")
+    waiting_for = [
+        one.name
+        for recipe in recipes
+        for one in recipes_of(recipe)
+        if getattr(one.recover.options, "sampling", "equal") != "equal" and not text.parts
+    ]
+    if waiting_for:
+        say(
+            f"text {text.name} is one source, so {', '.join(waiting_for)} trains on all of its "
+            "windows equally often; several sources are given with commas between"
+        )
 
 
 def _about_model(testbed: Testbed) -> str:

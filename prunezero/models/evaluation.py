@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -158,7 +158,7 @@ def evaluate(
         key: math.fsum(values) / len(values) for key, values in by_measure.items()
     }
     return Evaluation(
-        perplexity=_perplexity(losses),
+        perplexity=perplexity_of(losses),
         kl=means.pop("kl", None),
         tokens=windows.shape[0] * (windows.shape[1] - 1),
         seconds=time.perf_counter() - started,
@@ -277,7 +277,8 @@ def _hand_over(module: nn.Module, parameters: Mapping[str, Any]) -> None:
         module.get_submodule(owner)._parameters[name] = parameter
 
 
-def _perplexity(losses: list[float]) -> float:
+def perplexity_of(losses: Sequence[float]) -> float:
+    """Perplexity of windows of one length by their mean nats per token; NaN if it is not finite."""
     # Windows are equally long, so the mean of their means is the mean over all tokens.
     mean = math.fsum(losses) / len(losses) if all(map(math.isfinite, losses)) else math.nan
     try:

@@ -18,6 +18,7 @@ from prunezero.models.editing.selection import Selection
 from prunezero.models.evaluation import dense_reference, evaluate
 from prunezero.models.measures import TO_DENSE
 from prunezero.models.observing.calibration import Progress
+from prunezero.pruning.by_source import perplexity_by_source, trained_by_source
 from prunezero.pruning.costs import costs_without
 from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.recipes.recipe import Recipe, with_patterns
@@ -113,7 +114,7 @@ def _trained(recipe: AnyRecipe, outcome: Outcome) -> dict[str, Any]:
     told["training_losses"] = [point for point in losses if math.isfinite(point[1])]
     told["held_out_losses"] = [point for point in looks if math.isfinite(point[1])]
     told["steps_skipped"] = sum(len(training.skipped) for training in outcome.trainings)
-    return told
+    return told | trained_by_source(outcome.trainings)
 
 
 def layers_told(targets: Sequence[str], ignore: Sequence[str]) -> dict[str, str]:
@@ -148,6 +149,7 @@ class RecipeRunner:
         self.testbed = testbed
         self._statistics = statistics
         self._calibration = testbed.windows("calibration")
+        self._sources = testbed.sources("calibration")
         self._windows = {split: testbed.windows(split) for split in splits}
         if "search" in self._windows:
             searched = self._windows["search"]
@@ -168,6 +170,7 @@ class RecipeRunner:
         other = copy(self)
         other.testbed, other._statistics = testbed, statistics
         other._calibration = testbed.windows("calibration")
+        other._sources = testbed.sources("calibration")
         return other
 
     def dense_row(self, splits: Sequence[str], *, with_costs: bool = False) -> dict[str, Any]:
@@ -207,6 +210,7 @@ class RecipeRunner:
                 statistics=self._statistics,
                 windows=self._calibration,
                 held_out=self.testbed.held_out if tries else None,
+                sources=self._sources,
                 folder=folder,
                 progress=progress,
             )
@@ -268,6 +272,10 @@ class RecipeRunner:
             )
             row[f"{split}_perplexity"] = result.perplexity
             row["window_losses"][split] = list(result.window_losses)
+            sources = self.testbed.text.sources(len(result.window_losses))
+            if sources:
+                by_source = perplexity_by_source(result.window_losses, sources)
+                row[f"{split}_perplexity_by_source"] = by_source
             if split in _WITH_DISTANCE:
                 row |= {key: getattr(result, key) for key in TO_DENSE}
             if self._also:

@@ -41,9 +41,9 @@ from prunezero.pruning.local_search import improved
 from prunezero.pruning.outcome import Outcome, check_reached
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.word_options import Periods
-from prunezero.pruning.recovery.answers import DenseAnswers
-from prunezero.pruning.recovery.training import Follower, TrainingReport
-from prunezero.pruning.recovery.words import answers_for, layers_trained
+from prunezero.pruning.recovery.parts import Follower
+from prunezero.pruning.recovery.training import TrainingReport
+from prunezero.pruning.recovery.words import OfDense, known_of_dense, layers_trained
 from prunezero.pruning.reordering import Reordering
 from prunezero.pruning.requirements import (
     check_text,
@@ -70,7 +70,8 @@ def prune(
     statistics: Mapping[str, Statistics] | None = None,
     windows: Tensor | None = None,
     held_out: Tensor | None = None,
-    answers: DenseAnswers | None = None,
+    sources: Sequence[str] = (),
+    of_dense: OfDense | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -89,9 +90,9 @@ def prune(
         statistics: sums of the dense model by layer name, those of `dense_sums([recipe])`.
         windows: calibration token ids `[count, length]`, for sequential statistics, allocations
             that look at the loss, and recovery.
-        held_out: such token ids that statistics have not seen, for what is measured on trial: where
-            columns were refitted, places look better than they are. Those of `windows` if None.
-        answers: those of `answers_for`, where the model is not the dense one any more.
+        held_out: such ids that statistics have not seen, for trials; None takes `windows`.
+        sources: of which source of its text each of `windows` is, by name; none of one source.
+        of_dense: by `known_of_dense`, where the model is not the dense one any more.
         folder: keeps finished pruning steps and trainings, so that the same call goes on there
             after a stop; the caller deletes it. None keeps nothing.
         progress: told (what, done, total) as the work goes on.
@@ -108,17 +109,16 @@ def prune(
     fraction = settled_sparsity(recipe.pattern, sparsity)
     groups = checked_groups(language_model, recipe, fraction)
     layers = linears_of(groups)
-    check_text(recipe, windows)
+    check_text(recipe, windows, sources)
     reordering = Reordering(language_model, recipe, layers)
     if recipe.needs_biases:
         open_biases(language_model, layers)
-    tell = progress or (lambda what, done, total: None)
-    if answers is None:
-        answers = answers_for(language_model, recipe.recover.options, windows, tell)
+    options = recipe.recover.options
+    of_dense = of_dense or known_of_dense(language_model, options, windows, sources, progress)
     sums = {} if statistics is None else statistics
     texts = (windows, windows if held_out is None else held_out)
-    job = _Job(language_model, recipe, layers, groups, reordering, sums, *texts, answers)
-    ratios = job.run(fraction, folder, tell)
+    job = _Job(language_model, recipe, layers, groups, reordering, sums, *texts, of_dense)
+    ratios = job.run(fraction, folder, progress or (lambda what, done, total: None))
     outcome = job.outcome(fraction, time.perf_counter() - begin)
     check_reached(outcome, recipe, groups, ratios)
     return outcome
@@ -199,7 +199,7 @@ class _Job:
     dense: Mapping[str, Statistics]
     windows: Tensor | None
     held_out: Tensor | None
-    answers: DenseAnswers | None
+    of_dense: OfDense
     known: ChainMap[str, Statistics] = field(default_factory=ChainMap, init=False)
     """of the dense model and, block by block, of the model as pruned so far"""
     selection: Selection = field(default_factory=Selection, init=False)
@@ -286,7 +286,8 @@ class _Job:
 
     def _request(self, sparsity: float) -> dict[str, Any]:
         """Whatever the pruned weights follow from, in words and numbers."""
-        return {
+        mixture = self.of_dense.mixture
+        return ({} if mixture is None else mixture.request) | {
             "model": self.language_model.fingerprint,
             "recipe": self.recipe.to_yaml(),
             "sparsity": sparsity,
@@ -312,7 +313,8 @@ class _Job:
             self.windows,
             recover.options,
             step=step,
-            answers=self.answers,
+            answers=self.of_dense.answers,
+            mixture=self.of_dense.mixture,
             checkpoint=checkpoint,
             progress=tell,
             follower=follower,

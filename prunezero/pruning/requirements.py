@@ -71,11 +71,12 @@ def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
     return frozenset(needed)
 
 
-def check_text(recipe: Recipe, windows: Tensor | None) -> None:
+def check_text(recipe: Recipe, windows: Tensor | None, sources: Sequence[str] = ()) -> None:
     """Refuse to begin without the calibration text that the recipe will ask for.
 
     Args:
         windows: calibration token ids [count, length], or None.
+        sources: of each window, by name; of text of one source there may be none.
 
     Raises:
         RecipeError: there is none, or too little of it.
@@ -98,7 +99,7 @@ def check_text(recipe: Recipe, windows: Tensor | None) -> None:
         )
     recover = recipe.recover
     if windows is not None and isinstance(recover.options, Training):
-        fault = recover.options.fault_of_text(len(windows))
+        fault = recover.options.fault_of_text(len(windows), sources)
         if fault:
             raise RecipeError(f"recipe {recipe.name}: recover {recover.word} {fault}")
 

@@ -83,18 +83,37 @@ def part_gone(done: int, total: int, options: WhileTraining) -> Fraction:
     return _gone(min(Fraction(1), max(Fraction(0), way)), options.shape)
 
 
-def period_bounds(total: int, options: Periods) -> tuple[int, ...]:
+def period_bounds(total: int, options: Periods, *, behind: int | None = None) -> tuple[int, ...]:
     """After how many steps each period of a training begins, and after how many the last ends.
+
+    Args:
+        total: steps in all.
+        behind: steps after which the first begins; None is `begin` of them.
+
+    Returns:
+        rising, one more than there are periods, from there to `end` of the steps, rounded down.
+    """
+    begin = total * Fraction(str(options.begin)) if behind is None else Fraction(behind)
+    return _parts(begin, total * Fraction(str(options.end)), options.periods)
+
+
+def cycle_bounds(total: int, options: Periods) -> tuple[int, ...]:
+    """After how many steps each trial before the first period begins, and the last ends.
 
     Args:
         total: steps in all.
 
     Returns:
-        rising, one more than there are periods, from `begin` to `end` of the steps, rounded down.
+        rising, one more than there are trials, from `begin` to `cycles_end`, rounded down.
     """
-    begin, end = Fraction(str(options.begin)), Fraction(str(options.end))
-    parts = (Fraction(place, options.periods) for place in range(options.periods + 1))
-    return tuple(math.floor(total * (begin + part * (end - begin))) for part in parts)
+    begin, end = Fraction(str(options.begin)), Fraction(str(options.cycles_end))
+    return _parts(total * begin, total * end, options.cycles)
+
+
+def _parts(begin: Fraction, end: Fraction, count: int) -> tuple[int, ...]:
+    """Where so many equal parts of a way begin, and where the last ends, rounded down."""
+    parts = (Fraction(place, count) for place in range(count + 1))
+    return tuple(math.floor(begin + part * (end - begin)) for part in parts)
 
 
 def _gone(way: Fraction, shape: str) -> Fraction:

@@ -8,7 +8,7 @@ the model is saved. How much each stage removes is settled before the first (`st
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from prunezero.pruning.outcome import Outcome
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.recipes.staged import AnyRecipe, StagedRecipe
 from prunezero.pruning.recovery.training import TrainingReport
-from prunezero.pruning.recovery.words import answers_for
+from prunezero.pruning.recovery.words import known_of_dense
 from prunezero.pruning.stage_shares import Plan, parameters_left, plan_of, still_there
 from prunezero.scoring.masking import count_zeros
 from prunezero.scoring.statistics import Statistics
@@ -43,6 +43,15 @@ class Staging:
     plan: Plan
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What stages look at and train on, see `prune`."""
+
+    windows: Tensor | None
+    held_out: Tensor | None
+    sources: Sequence[str]
+
+
 def prune(
     language_model: LanguageModel,
     recipe: AnyRecipe,
@@ -51,6 +60,7 @@ def prune(
     statistics: Mapping[str, Statistics] | None = None,
     windows: Tensor | None = None,
     held_out: Tensor | None = None,
+    sources: Sequence[str] = (),
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -61,6 +71,7 @@ def prune(
         statistics: sums of the dense model, those of `dense_sums` of the first stage.
         windows: calibration token ids [count, length]; later stages collect their sums on them.
         held_out: such token ids for what is measured on trial, see there.
+        sources: of which source of its text each of `windows` is, by name; none of one source.
         folder: of a recipe of several stages, not used: they begin anew after a stop.
 
     Raises:
@@ -74,12 +85,12 @@ def prune(
             statistics=statistics,
             windows=windows,
             held_out=held_out,
+            sources=sources,
             folder=folder,
             progress=progress,
         )
-    return _prune_in_stages(
-        language_model, recipe, sparsity, statistics or {}, windows, held_out, progress
-    )
+    text = _Text(windows, held_out, sources)
+    return _prune_in_stages(language_model, recipe, sparsity, statistics or {}, text, progress)
 
 
 def _prune_in_stages(
@@ -87,20 +98,20 @@ def _prune_in_stages(
     recipe: StagedRecipe,
     sparsity: float | None,
     statistics: Mapping[str, Statistics],
-    windows: Tensor | None,
-    held_out: Tensor | None,
+    text: _Text,
     progress: Progress | None,
 ) -> Outcome:
     """Prune by one stage after another."""
+    windows = text.windows
     begin = time.perf_counter()
     fraction = requirements.settled_sparsity(recipe.pattern, sparsity)
     staging = staging_of(language_model, recipe, fraction)
-    _refuse_without_text(recipe, windows)
+    _refuse_without_text(recipe, text)
     gone = Selection()
     trainings: tuple[TrainingReport, ...] = ()
     # Of the dense model, which the first stage changes.
-    answers = [
-        answers_for(language_model, one.recover.options, windows, progress)
+    of_dense = [
+        known_of_dense(language_model, one.recover.options, windows, text.sources, progress)
         for one in recipe.recipes
     ]
     for place, (one, share) in enumerate(zip(recipe.recipes, staging.plan.shares, strict=True)):
@@ -116,8 +127,9 @@ def _prune_in_stages(
             share,
             statistics=statistics,
             windows=windows,
-            held_out=held_out,
-            answers=answers[place],
+            held_out=text.held_out,
+            sources=text.sources,
+            of_dense=of_dense[place],
             progress=progress,
         )
         gone |= outcome.selection
@@ -200,15 +212,15 @@ def _on_what_is_left(recipe: Recipe, groups: tuple[Group, ...], gone: Selection)
     return recipe.model_copy(update={"ignore": (*recipe.ignore, *away)}) if away else recipe
 
 
-def _refuse_without_text(recipe: StagedRecipe, windows: Tensor | None) -> None:
+def _refuse_without_text(recipe: StagedRecipe, text: _Text) -> None:
     """Refuse to begin without the text that some stage will ask for.
 
     Raises:
         RecipeError: there is none, or too little of it.
     """
     for place, one in enumerate(recipe.recipes):
-        requirements.check_text(one, windows)
-        if place and windows is None and requirements.dense_sums([one]):
+        requirements.check_text(one, text.windows, text.sources)
+        if place and text.windows is None and requirements.dense_sums([one]):
             raise RecipeError(
                 f"recipe {recipe.name}: its stage of unit {one.unit.word} looks at the model as "
                 "pruned before it, so it needs calibration text"

@@ -93,6 +93,11 @@ class Testbed:
             self._cut[split] = self._windows(split)
         return self._cut[split]
 
+    def sources(self, split: str) -> tuple[str, ...]:
+        """The source of each window of one split, by name; none where the text is of one source."""
+        found = self.text.sources(len(self.windows(split)))
+        return found[::-1] if split == "calibration" and self.is_reversed else found
+
     @cached_property
     def held_out(self) -> Tensor:
         """Calibration token ids `[count, length]` for trials, as many as statistics see.

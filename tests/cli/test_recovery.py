@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ compare: group
 unit: neuron
 schedule: {periods: {periods: 2, direction: change, shrink: half_space, transfer: true}}
 recover: {lora: {steps: 6, batch: 2, learning_rate: 0.01}}
+"""
+OF_SOURCES = """
+name: mine
+criterion: abs(W)
+recover:
+  lora:
+    {steps: 4, batch: 2, sampling: degradation, measure_every: 2, held_out: 2, learning_rate: 0.01}
 """
 WEIGHTS = """
 name: mine
@@ -100,6 +108,42 @@ def test_the_loss_curve_stands_in_mlflow(run: Run) -> None:
     assert trained.data.params["recover"] == "distil (batch 2, steps 3)"
     points = client.get_metric_history(trained.info.run_id, "recovery/loss")
     assert [[point.step, point.value] for point in points] == rows[1]["training_losses"]
+
+
+def test_sources_are_sampled_by_what_they_lost_and_stand_in_report_and_mlflow(
+    run: Run, tiny_files: tuple[Path, Path]
+) -> None:
+    letters = tiny_files[1].read_text()
+    Path("a.txt").write_text(letters)
+    Path("b.txt").write_text(letters.translate(str.maketrans("abcdefgh", "stuvwxyz")))
+    Path("mine.yaml").write_text(OF_SOURCES)
+    asked = "compare MODEL --recipes mine.yaml --sparsity 0.5 --json o.json"
+    result = run(f"{asked} --text a.txt,b.txt")
+    assert result.exit_code == 0, result.output
+    assert "is one source" not in flat(result.output)
+    row = json.loads(Path("o.json").read_text())["rows"][1]
+    names = ["a.txt", "b.txt"]
+    assert row["sources"] == ", ".join(names)
+    assert row["steps_skipped_by_source"] == dict.fromkeys(names, 0)
+    assert sum(row["trained_tokens_by_source"].values()) == 4 * 2 * 16
+    assert [at for at, _ in row["source_growth"]["a.txt"]] == [0, 2]
+    losses = row["window_losses"]["validation"]
+    expected = {name: math.exp(sum(losses[at::2]) / 2) for at, name in enumerate(names)}
+    assert row["validation_perplexity_by_source"] == pytest.approx(expected)
+    folder = Path("runs").absolute()
+    client, _ = database.open_client(f"sqlite:///{folder / 'mlflow.db'}", folder)
+    runs = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    (trained,) = [one for one in runs if "recovery/loss" in one.data.metrics]
+    assert trained.data.params["sources"] == "a.txt, b.txt"
+    for place, name in enumerate(names, start=1):
+        points = client.get_metric_history(trained.info.run_id, f"recovery/share/{place} {name}")
+        assert [[one.step, one.value] for one in points] == row["source_shares"][name]
+        points = client.get_metric_history(trained.info.run_id, f"recovery/growth/{place} {name}")
+        assert [[one.step, one.value] for one in points] == row["source_growth"][name]
+    single = run(asked)
+    told = "letters.txt is one source, so mine trains on all of its windows equally often"
+    assert single.exit_code == 0 and told in flat(single.output)
+    assert "sources" not in json.loads(Path("o.json").read_text())["rows"][1]
 
 
 def test_what_cannot_be_trained_is_said_before_the_work(run: Run) -> None:

@@ -254,6 +254,7 @@ RULES: dict[str, dict[str, Any]] = {
     "another formula": {"criterion": "T_norm*T_first/sqrt(PARAMS)"},
     "weights alone": {"criterion": "row_norm(W)", "unit": {"width": {"members": "all"}}},
     "at once": {"schedule": {"periods": {"periods": 1, "begin": 0.0, "end": 1.0}}},
+    "tried before": {"schedule": {"periods": {"periods": 2, "cycles": 3}}, "recover": LORA},
     "more periods than steps": {"schedule": {"periods": {"periods": 40}}},
     "down a hill": {"recover": {"tune": {**TUNE["tune"], "optimizer": "sgd"}}},
 }
@@ -398,6 +399,10 @@ def test_a_killed_training_goes_on_to_the_same_bits(
         ({"recover": {"tune": {"patience": 2}}}, "so patience, .*, has to be 0"),
         ({"update": "refit"}, "update: refit looks at units that go at once"),
         ({"schedule": {"periods": {"begin": 0.9}}}, "begin 0.9 is not before end 0.9"),
+        (
+            {"schedule": {"periods": {"cycles": 2, "cycles_end": 0.9}}},
+            "cycles_end 0.9 is not between begin 0.1 and end 0.9",
+        ),
         ({"schedule": {"periods": {"periods": 0}}}, "greater than or equal to 1"),
         (
             {"unit": "weight", "criterion": "abs(W)", "compare": "row"},

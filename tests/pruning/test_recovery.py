@@ -14,6 +14,7 @@ from prunezero.models.loading.language_model import LanguageModel, wrap_model
 from prunezero.pruning.recipes.training_options import Tune
 from prunezero.pruning.recipes.word_options import Options
 from prunezero.pruning.recovery import training
+from prunezero.pruning.recovery.drawing import batches
 from prunezero.pruning.recovery.training import OPTIMIZERS, TrainingReport
 from prunezero.pruning.recovery.words import no_training, tune
 from tests.pruning.trained import digest
@@ -178,13 +179,13 @@ def test_the_learning_rate_rises_then_falls_to_zero() -> None:
 
 
 def test_every_window_is_used_once_before_any_comes_again() -> None:
-    batches = training._batches(5, 12, 4, "0 0")
-    assert [len(batch) for batch in batches] == [4, 4, 4]
-    order = sum(batches, [])
+    steps = batches(5, 12, 4, "0 0")
+    assert [len(batch) for batch in steps] == [4, 4, 4]
+    order = sum(steps, [])
     assert sorted(order[:5]) == sorted(order[5:10]) == list(range(5))
     assert order[:5] != order[5:10]
     assert len(set(order[10:])) == 2
-    fewer = training._batches(5, 3, 2, "0 0")
+    fewer = batches(5, 3, 2, "0 0")
     assert fewer == [order[:2], order[2:3]]
 
 

@@ -308,6 +308,8 @@ def test_a_plan_names_files_so_that_they_are_found_from_every_folder(
     testbed = set_up("model", "letters.txt", SETTINGS, dtype="float32", device="cpu")
     plan = EvaluatorPlan.of(config_of(tiny_space(), 0.5, testbeds=[testbed]), [testbed])
     assert (plan.config.model, plan.config.text) == tuple(map(str, files))
+    several = plan.config.model_copy(update={"text": "letters.txt,demo"})
+    assert EvaluatorPlan.of(several, [testbed]).config.text == f"{files[1]},demo"
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:

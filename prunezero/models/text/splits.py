@@ -20,6 +20,7 @@ from torch import Tensor, int64, tensor
 from prunezero.errors import TextError, did_you_mean
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.text.demo import demo_documents
+from prunezero.models.text.mixing import in_turn, names_of_sources, shares
 from prunezero.models.text.running_text import content_digest
 from prunezero.models.text.sources import OWN_SPLITS, TextSource, read_source
 from prunezero.models.text.windows import check_length, check_windows, first_tokens
@@ -48,6 +49,14 @@ class Text:
     """changes when a document or its split changes"""
     notes: tuple[str, ...] = ()
     """what was guessed about the source and what of it was left out, each in a few words"""
+    parts: tuple[Text, ...] = ()
+    """its sources, each divided by itself, where it has several"""
+
+    def sources(self, count: int) -> tuple[str, ...]:
+        """The source of each of so many windows of a split, by name; none where it is one."""
+        if not self.parts:
+            return ()
+        return tuple(self.parts[place % len(self.parts)].name for place in range(count))
 
 
 def load_text(name: str) -> Text:
@@ -55,7 +64,8 @@ def load_text(name: str) -> Text:
 
     Args:
         name: "demo", a .txt, .jsonl, .json or .parquet file, packed or not, or a folder of them, or
-            a hub dataset id, which may be followed by ":" and the name of a configuration.
+            a hub dataset id, which may be followed by ":" and the name of a configuration; or
+            several of these with commas between, whose windows then come in turn.
 
     A source's own validation and test splits are kept; calibration and search share its training
     split. Without such splits, of every 20 documents 10 are calibration, 3 search, 3 validation
@@ -64,15 +74,43 @@ def load_text(name: str) -> Text:
     Raises:
         TextError: the source cannot be found or read, or holds no text.
     """
-    source = TextSource({"train": demo_documents()}) if name == "demo" else read_source(name)
-    own = distinct(source.documents)
+    names = names_of_sources(name)
+    sources = [_read(one) for one in names]
+    owns = distinct_of_all([source.documents for source in sources])
+    parts = tuple(map(_divided, names, sources, owns))
+    if len(parts) == 1:
+        return parts[0]
+    joined = {
+        split: tuple(text for part in parts for text in part.documents[split]) for split in SPLITS
+    }
+    notes = tuple(f"{part.name}: {note}" for part in parts for note in part.notes)
+    return Text(name, joined, _digest([part.fingerprint for part in parts]), notes, parts)
+
+
+def _read(name: str) -> TextSource:
+    return TextSource({"train": demo_documents()}) if name == "demo" else read_source(name)
+
+
+def _divided(name: str, source: TextSource, own: Mapping[str, Sequence[str]]) -> Text:
+    """A source as a text of its own.
+
+    Args:
+        own: its documents by its own splits, without those that come again.
+    """
     if not any(own.values()):
-        raise TextError(f"text '{name}' is empty; give a source with text in it")
+        has_text = any(source.documents.values())
+        fault = "holds no document that the others do not" if has_text else "is empty"
+        raise TextError(f"text '{name}' {fault}; give a source with text in it")
     documents = divide(own)
+    return Text(name, documents, _digest(documents), tuple(_notes(source, own)))
+
+
+def _digest(value: Any) -> str:
+    """Hexadecimal digest of texts in dicts, lists and tuples."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in json.JSONEncoder(sort_keys=True).iterencode(documents):
+    for part in json.JSONEncoder(sort_keys=True).iterencode(value):
         digest.update(part.encode())
-    return Text(name, documents, digest.hexdigest(), tuple(_notes(source, own)))
+    return digest.hexdigest()
 
 
 def distinct(own: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -80,16 +118,22 @@ def distinct(own: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 
     Documents that differ in white space alone are the same.
     """
+    (kept,) = distinct_of_all([own])
+    return kept
+
+
+def distinct_of_all(owns: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, list[str]]]:
+    """Every document of several sources once, as `distinct`; of one split in the first of them."""
     seen: set[bytes] = set()
-    kept: dict[str, list[str]] = {}
-    for split in sorted(own, key=OWN_SPLITS.index, reverse=True):
-        kept[split] = []
-        for text in own[split]:
-            key = content_digest(text)
-            if key not in seen:
-                seen.add(key)
-                kept[split].append(text)
-    return {split: kept[split] for split in own}
+    kept: list[dict[str, list[str]]] = [{split: [] for split in own} for own in owns]
+    for split in reversed(OWN_SPLITS):
+        for own, left in zip(owns, kept, strict=True):
+            for text in own.get(split, ()):
+                key = content_digest(text)
+                if key not in seen:
+                    seen.add(key)
+                    left[split].append(text)
+    return kept
 
 
 def _notes(source: TextSource, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -144,7 +188,8 @@ def windows(
     Calibration windows are drawn from the whole split by `seed`, all others are its first.
 
     Where the tokenizer begins a text with tokens of its own, every window begins with them, as the
-    model was trained to be fed; text follows up to the same length.
+    model was trained to be fed; text follows up to the same length. A text of several sources gives
+    windows of each in turn, so that any part of them is as mixed as all.
 
     Raises:
         TextError: unknown split, too little text, or a length or token that the model cannot take.
@@ -156,6 +201,15 @@ def windows(
     if count < 1 or length < 2:
         raise TextError(
             f"{count} windows of {length} tokens were asked for; ask for at least 1 of at least 2"
+        )
+    if text.parts:
+        counts = zip(text.parts, shares(count, len(text.parts)), strict=True)
+        return in_turn(
+            [
+                windows(part, split, language_model, length=length, count=some, seed=seed)
+                for part, some in counts
+                if some
+            ]
         )
     cut = _Cut(split, language_model, length)
     needed = count * cut.each
@@ -182,6 +236,14 @@ def unseen_windows(
     Raises:
         TextError: as `windows`.
     """
+    if text.parts:
+        counts = zip(text.parts, shares(count, len(text.parts)), strict=True)
+        return in_turn(
+            [
+                unseen_windows(part, language_model, length=length, count=some, seed=seed)
+                for part, some in counts
+            ]
+        )
     cut = _Cut(DRAWN, language_model, length)
     ids = cut.ids(text, None)
     available = len(ids) // cut.each

@@ -283,6 +283,27 @@ class Periods(Options):
     end: float = Field(
         default=0.9, gt=0, le=1, description="share of the steps by which the last has ended"
     )
+    cycles: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="trials before the first period, at most: in each the units that would go "
+        "shrink to nothing and come back, and others that rank low meanwhile are tried in the "
+        "next; what goes is then chosen by the mean of all scores; 0 chooses by those of one step",
+    )
+    cycles_end: float = Field(
+        default=0.4,
+        gt=0,
+        le=1,
+        description="share of the steps by which the last trial has ended, if there are any; the "
+        "periods lie behind it",
+    )
+    tolerance: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000_000,
+        description="units left to try with which trials are over, however few there were",
+    )
     direction: Literal["optimizer", "change"] = Field(
         default="optimizer",
         description="what features T_ compare weights with: what the coming step of the optimizer "
@@ -326,6 +347,11 @@ class Periods(Options):
     def _ends_behind_its_beginning(self) -> Periods:
         if self.begin >= self.end:
             raise ValueError(f"begin {self.begin:g} is not before end {self.end:g}")
+        if self.cycles and not self.begin < self.cycles_end < self.end:
+            raise ValueError(
+                f"cycles_end {self.cycles_end:g} is not between begin {self.begin:g} and end "
+                f"{self.end:g}"
+            )
         return self
 
     def of_factors(self) -> str:

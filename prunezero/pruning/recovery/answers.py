@@ -79,12 +79,14 @@ def dense_answers(
     windows: Tensor,
     options: Distil,
     *,
+    sources: int = 1,
     progress: Progress | None = None,
 ) -> DenseAnswers:
     """What a model, dense still, answers on the windows that a training will use.
 
     Args:
         windows: calibration token ids [count, length].
+        sources: that these are of.
         progress: told (what, windows done, and their total).
 
     Raises:
@@ -92,7 +94,7 @@ def dense_answers(
         ModelError: its logits cannot be computed from its final hidden states.
     """
     check_windows(windows, language_model)
-    places = [place for part in options.split(len(windows)) for place in part]
+    places = [place for part in options.split(len(windows), sources) for place in part]
     references, outputs = [], []
     for done, place in enumerate(places, start=1):
         with blocks_seen(language_model.model, is_asked=options.states > 0) as seen:

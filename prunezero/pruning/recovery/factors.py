@@ -170,6 +170,10 @@ class Factors:
         """Weights of layers that changed and are no factors, by the layers' names."""
         return {layer: self._weight(layer).contiguous() for layer in sorted(self.touched)}
 
+    def layer_weights(self) -> dict[str, Tensor]:
+        """The layers' own weights, which are no masters, by the layers' names."""
+        return {layer: self._weight(layer).contiguous() for layer in self.modules}
+
     def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
         """Be as it was when `frozen` gave these."""
         for layer, tensor in tensors.items():

@@ -11,6 +11,9 @@ they are exactly zero when it ends; from then on they are held at zero.
 `left` are the steps to the end of the period, x a unit's weights in all its matrices, and change
 what low-rank factors make of them; in a training of the weights themselves it is in x already.
 
+With `cycles` units are tried before the first period, and go by the mean of what scores said then
+(`corrective.py`).
+
 Source: linear is HESSO, Chen et al. 2024, arXiv:2409.09085. half_space, and the change that weights
 take up, are a reconstruction of LoRAShear, Chen et al. 2023, arXiv:2310.18356, of which no code was
 published: the paper takes lambda x / |x| away and lets lambda grow; that it is |x| / left, and that
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +36,7 @@ from prunezero.formula.feature_row import UNIT_TERMS
 from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.editing.selection import Selection
 from prunezero.pruning.recipes.word_options import Periods
+from prunezero.pruning.recovery.corrective import CorrectiveCycles
 from prunezero.pruning.recovery.factors import Factors
 from prunezero.pruning.recovery.gradual import Choose, Known
 from prunezero.pruning.recovery.moves import clip_scale
@@ -72,6 +76,9 @@ class PeriodicRemoval:
         self._free = [group for group in self.groups if not group.is_protected]
         self._bounds: tuple[int, ...] = ()
         self._fault: ScoreError | None = None
+        self.cycles: CorrectiveCycles | None = None
+        if self.options.cycles:
+            self.cycles = CorrectiveCycles(self.groups, self.options, self._lowest, self._masks)
 
     @property
     def request(self) -> dict[str, Any]:
@@ -83,10 +90,14 @@ class PeriodicRemoval:
         """See `Follower`."""
         self._optimizer = optimizer
         self._bounds = period_bounds(total, self.options)
+        if self.cycles is not None:
+            self.cycles.follow(total)
 
     def see(self, trained: Removable) -> None:
         """Choose the units of a period that begins, by what the coming step will do."""
-        if self.options.direction == "optimizer" and self._is_due:
+        if self.cycles is not None and not self.cycles.is_over:
+            self._try(self.cycles, trained)
+        elif self.options.direction == "optimizer" and self._is_due:
             self._choose(self._moving(trained))
 
     def known(self, trained: Removable) -> dict[str, Statistics]:
@@ -102,6 +113,11 @@ class PeriodicRemoval:
             ScoreError: when all periods are over, no step has given scores that rank anything.
         """
         self.done = done
+        if self.cycles is not None and not self.cycles.is_over:
+            self.cycles.act(trained, done)
+            if not self.cycles.is_over:
+                return
+            self._bounds = period_bounds(total, self.options, behind=done)
         left = max(0, self._bounds[self.chosen] - done)
         is_over = bool(self.going) and left == 0
         if self.going and left:
@@ -126,6 +142,8 @@ class PeriodicRemoval:
             "unscored": self.unscored,
             "kept": list(self.selection.kept),
             "going": self.going,
+            "bounds": self._bounds,
+            "cycles": None if self.cycles is None else self.cycles.state(),
         }
 
     def load(self, trained: Removable, state: dict[str, Any]) -> None:
@@ -133,6 +151,9 @@ class PeriodicRemoval:
         self.done, self.chosen, self.unscored = (
             state[name] for name in ("done", "chosen", "unscored")
         )
+        self._bounds = tuple(state["bounds"])
+        if self.cycles is not None:
+            self.cycles.load(state["cycles"])
         self.going = self._placed(state["going"])
         if state["kept"]:
             self.selection = Selection(tuple(self.groups), tuple(self._placed(state["kept"])))
@@ -150,8 +171,9 @@ class PeriodicRemoval:
         """Choose the units of all periods that have begun; where nothing is ranked, wait."""
         begun = sum(bound <= self.done for bound in self._bounds[:-1])
         before = self.selection
+        known = {} if self.cycles is None else self.cycles.mean_scores()
         try:
-            scores = self._scores(moving)
+            scores = known or self._scores(moving)
         except ScoreError as error:
             self._fault, self.unscored = error, self.unscored + 1
             return
@@ -161,6 +183,24 @@ class PeriodicRemoval:
         pairs = zip(stayed, self.selection.kept, strict=True)
         self.going = [was & ~stays for was, stays in pairs]
         self.chosen = begun
+
+    def _try(self, cycles: CorrectiveCycles, trained: Removable) -> None:
+        """Let cycles see the scores of a step; where they rank nothing, it is left out."""
+        if not cycles.look_at(self.done):
+            return
+        moving = self._moving(trained)
+        if isinstance(trained, Factors) and self.options.direction == "change":
+            moving = trained.changing
+        try:
+            scores = self._scores(moving)
+        except ScoreError as error:
+            self._fault, self.unscored = error, self.unscored + 1
+            return
+        cycles.see(trained, self.done, scores)
+
+    def _lowest(self, scores: Mapping[tuple[str, str], Tensor]) -> Selection:
+        """What would stay by these scores if all that goes in the end went at once."""
+        return self.choose(1.0, lambda group: scores[group.key], Selection())
 
     def _scores(
         self, moving: Callable[[str], tuple[Tensor, Tensor]]

@@ -11,11 +11,11 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ from prunezero.models.observing.gradients import asking_anew
 from prunezero.models.text.windows import check_windows
 from prunezero.pruning.recipes.training_options import Stepwise, Tune
 from prunezero.pruning.recovery import checkpoint as kept
+from prunezero.pruning.recovery.drawing import ByDegradation, Equal, order_of
+from prunezero.pruning.recovery.mixture import Mixture, SourceReport, losses_of
 from prunezero.pruning.recovery.moves import HIGHEST_NORM
 from prunezero.pruning.recovery.objectives import Objective
+from prunezero.pruning.recovery.parts import Follower, Parametrisation
 
 # Steps of the optimizer between two checkpoints.
 KEEP_EVERY = 10
@@ -61,52 +64,8 @@ class TrainingReport:
     """steps done by then, and the mean objective on held-out windows"""
     kept_step: int | None = None
     """of the look whose weights stayed; None without looks"""
-
-
-class Parametrisation(Protocol):
-    """What of a model changes in a training."""
-
-    @property
-    def masters(self) -> list[Tensor]:
-        """What the optimizer changes; backward passes fill their gradients."""
-
-    def write(self) -> None:
-        """Let the model compute with the masters as they are now."""
-
-    def measuring(self) -> AbstractContextManager[None]:
-        """Within it the model computes what it will once training is done."""
-
-    def frozen(self) -> dict[str, Tensor]:
-        """Tensors of the model that are no masters and changed all the same, by names."""
-
-    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
-        """Be as it was when `frozen` gave these."""
-
-    def merge(self) -> None:
-        """Leave in the model's weights what was trained."""
-
-
-class Follower(Protocol):
-    """What goes along with a training, step by step, and may take weights out of it."""
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """What its doings follow from, as plain numbers and words."""
-
-    def follow(self, optimizer: torch.optim.Optimizer, total: int) -> None:
-        """Know the optimizer whose steps it goes along with, and how many there are."""
-
-    def see(self, trained: Any) -> None:
-        """Look at the masters and their gradients before a step: finite, and not clipped yet."""
-
-    def act(self, trained: Any, done: int, total: int) -> None:
-        """Do what is due after so many steps of all, whether or not the last changed anything."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it: tensors, numbers and words, by names."""
-
-    def load(self, trained: Any, state: dict[str, Any]) -> None:
-        """Be as it was when `state` was taken."""
+    sources: tuple[SourceReport, ...] = ()
+    """of a text of several sources, in its order"""
 
 
 @dataclass(frozen=True)
@@ -130,11 +89,13 @@ def train(
     checkpoint: Path | None = None,
     progress: Progress | None = None,
     follower: Follower | None = None,
+    mixture: Mixture | None = None,
 ) -> TrainingReport:
     """Train the weights of some layers that are not zero, in place; all else is frozen.
 
     A step follows the mean objective of `options.batch` sequences, drawn without replacement until
-    all windows were used. The learning rate rises linearly over the first `options.warm_up` of the
+    all windows were used; of several sources those may come more often on which the model has lost
+    most (`drawing.py`). The learning rate rises linearly over the first `options.warm_up` of the
     steps and then falls linearly to 0; gradients are clipped at norm 1. Nothing decays. A step
     whose loss or gradient is not finite changes nothing. With `options.patience` the windows held
     out are looked at before the first step, after every so many, and after the last; training ends
@@ -152,6 +113,7 @@ def train(
         checkpoint: file that keeps the state every few steps and at the end; None keeps nothing.
         progress: told (what, steps of the optimizer done, and their total).
         follower: goes along with it.
+        mixture: the sources of the windows, as `mixture_of` found them; None where there is one.
 
     Raises:
         TextError: the model cannot be run on these ids.
@@ -160,19 +122,16 @@ def train(
         OutputError: the checkpoint cannot be written or read, or is of another request.
     """
     check_windows(windows, language_model)
-    fault = options.fault_of_text(len(windows))
-    if fault:
-        raise RecipeError(f"training {fault}")
-    request = _settings(language_model, layers, options, follower) | {"seed": seed, "step": step}
+    text = _text(windows, options, mixture, f"{seed} {step}")
+    request = {"seed": seed, "step": step, **text.request}
+    request |= _settings(language_model, layers, options, follower)
     model = language_model.model
     with torch.enable_grad(), _drawing(language_model, f"{seed} {step}"), _undone(layers) as before:
         if checkpoint is not None:
             request |= {"weights": kept.digest(before), "windows": kept.digest([windows])}
         with asking_anew(model), choices.parametrised(model, layers) as trained:
-            training = _Training(
-                language_model, windows, options, choices.objective, trained, follower
-            )
-            training.batches = training.drawn(f"{seed} {step}")
+            parts = (choices.objective, trained, follower)
+            training = _Training(language_model, text, options, *parts)
             training.run(checkpoint, request, f"steps of tuning {step + 1}", progress)
             trained.merge()
         if not all(bool(torch.isfinite(layer.weight).all()) for layer in layers):
@@ -200,6 +159,14 @@ def _settings(
     )
 
 
+def _text(windows: Tensor, options: Tune | Stepwise, mixture: Mixture | None, seed: str) -> _Text:
+    """What a training trains on, if there is enough of it."""
+    fault = options.fault_of_text(len(windows), () if mixture is None else mixture.sources)
+    if fault:
+        raise RecipeError(f"training {fault}")
+    return _Text(windows, order_of(options, len(windows), mixture, seed), mixture)
+
+
 @contextmanager
 def _drawing(language_model: LanguageModel, seed: str) -> Iterator[None]:
     """Within it, what torch draws follows from a seed; its generators are as before afterwards."""
@@ -222,20 +189,39 @@ def _undone(layers: Sequence[Linear]) -> Iterator[list[Tensor]]:
         raise
 
 
+@dataclass(frozen=True)
+class _Text:
+    """What a training trains on."""
+
+    windows: Tensor
+    order: Equal | ByDegradation
+    mixture: Mixture | None
+
+    @property
+    def sources(self) -> int:
+        """How many it has."""
+        return 1 if self.mixture is None else len(self.mixture.names)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What its order follows from beside seed and options, as plain numbers."""
+        return {} if self.mixture is None else self.mixture.request
+
+
 @dataclass
 class _Training:
     """A training under way."""
 
     language_model: LanguageModel
-    windows: Tensor
+    text: _Text
     options: Tune | Stepwise
     objective: Objective
     trained: Parametrisation
     follower: Follower | None = None
-    batches: list[list[int]] = field(default_factory=list)
-    """places of the windows of each step"""
     losses: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
+    skipped_of: list[int] = field(default_factory=list)
+    """of each source, so many of those steps had windows of it"""
     looks: list[tuple[int, float]] = field(default_factory=list)
     best: list[Tensor] = field(default_factory=list)
     """masters at the best look, on the CPU"""
@@ -244,11 +230,8 @@ class _Training:
     def __post_init__(self) -> None:
         self.masters = self.trained.masters
         self.optimizer = OPTIMIZERS[self.options.optimizer](self.masters, 0.0)
-
-    def drawn(self, seed: str) -> list[list[int]]:
-        """Places of the windows of each step."""
-        usable = len(self.options.split(len(self.windows))[0])
-        return _batches(usable, self.options.drawn, self.options.batch, seed)
+        self.windows, self.order = self.text.windows, self.text.order
+        self.skipped_of = [0] * self.text.sources
 
     def run(
         self,
@@ -260,14 +243,16 @@ class _Training:
         """All steps, from where the checkpoint is."""
         begin = time.perf_counter()
         if self.follower is not None:
-            self.follower.follow(self.optimizer, len(self.batches))
+            self.follower.follow(self.optimizer, self.order.steps)
         if checkpoint is not None:
             self._take_up(checkpoint, request)
         begin -= self.seconds
         if self.options.patience and not self.looks:
             self._look()
-        total = len(self.batches)
+        total = self.order.steps
         while len(self.losses) < total and not self._is_over:
+            if self.order.is_measured_before(len(self.losses)):
+                self._measure()
             self._step()
             done = len(self.losses)
             if self.follower is not None:
@@ -284,15 +269,27 @@ class _Training:
 
     def report(self) -> TrainingReport:
         """What it did."""
-        sequences = sum(map(len, self.batches[: len(self.losses)]))
+        length, options = self.windows.shape[1], self.options
         return TrainingReport(
             tuple(self.losses),
-            sequences * self.windows.shape[1],
+            min(options.drawn, options.batch * len(self.losses)) * length,
             self.seconds,
             tuple(self.skipped),
             tuple(self.looks),
             self.looks[self._best_look][0] if self.looks else None,
+            tuple(self._of_sources(length)),
         )
+
+    def _of_sources(self, length: int) -> Iterator[SourceReport]:
+        """What it did with each source, of windows of so many tokens."""
+        names = () if self.text.mixture is None else self.text.mixture.names
+        drawn, order = self.order.drawn_of(len(self.losses)), self.order
+        for place, name in enumerate(names):
+            curves: list[tuple[tuple[int, float], ...]] = [(), ()]
+            if isinstance(order, ByDegradation):
+                both = (order.shares, order.growth)
+                curves = [tuple((done, one[place]) for done, one in curve) for curve in both]
+            yield SourceReport(name, drawn[place] * length, self.skipped_of[place], *curves)
 
     @property
     def _best_look(self) -> int:
@@ -308,7 +305,8 @@ class _Training:
     def _step(self) -> None:
         """One step of the optimizer, or none where its loss or gradient is not finite."""
         place = len(self.losses)
-        loss, fault = self._add_gradients(self.batches[place])
+        batch = self.order.batch(place)
+        loss, fault = self._add_gradients(batch)
         self.losses.append(loss)
         if not fault:
             gradients = [one.grad for one in self.masters if one.grad is not None]
@@ -316,13 +314,13 @@ class _Training:
             if not bool(torch.isfinite(norm)):
                 fault = f"the norm of the gradients is {float(norm)}"
         if fault:
-            self._skip(fault)
+            self._skip(fault, batch)
         else:
             if self.follower is not None:
                 self.follower.see(self.trained)
             nn.utils.clip_grads_with_norm_(self.masters, HIGHEST_NORM, norm)
             options = self.options
-            share = _share_of_rate(place, len(self.batches), options.warm_up)
+            share = _share_of_rate(place, self.order.steps, options.warm_up)
             for group in self.optimizer.param_groups:
                 group["lr"] = options.learning_rate * share
             self.optimizer.step()
@@ -345,31 +343,41 @@ class _Training:
             total += found
         return total / len(places), ""
 
-    def _skip(self, fault: str) -> None:
-        """Note a step that changes nothing.
+    def _skip(self, fault: str, batch: Sequence[int]) -> None:
+        """Note a step that changes nothing, on the windows at some places.
 
         Raises:
             RecipeError: nor did those before it, or it is the last, so nobody knows what is left.
         """
         done = len(self.losses)
         self.skipped.append(done)
+        labels = () if self.text.mixture is None else self.text.mixture.labels
+        for source in {labels[place] for place in batch} if labels else ():
+            self.skipped_of[source] += 1
         recent = range(done - MOST_SKIPPED + 1, done + 1)
-        if done == len(self.batches) or all(place in self.skipped for place in recent):
+        if done == self.order.steps or all(place in self.skipped for place in recent):
             raise self.refusal(fault)
 
     def refusal(self, fault: str) -> RecipeError:
         """What is said where training makes no sense any more."""
-        where = f"step {len(self.losses)} of {len(self.batches)}"
+        where = f"step {len(self.losses)} of {self.order.steps}"
         return RecipeError(
             f"tuning, {where}: {fault}; choose a lower learning_rate or, if no step before went "
             "well, check the model or try --dtype float32 (the weights are again those from before "
             "the tuning)"
         )
 
+    def _measure(self) -> None:
+        """Let the order of windows know how the sources do."""
+        _, held_out = self.options.split(len(self.windows), self.text.sources)
+        with self.trained.measuring():
+            losses = losses_of(self.language_model, self.windows, held_out)
+        self.order.measured(len(self.losses), losses)
+
     @torch.no_grad()
     def _look(self) -> None:
         """Note the mean objective on the windows held out, and the masters if it is the best."""
-        _, held_out = self.options.split(len(self.windows))
+        _, held_out = self.options.split(len(self.windows), self.text.sources)
         with self.trained.measuring():
             losses = [
                 float(
@@ -390,9 +398,13 @@ class _Training:
         if self.looks:
             self._load(self.best)
         if self.skipped:
+            named = () if self.text.mixture is None else self.text.mixture.names
+            pairs = zip(named, self.skipped_of, strict=False)
+            told = ", ".join(f"{count} with text of {name}" for name, count in pairs if count)
             warnings.warn(
                 f"{len(self.skipped)} of {len(self.losses)} training steps changed nothing, since "
-                f"their loss or gradient was not finite; the first was step {self.skipped[0]}",
+                f"their loss or gradient was not finite; the first was step {self.skipped[0]}"
+                + (f" ({told})" if told else ""),
                 PruneZeroWarning,
                 stacklevel=5,
             )
@@ -407,6 +419,8 @@ class _Training:
         return {
             "losses": self.losses,
             "skipped": self.skipped,
+            "skipped_of": self.skipped_of,
+            "order": self.order.state(),
             "looks": self.looks,
             "best": self.best,
             "seconds": self.seconds,
@@ -429,27 +443,14 @@ class _Training:
         if self.follower is not None:
             self.follower.load(self.trained, state["follower"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.order.load(state["order"])
         self.losses, self.skipped, self.best = state["losses"], state["skipped"], state["best"]
+        self.skipped_of = list(state["skipped_of"])
         self.looks = [(done, loss) for done, loss in state["looks"]]
         self.seconds = float(state["seconds"])
         torch.set_rng_state(state["random"])
         if state["random_device"] is not None:
             torch.cuda.set_rng_state(state["random_device"], self.language_model.device)
-
-
-def _batches(count: int, drawn: int, size: int, seed: str) -> list[list[int]]:
-    """Places of the windows of each step: every window comes once before any comes again.
-
-    Args:
-        count: windows there are.
-        drawn: sequences in all.
-        size: sequences of one step.
-    """
-    rng = random.Random(seed)
-    rounds = math.ceil(drawn / count)
-    order = [place for _ in range(rounds) for place in rng.sample(range(count), count)]
-    del order[drawn:]
-    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def _share_of_rate(place: int, steps: int, warm_up: float) -> float:

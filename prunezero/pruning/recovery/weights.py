@@ -89,6 +89,10 @@ class Weights:
         """What of the model changes and is no master: nothing."""
         return {}
 
+    def layer_weights(self) -> dict[str, Tensor]:
+        """The layers' own weights that are no masters: none."""
+        return {}
+
     def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
         """Be as it was when `frozen` gave these."""
 

@@ -8,6 +8,7 @@ the weights that stay, between pruning steps of growing sparsity, is Prune and T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,24 @@ from torch import Tensor
 from prunezero.models.anatomy.linears import Linear, find_linears, refuse_stacks
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.calibration import Progress
-from prunezero.pruning.recipes.training_options import Distil, Lora, Stepwise, Tune
+from prunezero.pruning.recipes.training_options import Distil, Lora, Stepwise, Training, Tune
 from prunezero.pruning.recipes.word_options import Options
 from prunezero.pruning.recovery.answers import DenseAnswers, dense_answers
 from prunezero.pruning.recovery.factors import train_factors
+from prunezero.pruning.recovery.mixture import Mixture, mixture_of
 from prunezero.pruning.recovery.objectives import NextToken, ToDense
 from prunezero.pruning.recovery.training import Choices, TrainingReport, train
 from prunezero.pruning.recovery.weights import train_weights
+
+
+@dataclass(frozen=True)
+class OfDense:
+    """What a recovery knows of the dense model and of its text, once the model is pruned."""
+
+    answers: DenseAnswers | None = None
+    """that it learns from, where it does"""
+    mixture: Mixture | None = None
+    """the sources of the text, where there are several"""
 
 
 def no_training(
@@ -103,21 +115,27 @@ def layers_trained(
     return layers
 
 
-def answers_for(
+def known_of_dense(
     language_model: LanguageModel,
     options: Options,
     windows: Tensor | None,
+    sources: Sequence[str] = (),
     progress: Progress | None = None,
-) -> DenseAnswers | None:
-    """What a recovery needs to know of the dense model; None where that is nothing.
+) -> OfDense:
+    """What a recovery needs to know of the dense model and of its text.
 
     Args:
         language_model: dense still.
         windows: calibration token ids [count, length].
+        sources: of each window, by name; none where there is one.
 
     Raises:
         TextError, ModelError: as `dense_answers`.
     """
-    if windows is None or not isinstance(options, Distil):
-        return None
-    return dense_answers(language_model, windows, options, progress=progress)
+    if windows is None or not isinstance(options, Training):
+        return OfDense()
+    answers = None
+    if isinstance(options, Distil):
+        count = len(dict.fromkeys(sources))
+        answers = dense_answers(language_model, windows, options, sources=count, progress=progress)
+    return OfDense(answers, mixture_of(language_model, windows, sources, options, progress))

@@ -48,6 +48,11 @@ CURVE_NAMES = {
     "training_losses": "recovery/loss",
     "held_out_losses": "recovery/held_out_loss",
 }
+# Row key, of curves by source of the text -> name of the curves, with the source behind it.
+SOURCE_CURVE_NAMES = {
+    "source_shares": "recovery/share",
+    "source_growth": "recovery/growth",
+}
 PARAM_NAMES = (
     "formula",
     "criteria",
@@ -61,6 +66,7 @@ PARAM_NAMES = (
     "allocate",
     "update",
     "recover",
+    "sources",
     "targets",
     "ignore",
     "sparsity",
@@ -130,7 +136,7 @@ def run_record(
         role=role,
         params=row_params(row),
         metrics=row_metrics(row),
-        curves={name: list(row[key]) for key, name in CURVE_NAMES.items() if row.get(key)},
+        curves=row_curves(row),
         tags={tag: _joined(row[tag]) for tag in TAG_NAMES if row.get(tag) not in (None, "", ())},
         parent_key=parent_key,
         note=markdown_code(formula) if formula else "",
@@ -143,6 +149,17 @@ def row_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     return {
         metric: float(row[key]) for key, metric in METRIC_NAMES.items() if row.get(key) is not None
     }
+
+
+def row_curves(row: Mapping[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """The row's curves under their metric names; those of a source end in its place and name."""
+    curves = {name: list(row[key]) for key, name in CURVE_NAMES.items() if row.get(key)}
+    for key, name in SOURCE_CURVE_NAMES.items():
+        for place, (source, points) in enumerate(row.get(key, {}).items(), start=1):
+            if points:
+                # The place tells sources apart whose names are alike once they are cleaned.
+                curves[clean_name(f"{name}/{place} {source}")] = list(points)
+    return curves
 
 
 def row_params(row: Mapping[str, Any]) -> dict[str, str | Number]:

@@ -20,7 +20,7 @@ from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.in_training import InTraining
 from prunezero.pruning.recipes.recipe import Recipe
-from prunezero.pruning.recovery.words import answers_for, layers_trained
+from prunezero.pruning.recovery.words import known_of_dense, layers_trained
 from prunezero.pruning.testbed import Testbed
 from prunezero.scoring.statistics import Statistics
 
@@ -86,11 +86,12 @@ def begin_training(
     windows = testbed.windows("calibration")
     follower = InTraining(recipe, groups, statistics, 0.0, {}).follower()
     look = _Look(follower, float(getattr(recipe.schedule.options, "begin", 0.0)))
-    answers = answers_for(model, options, windows, progress)
+    known = known_of_dense(model, options, windows, testbed.sources("calibration"), progress)
     layers = layers_trained(model, linears_of(groups), options)
-    numbers = {"answers": answers, "progress": progress, "follower": look}
+    of_dense = {"answers": known.answers, "mixture": known.mixture}
     with suppress(_SeenError):
-        recipe.recover.row.function(model, layers, windows, options, **numbers)
+        text = (model, layers, windows, options)
+        recipe.recover.row.function(*text, progress=progress, follower=look, **of_dense)
     return look.seen
 
 

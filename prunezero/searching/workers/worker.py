@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from prunezero.errors import PruneZeroError, SearchError, differences, reason
+from prunezero.models.text.mixing import names_of_sources
 from prunezero.pruning.testbed import Testbed, set_up
 from prunezero.searching.evaluation.evaluator import Evaluator
 from prunezero.searching.evaluation.request import Request
@@ -45,7 +46,7 @@ class EvaluatorPlan:
         places = {
             "model": _from_anywhere(config.model),
             "also_model": tuple(map(_from_anywhere, config.also_model)),
-            "text": _from_anywhere(config.text),
+            "text": ",".join(map(_from_anywhere, names_of_sources(config.text))),
             "dtype": first.dtype_word,
             # Every worker takes the one that it sees.
             "device": first.device.type,
