@@ -11,7 +11,7 @@ import pytest
 
 from prunezero.cli.plan import SET_ASIDE_BYTES, smallest_device
 from prunezero.errors import ModelError, RecipeError
-from prunezero.report.runs.folder import read_candidates
+from prunezero.report.runs.summary import read_candidates
 from tests.cli.conftest import Run, flat, small_space
 from tests.tiny_models import save_tiny_model
 
