@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,6 +50,10 @@ TILE = 1 << 19
 _BLOCK = 64
 # Tokens on which the head alone is compared with the model's own logits.
 PROBE = 8
+
+
+# Asked for `loss` and each of `TO_DENSE` by window, so far.
+Enough = Callable[[Mapping[str, Sequence[float]]], bool]
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,11 @@ def _versions(tensors: Iterable[Tensor]) -> tuple[int, ...]:
 
 
 def evaluate(
-    language_model: LanguageModel, windows: Tensor, *, reference: DenseReference | None = None
+    language_model: LanguageModel,
+    windows: Tensor,
+    *,
+    reference: DenseReference | None = None,
+    enough: Enough | None = None,
 ) -> Evaluation:
     """Measure perplexity, and what is of `TO_DENSE` when the dense model's `reference` is given.
 
@@ -134,6 +142,8 @@ def evaluate(
         language_model: dense or pruned.
         windows: token ids [count, length].
         reference: what `dense_reference` returned for the same windows.
+        enough: asked after each window; True leaves the rest out, and then everything
+            is of the windows before alone.
 
     Raises:
         TextError: the model cannot be run on these ids.
@@ -144,6 +154,7 @@ def evaluate(
     started = time.perf_counter()
     losses: list[float] = []
     nearness: list[tuple[float, ...]] = []
+    by_measure: dict[str, tuple[float, ...]] = {}
     with torch.no_grad():
         if reference is not None:
             _check_reference(reference, windows)
@@ -158,15 +169,17 @@ def evaluate(
             loss, near = window_measures(head, hidden, dense, ids)
             losses.append(loss)
             nearness.append(near)
-    columns = zip(*nearness, strict=True)
-    by_measure = {} if reference is None else dict(zip(TO_DENSE, columns, strict=True))
+            if reference is not None:
+                by_measure = dict(zip(TO_DENSE, zip(*nearness, strict=True), strict=True))
+            if enough is not None and enough({"loss": losses, **by_measure}):
+                break
     means: dict[str, float | None] = {
         key: math.fsum(values) / len(values) for key, values in by_measure.items()
     }
     return Evaluation(
         perplexity=_perplexity(losses),
         kl=means.pop("kl", None),
-        tokens=windows.shape[0] * (windows.shape[1] - 1),
+        tokens=len(losses) * (windows.shape[1] - 1),
         seconds=time.perf_counter() - started,
         window_losses=tuple(losses),
         windows=by_measure,

@@ -15,7 +15,7 @@ from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.zeroing import DenseWeights
-from prunezero.models.evaluation import dense_reference, evaluate
+from prunezero.models.evaluation import Enough, dense_reference, evaluate
 from prunezero.models.measures import TO_DENSE
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.costs import costs_without
@@ -158,6 +158,7 @@ class RecipeRunner:
             if also or split in _WITH_DISTANCE
         }
         self._also = also
+        self._enough: Enough | None = None
         self.outcome: Outcome | None = None
         """of the last pruning"""
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
@@ -168,6 +169,12 @@ class RecipeRunner:
         other = copy(self)
         other.testbed, other._statistics = testbed, statistics
         other._calibration = testbed.windows("calibration")
+        return other
+
+    def stopping(self, enough: Enough) -> RecipeRunner:
+        """The same stand, which looks at no more windows of a text than `evaluate` does by this."""
+        other = copy(self)
+        other._enough = enough
         return other
 
     def dense_row(self, splits: Sequence[str], *, with_costs: bool = False) -> dict[str, Any]:
@@ -264,6 +271,7 @@ class RecipeRunner:
                 self.testbed.language_model,
                 self._windows[split],
                 reference=self._references.get(split),
+                enough=self._enough,
             )
             row[f"{split}_perplexity"] = result.perplexity
             row["window_losses"][split] = list(result.window_losses)
