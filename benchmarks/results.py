@@ -33,6 +33,7 @@ import scoring_report
 import search_efficiency
 import speed
 import units_report
+import windows
 from rows import read
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -92,6 +93,7 @@ PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
     "scoring": lambda rows: scoring_report.report(scoring_report.latest(rows)),
     "speed": speed.report,
     "units": units_report.report,
+    "windows": windows.report,
     "search_efficiency": lambda rows: efficiency_report.report(
         search_efficiency.shown(rows, rows[-1])
     ),
