@@ -285,7 +285,7 @@ def first_greatest(values: Tensor) -> Tensor:
     whole = words // _BLOCK * _BLOCK
     if values.device.type != "cpu" or not whole:
         return values.argmax(-1, keepdim=True)
-    greatest = values[:, :whole].unflatten(1, (-1, _BLOCK)).amax(-1)
+    greatest = values[:, :whole].view(rows, -1, _BLOCK).amax(-1)
     if whole < words:
         greatest = torch.cat([greatest, values[:, whole:].amax(-1, keepdim=True)], dim=1)
     begin = (greatest.argmax(-1, keepdim=True) * _BLOCK).clamp_(max=words - _BLOCK)
