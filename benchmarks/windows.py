@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,6 @@ import torch
 from pruning import cpu_name
 from rows import append, read, under_equal
 from torch import Tensor
-from turns import in_turn
 
 from prunezero.models.evaluation import window_measures
 from prunezero.searching.evaluation.early_stop import windows_needed
@@ -80,23 +80,36 @@ def measured(arguments: argparse.Namespace) -> Iterator[Row]:
     share = {"blocks": of_blocks, "blocks, four windows": of_blocks / 4}
     for dtype in (torch.float32, torch.bfloat16):
         model = random_model(arguments.vocabulary, few).to(dtype)
-        times = in_turn(calls_on(model, arguments.length), torch.device("cpu"), arguments.repeats)
-        for name, taken in times.items():
+        results, seconds = in_turns(calls_on(model, arguments.length), arguments.repeats)
+        for name, taken in seconds.items():
             what, _, how = name.partition(", ")
-            plain = times.get(f"{what}, at once")
+            plain = f"{what}, at once"
             row = {
                 "kind": "part",
                 "dtype": str(dtype).removeprefix("torch."),
                 "part": name,
-                "milliseconds": 1000 * share.get(name, 1.0) * statistics.median(taken.seconds),
+                "milliseconds": 1000 * share.get(name, 1.0) * statistics.median(taken),
                 "length": arguments.length,
                 "vocabulary": arguments.vocabulary,
                 "blocks": arguments.blocks,
                 "threads": arguments.threads,
                 "cpu": cpu_name(),
             }
-            is_tiled = plain is not None and how == TILED
-            yield row | ({"is_same": plain.result == taken.result} if is_tiled else {})
+            yield row | ({"is_same": results[plain] == results[name]} if how == TILED else {})
+
+
+def in_turns(
+    calls: dict[str, Callable[[int], Any]], repeats: int
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """What each returns, and its processor seconds in every turn, which other work changes less."""
+    results = {name: call(0) for name, call in calls.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call(turn)
+            seconds[name].append(time.process_time() - begin)
+    return results, seconds
 
 
 def calls_on(model: Any, length: int) -> dict[str, Callable[[int], Any]]:
@@ -226,8 +239,8 @@ def report(rows: list[Row]) -> list[str]:
         "## What one costs",
         "",
         "Made by `python benchmarks/windows.py`: a random model of the demo model's shape, one "
-        "window, medians of turns in one process. What is made of logits is set against plain "
-        "torch over all tokens at once.",
+        "window, medians of processor time over turns in one process. What is made of logits is "
+        "set against plain torch over all tokens at once.",
         "",
         "| part | dtype | milliseconds | at once | ratio | same bits | tokens, words, threads, "
         "processor |",
