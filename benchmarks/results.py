@@ -35,6 +35,7 @@ import search_efficiency
 import speed
 import stream_cuts
 import units_report
+import windows
 from rows import read
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -96,6 +97,7 @@ PAGES: dict[str, Callable[[list[Row]], list[str]]] = {
     "speed": speed.report,
     "stream_cuts": stream_cuts.report,
     "units": units_report.report,
+    "windows": windows.report,
     "search_efficiency": lambda rows: efficiency_report.report(
         search_efficiency.shown(rows, rows[-1])
     ),

@@ -38,11 +38,17 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--pattern", default="free")
     parser.add_argument("--evaluation-tokens", type=int, default=2048)
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--text", default="demo")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    testbed = set_up(
-        "demo", "demo", Settings(evaluation_tokens=arguments.evaluation_tokens), dtype="float32"
+    sizes = Settings(
+        arguments.sequence_length, arguments.calibration_tokens, arguments.evaluation_tokens
     )
+    testbed = set_up(arguments.model, arguments.text, sizes, dtype=arguments.dtype)
     space = SearchSpace.load("formulas")
     config = SearchConfig.on(
         testbed, space_content=space, sparsity=arguments.sparsity, pattern=arguments.pattern

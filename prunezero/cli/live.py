@@ -40,7 +40,7 @@ class SearchView:
         quick, what = "KL" if objective.column != "kl" else "quick KL", objective.text
         self._rungs = (
             ("layer error", quick, "layer_error", "kl"),
-            (quick, what, "kl", "search_fitness"),
+            (quick, what, "kl", "search_rank"),
             (what, "validation", "search_fitness", "validation_fitness"),
         )
         means = means_over(baselines)
@@ -92,7 +92,7 @@ class SearchView:
         if candidate.status == "known" or not is_measured:
             return
         self._raced[candidate.slot] = candidate
-        if candidate.search_fitness is not None:
+        if candidate.search_fitness is not None and candidate.validation_at_least is None:
             is_news = before is None or before.search_fitness is None
             self._counts["measured"] += is_news
             if not console.is_terminal:

@@ -111,6 +111,14 @@ ObjectiveWord = Annotated[
         show_default="perplexity",
     ),
 ]
+StopEarly = Annotated[
+    bool | None,
+    typer.Option(
+        "--stop-early",
+        help="Measure a candidate no further once its first windows of text show that it cannot be "
+        "among the best.",
+    ),
+]
 Workers = Annotated[
     int, typer.Option(help="Processes or actors that evaluate candidates.", min=1, max=MOST_HANDS)
 ]

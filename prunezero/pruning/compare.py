@@ -15,7 +15,7 @@ from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import closed_again
 from prunezero.models.editing.selection import Selection
-from prunezero.models.evaluation import dense_reference, evaluate
+from prunezero.models.evaluation import Enough, dense_reference, evaluate
 from prunezero.models.measures import TO_DENSE
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.by_source import perplexity_by_source, trained_by_source
@@ -160,6 +160,7 @@ class RecipeRunner:
             if also or split in _WITH_DISTANCE
         }
         self._also = also
+        self._enough: Enough | None = None
         self.outcome: Outcome | None = None
         """of the last pruning"""
         # All layers: a permutation also moves rows of layers that a recipe does not prune.
@@ -171,6 +172,12 @@ class RecipeRunner:
         other.testbed, other._statistics = testbed, statistics
         other._calibration = testbed.windows("calibration")
         other._sources = testbed.sources("calibration")
+        return other
+
+    def stopping(self, enough: Enough) -> RecipeRunner:
+        """The same stand, which looks at no more windows of a text than `evaluate` does by this."""
+        other = copy(self)
+        other._enough = enough
         return other
 
     def dense_row(self, splits: Sequence[str], *, with_costs: bool = False) -> dict[str, Any]:
@@ -269,6 +276,7 @@ class RecipeRunner:
                 self.testbed.language_model,
                 self._windows[split],
                 reference=self._references.get(split),
+                enough=self._enough,
             )
             row[f"{split}_perplexity"] = result.perplexity
             row["window_losses"][split] = list(result.window_losses)

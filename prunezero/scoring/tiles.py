@@ -27,13 +27,13 @@ def needs_tiles(inputs: Iterable[torch.Tensor], shape: Sequence[int]) -> bool:
     return lie_by_rows and math.prod(shape) > _LARGE
 
 
-def row_tiles(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cut the rows of a matrix into tiles.
+def row_tiles(rows: int, columns: int, values: int | None = None) -> Iterator[slice]:
+    """Slices that cut the rows of a matrix into tiles, of about so many values where it is said.
 
     All tiles but the last hold whole runs of `_RUN` values: torch computes what is left over at the
     end of an array by other instructions, and a power may differ there in its last bit.
     """
     unit = _RUN // math.gcd(_RUN, columns)
-    step = max(1, _VALUES // (columns * unit)) * unit if columns else max(1, rows)
+    step = max(1, (values or _VALUES) // (columns * unit)) * unit if columns else max(1, rows)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

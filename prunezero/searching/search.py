@@ -17,9 +17,10 @@ from typing import Any
 from prunezero.formula.criterion import Criterion
 from prunezero.models.measures import TO_DENSE
 from prunezero.pruning.compare import QUICK_KL
-from prunezero.searching.evaluation.promotion import to_measure, to_quick_kl, to_validate
+from prunezero.searching.evaluation.early_stop import STOPPED
+from prunezero.searching.evaluation.promotion import FINALISTS, to_measure, to_quick_kl, to_validate
 from prunezero.searching.evaluation.rungs import Rungs, shown_by_mask
-from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.candidate import BOUNDS, Candidate
 from prunezero.searching.history import History, skeleton
 from prunezero.searching.strategies.catalogue import find_strategy
 from prunezero.searching.strategies.evolution import Proposal, Strategy, ending
@@ -79,6 +80,10 @@ class _Run:
         self._tuned: set[tuple[str, str, str]] = set()
         self._values_of_mask: dict[str, dict[str, Any]] = {}
         self._usual = rungs.probe(rungs.task.usual)
+        # Of several models, draws or budgets each is measured by itself, and none says enough.
+        task = rungs.task
+        self._may_stop_early = task.config.stop_early and task.measures_once
+        self._windows: dict[tuple[str, int], dict[str, Any]] = {}
 
     @property
     def charged(self) -> int:
@@ -106,8 +111,11 @@ class _Run:
         rungs, history = self._rungs, self.history
         chosen = to_quick_kl(rungs, history, number)
         yield from self._measured_on(QUICK_KL, chosen)
-        yield from self._measured_on("search", to_measure(rungs, history, number))
-        yield from self._measured_on("validation", to_validate(history))
+        # Of search text the best few matter, of validation text the best alone.
+        rival = self._rival("search", FINALISTS)
+        yield from self._measured_on("search", to_measure(rungs, history, number), rival)
+        rival = self._rival("validation", 1)
+        yield from self._measured_on("validation", to_validate(history), rival)
 
     def _unscreened(self, generation: int, max_candidates: int | None) -> Iterator[Candidate]:
         """All candidates of one generation, measured at once; a known mask has its own value."""
@@ -218,11 +226,38 @@ class _Run:
         perplexity = {f"{split}_perplexity": f"{split}_perplexity"}
         return perplexity if own.is_usual else {f"{split}_objective": own.key(split), **perplexity}
 
-    def _measured_on(self, split: str, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+    def _measured_on(
+        self, split: str, candidates: Sequence[Candidate], rival: Sequence[float] = ()
+    ) -> Iterator[Candidate]:
         task = self._rungs.task
         recipes = [task.recipe(one.rule, f"candidate-{one.slot}") for one in candidates]
-        answers = self._rungs.rows(recipes, (split,))
-        yield from self._taken(candidates, answers, self._fields(split))
+        answers = self._rungs.rows(recipes, (split,), rival=rival)
+        seen = self._with_windows(split, candidates, answers)
+        yield from self._taken(candidates, seen, self._fields(split))
+
+    def _with_windows(
+        self, split: str, candidates: Sequence[Candidate], answers: Iterator[dict[str, Any]]
+    ) -> Iterator[dict[str, Any]]:
+        """The answers, of which the windows are kept that another candidate may have to reach."""
+        for candidate, answer in zip(candidates, answers, strict=True):
+            if self._may_stop_early and split != QUICK_KL and "fault" not in answer:
+                told = answer.get(STOPPED)
+                if told is None:
+                    self._windows[split, candidate.slot] = answer
+                else:
+                    answer = answer | {f"{split}_at_least": told["at_least"]}
+            yield answer
+
+    def _rival(self, split: str, place: int) -> list[float]:
+        """The objective by window, turned, of who stands at a place from 1; nothing of nobody.
+
+        It is of those measured before, and so is the same whoever measures, and how quickly.
+        """
+        ranked = self.history.ranked(f"{split}_fitness")
+        if not self._may_stop_early or len(ranked) < place:
+            return []
+        answer = self._windows[split, ranked[place - 1].slot]
+        return self._rungs.task.objective.of_windows(answer, split)
 
     def _taken(
         self,
@@ -247,7 +282,10 @@ class _Run:
                 seconds=candidate.seconds + seconds,
                 is_replayed=answer.get("is_replayed", False),
             )
-            if values[first] is None:
+            bounds = {key: answer[key] for key in BOUNDS if key in answer}
+            if bounds:
+                yield self.history.keep(replace(candidate, **bounds))
+            elif values[first] is None:
                 self.history.new -= first == "layer_error"
                 fault = answer.get("fault", f"its {decisive.replace('_', ' ')} is not finite")
                 yield self.history.keep(replace(candidate, status="invalid", fault=fault))

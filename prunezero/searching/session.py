@@ -181,7 +181,9 @@ def finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
     measured = [
         (one.search_fitness, one.slot, one)
         for one in candidates
-        if one.search_fitness is not None and one.status == "new"
+        if one.search_fitness is not None
+        and one.validation_at_least is None
+        and one.status == "new"
     ]
     if not measured:
         raise SearchError(

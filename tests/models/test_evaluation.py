@@ -204,10 +204,52 @@ def test_of_equally_likely_tokens_the_first_of_the_vocabulary_is_the_likelier() 
     pruned[:20] = torch.tensor([0.0] * 5 + [1.0] * 7)
     pruned[20:30] = 2.0
     slow = loop_over_tokens(dense, pruned)
-    found = evaluation._to_dense(pruned.log_softmax(-1), dense.log_softmax(-1))
+    _, *found = evaluation.token_measures(pruned, dense, torch.zeros(200, dtype=torch.int64))
+    sums = [math.fsum(values.tolist()) for values in found]
     expected = [math.fsum(slow[key]) for key in TO_DENSE]
-    assert found.tolist() == pytest.approx(expected, rel=1e-6)
-    assert found[1:3].tolist() == expected[1:3] and expected[1] < expected[2] < 200
+    assert sums == pytest.approx(expected, rel=1e-6)
+    assert sums[1:3] == expected[1:3] and expected[1] < expected[2] < 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [97, 5000, 5003])
+def test_tiles_change_no_bit_of_what_is_made_of_all_tokens_at_once(
+    words: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "TILE", 3 * 32 * words)
+    drawn = torch.Generator().manual_seed(words)
+    dense = (3 * torch.randn(260, words, generator=drawn)).to(dtype)
+    pruned = (dense + torch.randn(260, words, generator=drawn)).to(dtype)
+    answers = torch.randint(0, words, (260,), generator=drawn)
+    before = dense.clone(), pruned.clone()
+    found = evaluation.token_measures(pruned, dense, answers)
+    p, q = (one.float().log_softmax(-1) for one in (dense, pruned))
+    place = q.gather(1, p.argmax(-1, keepdim=True))
+    earlier = torch.arange(words) < p.argmax(-1)[:, None]
+    ahead = ((q > place) | (q == place) & earlier).sum(-1)
+    expected = [
+        q.gather(1, answers[:, None])[:, 0],
+        (p.exp() * (p - q)).sum(-1),
+        *(ahead < count for count in (1, 5)),
+        1 - (p.exp() - q.exp()).clamp(min=0).sum(-1).double(),
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+    assert torch.equal(before[0], dense) and torch.equal(before[1], pruned)
+
+
+@pytest.mark.parametrize("words", [40, 64, 65, 127, 128, 500])
+def test_the_first_of_the_greatest_is_found_where_many_are_as_great(words: int) -> None:
+    drawn = torch.Generator().manual_seed(words)
+    values = torch.randint(0, 3, (300, words), generator=drawn).float()
+    values[:30] = -math.inf
+    values[30:60, -1] = 9.0
+    values[60:90, -words // 3 :] = math.nan
+    first = [
+        next((at for at, one in enumerate(row) if math.isnan(one)), row.index(max(row)))
+        for row in values.tolist()
+    ]
+    assert evaluation.first_greatest(values)[:, 0].tolist() == first
 
 
 @pytest.mark.parametrize("family", FAMILIES)

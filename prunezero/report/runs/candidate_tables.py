@@ -16,7 +16,7 @@ from typing import Any
 from prunezero.errors import OutputError, reason
 from prunezero.files.atomic import replace_whole
 from prunezero.models.measures import TO_DENSE
-from prunezero.searching.experiment.candidate import Candidate
+from prunezero.searching.experiment.candidate import BOUNDS, Candidate
 from prunezero.searching.experiment.objectives import objective_of
 
 COLUMNS = (
@@ -108,7 +108,8 @@ class RunningTables:
 def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write `candidates.parquet` and `candidates.csv`; keys outside `COLUMNS` are left out.
 
-    A search by another objective than perplexity has two columns more.
+    A search by another objective than perplexity has two columns more, and one that stopped a
+    candidate early those of what such a one is at least.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -123,10 +124,11 @@ def write_candidates(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         ) from error
 
 
-def _by_objective(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns of what the search measures by, where that is not perplexity."""
+def _further(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns of what the search measures by, where that is not perplexity, and of bounds."""
     own = objective_of(rows)
-    return [] if own.is_usual else [own.key(split) for split in ("search", "validation")]
+    objective = [] if own.is_usual else [own.key(split) for split in ("search", "validation")]
+    return objective + [key for key in BOUNDS if any(key in row for row in rows)]
 
 
 def best_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -154,7 +156,7 @@ def _write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     types = {"parents": pa.list_(whole)}
     types |= dict.fromkeys(("slot", "generation", "complexity", "depth"), whole)
     measured = ("layer_error", *TO_DENSE, "search_perplexity", "validation_perplexity", "seconds")
-    further = _by_objective(rows)
+    further = _further(rows)
     types |= dict.fromkeys((*measured, *further), number)
     columns = (*COLUMNS, *further)
     schema = pa.schema([(name, types.get(name, text)) for name in columns])
@@ -169,7 +171,7 @@ def _plain(value: Any) -> Any:
 def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        digits_of = {**dict.fromkeys(_by_objective(rows), 4), **READABLE}
+        digits_of = {**dict.fromkeys(_further(rows), 4), **READABLE}
         writer.writerow(digits_of)
         for row in rows:
             cells = [_readable(row.get(name), digits) for name, digits in digits_of.items()]

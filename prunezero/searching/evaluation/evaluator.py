@@ -27,6 +27,7 @@ from prunezero.pruning.compare import finite_row, rounding
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Testbed, with_choices
+from prunezero.searching.evaluation.early_stop import sees_worse, stopped
 from prunezero.searching.evaluation.request import Request
 from prunezero.searching.evaluation.sampled_testbed import SampledTestbed, Samples
 from prunezero.searching.evaluation.tuning import tune
@@ -226,21 +227,34 @@ class Evaluator:
             return finite_row(over_budgets(_DENSE, dense, self._places()))
         begin = time.perf_counter()
         recipe = request.named
-        row = self._measured(recipe, request.splits)
+        row = self._measured(recipe, request.splits, rival=request.rival)
         # Test text is asked for at the end alone, when others are compared with what was found.
         if recipe.mends and "test" in request.splits:
             again = self._measured(recipe, request.splits, is_reversed=True)
             row |= rounding(row, again, request.splits, self.task.objective.also)
+        if request.rival:
+            row = stopped(row, request.splits[0], self.task.objective, request.rival)
         return finite_row(row) | {"elapsed": time.perf_counter() - begin}
 
     def _measured(
-        self, recipe: Recipe, splits: Sequence[str], *, is_reversed: bool = False
+        self,
+        recipe: Recipe,
+        splits: Sequence[str],
+        *,
+        is_reversed: bool = False,
+        rival: Sequence[float] = (),
     ) -> dict[str, Any]:
-        """The row of a recipe under all budgets; also with its calibration windows in reverse."""
+        """The row of a recipe under all budgets; also with its calibration windows in reverse.
+
+        Args:
+            rival: see `Request`; where there is one, the first windows may be enough.
+        """
         rows = []
         for one in self._sampled:
             with about(one.runner.testbed, self._testbeds):
                 runner = one.runner.reversed(recipe) if is_reversed else one.runner
+                if rival:
+                    runner = runner.stopping(partial(sees_worse, self.task.objective, rival))
                 for budget in self.task.budgets:
                     asked = with_choices(recipe, pattern=budget.pattern)
                     rows.append(runner.row(asked, budget.amount, splits))

@@ -45,7 +45,8 @@ def to_quick_kl(rungs: Rungs, history: History, generation: int) -> list[Candida
 
 def to_measure(rungs: Rungs, history: History, generation: int) -> list[Candidate]:
     """Those that are measured next, on all search text."""
-    pair = ("kl", "search_fitness")
+    # Who was stopped early there is ranked behind whom it could not reach.
+    pair = ("kl", "search_rank")
     count = width(rungs.task.space.measured, rung_correlation(history.candidates, *pair))
     return _promoted(rungs, history, pair, count, (generation, "search_perplexity"))
 
@@ -55,7 +56,9 @@ def to_validate(history: History) -> list[Candidate]:
     return [
         one
         for one in history.ranked("search_fitness")[:FINALISTS]
-        if one.validation_fitness is None and one.status == "new"
+        if one.validation_fitness is None
+        and one.validation_at_least is None
+        and one.status == "new"
     ]
 
 

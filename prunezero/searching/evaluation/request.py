@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from prunezero.files.digests import joined_digest
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.second_order import DAMPING
@@ -22,13 +23,22 @@ class Request:
     """what of the recipe changes results, in its YAML's spelling; None is the dense model"""
     trials: int = 0
     """numbers to try in its formula; more than none asks for the best ones"""
+    rival: tuple[float, ...] = ()
+    """the objective of who has to be reached on one text, turned, by window; none for nobody"""
 
     @classmethod
-    def of(cls, recipe: Recipe | None, splits: Sequence[str] = (), *, trials: int = 0) -> Request:
+    def of(
+        cls,
+        recipe: Recipe | None,
+        splits: Sequence[str] = (),
+        *,
+        trials: int = 0,
+        rival: Sequence[float] = (),
+    ) -> Request:
         """The request what a recipe does, on some texts or to the layers' outputs."""
         if recipe is None:
             return cls(tuple(splits), None)
-        return cls(tuple(splits), recipe.effect, trials)
+        return cls(tuple(splits), recipe.effect, trials, tuple(rival))
 
     @property
     def kind(self) -> str:
@@ -45,7 +55,15 @@ class Request:
     @property
     def key(self) -> str:
         """Equal for equal requests."""
-        return json.dumps([self.recipe, self.trials, *self.splits], sort_keys=True)
+        asked = [self.recipe, self.trials, *self.splits]
+        if self.rival:
+            asked.append(f"to reach {joined_digest(map(repr, self.rival))}")
+        return json.dumps(asked, sort_keys=True)
+
+    @property
+    def whole(self) -> Request:
+        """The request for all windows, whoever is to be reached."""
+        return replace(self, rival=())
 
     @property
     def named(self) -> Recipe:

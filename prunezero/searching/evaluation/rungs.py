@@ -23,6 +23,7 @@ from prunezero.formula.criterion import Criterion
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.second_order import DAMPED
 from prunezero.searching.evaluation.archive import Archive
+from prunezero.searching.evaluation.early_stop import STOPPED, stopped
 from prunezero.searching.evaluation.evaluator import Evaluator, ProbeMask
 from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.evaluation.request import Request
@@ -102,12 +103,19 @@ class Rungs:
             for rule, choices in zip(rules, seen, strict=True)
         ]
 
-    def rows(self, recipes: Sequence[Recipe], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(
+        self, recipes: Sequence[Recipe], splits: Sequence[str], *, rival: Sequence[float] = ()
+    ) -> Iterator[dict[str, Any]]:
         """Higher rungs: one row of results on the pruned model for each recipe, or a `fault`.
 
         Perplexity that is not finite becomes None.
+
+        Args:
+            rival: by window what the objective is, turned, of who has to be reached; who surely
+                does not is measured no further, and its row says so (`early_stop.py`).
         """
-        results = self._results([Request.of(recipe, splits) for recipe in recipes])
+        requests = [Request.of(recipe, splits, rival=rival) for recipe in recipes]
+        results = self._results(requests)
         for recipe, result in zip(recipes, results, strict=True):
             yield result if "fault" in result else self._named(result) | {"recipe": recipe.name}
 
@@ -167,12 +175,22 @@ class Rungs:
             yield self._journal.write(request.kind, request.key, result)
 
     def _found(self, request: Request) -> dict[str, Any] | None:
-        return None if self._archive is None else self._archive.known(request.kind, request.key)
+        if self._archive is None:
+            return None
+        known = self._archive.known(request.kind, request.key)
+        if known is not None or not request.rival:
+            return known
+        # A whole measurement holds what an early stop would have left of it.
+        whole = self._archive.known(request.kind, request.whole.key)
+        if whole is None:
+            return None
+        return stopped(whole, request.splits[0], self.task.objective, request.rival)
 
     def _keep(self, request: Request, result: dict[str, Any]) -> None:
         # What failed here, perhaps for lack of memory, may go well elsewhere.
         if self._archive is not None and "fault" not in result:
-            self._archive.write(request.kind, request.key, result)
+            asked = request if STOPPED in result else request.whole
+            self._archive.write(request.kind, asked.key, result)
 
 
 def shown_by_mask(rule: Rule) -> dict[str, Any]:

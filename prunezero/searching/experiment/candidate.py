@@ -16,6 +16,8 @@ from prunezero.searching.experiment.rule import Rule
 
 # A new mask; a mask seen before; a formula whose scores are not finite or rank nothing.
 STATUSES = ("new", "known", "invalid")
+# Columns of candidates that were stopped early.
+BOUNDS = ("search_at_least", "validation_at_least")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Candidate:
     """that on search text, as measured, where it is not perplexity"""
     validation_objective: float | None = None
     """the same on validation text"""
+    search_at_least: float | None = None
+    """bound of its `search_fitness`, lower is better, of one that was stopped before the end of
+    search text: with the confidence of `early_stop.py` it is not less"""
+    validation_at_least: float | None = None
+    """the same of validation text"""
     seconds: float = 0.0
     """spent on it"""
     is_replayed: bool = False
@@ -92,6 +99,11 @@ class Candidate:
         """What orders candidates on validation text, lower is better; None likewise."""
         return self._turned(self.validation_perplexity, self.validation_objective)
 
+    @property
+    def search_rank(self) -> float | None:
+        """Its `search_fitness`, or what that is at least: an order of all that were looked at."""
+        return self.search_at_least if self.search_fitness is None else self.search_fitness
+
     def _turned(self, perplexity: float | None, value: float | None) -> float | None:
         if self.objective == USUAL:
             return perplexity
@@ -117,9 +129,15 @@ class Candidate:
             "search_perplexity": self.search_perplexity,
             "validation_perplexity": self.validation_perplexity,
             **self._by_objective(),
+            **self._bounds(),
             "seconds": self.seconds,
             "fault": self.fault,
         }
+
+    def _bounds(self) -> dict[str, float]:
+        """Columns of what it is at least, where it was stopped early."""
+        bounds = {key: getattr(self, key) for key in BOUNDS}
+        return {key: value for key, value in bounds.items() if value is not None}
 
     def _by_objective(self) -> dict[str, float | None]:
         """Columns of what the search measures by, where that is not perplexity."""

@@ -95,6 +95,9 @@ class SearchConfig(BaseModel):
     """who proposes rules, see `strategies/catalogue.py`"""
     objective: str = USUAL
     """what rules are measured by, see `objectives.py`"""
+    stop_early: bool = False
+    """whether a candidate is left alone once its first windows show that it cannot be among the
+    best, see `evaluation/early_stop.py`"""
     sequence_length: int = 256
     """tokens in a window"""
     calibration_tokens: int = 8192
@@ -234,7 +237,12 @@ class SearchConfig(BaseModel):
             "pattern": self.pattern,
             "seed": self.seed,
             "strategy": self.strategy,
+            **self._other_ending(),
         }
+
+    def _other_ending(self) -> dict[str, bool]:
+        """Whether candidates are stopped early, where they are."""
+        return {"stop_early": True} if self.stop_early else {}
 
     def shown(self) -> dict[str, Any]:
         """What a person is told of it: in the recipe that it found, and in MLflow."""
@@ -243,6 +251,7 @@ class SearchConfig(BaseModel):
             **{"draws": self.draws if self.draws > 1 else None},
             **{"targets": list(self.targets), "ignore": list(self.ignore)},
             **self._other_objective(),
+            **self._other_ending(),
         }
         return {
             "model": self.model,

@@ -64,8 +64,9 @@ def fingerprints(config: SearchConfig, testbeds: Sequence[Testbed]) -> dict[str,
 def header(task: Task, testbeds: Sequence[Testbed]) -> dict[str, Any]:
     """What heads the journal of a search: its experiment, and fingerprints beside it, as JSON."""
     written = {"seeds": [rule.text for rule in task.seeds]}
-    # Journals began before there were objectives, and a damaged header is known by its text.
+    # Journals began before there were these, and a damaged header is known by its text.
     unsaid = {"objective"} if task.objective.is_usual else set()
+    unsaid |= set() if task.config.stop_early else {"stop_early"}
     return {
         "config": task.config.model_dump(mode="json", exclude=unsaid),
         "fingerprints": fingerprints(task.config, testbeds) | written,

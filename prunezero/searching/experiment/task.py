@@ -56,6 +56,11 @@ class Task:
         return self.config.budgets
 
     @property
+    def measures_once(self) -> bool:
+        """Whether a rule is measured on one model, draw and budget, and not on several."""
+        return not self.config.also_model and self.config.draws == len(self.budgets) == 1
+
+    @property
     def competes_freely(self) -> bool:
         """Whether it matters under some budget which weights compete; N:M patterns say it."""
         return any(budget.pattern == "free" for budget in self.budgets)
