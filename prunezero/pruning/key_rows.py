@@ -1,0 +1,131 @@
+"""Rows of recipes of run time, side by side: the same model, prompts and share of keys for all.
+
+A row has the columns of one that is pruned where they say the same (recipe, formula, sparsity,
+signal, removed), and a measure of each text under its name: `text_kl`, `recall_kl` and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from prunezero.errors import RecipeError, SelectionError
+from prunezero.models.attending.continuing import Continuations, dense_measures
+from prunezero.models.attending.installing import Known
+from prunezero.pruning.attention import kept_row, policy_of
+from prunezero.pruning.prompts import PromptSizes, coming_queries, texts_of
+from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.testbed import Testbed, beginning
+
+Row = dict[str, Any]
+
+
+def kept_share(sparsity: float | None) -> float:
+    """The share of a prompt's keys, or of links, that stays, from the share that goes.
+
+    Raises:
+        SelectionError: none is named, or nothing goes.
+    """
+    if sparsity is None or not 0 < sparsity < 1:
+        raise SelectionError(
+            "say which share of a prompt's keys goes, above 0 and below 1, for example "
+            "--sparsity 0.75"
+        )
+    # As it was typed: 1 - 0.9 has sixteen digits.
+    return round(1 - sparsity, 12)
+
+
+def key_rows(
+    testbed: Testbed,
+    recipes: Sequence[Recipe],
+    sparsity: float | None,
+    *,
+    split: str = "validation",
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Iterator[Row]:
+    """A row of the model as it is, then one of each recipe.
+
+    Raises:
+        PruneZeroError: a recipe is not of run time or cannot be installed, the share of keys is
+            missing, or windows are too short; raised before anything is measured.
+    """
+    kept = kept_share(sparsity)
+    policies = [policy_of(recipe, kept) for recipe in recipes]
+    texts = texts_of(testbed, split)
+    looks = {name for policy in policies for name in policy.features}
+    known: Known = coming_queries(testbed) if "EXPECTED" in looks else {}
+    yield dense_row(testbed, texts)
+    for done, recipe in enumerate(recipes):
+        progress("recipes", done, len(recipes))
+        measured = kept_row(testbed.language_model, recipe, kept, texts, known)
+        yield described_row(testbed, recipe, measured)
+
+
+def dense_row(testbed: Testbed, texts: Mapping[str, Continuations]) -> Row:
+    """The row of a model that keeps all keys."""
+    row: Row = {"recipe": "dense", "sparsity": 0.0, "removed": 0.0, "formula": "", "signal": None}
+    for name, text in texts.items():
+        found = dense_measures(testbed.language_model, text)
+        row |= {f"{name}_{key}": value for key, value in found.items()}
+        row |= {"kv_bytes": text.dense_bytes / text.prompt}
+    return row | _circumstances(testbed)
+
+
+def described_row(testbed: Testbed, recipe: Recipe, measured: Mapping[str, Any]) -> Row:
+    """What `kept_row` measured of a recipe, in the columns of a comparison.
+
+    Bytes of keys and values are for each token of a prompt, as elsewhere in tables.
+    """
+    prompt = PromptSizes.of(testbed.settings.sequence_length).prompt
+    gone = round(1 - measured["kept"], 12)
+    return {
+        "recipe": recipe.name,
+        "sparsity": gone,
+        "unit": recipe.unit.word,
+        "removed": gone,
+        "removed_of": recipe.unit.several,
+        "formula": recipe.criterion.text,
+        "complexity": recipe.criterion.complexity,
+        "compare": recipe.compare,
+        **{key: value for key, value in measured.items() if key not in ("recipe", "kept")},
+        "kv_bytes": measured["kv_bytes"] / prompt,
+        "choices": {key: one for key, one in recipe.effect.items() if key != "criterion"},
+        **_circumstances(testbed),
+    }
+
+
+def _circumstances(testbed: Testbed) -> Row:
+    settings = testbed.settings
+    return {
+        "pattern": "free",
+        "allocate": "uniform",
+        "statistics": "none",
+        "seed": settings.seed,
+        "calibration_tokens": settings.calibration_tokens,
+        "evaluation_tokens": settings.evaluation_tokens,
+        "sequence_length": settings.sequence_length,
+        **beginning([testbed.begin_with]),
+    }
+
+
+def is_run_time(recipe: Any) -> bool:
+    """Whether a recipe leaves weights as they are, and is installed while a model runs."""
+    return isinstance(recipe, Recipe) and recipe.unit.row.domain.is_run_time
+
+
+def all_of_run_time(recipes: Sequence[Any]) -> bool:
+    """Whether recipes are of run time, all or none.
+
+    Raises:
+        RecipeError: some are and some are not.
+    """
+    which = [one for one in recipes if is_run_time(one)]
+    if which and len(which) < len(recipes):
+        other = next(one for one in recipes if not is_run_time(one))
+        raise RecipeError(
+            f"recipe {which[0].name} keeps {which[0].unit.several} while a model runs: nothing is "
+            f"removed from the weights, as {other.name} does it, so they have no column in common; "
+            f"compare them apart, or prune by {other.name} first and compare "
+            f"{which[0].name} on the folder that it leaves"
+        )
+    return bool(which)
