@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from prunezero.report.runs.attention_run import AttentionRun
 
 Row = Mapping[str, Any]
-# Columns by the key of a row: heading, and digits behind the point; shares are in percent.
-_COLUMNS = {
+# Columns by the key of a row: heading, and digits behind the point; without them a share.
+_COLUMNS: dict[str, tuple[str, int | None]] = {
     "text_kl": ("KL text", 4),
     "recall_kl": ("KL recall", 4),
+    "text_kl_late": ("KL late", 4),
     "text_perplexity": ("text", 2),
     "recall_perplexity": ("recall", 2),
+    "needle_answered": ("needle", None),
+    "needles_answered": ("needles", None),
+    "cloze_answered": ("cloze", None),
 }
 _WORDS = {"signal": "needs", "formula": "formula"}
 
@@ -27,7 +31,8 @@ _WORDS = {"signal": "needs", "formula": "formula"}
 def key_table(rows: Sequence[Row], title: str) -> Table:
     """Rows of recipes of run time; those that a search found are bold.
 
-    KL is in nats per token to the model that keeps all keys, text and recall are perplexities.
+    KL is in nats per token to the model that keeps all keys, text and recall are perplexities, and
+    needle, needles and cloze shares of windows that are answered word for word.
     """
     table = Table(title=title)
     shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in rows)]
@@ -45,8 +50,10 @@ def key_table(rows: Sequence[Row], title: str) -> Table:
     return table
 
 
-def _cell(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _cell(value: float | None, digits: int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.0f} %" if digits is None else f"{value:.{digits}f}"
 
 
 def _held(row: Row) -> str:

@@ -12,20 +12,22 @@ from prunezero.cli import options
 from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.options import (
     Allocate,
-    CalibrationTokens,
     Device,
     Dtype,
-    EvaluationTokens,
     JsonFile,
     Model,
     Pattern,
     RunsDir,
     Seed,
-    SequenceLength,
     Sparsity,
-    TestTokens,
     TextName,
     Unit,
+)
+from prunezero.cli.search_options import (
+    CalibrationTokens,
+    EvaluationTokens,
+    SequenceLength,
+    TestTokens,
 )
 
 if TYPE_CHECKING:
@@ -63,17 +65,19 @@ def compare(
     seed: Seed = 0,
     json_file: JsonFile = None,
     runs_dir: RunsDir = Path("runs"),
-    sequence_length: SequenceLength = 256,
-    calibration_tokens: CalibrationTokens = 8192,
-    evaluation_tokens: EvaluationTokens = 4096,
-    test_tokens: TestTokens = 8192,
+    sequence_length: SequenceLength = None,
+    calibration_tokens: CalibrationTokens = None,
+    evaluation_tokens: EvaluationTokens = None,
+    test_tokens: TestTokens = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Prune one model by several recipes and compare the results.
 
     All recipes see the same calibration text and the same kind of statistics. The results are also
-    logged to MLflow, next to those of every search in the same runs folder.
+    logged to MLflow, next to those of every search in the same runs folder. Recipes of keys in a
+    cache, or of links to them, are installed for a while instead: --sparsity is the share of a
+    prompt's keys that go, and what follows the prompt is measured, on several kinds of text.
 
     Examples:
 
@@ -88,10 +92,13 @@ def compare(
         prunezero compare --model demo --recipes wanda,ria --sparsity 0.5 --ignore down_proj
 
         prunezero compare --model demo --recipes flap,mask_fisher --sparsity 0.2 --plot sizes.png
+
+        prunezero compare --model demo --recipes snapkv,keydiff,h2o_mean --sparsity 0.75
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
     from prunezero.files.places import check_apart, try_file
     from prunezero.models.anatomy.patterns import patterns_of
+    from prunezero.pruning.key_rows import all_of_run_time
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.pruning.testbed import set_up, with_choices
     from prunezero.report.plots.quality import quality_against_size
@@ -102,6 +109,18 @@ def compare(
     options.check_json(json_file)
     check_apart({"--json": json_file, "--plot": plot})
     try_file(plot, "--plot", example="sizes.png")
+    loaded = options.load_recipes(recipes)
+    sizes = (sequence_length, calibration_tokens, evaluation_tokens, test_tokens)
+    if all_of_run_time(loaded):
+        from prunezero.cli.attention_compare import compare_keys
+
+        typed = {"pattern": pattern, "allocate": allocate, "targets": targets, "ignore": ignore}
+        typed |= {"statistics": statistics != "dense", "unit": unit, "test_tokens": test_tokens}
+        places = (json_file, plot, runs_dir)
+        settings = options.prompt_settings(*sizes[:3], seed)
+        options.refuse_of_weights(loaded[0], {**typed, "no_rounding": not rounding})
+        compare_keys((model, text, dtype, device), loaded, sparsity, settings, places)
+        return
     chosen = [
         with_choices(
             recipe,
@@ -111,13 +130,11 @@ def compare(
             targets=patterns_of(targets) or None,
             ignore=patterns_of(ignore) or None,
         )
-        for recipe in options.on_unit(options.load_recipes(recipes), unit)
+        for recipe in options.on_unit(loaded, unit)
     ]
     for recipe in chosen:
         settled_sparsity(recipe.pattern, sparsity)
-    settings = options.make_settings(
-        sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
-    )
+    settings = options.usual_settings(*sizes, seed)
     check_runs_dir(runs_dir)
     with waiting(f"loading {model}"):
         testbed = set_up(model, text, settings, dtype=dtype, device=device)

@@ -12,8 +12,9 @@ from typing import Any
 from prunezero.errors import RecipeError, SelectionError
 from prunezero.models.attending.continuing import Continuations, dense_measures
 from prunezero.models.attending.installing import Known
+from prunezero.models.attending.policy import Policy
 from prunezero.pruning.attention import kept_row, policy_of
-from prunezero.pruning.prompts import PromptSizes, coming_queries, texts_of
+from prunezero.pruning.prompts import TEXTS, PromptSizes, coming_queries, texts_of
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Testbed, beginning
 
@@ -43,7 +44,7 @@ def key_rows(
     split: str = "validation",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Iterator[Row]:
-    """A row of the model as it is, then one of each recipe.
+    """A row of the model as it is, then one of each recipe, on all of `TEXTS`.
 
     Raises:
         PruneZeroError: a recipe is not of run time or cannot be installed, the share of keys is
@@ -51,14 +52,35 @@ def key_rows(
     """
     kept = kept_share(sparsity)
     policies = [policy_of(recipe, kept) for recipe in recipes]
-    texts = texts_of(testbed, split)
+    prompt = PromptSizes.of(testbed.settings.sequence_length).prompt
+    for policy in policies:
+        if isinstance(policy, Policy):
+            policy.counts(prompt, 1)
     looks = {name for policy in policies for name in policy.features}
     known: Known = coming_queries(testbed) if "EXPECTED" in looks else {}
-    yield dense_row(testbed, texts)
-    for done, recipe in enumerate(recipes):
-        progress("recipes", done, len(recipes))
-        measured = kept_row(testbed.language_model, recipe, kept, texts, known)
-        yield described_row(testbed, recipe, measured)
+    dense: Row = {}
+    rows: list[Row] = [{"seconds": 0.0} for _ in recipes]
+    done = 0
+    # Text after text, since what the dense model saw of one is much.
+    for name in TEXTS:
+        texts = texts_of(testbed, split, (name,))
+        dense |= dense_row(testbed, texts)
+        for row, recipe in zip(rows, recipes, strict=True):
+            found = kept_row(testbed.language_model, recipe, kept, texts, known) if texts else {}
+            seconds = row["seconds"] + found.get("seconds", 0.0)
+            row |= _whole(name, found) | {"seconds": seconds}
+            done += 1
+            progress("recipes", done, len(TEXTS) * len(recipes))
+    yield dense
+    for row, recipe in zip(rows, recipes, strict=True):
+        yield described_row(testbed, recipe, row)
+
+
+def _whole(name: str, found: Row) -> Row:
+    """What is told of one text; bytes and links are those of text that goes on."""
+    if name == "text":
+        return found
+    return {key: value for key, value in found.items() if key.startswith(f"{name}_")}
 
 
 def dense_row(testbed: Testbed, texts: Mapping[str, Continuations]) -> Row:

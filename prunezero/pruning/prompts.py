@@ -7,13 +7,23 @@ a sixty-fourth of a window of them is given, and the others have to be found in 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
 
 from prunezero.errors import RecipeError
 from prunezero.models.attending.continuing import Continuations, read_densely, recall_windows
 from prunezero.models.attending.observing import Measured, query_moments
+from prunezero.models.attending.probes import SEVERAL, Probe, clozes, needles
+from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.testbed import Testbed
 
+# Tokens of a window where nothing else is asked for.
+WINDOW = 1024
+# Texts whose KL a search goes by.
+OBJECTIVES = ("text", "recall")
 # Of fewer tokens nothing is left of the shortest part.
 _SHORTEST = 16
 
@@ -47,22 +57,72 @@ class PromptSizes:
         return cls(prompt, window - prompt, 3 * window // 16, max(1, window // 64))
 
 
-def texts_of(testbed: Testbed, split: str) -> dict[str, Continuations]:
-    """`text` that goes on as it is, and `recall` of beginnings, as the dense model read them.
+def window_tokens(window: int) -> dict[str, int]:
+    """How many tokens of each text are usually read, in windows of so many, by field."""
+    counts = {"calibration_tokens": 8, "evaluation_tokens": 6, "test_tokens": 6}
+    return {key: count * window for key, count in counts.items()}
+
+
+def texts_of(
+    testbed: Testbed, split: str, names: Sequence[str] = OBJECTIVES
+) -> dict[str, Continuations]:
+    """Prompts of these texts and what follows them, as the dense model read them.
+
+    Texts that cannot be made of the split are left out: sentences that do not fit in a prompt, or
+    no word that comes again.
+
+    Args:
+        names: of TEXTS.
 
     Raises:
         RecipeError: windows are too short.
         TextError: the split holds fewer than two windows.
         ModelError: the model has no attention that can be watched.
     """
-    model, windows = testbed.language_model, testbed.windows(split)
+    windows = testbed.windows(split)
     sizes = PromptSizes.of(testbed.settings.sequence_length)
-    prompt = sizes.prompt
-    again = recall_windows(windows, prompt=prompt, repeated=sizes.repeated, language_model=model)
-    return {
-        "text": read_densely(model, windows, prompt=prompt),
-        "recall": read_densely(model, again, prompt=prompt, skipped=sizes.skipped),
-    }
+    found = {name: TEXTS[name](testbed.language_model, windows, sizes) for name in names}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _going_on(model: LanguageModel, windows: Tensor, sizes: PromptSizes) -> Continuations:
+    return read_densely(model, windows, prompt=sizes.prompt)
+
+
+def _recall(model: LanguageModel, windows: Tensor, sizes: PromptSizes) -> Continuations:
+    prompt, repeated = sizes.prompt, sizes.repeated
+    again = recall_windows(windows, prompt=prompt, repeated=repeated, language_model=model)
+    return read_densely(model, again, prompt=prompt, skipped=sizes.skipped)
+
+
+def _told(
+    keys: int, model: LanguageModel, windows: Tensor, sizes: PromptSizes
+) -> Continuations | None:
+    return _asked(model, needles(windows, model, prompt=sizes.prompt, keys=keys), sizes)
+
+
+def _cloze(model: LanguageModel, windows: Tensor, sizes: PromptSizes) -> Continuations | None:
+    return _asked(model, clozes(windows, model, prompt=sizes.prompt), sizes)
+
+
+def _asked(
+    model: LanguageModel, probes: Sequence[Probe], sizes: PromptSizes
+) -> Continuations | None:
+    if not probes:
+        return None
+    given = [one.given for one in probes]
+    return read_densely(model, [one.ids for one in probes], prompt=sizes.prompt, skipped=given)
+
+
+TEXTS: dict[str, Callable[[LanguageModel, Tensor, PromptSizes], Continuations | None]] = {
+    "text": _going_on,
+    "recall": _recall,
+    "needle": partial(_told, 1),
+    "needles": partial(_told, SEVERAL),
+    "cloze": _cloze,
+}
+"""Kinds of text: going on as written; a prompt's beginning that comes again; a number that one
+sentence, or one of several, tells; the last word that stood in the prompt."""
 
 
 def coming_queries(testbed: Testbed) -> dict[int, Measured]:

@@ -34,8 +34,8 @@ METRIC_NAMES = {
     "layer_error": "eval/layer_error",
     **{
         f"{text}_{key}": f"eval/{text}_{key}"
-        for text in ("text", "recall")
-        for key in ("kl", "perplexity", "lost")
+        for text in ("text", "recall", "needle", "needles", "cloze")
+        for key in ("kl", "kl_early", "kl_middle", "kl_late", "perplexity", "answered", "lost")
     },
     "links": "keys/links",
     "sparsity_reached": "mask/sparsity",

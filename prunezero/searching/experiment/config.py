@@ -17,6 +17,7 @@ from prunezero.formula.feature_row import WEIGHT_SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.kinds import UNITS
+from prunezero.pruning.prompts import WINDOW, window_tokens
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.pruning.testbed import Settings, Testbed
@@ -29,8 +30,6 @@ from prunezero.searching.spaces.space import SearchSpace
 OPEN = "auto"
 # Fields that only a search for what leaves the weights has.
 _OF_WEIGHTS = tuple("also_model pattern also draws targets ignore strategy objective".split())
-# Tokens of a prompt and what follows it, where nothing else is asked for.
-_PROMPT_WINDOW = 1024
 
 
 def _words(value: object) -> object:
@@ -280,11 +279,9 @@ def _of_run_time(space: SearchSpace, named: Mapping[str, Any]) -> dict[str, int]
                 f"search space {space.name} is of unit: {space.unit}, which is left out while a "
                 f"model runs, and --{key.replace('_', '-')} says nothing of that; leave it out"
             )
-    length = named.get("sequence_length", _PROMPT_WINDOW)
-    if not isinstance(length, int):
-        return {}
-    counts = {"calibration_tokens": 8, "evaluation_tokens": 6, "test_tokens": 6}
-    return {"sequence_length": length, **{key: n * length for key, n in counts.items()}}
+    length = named.get("sequence_length", WINDOW)
+    usual = window_tokens(length) if isinstance(length, int) else {}
+    return {"sequence_length": length, **usual}
 
 
 def starting_rules(rules: Sequence[Rule | Criterion | str]) -> tuple[StartingRule, ...]:
