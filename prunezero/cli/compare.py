@@ -98,7 +98,7 @@ def compare(
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
     from prunezero.files.places import check_apart, try_file
     from prunezero.models.anatomy.patterns import patterns_of
-    from prunezero.pruning.key_rows import all_of_run_time
+    from prunezero.pruning.key_rows import of_run_time
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.pruning.testbed import set_up, with_choices
     from prunezero.report.plots.quality import quality_against_size
@@ -111,15 +111,16 @@ def compare(
     try_file(plot, "--plot", example="sizes.png")
     loaded = options.load_recipes(recipes)
     sizes = (sequence_length, calibration_tokens, evaluation_tokens, test_tokens)
-    if all_of_run_time(loaded):
+    if of_keys := of_run_time(loaded):
         from prunezero.cli.attention_compare import compare_keys
 
-        typed = {"pattern": pattern, "allocate": allocate, "targets": targets, "ignore": ignore}
-        typed |= {"statistics": statistics != "dense", "unit": unit, "test_tokens": test_tokens}
-        places = (json_file, plot, runs_dir)
+        of_weights = {"pattern": pattern, "allocate": allocate, "unit": unit, "targets": targets}
+        odd = {"statistics": statistics != "dense", "no_rounding": not rounding}
+        of_weights |= {"ignore": ignore}
+        options.refuse_of_weights(of_keys[0], {**of_weights, **odd, "test_tokens": test_tokens})
         settings = options.prompt_settings(*sizes[:3], seed)
-        options.refuse_of_weights(loaded[0], {**typed, "no_rounding": not rounding})
-        compare_keys((model, text, dtype, device), loaded, sparsity, settings, places)
+        subject, places = (model, text, dtype, device), (json_file, plot, runs_dir)
+        compare_keys(subject, of_keys, sparsity, settings, places)
         return
     chosen = [
         with_choices(

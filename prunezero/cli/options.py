@@ -141,14 +141,14 @@ def usual_settings(
     """
     from prunezero.pruning.testbed import Settings
 
-    typed = (sequence_length, calibration_tokens, evaluation_tokens, test_tokens)
     usual = Settings()
-    names = ("sequence_length", "calibration_tokens", "evaluation_tokens", "test_tokens")
-    sizes = [
-        getattr(usual, name) if size is None else size
-        for name, size in zip(names, typed, strict=True)
-    ]
-    return make_settings(*sizes, seed)
+    return make_settings(
+        usual.sequence_length if sequence_length is None else sequence_length,
+        usual.calibration_tokens if calibration_tokens is None else calibration_tokens,
+        usual.evaluation_tokens if evaluation_tokens is None else evaluation_tokens,
+        usual.test_tokens if test_tokens is None else test_tokens,
+        seed,
+    )
 
 
 def prompt_settings(

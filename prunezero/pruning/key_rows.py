@@ -14,8 +14,9 @@ from prunezero.models.attending.continuing import Continuations, dense_measures
 from prunezero.models.attending.installing import Known
 from prunezero.models.attending.policy import Policy
 from prunezero.pruning.attention import kept_row, policy_of
-from prunezero.pruning.prompts import TEXTS, PromptSizes, coming_queries, texts_of
+from prunezero.pruning.prompts import TEXTS, PromptSizes, coming_queries, known_of, texts_of
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.pruning.recipes.staged import AnyRecipe
 from prunezero.pruning.testbed import Testbed, beginning
 
 Row = dict[str, Any]
@@ -57,7 +58,8 @@ def key_rows(
         if isinstance(policy, Policy):
             policy.counts(prompt, 1)
     looks = {name for policy in policies for name in policy.features}
-    known: Known = coming_queries(testbed) if "EXPECTED" in looks else {}
+    coming: Known = coming_queries(testbed) if "EXPECTED" in looks else {}
+    known = [known_of(testbed, policy, coming) for policy in policies]
     dense: Row = {}
     rows: list[Row] = [{"seconds": 0.0} for _ in recipes]
     done = 0
@@ -65,8 +67,8 @@ def key_rows(
     for name in TEXTS:
         texts = texts_of(testbed, split, (name,))
         dense |= dense_row(testbed, texts)
-        for row, recipe in zip(rows, recipes, strict=True):
-            found = kept_row(testbed.language_model, recipe, kept, texts, known) if texts else {}
+        for row, recipe, own in zip(rows, recipes, known, strict=True):
+            found = kept_row(testbed.language_model, recipe, kept, texts, own) if texts else {}
             seconds = row["seconds"] + found.get("seconds", 0.0)
             row |= _whole(name, found) | {"seconds": seconds}
             done += 1
@@ -130,24 +132,19 @@ def _circumstances(testbed: Testbed) -> Row:
     }
 
 
-def is_run_time(recipe: Any) -> bool:
-    """Whether a recipe leaves weights as they are, and is installed while a model runs."""
-    return isinstance(recipe, Recipe) and recipe.unit.row.domain.is_run_time
-
-
-def all_of_run_time(recipes: Sequence[Any]) -> bool:
-    """Whether recipes are of run time, all or none.
+def of_run_time(recipes: Sequence[AnyRecipe]) -> list[Recipe]:
+    """The recipes, if all leave weights as they are and are installed while a model runs; or none.
 
     Raises:
-        RecipeError: some are and some are not.
+        RecipeError: some do and some do not.
     """
-    which = [one for one in recipes if is_run_time(one)]
+    which = [one for one in recipes if isinstance(one, Recipe) and one.unit.row.domain.is_run_time]
     if which and len(which) < len(recipes):
-        other = next(one for one in recipes if not is_run_time(one))
+        other = next(one for one in recipes if one not in which)
         raise RecipeError(
             f"recipe {which[0].name} keeps {which[0].unit.several} while a model runs: nothing is "
             f"removed from the weights, as {other.name} does it, so they have no column in common; "
             f"compare them apart, or prune by {other.name} first and compare "
             f"{which[0].name} on the folder that it leaves"
         )
-    return bool(which)
+    return which

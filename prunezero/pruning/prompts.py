@@ -15,7 +15,15 @@ from torch import Tensor
 
 from prunezero.errors import RecipeError
 from prunezero.models.attending.continuing import Continuations, read_densely, recall_windows
-from prunezero.models.attending.observing import Measured, query_moments
+from prunezero.models.attending.installing import Known
+from prunezero.models.attending.links import LinkPolicy
+from prunezero.models.attending.observing import (
+    Measured,
+    merged,
+    query_moments,
+    streaming_errors,
+)
+from prunezero.models.attending.policy import Policy
 from prunezero.models.attending.probes import SEVERAL, Probe, clozes, needles
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.testbed import Testbed
@@ -123,6 +131,34 @@ TEXTS: dict[str, Callable[[LanguageModel, Tensor, PromptSizes], Continuations | 
 }
 """Kinds of text: going on as written; a prompt's beginning that comes again; a number that one
 sentence, or one of several, tells; the last word that stood in the prompt."""
+
+
+def streaming_heads(testbed: Testbed, *, sinks: int, recent: int) -> dict[int, Measured]:
+    """How heads stream on beginnings of calibration text that come again, by layer; for STREAM.
+
+    What a head finds far behind is seen where something far behind is needed.
+
+    Raises:
+        RecipeError, TextError, ModelError: as `texts_of`.
+    """
+    model, sizes = testbed.language_model, PromptSizes.of(testbed.settings.sequence_length)
+    prompt, repeated = sizes.prompt, sizes.repeated
+    again = recall_windows(
+        testbed.windows("calibration"), prompt=prompt, repeated=repeated, language_model=model
+    )
+    return streaming_errors(model, again, prompt, sinks=sinks, recent=recent)
+
+
+def known_of(testbed: Testbed, policy: Policy | LinkPolicy, coming: Known) -> Known:
+    """What has to be measured on calibration text for a policy, by layer.
+
+    Args:
+        coming: what was measured for all policies (`coming_queries`).
+    """
+    if not isinstance(policy, Policy) or "STREAM" not in policy.features:
+        return coming
+    streaming = streaming_heads(testbed, sinks=policy.sinks, recent=policy.recent)
+    return merged(coming, streaming)
 
 
 def coming_queries(testbed: Testbed) -> dict[int, Measured]:

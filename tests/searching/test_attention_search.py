@@ -68,7 +68,7 @@ def known(model: LanguageModel) -> Any:
     return query_moments(model, windows, PROMPT)
 
 
-def experiment(candidates: int = 16, **changes: Any) -> Experiment:
+def experiment(candidates: int | None = 16, **changes: Any) -> Experiment:
     fields: dict[str, Any] = {"space": small_space(), "kept": KEPT, "candidates": candidates}
     return Experiment(**fields | changes)
 

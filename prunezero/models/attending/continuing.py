@@ -74,7 +74,8 @@ class Continued:
     dense_bytes: int
     """the same of the dense model"""
     links: float
-    """share of links behind a prompt that stay, of those that the dense model computes"""
+    """share of links that stay, of those that the dense model computes behind a prompt, or in it
+    where links of the prompt alone go"""
     seconds: float
     """elapsed, without reading the prompts"""
 

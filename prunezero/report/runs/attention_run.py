@@ -32,8 +32,10 @@ FRONT = "front"
 _WORDS = ("origin", "status", "formula", "choices", "signal", "mask", "fault")
 _COUNTS = ("slot", "generation", "complexity")
 _NUMBERS = tuple(f"{text}_{key}" for text in TEXTS for key in ("lost", "kl"))
-_COLUMNS = ("slot", "generation", "origin", "parents", "status", "formula", "choices")
-_COLUMNS += ("complexity", "signal", "mask", *_NUMBERS, "fault")
+_COLUMNS = (
+    *("slot", "generation", "origin", "parents", "status", "formula", "choices"),
+    *("complexity", "signal", "mask", *_NUMBERS, "fault"),
+)
 
 
 @dataclass(frozen=True)

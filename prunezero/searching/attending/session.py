@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from prunezero.models.attending.installing import Known
+from prunezero.pruning.attention import policy_of
 from prunezero.pruning.key_rows import kept_share
-from prunezero.pruning.prompts import coming_queries, texts_of
+from prunezero.pruning.prompts import coming_queries, known_of, texts_of
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Testbed
 from prunezero.searching.attending.finalists import front_recipes, validated_rows
-from prunezero.searching.attending.proposals import key_of
+from prunezero.searching.attending.proposals import key_of, published_within
 from prunezero.searching.attending.results import Results
 from prunezero.searching.attending.search import (
     Experiment,
@@ -89,9 +90,17 @@ class AttentionSession:
             recipes,
             texts_of(self.testbed, "validation"),
             experiment_of(self.config, None),
-            known=self.known,
+            known=self._known_of_rivals(),
             results=Results(self.journal),
         )
+
+    def _known_of_rivals(self) -> Known:
+        """What published recipes look at too, on calibration text."""
+        kept, known = kept_share(self.config.sparsity), self.known
+        for recipe in published_within(self.config.space_content):
+            if "STREAM" in recipe.features:
+                known = known_of(self.testbed, policy_of(recipe, kept), known)
+        return known
 
 
 def experiment_of(config: SearchConfig, candidates: int | None) -> Experiment:
