@@ -52,8 +52,8 @@ def test_heads_that_need_what_is_far_behind_keep_all_and_the_others_stream() -> 
     known = streaming_errors(model, again, PROMPT, sinks=SINKS, recent=RECENT)
     worth = moved_by_streaming(model, again)
     for (layer, head), value in worth.items():
-        assert known[layer].streaming_error is not None
-        assert float(known[layer].streaming_error[head]) == pytest.approx(value, rel=1e-4)
+        error = known[layer].streaming_error
+        assert error is not None and float(error[head]) == pytest.approx(value, rel=1e-4)
     always = {*range(SINKS), *range(PROMPT - RECENT, PROMPT)}
     # Four heads with 14 keys each to give away, and 34 that a whole head takes beside its six.
     assert len(worth) == 4 and 4 * (BUDGET - len(always)) // (PROMPT - len(always)) == 1

@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from prunezero.errors import OutputError
 from prunezero.models.attending.installing import masking
+from prunezero.models.attending.policy import Policy
 from prunezero.pruning.attention import policy_of
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
@@ -25,7 +26,7 @@ from tests.tiny_attention import sharp_model
 PROMPT, KEPT = 40, 0.5
 NUMBERS = {"sinks": 2, "recent": 4, "window": 4, "pool": 3}
 IDS = (3 + torch.randperm(90, generator=torch.Generator().manual_seed(1)))[None, : PROMPT + 12]
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "snapkv": {"criterion": "ATT_W"},
     "pooled_by_none": {"criterion": "ATT_W * VN", "unit": {"kv_column": {**NUMBERS, "pool": 1}}},
     "shared": {"criterion": "ATT_LAST", "unit": {"kv_column": {**NUMBERS, "share": "layer"}}},
@@ -66,10 +67,12 @@ FAMILIES = [("llama", name) for name in RECIPES] + [("gpt2", "snapkv"), ("gemma3
 def test_a_page_keeps_what_the_engine_keeps(family: str, name: str, tmp_path: Path) -> None:
     model = sharp_model(family)
     chosen = recipe(name, **RECIPES[name])
+    policy = policy_of(chosen, KEPT)
+    assert isinstance(policy, Policy)
     parts = (IDS[:, :PROMPT], IDS[:, PROMPT : PROMPT + 5], IDS[:, PROMPT + 5 :])
     with torch.no_grad():
         dense = model.model(IDS).logits
-        with masking(model, policy_of(chosen, KEPT)) as cache:
+        with masking(model, policy) as cache:
             session = [model.model(part, cache=cache).logits for part in parts]
     write_keys(chosen, tmp_path / f"page_{name}_{family}.py")
     page = imported(tmp_path / f"page_{name}_{family}.py")

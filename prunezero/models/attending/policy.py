@@ -118,7 +118,7 @@ class Policy:
         free = (kept_count(keys, self.kept) - fixed) * sum(map(len, parts))
         count = free // (keys - fixed) if keys > fixed else sum(map(len, parts))
         found = keep_highest(torch.cat(parts)[None], count)[0]
-        return dict(zip(layers, found.split([len(one) for one in parts]), strict=True))
+        return dict(zip(layers, torch.split(found, [len(one) for one in parts]), strict=True))
 
     @property
     def features(self) -> tuple[str, ...]:
