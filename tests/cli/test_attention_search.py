@@ -140,7 +140,10 @@ def process(files: Path, tmp_path: Path) -> Iterator[Callable[[str], subprocess.
     def start(command: str) -> subprocess.Popen[str]:
         places = f"--model {files / 'model'} --text {files / 'text.txt'} {SIZES}"
         words = [sys.executable, "-m", "prunezero", *f"{command} {places}".split()]
-        begun.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path))
+        around = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        begun.append(
+            subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=around)
+        )
         return begun[-1]
 
     yield start
