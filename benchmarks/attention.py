@@ -36,7 +36,12 @@ from prunezero.models.attending.continuing import (
     read_densely,
     recall_windows,
 )
-from prunezero.models.attending.observing import Measured, query_moments
+from prunezero.models.attending.observing import (
+    Measured,
+    merged,
+    query_moments,
+    streaming_errors,
+)
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.text.splits import load_text, windows
@@ -108,6 +113,8 @@ def measure(arguments: argparse.Namespace, path: Path) -> None:
             continue
         if not known and any("EXPECTED" in recipe.features for recipe, _, _ in missing):
             known = query_moments(model, calibration_windows(model, arguments), arguments.prompt)
+        if any("STREAM" in recipe.features for recipe, _, _ in missing) and not is_streaming(known):
+            known = merged(known, streaming_of(model, arguments))
         texts = texts_of(model, every, number, arguments)
         dense = conditions | head | {"recipe": "dense", "form": "", "kept": 1.0}
         if place_of(dense) not in done:
@@ -156,6 +163,25 @@ def calibration_windows(model: LanguageModel, arguments: argparse.Namespace) -> 
     """Token ids [count, length] of calibration text, as long as prompts and what follows."""
     length, count = arguments.prompt + arguments.following, arguments.calibration_windows
     return windows(load_text(arguments.text), "calibration", model, length=length, count=count)
+
+
+def is_streaming(known: Mapping[int, Measured]) -> bool:
+    """Whether how heads stream was measured."""
+    return any(one.streaming_error is not None for one in known.values())
+
+
+def streaming_of(model: LanguageModel, arguments: argparse.Namespace) -> dict[int, Measured]:
+    """How heads stream on beginnings of calibration text that come again, by layer."""
+    again = recall_windows(
+        calibration_windows(model, arguments),
+        prompt=arguments.prompt,
+        repeated=arguments.repeated,
+        language_model=model,
+    )
+    numbers = policy_of(Recipe.load("duo_heads"), 0.5)
+    return streaming_errors(
+        model, again, arguments.prompt, sinks=numbers.sinks, recent=numbers.recent
+    )
 
 
 def texts_of(

@@ -14,20 +14,22 @@ from prunezero.cli.layer_options import Ignore, Targets
 from prunezero.cli.limit import Limit, MemoryLimit
 from prunezero.cli.options import (
     Allocate,
-    CalibrationTokens,
     Device,
     Dtype,
-    EvaluationTokens,
     JsonFile,
     Model,
     Pattern,
     RunsDir,
     Seed,
-    SequenceLength,
     Sparsity,
-    TestTokens,
     TextName,
     Unit,
+)
+from prunezero.cli.search_options import (
+    CalibrationTokens,
+    EvaluationTokens,
+    SequenceLength,
+    TestTokens,
 )
 
 if TYPE_CHECKING:
@@ -66,17 +68,19 @@ def compare(
     seed: Seed = 0,
     json_file: JsonFile = None,
     runs_dir: RunsDir = Path("runs"),
-    sequence_length: SequenceLength = 256,
-    calibration_tokens: CalibrationTokens = 8192,
-    evaluation_tokens: EvaluationTokens = 4096,
-    test_tokens: TestTokens = 8192,
+    sequence_length: SequenceLength = None,
+    calibration_tokens: CalibrationTokens = None,
+    evaluation_tokens: EvaluationTokens = None,
+    test_tokens: TestTokens = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Prune one model by several recipes and compare the results.
 
     All recipes see the same calibration text and the same kind of statistics. The results are also
-    logged to MLflow, next to those of every search in the same runs folder.
+    logged to MLflow, next to those of every search in the same runs folder. Recipes of keys in a
+    cache, or of links to them, are installed for a while instead: --sparsity is the share of a
+    prompt's keys that go, and what follows the prompt is measured, on several kinds of text.
 
     Examples:
 
@@ -93,10 +97,13 @@ def compare(
         prunezero compare --model demo --recipes wanda,gblm --sparsity 0.5 --memory-limit 2GiB
 
         prunezero compare --model demo --recipes flap,mask_fisher --sparsity 0.2 --plot sizes.png
+
+        prunezero compare --model demo --recipes snapkv,keydiff,h2o_mean --sparsity 0.75
     """
     from prunezero.cli.tables import console, results_table, say, say_about, say_conditions, waiting
     from prunezero.files.places import check_apart, try_file
     from prunezero.models.anatomy.patterns import patterns_of
+    from prunezero.pruning.key_rows import of_run_time
     from prunezero.pruning.memory_plan import compare_plan
     from prunezero.pruning.requirements import settled_sparsity
     from prunezero.pruning.testbed import set_up, with_choices
@@ -108,6 +115,19 @@ def compare(
     options.check_json(json_file)
     check_apart({"--json": json_file, "--plot": plot})
     try_file(plot, "--plot", example="sizes.png")
+    loaded = options.load_recipes(recipes)
+    sizes = (sequence_length, calibration_tokens, evaluation_tokens, test_tokens)
+    if of_keys := of_run_time(loaded):
+        from prunezero.cli.attention_compare import compare_keys
+
+        of_weights = {"pattern": pattern, "allocate": allocate, "unit": unit, "targets": targets}
+        odd = {"statistics": statistics != "dense", "no_rounding": not rounding}
+        of_weights |= {"ignore": ignore, "memory_limit": memory_limit}
+        options.refuse_of_weights(of_keys[0], {**of_weights, **odd, "test_tokens": test_tokens})
+        settings = options.prompt_settings(*sizes[:3], seed)
+        subject, places = (model, text, dtype, device), (json_file, plot, runs_dir)
+        compare_keys(subject, of_keys, sparsity, settings, places)
+        return
     chosen = [
         with_choices(
             recipe,
@@ -117,13 +137,11 @@ def compare(
             targets=patterns_of(targets) or None,
             ignore=patterns_of(ignore) or None,
         )
-        for recipe in options.on_unit(options.load_recipes(recipes), unit)
+        for recipe in options.on_unit(loaded, unit)
     ]
     for recipe in chosen:
         settled_sparsity(recipe.pattern, sparsity)
-    settings = options.make_settings(
-        sequence_length, calibration_tokens, evaluation_tokens, test_tokens, seed
-    )
+    settings = options.usual_settings(*sizes, seed)
     check_runs_dir(runs_dir)
     limit = Limit(memory_limit, device)
     with waiting(f"loading {model}"):

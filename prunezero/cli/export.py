@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prunezero.cli.options import Pattern, Statistics, check_statistics, expanded
+
+if TYPE_CHECKING:
+    from prunezero.pruning.recipes.recipe import Recipe
 
 
 def export(
@@ -36,7 +39,8 @@ def export(
 ) -> None:
     """Write a recipe as a one-page pruner that needs torch and nothing of prunezero.
 
-    A page for neurons and heads zeroes them, or takes them out of their matrices.
+    A page for neurons and heads zeroes them, or takes them out of their matrices. One for keys in a
+    cache registers an attention that hides those that went, for plain transformers.
 
     `--kernel` writes the formula as a Triton kernel: from a layer's weight and features to its
     scores. It needs torch and Triton, and is there for every recipe of one formula, since it takes
@@ -53,6 +57,8 @@ def export(
         prunezero export --recipe first --output pruner.py --kernel kernel.py
 
         prunezero export --recipe sparsegpt --kernel kernel.py
+
+        prunezero export --recipe snapkv --output snapkv_page.py
     """
     from prunezero.cli.tables import say
     from prunezero.errors import shell_word
@@ -72,7 +78,9 @@ def export(
     loaded = load_recipe(found if os.path.isfile(found) else recipe)
     why = "which one file of plain torch cannot follow; use `prunezero prune` with the recipe"
     chosen = with_choices(refuse_stages(loaded, why), pattern=pattern, statistics=statistics)
-    chosen.unit.row.refuse_run_time()
+    if chosen.unit.row.domain.is_run_time:
+        _export_keys(chosen, output, kernel)
+        return
     # What one file cannot follow is told before the other is written.
     if kernel is not None:
         refuse_several(chosen)
@@ -85,3 +93,21 @@ def export(
     if kernel is not None:
         write_kernel(chosen, kernel)
         say(f"wrote {kernel}: {chosen.criterion.text} as score(weight, ...) in Triton")
+
+
+def _export_keys(recipe: Recipe, output: Path | None, kernel: Path | None) -> None:
+    """Write a recipe of keys as an attention; a kernel is for weights.
+
+    Raises:
+        RecipeError: a kernel is asked for.
+        OutputError: a page cannot follow the recipe, or cannot be written.
+    """
+    from prunezero.cli.tables import say
+    from prunezero.report.export.keys_page import write_keys
+
+    if output is None or kernel is not None:
+        recipe.unit.row.refuse_run_time()
+        return
+    write_keys(recipe, output)
+    say(f"wrote {output}: {recipe.text}")
+    say(f"use it: import {output.stem}, then model.set_attn_implementation({output.stem}.NAME)")

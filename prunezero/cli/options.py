@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,6 +126,68 @@ def make_settings(
     settings = Settings(*sizes, seed)
     check_settings(settings)
     return settings
+
+
+def usual_settings(
+    sequence_length: int | None,
+    calibration_tokens: int | None,
+    evaluation_tokens: int | None,
+    test_tokens: int | None,
+    seed: int,
+) -> Settings:
+    """The settings that the options spell, and the usual ones in the place of what was not typed.
+
+    Raises:
+        RecipeError: a size is smaller than one window.
+    """
+    from prunezero.pruning.testbed import Settings
+
+    usual = Settings()
+    return make_settings(
+        usual.sequence_length if sequence_length is None else sequence_length,
+        usual.calibration_tokens if calibration_tokens is None else calibration_tokens,
+        usual.evaluation_tokens if evaluation_tokens is None else evaluation_tokens,
+        usual.test_tokens if test_tokens is None else test_tokens,
+        seed,
+    )
+
+
+def prompt_settings(
+    sequence_length: int | None,
+    calibration_tokens: int | None,
+    evaluation_tokens: int | None,
+    seed: int,
+) -> Settings:
+    """The settings of windows whose first part is a prompt; see `usual_settings`.
+
+    Raises:
+        RecipeError: a size is smaller than one window, or a window too short.
+    """
+    from prunezero.pruning.prompts import WINDOW, PromptSizes, window_tokens
+
+    length = WINDOW if sequence_length is None else sequence_length
+    PromptSizes.of(length)
+    usual = window_tokens(length)
+    calibration = calibration_tokens or usual["calibration_tokens"]
+    evaluation = evaluation_tokens or usual["evaluation_tokens"]
+    return make_settings(length, calibration, evaluation, usual["test_tokens"], seed)
+
+
+def refuse_of_weights(recipe: AnyRecipe, typed: Mapping[str, Any]) -> None:
+    """Refuse options that say nothing of recipes of run time.
+
+    Args:
+        typed: by the name of an option, something true where it was typed.
+
+    Raises:
+        RecipeError: names the first.
+    """
+    for name, value in typed.items():
+        if value:
+            raise RecipeError(
+                f"recipe {recipe.name} is of unit: {recipe.unit.word}, which is left out while a "
+                f"model runs, and --{name.replace('_', '-')} says nothing of that; leave it out"
+            )
 
 
 def check_settings(settings: Settings) -> None:

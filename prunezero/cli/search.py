@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from prunezero.report.tracking.tracker import Tracker
     from prunezero.searching.evaluation.rungs import Evaluators
     from prunezero.searching.experiment.candidate import Candidate
+    from prunezero.searching.experiment.config import SearchConfig
     from prunezero.searching.experiment.task import Task
     from prunezero.searching.session import Session
     from prunezero.searching.workers.worker import EvaluatorPlan
@@ -95,7 +96,10 @@ def search(
     Candidates are screened by their layer error and the best are measured on search text, the best
     of those on validation text, and the winner on test text, which nothing was chosen by; beside it
     stand published recipes, as they are and with the winner's choices around their formulas. Ctrl-C
-    and SIGTERM keep everything; `--resume` goes on, under the options of before.
+    and SIGTERM keep everything; `--resume` goes on, under the options of before. A space of keys in
+    a cache, such as `attention`, has two objectives, KL on text that goes on and on recall:
+    --sparsity is then the share of a prompt's keys that go, --budget counts recipes whose KL is
+    measured, and the front is left as recipes for `compare`.
 
     Examples:
 
@@ -119,6 +123,8 @@ def search(
 
         prunezero search --model demo --sparsity 0.5 --targets q_proj,k_proj,v_proj --time 10m
 
+        prunezero search --model demo --space attention --sparsity 0.75 --budget 60 --name keys
+
         prunezero search --time 10m --name first --resume
     """
     from prunezero.cli.stopping import sigterm_interrupts, told_what_is_kept
@@ -126,7 +132,6 @@ def search(
     from prunezero.files.atomic import write_json
     from prunezero.report.runs.folder import refuse_foreign, run_folder
     from prunezero.report.tracking.tracker import Tracker
-    from prunezero.searching.session import make_task
 
     seconds = seconds_of(time_limit)
     options.check_json(json_file)
@@ -164,8 +169,9 @@ def search(
     }
     typed = {key: value for key, value in named.items() if value is not None}
     config = search_setup.config_of(typed, folder if resume else None, runs_dir)
-    task = make_task(config)
-    name = name or time.strftime(f"{task.space.name}-%Y%m%d-%H%M%S")
+    hands = (workers, threads, cluster)
+    searched = _way(config, hands, limit, resume=resume, limits=(budget, seconds))
+    name = name or time.strftime(f"{config.space_content.name}-%Y%m%d-%H%M%S")
     folder = folder or run_folder(runs_dir, name)
     refuse_foreign(folder)
     with sigterm_interrupts():
@@ -173,12 +179,7 @@ def search(
         tracker = Tracker(runs_dir)
         try:
             with told_what_is_kept(lambda: search_setup.kept(folder, budget, seconds)):
-                pool = search_setup.pool_of(workers, threads, cluster)
-                session = _opened(task, folder, limit, resume=resume, pool=pool)
-                try:
-                    rows = _run(session, tracker, folder, budget, seconds)
-                finally:
-                    session.rungs.close()
+                rows = searched(tracker, folder)
         finally:
             untracked = tracker.close()
             if untracked:
@@ -191,6 +192,50 @@ def search(
     options.write_json(found, json_file)
     say(f"see it here: prunezero show {search_setup.typed_name(folder)}")
     say(f"see it in MLflow: prunezero ui --runs-dir {shell_word(runs_dir)}")
+
+
+def _way(
+    config: SearchConfig,
+    hands: tuple[int, int | None, str | None],
+    memory: Limit,
+    *,
+    resume: bool,
+    limits: tuple[int | None, float | None],
+) -> Callable[[Tracker, Path], list[dict[str, Any]]]:
+    """What searches and then measures: weights, or keys that leave a cache while a model runs.
+
+    Args:
+        hands: workers, threads of each, and the address of a cluster.
+        memory: limit on it.
+        limits: candidates and seconds.
+    """
+    if config.is_run_time:
+        from prunezero.cli.attention_search import search_keys
+
+        search_setup.check_alone(config, hands[0], hands[2], memory.bytes)
+        return partial(search_keys, config, threads=hands[1], resume=resume, limits=limits)
+    from prunezero.searching.session import make_task
+
+    return partial(_search_weights, make_task(config), hands, memory, resume=resume, limits=limits)
+
+
+def _search_weights(
+    task: Task,
+    hands: tuple[int, int | None, str | None],
+    memory: Limit,
+    tracker: Tracker,
+    folder: Path,
+    *,
+    resume: bool,
+    limits: tuple[int | None, float | None],
+) -> list[dict[str, Any]]:
+    """Rows of results, as `_run` gives them; `hands`, `memory` and `limits` as of `_way`."""
+    pool = search_setup.pool_of(*hands)
+    session = _opened(task, folder, memory, resume=resume, pool=pool)
+    try:
+        return _run(session, tracker, folder, *limits)
+    finally:
+        session.rungs.close()
 
 
 def _opened(

@@ -25,9 +25,13 @@ Model = Annotated[str | None, _usually(options.MODEL, "demo")]
 TextName = Annotated[str | None, _usually(options.TEXT, "demo")]
 Pattern = Annotated[str | None, _usually(options.PATTERN, "free")]
 Seed = Annotated[int | None, _usually(options.SEED, "0")]
-SequenceLength = Annotated[int | None, _usually(options.SEQUENCE_LENGTH, "256")]
-CalibrationTokens = Annotated[int | None, _usually(options.CALIBRATION_TOKENS, "8192")]
-EvaluationTokens = Annotated[int | None, _usually(options.EVALUATION_TOKENS, "4096")]
+SequenceLength = Annotated[int | None, _usually(options.SEQUENCE_LENGTH, "256, of keys 1024")]
+CalibrationTokens = Annotated[
+    int | None, _usually(options.CALIBRATION_TOKENS, "8192, of keys 8 windows")
+]
+EvaluationTokens = Annotated[
+    int | None, _usually(options.EVALUATION_TOKENS, "4096, of keys 6 windows")
+]
 TestTokens = Annotated[int | None, _usually(options.TEST_TOKENS, "8192")]
 Dtype = Annotated[str | None, _usually(options.DTYPE, "auto")]
 Device = Annotated[str | None, _usually(options.DEVICE, "auto")]

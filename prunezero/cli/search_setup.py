@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from prunezero.errors import RecipeError, shell_word
 if TYPE_CHECKING:
     from prunezero.pruning.testbed import Testbed
     from prunezero.searching.evaluation.rungs import Evaluators
-    from prunezero.searching.experiment.config import SearchConfig
+    from prunezero.searching.experiment.config import SearchConfig, StartingRule
     from prunezero.searching.workers.worker import EvaluatorPlan
 
 # Where searches are when --runs-dir is not typed.
@@ -62,17 +62,61 @@ def config_of(typed: Mapping[str, Any], folder: Path | None, runs_dir: Path) -> 
         PruneZeroError: options that are faulty, or other than those the search was begun under.
     """
     from prunezero.report.runs.search_file import continued, headed, read_config
-    from prunezero.report.runs.warm_start import rules_of
-    from prunezero.searching.experiment.config import SearchConfig, starting_rules
+    from prunezero.searching.experiment.config import SearchConfig
 
     before = None if folder is None else read_config(folder) or headed(folder)
     if folder is None or before is None:
-        rules = [rule for name in typed.get("start_from", ()) for rule in rules_of(name, runs_dir)]
-        config = SearchConfig.of(**typed, start=starting_rules(rules))
+        config = SearchConfig.of(**typed)
+        _refuse_test_text(config, typed)
+        start = _starting(config, typed.get("start_from", ()), runs_dir)
+        config = config.model_copy(update={"start": start})
     else:
         config = continued(before, typed, folder)
     check_settings(config.settings)
     return config
+
+
+def _refuse_test_text(config: SearchConfig, typed: Mapping[str, Any]) -> None:
+    if config.is_run_time and "test_tokens" in typed:
+        raise RecipeError(
+            f"search space {config.space_content.name} reads no test text: its front is compared "
+            "with published recipes on validation text; leave --test-tokens out"
+        )
+
+
+def _starting(
+    config: SearchConfig, names: Sequence[str], runs_dir: Path
+) -> tuple[StartingRule, ...]:
+    """The rules that searches and recipes of these names lead to."""
+    from prunezero.report.runs.attention_run import recipes_of_keys
+    from prunezero.report.runs.warm_start import rules_of
+    from prunezero.searching.attending.proposals import choices_of, seeds_of
+    from prunezero.searching.experiment.config import starting_rules
+    from prunezero.searching.experiment.rule import Rule
+
+    if config.is_run_time:
+        recipes = [one for name in names for one in recipes_of_keys(name, runs_dir)]
+        # Refuses by their names those that no search of the space can start from.
+        seeds_of(config.space_content, recipes)
+        return starting_rules([Rule(one.criterion, choices_of(one)) for one in recipes])
+    return starting_rules([rule for name in names for rule in rules_of(name, runs_dir)])
+
+
+def check_alone(
+    config: SearchConfig, workers: int, cluster: str | None, memory: int | None
+) -> None:
+    """Refuse helpers and a limit on memory in a search that has none.
+
+    Raises:
+        RecipeError: some are asked for.
+    """
+    asked = {"--workers": workers > 1, "--cluster": cluster, "--memory-limit": memory}
+    option = next((name for name, value in asked.items() if value), None)
+    if option is not None:
+        raise RecipeError(
+            f"search space {config.space_content.name} is of unit: {config.space_content.unit}, "
+            f"whose recipes are measured in this process and its memory; leave {option} out"
+        )
 
 
 def loaded(config: SearchConfig) -> list[Testbed]:

@@ -10,6 +10,7 @@ import typer
 
 from prunezero.cli.options import MOST_ROWS, JsonFile, RunsDir, check_json, write_json
 from prunezero.cli.search_setup import way_on
+from prunezero.errors import SearchError
 from prunezero.searching.experiment.objectives import FURTHER
 
 if TYPE_CHECKING:
@@ -60,16 +61,36 @@ def show(
 
         prunezero show first --latex > front.tex
     """
+    from prunezero.report.runs.attention_run import is_attention_run
     from prunezero.report.runs.summary import find_run, front, latex_of_front, read_run
 
     check_json(json_file)
-    found = read_run(find_run(run, runs_dir))
+    folder = find_run(run, runs_dir)
+    if is_attention_run(folder):
+        _show_keys(folder, latex, json_file)
+        return
+    found = read_run(folder)
     best = front(found.candidates or (), top, each=each)
     if latex:
         print(latex_of_front(best))
     else:
         _print(found, best, each)
     write_json(_data(found, best), json_file)
+
+
+def _show_keys(folder: Path, latex: bool, json_file: Path | None) -> None:
+    """Show a search for recipes of keys in a cache, which has a front of two objectives."""
+    from prunezero.cli.attention_tables import keys_data, show_keys
+    from prunezero.report.runs.attention_run import read_attention_run
+
+    if latex:
+        raise SearchError(
+            f"{folder} has a front by two objectives, of which there is no LaTeX table; its "
+            "front.md is a Markdown table"
+        )
+    run = read_attention_run(folder)
+    show_keys(run)
+    write_json(keys_data(run), json_file)
 
 
 def _print(run: Run, front: Sequence[dict[str, Any]], each: int) -> None:

@@ -53,9 +53,9 @@ OF_TRAINING = {"while_training": OF_FACTORS, "periods": UNIT_TERMS}
 OF_ATTENTION = (
     *("keys", "values", "output_norms", "ages", "positions", "column_noise"),
     *("window_attention", "last_attention", "attention_sum", "attention_max", "next_attention"),
-    "reread_attention",
+    *("reread_attention", "streaming_error"),
     *("query_mean", "query_covariance", "key_lag", "value_lag"),
-    *("logits", "attention", "distances", "page_bounds"),
+    *("logits", "attention", "distances", "page_bounds", "block_products"),
 )
 # What a text may read that is no sum, and the sums that it is made from.
 MADE_FROM: dict[str, tuple[str, ...]] = {

@@ -137,6 +137,13 @@ ATTENTION_FEATURES = (
         ".sum(-1)).softmax(-1).mean(1)",
     ),
     _column(
+        "STREAM",
+        "how far a head's output moves on calibration text, beside its size, when it sees the "
+        "first keys and the recent ones alone",
+        r"\lVert o-o'\rVert_2^2/\lVert o\rVert_2^2",
+        "streaming_error",
+    ),
+    _column(
         "LAGK",
         "how much a key's channels differ once scaled by the tokens that come next, in its chunk",
         r"\operatorname{softmax}(\operatorname{std}\tilde k_j)",
@@ -183,6 +190,17 @@ ATTENTION_FEATURES = (
         r"\textstyle\sum_c\max(q_{ic}\min_p k_c, q_{ic}\max_p k_c)/\sqrt d",
         "1",
         "page_bounds",
+        "activations",
+        nonnegative=False,
+        domains=_LINKS,
+    ),
+    Feature(
+        "BLOCK",
+        "element",
+        "what attention makes its softmax of, of the mean query of a block and the mean key of one",
+        r"\bar q_{B(i)}^\top \bar k_{B(j)}/\sqrt d",
+        "1",
+        "block_products",
         "activations",
         nonnegative=False,
         domains=_LINKS,

@@ -25,6 +25,12 @@ from prunezero.pruning.recipes.recipe import Recipe
 # What the formula, or something around it, is asked about that only weights have.
 _OF_WEIGHTS = ("statistics", "targets", "ignore", "pattern")
 
+# Of a feature that calibration text tells: its field of `Measured`, what it is, and who measures.
+_BEFOREHAND = {
+    "EXPECTED": ("query_mean", "how queries are distributed", "query_moments"),
+    "STREAM": ("streaming_error", "how heads stream", "streaming_errors"),
+}
+
 
 def policy_of(recipe: Recipe, kept: float) -> Policy | LinkPolicy:
     """What a recipe does when it keeps a share of a prompt's keys.
@@ -51,11 +57,18 @@ def policy_of(recipe: Recipe, kept: float) -> Policy | LinkPolicy:
         )
     if isinstance(options, Links):
         numbers = options.model_dump(exclude={"when"})
-        return LinkPolicy(recipe.criterion, kept, at_prompt=options.when == "all", **numbers)
+        numbers |= {"at_prompt": options.when != "following", "behind": options.when != "prompt"}
+        return LinkPolicy(recipe.criterion, kept, **numbers)
+    if (options.spend == "heads") != (recipe.compare == "model"):
+        raise RecipeError(
+            f"recipe {recipe.name}: compare: model and spend: heads belong together, for heads of "
+            "a whole model compete as wholes alone; name both or none"
+        )
     return Policy(
         recipe.criterion,
         kept,
-        together=recipe.compare == "layer" and options.share == "kv_head",
+        together=_is_unequal(recipe.compare, options.share),
+        heads=options.spend == "heads",
         first=options.formulas[0] if options.formulas else None,
         each_step=options.when == "step",
         looks=Looks(options.window, options.pool, options.lag, options.seed),
@@ -63,6 +76,11 @@ def policy_of(recipe: Recipe, kept: float) -> Policy | LinkPolicy:
             include={"share", "sinks", "recent", "block", "safeguard", "falling", "first_share"}
         ),
     )
+
+
+def _is_unequal(compare: str, share: str) -> bool:
+    """Whether heads may keep unequal numbers of keys."""
+    return compare == "model" or (compare == "layer" and share == "kv_head")
 
 
 @contextmanager
@@ -104,7 +122,8 @@ def kept_row(
     Args:
         kept: share of the prompt's keys that stay, above 0 and at most 1.
         texts: prompts and what follows them, read densely before (`read_densely`).
-        known: how queries of calibration text are distributed (`query_moments`).
+        known: of calibration text, how queries are distributed (`query_moments`), and how heads
+            stream (`streaming_errors`).
 
     Raises:
         RecipeError, SelectionError: as `policy_of`.
@@ -112,11 +131,13 @@ def kept_row(
         ModelError: the model has no attention that a recipe can be installed in.
     """
     policy = policy_of(recipe, kept)
-    if "EXPECTED" in policy.features and not known:
-        raise StatisticsError(
-            f"recipe {recipe.name} looks at how queries are distributed, which has to be measured "
-            "on calibration text by query_moments"
-        )
+    for feature, (field, what, by) in _BEFOREHAND.items():
+        held = [getattr(one, field) is not None for one in (known or {}).values()]
+        if feature in policy.features and not any(held):
+            raise StatisticsError(
+                f"recipe {recipe.name} looks at {what}, which has to be measured on calibration "
+                f"text by {by}"
+            )
     row: dict[str, Any] = {"recipe": recipe.name, "kept": kept, "signal": policy.signal}
     row |= {"simulated": policy.is_simulated, "seconds": 0.0}
     for name, text in texts.items():

@@ -232,7 +232,7 @@ _ROWS = (
         "kv_column",
         "a key and value that a key-value head remembers, once the prompt was read",
         Columns,
-        ("kv_head", "layer"),
+        ("kv_head", "layer", "model"),
         "ATT_W",
         ("attention_random", "window_sink", "snapkv", "h2o", "keydiff"),
         "keys with their values",
@@ -243,7 +243,7 @@ _ROWS = (
         Links,
         ("query",),
         "ATT",
-        ("quest", "link_oracle"),
+        ("quest", "block_topk", "link_oracle"),
     ),
 )
 

@@ -102,8 +102,8 @@ class UnitKind:
         if self.domain.is_run_time:
             raise RecipeError(
                 f"unit: {self.word}: nothing is removed from the weights, {self.several} are left "
-                "out while the model runs; install such a recipe for a while by "
-                "prunezero.pruning.attention.keeping, or measure it by its kept_row"
+                "out while the model runs; measure such a recipe by `prunezero compare`, or "
+                "install it for a while by prunezero.pruning.attention.keeping"
             )
 
     def limited(self, groups: Sequence[Group], options: Options, blocks: int) -> list[Group]:

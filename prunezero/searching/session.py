@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunezero.errors import SearchError
+from prunezero.errors import RecipeError, SearchError
 from prunezero.formula.criterion import Criterion
 from prunezero.models.observing.calibration import Progress
 from prunezero.pruning.recipes.recipe import Recipe
@@ -60,10 +60,18 @@ def make_task(config: SearchConfig) -> Task:
 
     Raises:
         SelectionError: sparsity and pattern do not go together.
+        RecipeError: its units are of run time.
         SearchError: no such strategy or objective (the message gives the nearest), no such budget,
             one twice, or one in which nothing goes, no draw, or no rule to start with that the
             space can write.
     """
+    if config.is_run_time:
+        space = config.space_content
+        raise RecipeError(
+            f"search space {space.name} is of unit: {space.unit}, which is left out while a model "
+            "runs, and here weights are searched; use open_session of "
+            "prunezero.searching.attending.session"
+        )
     find_strategy(config.strategy)
     find_objective(config.objective)
     if config.draws < 1:

@@ -39,7 +39,7 @@ def attended(
     mixing = drawn(heads * group, WIDTH, WIDTH)
     measured = Measured(
         *(drawn(heads * group, WIDTH), mixing @ mixing.mT / 8),
-        *(drawn(heads, keys).abs(), drawn(heads, keys).abs()),
+        *(drawn(heads, keys).abs(), drawn(heads, keys).abs(), drawn(heads).abs()),
     )
     return Attended(
         layer=1,
@@ -122,6 +122,10 @@ def expected(name: str, one: Attended) -> Array:
     if name == "ATT_READ":
         assert one.measured.reread_attention is not None
         return one.measured.reread_attention.numpy()
+    if name == "STREAM":
+        error = one.measured.streaming_error
+        assert error is not None
+        return np.repeat(error.numpy()[:, None], KEYS, 1)
     a = maps(one) if name.startswith("ATT") else np.zeros(0)
     found: dict[str, Callable[[], Any]] = {
         "KN": lambda: np.linalg.norm(k, axis=-1),
@@ -175,7 +179,7 @@ def test_noise_stays_with_its_key_and_differs_by_layer_head_and_seed() -> None:
 
 def test_what_was_not_measured_is_refused_by_name() -> None:
     bare = replace(attended(), measured=Measured(), writer=None)
-    for name in ("EXPECTED", "ATT_NEXT", "ATT_READ", "VON"):
+    for name in ("EXPECTED", "ATT_NEXT", "ATT_READ", "VON", "STREAM"):
         with pytest.raises(StatisticsError, match=f"feature {name} looks at .* layer 1"):
             column_features([name], bare, LOOKS)
 

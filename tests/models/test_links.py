@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunezero.errors import CriterionError, ModelError
+from prunezero.errors import CriterionError, ModelError, RecipeError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.domains import DOMAINS
 from prunezero.formula.features import FEATURES, features_of_domain
@@ -19,6 +19,8 @@ from prunezero.models.attending.installing import installed
 from prunezero.models.attending.links import LinkPolicy
 from prunezero.models.attending.observing import Attended
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.pruning.recipes.documents import validated
+from prunezero.pruning.recipes.recipe import Recipe
 from tests.tiny_attention import sharp_model
 from tests.tiny_models import tiny_batches
 
@@ -102,9 +104,64 @@ def test_all_heads_of_a_layer_may_keep_the_same_links() -> None:
         assert all(mean[j] <= lowest for j in free - kept) and len(kept) == (i + 2) // 2
 
 
+def blocks_kept(one: Attended, head: int, block: int, kept: float) -> set[int]:
+    """Which blocks of keys a block of queries keeps, its own aside, as MInference chooses them."""
+    q, k = one.queries[head].double().numpy(), one.keys[head // GROUP].double().numpy()
+    first, end = block * PAGE, min(block * PAGE + PAGE, TOKENS)
+    means = [k[at * PAGE : at * PAGE + PAGE].mean(0) for at in range(block)]
+    scores = [float(q[first:end].mean(0) @ mean) * 0.4 for mean in means]
+    sure = {at for at in range(block) if at * PAGE < SINKS or first - (at * PAGE + PAGE - 1) < 3}
+    count = int(end - end * (1 - kept) // 1)
+    free = max(count - len(sure) * PAGE - (end - first), 0) // PAGE
+    ranked = sorted(set(range(block)) - sure, key=lambda at: (scores[at], at), reverse=True)
+    return sure | set(ranked[:free])
+
+
+@pytest.mark.parametrize("kept", [0.4, 0.6])
+def test_the_queries_of_a_block_keep_the_same_blocks_of_a_prompt(
+    kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Parts of queries that end inside a block.
+    monkeypatch.setattr(links, "CHUNK", 10)
+    one = attended(3)
+    found = policy("BLOCK", kept, page=PAGE, at_prompt=True, behind=False).chosen(one)
+    several = set()
+    for head in range(HEADS * GROUP):
+        for i in range(TOKENS):
+            blocks = blocks_kept(one, head, i // PAGE, kept)
+            wanted = {j for at in blocks for j in range(at * PAGE, at * PAGE + PAGE)}
+            wanted |= set(range(i // PAGE * PAGE, i + 1))
+            assert set(found[head, i].nonzero()[:, 0].tolist()) == wanted, (head, i)
+        several.add(frozenset(blocks_kept(one, head, 10, kept)))
+    assert len(several) > 1
+
+
+def test_blocks_of_a_prompt_leave_what_follows_as_it_is_and_never_look_at_it() -> None:
+    model, ids = sharp_model("llama"), tiny_batches(1, 40)
+    chosen = policy("BLOCK", 0.4, page=PAGE, at_prompt=True, behind=False)
+    with torch.no_grad(), installed(model, chosen) as session:
+        before = model.model(ids[:, :32], cache=session.cache).logits
+        prompt_links = session.links, session.links_kept
+        after = model.model(ids[:, 32:], cache=session.cache).logits
+        assert (session.links, session.links_kept) == prompt_links
+        assert session.links == 2 * 4 * 32 * 33 // 2 and session.links_kept < session.links
+    other = ids.clone()
+    other[:, 36:] = (other[:, 36:] + 7) % 90 + 3
+    again = read(model, chosen, other, 32, 8)
+    assert torch.equal(again[:, :36], torch.cat([before, after], 1)[:, :36])
+    steps = read(model, chosen, ids, 32, 1)
+    assert float((steps - torch.cat([before, after], 1)).abs().max()) < 1e-5
+    with torch.no_grad():
+        dense = model.model(ids).logits
+    assert float((dense - steps)[:, 32:].abs().max()) > 1e-3
+    with pytest.raises(RecipeError, match="BLOCK is of all queries of a block, .* when: prompt"):
+        fields = {"name": "mine", "criterion": "BLOCK", "unit": "link", "compare": "query"}
+        validated(Recipe, fields, "mine.yaml")
+
+
 def test_every_feature_of_links_is_tried_here() -> None:
     named = {name for text in FORMULAS for name in Criterion.parse(text).features}
-    assert named | {"POS"} == set(features_of_domain("link"))
+    assert named | {"POS", "BLOCK"} == set(features_of_domain("link"))
     assert FEATURES["PAGE"].cost == "activations" and FEATURES["ATT"].cost == "full map"
 
 

@@ -243,7 +243,7 @@ def test_a_recipe_keeps_the_keys_that_its_paper_says(name: str) -> None:
 
 
 def test_every_published_recipe_has_a_reference_or_is_random() -> None:
-    assert {*PAPERS, "attention_random"} == set(PUBLISHED)
+    assert {*PAPERS, "attention_random", "duo_heads"} == set(PUBLISHED)
 
 
 def test_random_keys_are_others_for_another_seed_and_no_worse_placed() -> None:

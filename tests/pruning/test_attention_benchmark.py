@@ -92,7 +92,8 @@ def test_only_recipes_that_can_share_blocks_do(attention: Any) -> None:
     shared = {recipe.name for recipe, form in attention.wanted("") if form == FORMS[1]}
     assert {"snapkv", "keydiff", "h2o_prompt"} <= shared
     assert shared.isdisjoint(
-        {"pyramidkv", "h2o", "tova", "adakv", "criticalkv", "quest", "link_oracle"}
+        {"pyramidkv", "h2o", "tova", "adakv", "criticalkv", "duo_heads"}
+        | {"quest", "block_topk", "link_oracle"}
     )
     blocks = attention.in_shared_blocks(Recipe.load("snapkv")).unit.options
     assert (blocks.share, blocks.block, blocks.window) == ("layer", 16, 32)

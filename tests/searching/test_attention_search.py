@@ -18,8 +18,10 @@ from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.attending.finalists import front_recipes, table, validated_rows
 from prunezero.searching.attending.front import dominates
+from prunezero.searching.attending.results import Results
 from prunezero.searching.attending.rungs import Rungs, Texts, spread
 from prunezero.searching.attending.search import Experiment, Found, Tried, search_attention
+from prunezero.searching.evaluation.journal import Journal
 from prunezero.searching.spaces.space import SearchSpace
 from tests.tiny_attention import calls_of, sharp_model
 from tests.tiny_models import VOCABULARY
@@ -66,7 +68,7 @@ def known(model: LanguageModel) -> Any:
     return query_moments(model, windows, PROMPT)
 
 
-def experiment(candidates: int = 16, **changes: Any) -> Experiment:
+def experiment(candidates: int | None = 16, **changes: Any) -> Experiment:
     fields: dict[str, Any] = {"space": small_space(), "kept": KEPT, "candidates": candidates}
     return Experiment(**fields | changes)
 
@@ -145,7 +147,7 @@ def test_the_same_seed_gives_the_same_recipes_and_another_one_others(
 def test_a_search_that_was_cut_ends_where_the_whole_one_does(
     model: LanguageModel, texts: Texts, known: Any, found: Found, tmp_path: Path
 ) -> None:
-    log = tmp_path / "log.jsonl"
+    path = tmp_path / "journal.jsonl"
 
     class CutError(Exception):
         pass
@@ -157,26 +159,40 @@ def test_a_search_that_was_cut_ends_where_the_whole_one_does(
         if len(seen) == 23:
             raise CutError
 
+    def searched(**told: Any) -> Found:
+        journal = Journal(path, {"format": 0}, resume=path.exists())
+        try:
+            results = Results(journal)
+            return search_attention(
+                model, texts, experiment(), known=known, results=results, **told
+            )
+        finally:
+            journal.close()
+
     with pytest.raises(CutError):
-        search_attention(model, texts, experiment(), known=known, log=log, told=cut)
+        searched(told=cut)
     # A crash may leave a part of a line.
-    whole = log.read_bytes()
-    log.write_bytes(whole + b"0badc0de 99 {")
-    again = search_attention(model, texts, experiment(), known=known, log=log)
-    assert told(again) == told(found)
-    assert log.read_bytes().startswith(whole)
-    size = log.stat().st_size
-    search_attention(model, texts, experiment(), known=known, log=log)
-    assert log.stat().st_size == size
-    log.write_bytes(log.read_bytes().replace(b'"measured"', b'"meazured"', 1))
-    with pytest.warns(PruneZeroWarning, match=r"line \d+: damaged; .* measured again"):
-        again = search_attention(model, texts, experiment(), known=known, log=log)
-    assert told(again) == told(found)
-    with pytest.raises(SearchError, match=r"other settings \(seed: 0, now 1\)"):
-        search_attention(model, texts, experiment(seed=1), known=known, log=log)
-    log.write_text("no log\n")
-    with pytest.raises(SearchError, match="line 1 does not say what was searched"):
-        search_attention(model, texts, experiment(), known=known, log=log)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"0badc0de 99 {")
+    assert told(searched()) == told(found)
+    assert path.read_bytes().startswith(whole)
+    size = path.stat().st_size
+    searched()
+    assert path.stat().st_size == size
+    path.write_bytes(path.read_bytes().replace(b'"measured"', b'"meazured"', 1))
+    with pytest.warns(PruneZeroWarning, match=r"line \d+: damaged; .* computed again"):
+        assert told(searched()) == told(found)
+
+
+def test_a_search_ends_when_it_is_told_to_and_from_scratch_no_recipe_is_published(
+    model: LanguageModel, texts: Texts, known: Any
+) -> None:
+    seen: list[Tried] = []
+    asked = experiment(candidates=None, from_scratch=True)
+    found = search_attention(
+        *(model, texts, asked), known=known, told=seen.append, stop=lambda: len(seen) >= 9
+    )
+    assert len(seen) == 9 and not {"seed"} & {one.origin for one in found.tried}
 
 
 def test_recipes_of_the_front_are_files_that_load_and_stand_beside_their_rivals(
@@ -189,7 +205,7 @@ def test_recipes_of_the_front_are_files_that_load_and_stand_beside_their_rivals(
         recipe.save(path)
         assert Recipe.load(path) == recipe
     other, kept = texts_of(model, 5), experiment()
-    rows = validated_rows(model, recipes, other, kept, known=known, log=tmp_path / "rows.jsonl")
+    rows = validated_rows(model, recipes, other, kept, known=known)
     names = [row["recipe"] for row in rows]
     assert {"snapkv", "keydiff", "adakv", "tova", *(one.name for one in recipes)} <= set(names)
     # Those of costlier signals are no rivals here.

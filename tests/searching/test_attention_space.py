@@ -12,6 +12,7 @@ from prunezero.formula.features import FEATURES
 from prunezero.formula.ranking import AS_IT_IS
 from prunezero.pruning.recipes.documents import validated
 from prunezero.searching.experiment.config import SearchConfig
+from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.spaces.space_choices import competing_units
 
@@ -39,7 +40,17 @@ def test_links_have_no_space_and_keys_no_search_of_weights() -> None:
     with pytest.raises(RecipeError, match="links are left out query by query"):
         space_of(unit="link")
     with pytest.raises(RecipeError, match="search space attention is of unit: kv_column"):
-        SearchConfig.of(space="attention", sparsity=0.5)
+        make_task(SearchConfig.of(space="attention", sparsity=0.5))
+
+
+def test_windows_of_keys_are_longer_and_as_many_whatever_their_length() -> None:
+    usual = SearchConfig.of(space="attention", sparsity=0.5)
+    assert usual.is_run_time and usual.settings.sequence_length == 1024
+    assert (usual.calibration_tokens, usual.evaluation_tokens) == (8 * 1024, 6 * 1024)
+    long = SearchConfig.of(space="attention", sparsity=0.5, sequence_length=4096)
+    assert long.evaluation_tokens == 6 * 4096
+    weights = SearchConfig.of(sparsity=0.5)
+    assert not weights.is_run_time and weights.sequence_length == 256
 
 
 def test_terminals_that_rank_no_keys_are_refused_in_one_sentence() -> None:

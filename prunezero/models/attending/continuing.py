@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +30,9 @@ from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.measures import TO_DENSE
 from prunezero.models.text.windows import check_windows, first_tokens
 
+# KL of each third of what is predicted, in its order.
+THIRDS = ("kl_early", "kl_middle", "kl_late")
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -41,6 +44,9 @@ class Reading:
     """what attention was called with at the prompt, by layer"""
     states: Tensor
     """final hidden states of what follows [tokens, hidden]"""
+    skipped: int
+    """tokens behind the prompt that are given and not predicted, at least 1: the first is predicted
+    from the prompt, before anything is forgotten"""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,6 @@ class Continuations:
     """one of each window"""
     prompt: int
     """tokens of each prompt"""
-    skipped: int
-    """tokens behind it that are given and not predicted, at least 1: the first is predicted from
-    the prompt, before anything is forgotten"""
     dense_bytes: int
     """of keys and values behind one prompt"""
 
@@ -63,13 +66,16 @@ class Continued:
     """What a policy is worth on some continuations."""
 
     measures: dict[str, Any]
-    """perplexity, those of `TO_DENSE`, and mean nats per predicted token of each window"""
+    """perplexity, those of `TO_DENSE`, mean nats per predicted token of each window, `answered`,
+    the share of windows all of whose predicted tokens are the most likely ones, and where there are
+    three tokens or more `kl_early`, `kl_middle` and `kl_late`, of a third of them each"""
     bytes_held: int
     """of keys and values behind one prompt, counted on tensors"""
     dense_bytes: int
     """the same of the dense model"""
     links: float
-    """share of links behind a prompt that stay, of those that the dense model computes"""
+    """share of links that stay, of those that the dense model computes behind a prompt, or in it
+    where links of the prompt alone go"""
     seconds: float
     """elapsed, without reading the prompts"""
 
@@ -102,7 +108,11 @@ def recall_windows(
 
 
 def read_densely(
-    language_model: LanguageModel, windows: Tensor, *, prompt: int, skipped: int = 1
+    language_model: LanguageModel,
+    windows: Tensor | Sequence[Tensor],
+    *,
+    prompt: int,
+    skipped: int | Sequence[int] = 1,
 ) -> Continuations:
     """What the dense model makes of prompts and of what follows them.
 
@@ -110,22 +120,24 @@ def read_densely(
     reading; many prompts are better measured one by one.
 
     Args:
-        windows: token ids [count, length].
+        windows: token ids [count, length], or [length] of each where lengths differ.
         prompt: tokens of each prompt.
-        skipped: tokens behind a prompt that are not predicted, at least 1.
+        skipped: tokens behind a prompt that are not predicted, at least 1; of each, or of all.
 
     Raises:
         TextError: nothing is left to predict, or the model cannot be run on these ids.
         ModelError: the model has no attention that can be watched.
     """
-    check_windows(windows, language_model)
-    if not 1 <= skipped < windows.shape[1] - prompt or prompt < 1:
-        raise TextError(
-            f"windows of {windows.shape[1]} tokens leave nothing to predict behind a prompt of "
-            f"{prompt} and {max(skipped, 1)} given; use longer windows, or a shorter prompt"
-        )
+    given = [skipped] * len(windows) if isinstance(skipped, int) else skipped
+    for ids, count in zip(windows, given, strict=True):
+        check_windows(ids[None], language_model)
+        if not 1 <= count < len(ids) - prompt or prompt < 1:
+            raise TextError(
+                f"windows of {len(ids)} tokens leave nothing to predict behind a prompt of "
+                f"{prompt} and {max(count, 1)} given; use longer windows, or a shorter prompt"
+            )
     readings, held = [], 0
-    for ids in windows:
+    for ids, count in zip(windows, given, strict=True):
         calls: dict[int, Call] = {}
         cache = plain_cache(language_model)
         with torch.no_grad(), watched_attention(language_model, _noting(calls)):
@@ -133,8 +145,10 @@ def read_densely(
         held = bytes_held(cache)
         with torch.no_grad():
             states = _run(language_model, ids[prompt:], cache)
-        readings.append(Reading(ids, calls, states))
-    return Continuations(tuple(readings), prompt, skipped, held)
+        readings.append(Reading(ids, calls, states, count))
+    if not readings:
+        raise TextError("there is no text to run the model on: 0 windows; ask for at least 1")
+    return Continuations(tuple(readings), prompt, held)
 
 
 def continued(
@@ -150,9 +164,9 @@ def continued(
         ModelError: the model has no such attention.
     """
     started = time.perf_counter()
-    rows = []
+    windows = []
     held, links = 0, 1.0
-    head = find_head(language_model, torch.stack([one.ids for one in text.readings]))
+    head = find_head(language_model, text.readings[0].ids[None])
     for reading in text.readings:
         seen = known
         if "ATT_NEXT" in policy.features:
@@ -160,38 +174,57 @@ def continued(
         if "ATT_READ" in policy.features:
             seen = merged(seen, reread_attention(language_model, reading.ids[: text.prompt]))
         states, held, links = _states(language_model, policy, reading, text.prompt, seen)
-        dense = reading.states
-        # The token in front of the first predicted one is what it is predicted from.
-        begin = text.skipped - 1
-        ids = reading.ids[text.prompt + begin :].to(states.device)
-        rows.append(
-            window_measures(
-                head,
-                states[begin:],
-                partial(_logits, head, dense[begin:]),
-                ids,
-            )
-        )
-    losses = [loss for loss, _ in rows]
-    mean = math.fsum(losses) / len(losses)
-    near = {
-        name: math.fsum(row[place] for _, row in rows) / len(rows)
-        for place, name in enumerate(TO_DENSE)
-    }
-    measures = {"perplexity": math.exp(mean), **near, "window_losses": losses}
+        windows.append(_window(head, states, reading, text.prompt))
+    measures = {name: _mean([row[name] for row in windows]) for name in TO_DENSE}
+    thirds = [key for key in THIRDS if all(key in row for row in windows)]
+    measures |= {key: _mean([row[key] for row in windows]) for key in ("answered", *thirds)}
+    losses = [row["loss"] for row in windows]
+    measured = {"perplexity": math.exp(_mean(losses)), **measures, "window_losses": losses}
     seconds = time.perf_counter() - started
-    return Continued(measures, held, text.dense_bytes, links, seconds)
+    return Continued(measured, held, text.dense_bytes, links, seconds)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+@torch.no_grad()
+def _window(head: Head, states: Tensor, reading: Reading, prompt: int) -> dict[str, float]:
+    """Loss, `TO_DENSE`, KL by thirds and whether all is answered, of one window.
+
+    Args:
+        states: of what follows the prompt [tokens, hidden].
+    """
+    # The token in front of the first predicted one is what it is predicted from.
+    begin = reading.skipped - 1
+    ids = reading.ids[prompt + begin :].to(states.device)
+    states, dense = states[begin:], reading.states[begin:]
+    predicted = len(ids) - 1
+    cuts = [0, *(part * predicted // 3 for part in (1, 2)), predicted]
+    if predicted < len(THIRDS):
+        cuts = [0, predicted]
+    totals, found = [0.0] * (1 + len(TO_DENSE)), {"answered": 1.0}
+    for key, start, stop in zip(THIRDS, cuts, cuts[1:], strict=False):
+        places = slice(start, stop + 1)
+        wanted = partial(_logits, head, dense[places])
+        loss, near = window_measures(head, states[places], wanted, ids[places])
+        part = [one * (stop - start) for one in (loss, *near)]
+        totals = [a + b for a, b in zip(totals, part, strict=True)]
+        if len(cuts) > 2:
+            found[key] = near[0]
+        likely = head(states[start:stop]).argmax(-1)
+        found["answered"] *= float((likely == ids[start + 1 : stop + 1]).all())
+    names = ("loss", *TO_DENSE)
+    return found | {name: one / predicted for name, one in zip(names, totals, strict=True)}
 
 
 def dense_measures(language_model: LanguageModel, text: Continuations) -> dict[str, Any]:
-    """Perplexity of the dense model on continuations, and losses of windows."""
-    head = find_head(language_model, torch.stack([one.ids for one in text.readings]))
-    begin = text.skipped - 1
-    losses = [
-        window_measures(head, one.states[begin:], None, one.ids[text.prompt + begin :])[0]
-        for one in text.readings
-    ]
-    return {"perplexity": math.exp(math.fsum(losses) / len(losses)), "window_losses": losses}
+    """Perplexity of the dense model on continuations, `answered`, and losses of windows."""
+    head = find_head(language_model, text.readings[0].ids[None])
+    windows = [_window(head, one.states, one, text.prompt) for one in text.readings]
+    losses = [row["loss"] for row in windows]
+    answered = _mean([row["answered"] for row in windows])
+    return {"perplexity": math.exp(_mean(losses)), "answered": answered, "window_losses": losses}
 
 
 def _states(

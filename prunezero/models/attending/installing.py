@@ -30,6 +30,7 @@ from prunezero.models.attending.observing import Attended, Measured, attended_of
 from prunezero.models.attending.policy import Policy
 from prunezero.models.attending.remembering import forgetting_cache, plain_cache
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.scoring.column_selection import protected
 
 # What is known of each layer beforehand, by its index.
 Known = Mapping[int, Measured]
@@ -119,6 +120,8 @@ class Session(ABC):
 
     cache: Any
     """of the one text that it is installed for"""
+    counts_behind = True
+    """whether links are counted behind the prompt, or in it"""
 
     def __init__(
         self, language_model: LanguageModel, features: Collection[str], known: Known
@@ -127,8 +130,7 @@ class Session(ABC):
         self.layers = remembering_layers(language_model)
         self.writers = writers(language_model) if "VON" in features else {}
         self.cache = self._new_cache()
-        # Behind the prompt, in all heads of the layers that remember: links that there are, and
-        # those that stayed.
+        # In all heads of the layers that remember: links that there are, and those that stayed.
         self.links = 0
         self.links_kept = 0
 
@@ -155,8 +157,9 @@ class Session(ABC):
                 "with another one or with none; hand it over as cache=..."
             )
         if call.before:
-            seen = self.cache.layers[call.layer].get_seq_length()
-            self.links += _pairs(call, seen)
+            if self.counts_behind:
+                seen = self.cache.layers[call.layer].get_seq_length()
+                self.links += _pairs(call, seen)
             return self._later(call)
         refuse_extras(call)
         found = self._at_prompt(call)
@@ -201,6 +204,10 @@ class _Choosing(Session):
         """Which keys of a prompt stay, bool [key-value heads, keys]."""
         keys = attended.keys.shape[1]
         counts = self.policy.counts(keys, len(self.layers))
+        if self.policy.heads:
+            whole = self.policy.retrieving(self.known, self.layers, keys)[attended.layer]
+            always = protected(keys, self.policy.sinks, self.policy.recent)
+            return (whole[:, None].cpu() | always).to(attended.keys.device)
         return self.policy.chosen(attended, counts[self.layers.index(attended.layer)])
 
     def _remember(self, attended: Attended, places: Tensor) -> Attended:
@@ -340,22 +347,27 @@ class _Linking(Session):
     """Links are masked: each query keeps its own, and all keys stay."""
 
     def __init__(self, language_model: LanguageModel, policy: LinkPolicy, known: Known) -> None:
-        self.policy = policy
+        self.policy, self.counts_behind = policy, policy.behind
         super().__init__(language_model, policy.features, known)
 
     def _new_cache(self) -> Any:
         return plain_cache(self.language_model)
 
     def _at_prompt(self, call: Call) -> tuple[Tensor, Tensor | None]:
-        return self._later(call) if self.policy.at_prompt else call.usual()
+        if not self.counts_behind:
+            self.links += _pairs(call, call.keys.shape[2])
+        return self._chosen(call) if self.policy.at_prompt else call.usual()
 
     def _after_prompt(self, call: Call) -> None:
         _refuse_padding(call)
 
     def _later(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        return self._chosen(call) if self.policy.behind else call.usual()
+
+    def _chosen(self, call: Call) -> tuple[Tensor, Tensor | None]:
         parts = [self.policy.chosen(self._attended(call, item)) for item in range(len(call.keys))]
         allowed = torch.stack(parts)
-        if call.before:
+        if bool(call.before) == self.counts_behind:
             self.links_kept += int(allowed.sum())
         return call.masked(allowed)
 

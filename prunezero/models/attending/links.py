@@ -43,6 +43,8 @@ class LinkPolicy:
     scores"""
     at_prompt: bool = False
     """whether links of the prompt go too, or those of what follows alone"""
+    behind: bool = True
+    """whether links of what follows go; where they do not, the queries of a page choose together"""
 
     is_simulated = True
     together = False
@@ -93,7 +95,9 @@ class LinkPolicy:
     def _always(self, part: _Part) -> Tensor:
         """Links that stay anyway, bool [queries, keys]: whole pages, and those not full yet."""
         keys = torch.arange(part.shape[-1], device=part.sees.device)
-        near = part.distances < self.recent
+        # Where queries choose together, all of a page do as its first.
+        since = part.queries if self.behind else part.queries // self.page * self.page
+        near = since[:, None] - part.attended.positions[0] < self.recent
         sure = part.sees & (near | (keys < self.sinks))
         if self.page == 1:
             return sure
@@ -105,8 +109,14 @@ class LinkPolicy:
     def _counts(self, part: _Part, always: Tensor) -> Tensor:
         """How many links each query keeps, int64 [queries]; those that stay anyway, at least."""
         fixed = always.sum(-1)
-        wanted = [kept_count(place + 1, self.kept) for place in part.queries.tolist()]
-        free = (torch.tensor(wanted, device=fixed.device) - fixed).clamp(min=0)
+        until = part.queries
+        if not self.behind:
+            # As many as the last of a page may keep, which also sees those behind the others.
+            last = until // self.page * self.page + self.page - 1
+            until = last.clamp(max=part.attended.seen - 1)
+        wanted = [kept_count(place + 1, self.kept) for place in until.tolist()]
+        sure = fixed + until - part.queries
+        free = (torch.tensor(wanted, device=fixed.device) - sure).clamp(min=0)
         return fixed + free // self.page * self.page
 
 
@@ -169,6 +179,28 @@ class _Part:
         spread = (bounds * self.attended.scaling).repeat_interleave(self.page, -1).flatten(0, 1)
         return torch.nn.functional.pad(spread, (0, keys.shape[1] - full))
 
+    def block_products(self) -> Tensor:
+        """Products of the mean queries and keys of pages [query heads, queries, keys].
+
+        All queries of the text have to be there.
+
+        Source: Jiang et al. 2024, MInference, arXiv:2407.02490, section 3.2, block-sparse heads.
+        """
+        queries = self._means(self.attended.grouped)
+        keys = self._means(self.attended.keys)[:, None]
+        products = (queries @ keys.mT * self.attended.scaling).flatten(0, 1)
+        rows = self.queries // self.page
+        columns = torch.arange(self.shape[-1], device=rows.device) // self.page
+        return products[:, rows][..., columns]
+
+    def _means(self, states: Tensor) -> Tensor:
+        """Means over pages of tokens, the last of which may be shorter [..., pages, width]."""
+        count = states.shape[-2]
+        pages = torch.arange(count, device=states.device) // self.page
+        sums = states.new_zeros((*states.shape[:-2], int(pages[-1]) + 1, states.shape[-1]))
+        sums.index_add_(-2, pages, states)
+        return sums / torch.bincount(pages)[:, None]
+
 
 def _finite_logits(part: _Part) -> Tensor:
     # Of keys that a query does not see nothing is asked.
@@ -180,6 +212,7 @@ _OF_LINKS: dict[str, Callable[[_Part], Tensor]] = {
     "attention": lambda part: part.logits().softmax(-1),
     "distances": lambda part: part.distances,
     "page_bounds": _Part.page_bounds,
+    "block_products": _Part.block_products,
 }
 """By name in the torch text of a feature: [query heads, queries, keys] or [queries, keys]."""
 

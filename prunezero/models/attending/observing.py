@@ -50,6 +50,9 @@ class Measured:
     """attention that keys receive from the tokens that follow [key-value heads, keys]"""
     reread_attention: Tensor | None = None
     """the most that keys receive when the text is read once more [key-value heads, keys]"""
+    streaming_error: Tensor | None = None
+    """how far outputs of heads move on calibration text that comes again, beside their size, when
+    the heads see the first and the recent keys alone [key-value heads]"""
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,55 @@ def reread_attention(language_model: LanguageModel, ids: Tensor) -> dict[int, Me
     with watched_attention(language_model, note), torch.no_grad():
         language_model.model.base_model(twice[None].to(language_model.device), use_cache=False)
     return found
+
+
+def streaming_errors(
+    language_model: LanguageModel, windows: Tensor, start: int, *, sinks: int, recent: int
+) -> dict[int, Measured]:
+    """How far outputs of heads move when they see the first and the recent keys alone, by layer.
+
+    Squared distances over squared sizes, both summed over queries from `start` on and over the
+    query heads that read a key-value head. The model itself goes on with what all keys say.
+
+    Args:
+        windows: token ids [count, length], longer than `start`.
+        sinks: first keys that are seen.
+        recent: keys at a query and just before it that are seen.
+
+    Source: what the gates of Xiao et al. 2024, DuoAttention, arXiv:2410.10819, are trained on.
+    """
+    layers = remembering_layers(language_model)
+    sums: dict[int, Tensor] = {}
+
+    def note(call: Call) -> tuple[Tensor, Tensor | None]:
+        if call.layer in layers:
+            moved = _moved(attended_of(call), start, sinks, recent)
+            sums[call.layer] = sums.get(call.layer, torch.zeros_like(moved)) + moved
+        return call.usual()
+
+    with watched_attention(language_model, note), torch.no_grad():
+        for ids in windows:
+            language_model.model.base_model(ids[None].to(language_model.device), use_cache=False)
+    return {
+        layer: Measured(streaming_error=(distance / size.clamp(min=1e-300)).float())
+        for layer, (distance, size) in sums.items()
+    }
+
+
+def _moved(attended: Attended, start: int, sinks: int, recent: int) -> Tensor:
+    """Squared distances and squared sizes, summed, float64 [2, key-value heads]."""
+    total = torch.zeros(2, len(attended.keys), dtype=torch.float64, device=attended.keys.device)
+    keys = torch.arange(attended.keys.shape[1], device=attended.keys.device)
+    values = attended.values[:, None]
+    for begin in range(start, len(keys), CHUNK):
+        end = min(begin + CHUNK, len(keys))
+        logits = attended.logits(begin, end)
+        is_near = keys[begin:end, None] - keys < recent
+        streams = logits.masked_fill(~(is_near | (keys < sinks)), -torch.inf)
+        whole = logits.softmax(-1) @ values
+        parts = (whole - streams.softmax(-1) @ values, whole)
+        total += torch.stack([one.double().square().sum((1, 2, 3)) for one in parts])
+    return total
 
 
 def merged(one: Mapping[int, Measured], other: Mapping[int, Measured]) -> dict[int, Measured]:

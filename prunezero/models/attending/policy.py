@@ -5,21 +5,22 @@ formula -> scores -> which keys stay -> a cache without the others -> measured m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prunezero.errors import ScoreError, SelectionError
+from prunezero.errors import ScoreError, SelectionError, StatisticsError
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.feature_row import SIMULATED_SIGNALS, costliest
-from prunezero.models.attending.observing import Attended, Looks
+from prunezero.models.attending.observing import Attended, Looks, Measured
 from prunezero.models.attending.values import column_features
 from prunezero.scoring.column_selection import (
     falling_counts,
     keep_blocks,
     keep_columns,
+    keep_highest,
     keep_in_two_stages,
     keep_together,
     kept_count,
@@ -57,6 +58,9 @@ class Policy:
     """which part"""
     each_step: bool = False
     """whether a key goes whenever another comes, so that as many stay as at the prompt's end"""
+    heads: bool = False
+    """whether the budget buys whole heads of the model: those keep all keys, and all others what
+    always stays; `together`, for they are unequal"""
     looks: Looks = Looks()
     """how far features look"""
 
@@ -67,7 +71,8 @@ class Policy:
             SelectionError: names them.
         """
         ways = {
-            "compare: layer": self.together and self.share == "kv_head",
+            "spend: heads": self.heads,
+            "compare: layer": self.together and not self.heads and self.share == "kv_head",
             "first": self.first is not None,
             "block": self.block > 1,
         }
@@ -82,6 +87,38 @@ class Policy:
                 f"{' and '.join(sorted(beforehand))} is measured of a prompt, so it says nothing "
                 "at each step; leave when: step out"
             )
+
+    def retrieving(
+        self, known: Mapping[int, Measured], layers: Sequence[int], keys: int
+    ) -> dict[int, Tensor]:
+        """Which key-value heads keep all of a prompt's keys, bool [key-value heads], by layer.
+
+        As many of the model as the budget holds, once all others keep what always stays; of equal
+        scores the lower index goes first.
+
+        Args:
+            known: how heads of each layer stream.
+            layers: that remember.
+            keys: of the prompt.
+
+        Raises:
+            StatisticsError: how heads stream was not measured.
+        """
+        parts = []
+        for layer in layers:
+            error = known[layer].streaming_error if layer in known else None
+            if error is None:
+                raise StatisticsError(
+                    f"whole heads are chosen by how they stream, which was not measured for layer "
+                    f"{layer}; measure it before by streaming_errors"
+                )
+            shape = (len(error), 1, 1)
+            parts.append(evaluate(self.criterion, {"STREAM": error.view(shape)}, shape).flatten())
+        fixed = int(protected(keys, self.sinks, self.recent).sum())
+        free = (kept_count(keys, self.kept) - fixed) * sum(map(len, parts))
+        count = free // (keys - fixed) if keys > fixed else sum(map(len, parts))
+        found = keep_highest(torch.cat(parts)[None], count)[0]
+        return dict(zip(layers, torch.split(found, [len(one) for one in parts]), strict=True))
 
     @property
     def features(self) -> tuple[str, ...]:

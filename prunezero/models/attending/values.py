@@ -111,6 +111,12 @@ def _reread_attention(attended: Attended, looks: Looks) -> Tensor:
     return _known(attended, known, "ATT_READ", "the text when it is read once more")
 
 
+def _streaming_error(attended: Attended, looks: Looks) -> Tensor:
+    """[key-value heads, 1]: the same of all keys of a head."""
+    known = attended.measured.streaming_error
+    return _known(attended, known, "STREAM", "how heads stream on calibration text")[:, None]
+
+
 def _known(attended: Attended, value: Tensor | None, name: str, what: str) -> Tensor:
     if value is None:
         raise StatisticsError(
@@ -164,6 +170,7 @@ VALUES: dict[str, Value] = {
     "attention_max": lambda attended, looks: attended.totals[1],
     "next_attention": _next_attention,
     "reread_attention": _reread_attention,
+    "streaming_error": _streaming_error,
     "query_mean": _query_mean,
     "query_covariance": _query_covariance,
     "key_lag": lambda attended, looks: _lag(attended.keys, looks),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prunezero.errors import PruneZeroError
 from prunezero.formula.criterion import Criterion
+from prunezero.formula.feature_row import Feature
 from prunezero.pruning.recipes.word_options import Options
 
 _MOST = 10**6
@@ -65,6 +67,11 @@ class Columns(Options):
         description="whether keys go once, behind the prompt, or one more for every token that "
         "comes",
     )
+    spend: Literal["keys", "heads"] = Field(
+        default="keys",
+        description="what the budget buys: keys of every head, or with compare: model whole heads "
+        "that keep all keys, while all others keep sinks and recent ones",
+    )
     lag: int = Field(
         default=128,
         ge=2,
@@ -93,6 +100,16 @@ class Columns(Options):
         if self.first and self.block > 1:
             raise ValueError("first and block are two ways to choose; leave one of them out")
         return self
+
+    def fault_of(self, features: Sequence[Feature]) -> str:
+        """Why heads so chosen do not have what a formula looks at; nothing where they do."""
+        others = [one.name for one in features if one.inputs != ("streaming_error",)]
+        if self.spend == "heads" and others:
+            return (
+                f"whole heads are chosen before a prompt is read, by STREAM alone, and "
+                f"{' and '.join(others)} is of a prompt; leave spend: heads out"
+            )
+        return ""
 
     @property
     def formulas(self) -> tuple[Criterion, ...]:
@@ -124,10 +141,20 @@ class Links(Options):
         description="who keeps the same links: a query head by itself, or all of a layer, by the "
         "mean of their scores",
     )
-    when: Literal["following", "all"] = Field(
+    when: Literal["following", "all", "prompt"] = Field(
         default="following",
-        description="whether links of the prompt stay, or go too",
+        description="which links go: those of what follows a prompt, all, or those of the prompt "
+        "alone, where the queries of a page choose together",
     )
+
+    def fault_of(self, features: Sequence[Feature]) -> str:
+        """Why links so chosen do not have what a formula looks at; nothing where they do."""
+        if self.when != "prompt" and any("block_products" in one.inputs for one in features):
+            return (
+                "BLOCK is of all queries of a block, which are there only of a prompt; add when: "
+                "prompt to unit: link"
+            )
+        return ""
 
 
 @lru_cache(maxsize=64)

@@ -345,7 +345,10 @@ def _faults_of(stages: tuple[Stage, ...]) -> Iterator[str]:
         )
     for word in words:
         if UNITS[word].domain.is_run_time:
-            yield f"unit: {word} is left out while a model runs, so it is no stage of a pruning"
+            yield (
+                f"unit: {word} is left out while a model runs, so it is no stage of a pruning; "
+                "prune by the other stages, and compare this recipe on the saved model"
+            )
     for word in words:
         if words.count(word) > 1:
             yield (

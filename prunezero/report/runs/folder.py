@@ -164,7 +164,10 @@ def list_runs(runs_dir: Path) -> list[dict[str, Any]]:
         folder = journal.parent
         row: dict[str, Any] = {"name": folder.name, "formula": "", "validation": "", "test": ""}
         state = "go on with --resume"
-        if (folder / "recipe.yaml").is_file():
+        if (folder / "front").is_dir():
+            row |= {"formula": _front(folder)}
+            state = "finished" if (folder / "results.json").is_file() else state
+        elif (folder / "recipe.yaml").is_file():
             try:
                 row |= _winner(Recipe.load(folder / "recipe.yaml"))
                 state = "finished"
@@ -173,6 +176,12 @@ def list_runs(runs_dir: Path) -> list[dict[str, Any]]:
                 state = "recipe.yaml cannot be read"
         rows.append(row | {"state": state})
     return rows
+
+
+def _front(folder: Path) -> str:
+    """Of a search by two objectives, how many recipes its front holds."""
+    count = len(list((folder / "front").glob("*.yaml")))
+    return f"{count} {'recipe' if count == 1 else 'recipes'} in {folder / 'front'}"
 
 
 def _winner(recipe: Recipe) -> dict[str, str]:

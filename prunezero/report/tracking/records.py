@@ -32,6 +32,12 @@ METRIC_NAMES = {
     "top5_agreement": "eval/top5_agreement",
     "acceptance": "eval/acceptance",
     "layer_error": "eval/layer_error",
+    **{
+        f"{text}_{key}": f"eval/{text}_{key}"
+        for text in ("text", "recall", "needle", "needles", "cloze")
+        for key in ("kl", "kl_early", "kl_middle", "kl_late", "perplexity", "answered", "lost")
+    },
+    "links": "keys/links",
     "sparsity_reached": "mask/sparsity",
     "removed": "units/removed",
     "units_removed": "units/count_removed",

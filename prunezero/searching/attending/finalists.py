@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prunezero.errors import PruneZeroError
@@ -18,10 +17,10 @@ from prunezero.pruning.attention import kept_row
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.attending.front import pareto_ranks
-from prunezero.searching.attending.log import Log
 from prunezero.searching.attending.proposals import choices_of, key_of, published_within
+from prunezero.searching.attending.results import Results
 from prunezero.searching.attending.rungs import Texts
-from prunezero.searching.attending.search import Experiment, Found, Tried, header_of
+from prunezero.searching.attending.search import Experiment, Found, Tried
 
 Row = dict[str, Any]
 
@@ -31,7 +30,8 @@ def front_recipes(found: Found, experiment: Experiment, name: str) -> list[Recip
 
     Published ones on the front stay what they were, and are left out.
     """
-    made = [one for one in found.front if one.origin != "seed"]
+    published = {key_of(one) for one in published_within(experiment.space)}
+    made = [one for one in found.front if key_of(one.recipe) not in published]
     return [
         _named(one, experiment, f"{name}-{place}", name) for place, one in enumerate(made, start=1)
     ]
@@ -62,7 +62,7 @@ def validated_rows(
     experiment: Experiment,
     *,
     known: Known | None = None,
-    log: Path | None = None,
+    results: Results | None = None,
 ) -> list[Row]:
     """A row for each recipe of the front, and of each published one that a search's space allows.
 
@@ -74,13 +74,12 @@ def validated_rows(
         recipes: those of the front.
         texts: of windows that the search did not look at, by the names of its own.
         known: as the search had it.
-        log: file of finished rows, to go on from.
+        results: of before, to go on from.
 
     Raises:
-        SearchError: the log is of another search.
-        OutputError: it cannot be written.
+        OutputError: the results cannot be written.
     """
-    results = Log(log, header_of(language_model, texts, experiment, known or {}))
+    results = results or Results()
     rows = []
     for recipe in [*recipes, *published_within(experiment.space)]:
         measure = partial(_measured, language_model, recipe, texts, experiment.kept, known or {})
@@ -104,7 +103,7 @@ def _measured(
         row = kept_row(language_model, recipe, kept, texts, known)
     except PruneZeroError as error:
         return {"refused": str(error)}
-    keys = ["signal", "simulated", "kv_bytes", "seconds"]
+    keys = ["signal", "simulated", "kv_bytes", "links", "seconds"]
     keys += [f"{name}_{key}" for name in texts for key in ("kl", "perplexity", "window_losses")]
     return {key: row[key] for key in keys}
 

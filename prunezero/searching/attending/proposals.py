@@ -65,8 +65,12 @@ def published_within(space: SearchSpace) -> list[Recipe]:
     return [one for one in published_of("kv_column") if is_within(one.signal, space.signals)]
 
 
-def seeds_of(space: SearchSpace, start: Sequence[Recipe] = ()) -> list[Recipe]:
+def seeds_of(
+    space: SearchSpace, start: Sequence[Recipe] = (), *, from_scratch: bool = False
+) -> list[Recipe]:
     """What a search starts from: recipes that were handed over, and published ones of its words.
+
+    From scratch it starts from the former alone.
 
     Recipes by which keys go at each step are none: what a probe of the prompt says of them is not
     what they do.
@@ -79,7 +83,7 @@ def seeds_of(space: SearchSpace, start: Sequence[Recipe] = ()) -> list[Recipe]:
         _refuse(one, space)
     published = [
         one
-        for one in published_within(space)
+        for one in ([] if from_scratch else published_within(space))
         if space.speaks(one.criterion) and space.holds(one.criterion) and not _is_stepwise(one)
     ]
     return [*start, *published]

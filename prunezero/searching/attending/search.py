@@ -12,21 +12,16 @@ Source of the selection: Deb et al. 2002, NSGA-II (`front.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from prunezero.errors import SearchError
-from prunezero.files.digests import joined_digest, tensor_digest
 from prunezero.models.attending.installing import Known
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.searching.attending.front import best_first, pareto_front
-from prunezero.searching.attending.log import Log
 from prunezero.searching.attending.proposals import (
     Proposal,
     Proposer,
@@ -34,15 +29,13 @@ from prunezero.searching.attending.proposals import (
     ranked_alike,
     seeds_of,
 )
+from prunezero.searching.attending.results import Results
 from prunezero.searching.attending.rungs import Rungs, Texts
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.evolution import generator
 
-# Rules of this file, of which what was measured before knows nothing.
-FORMAT = 1
 # Proposals for one recipe that keeps other keys before a space counts as exhausted.
 _MAX_PROPOSALS = 40
-_LIBRARIES = ("prunezero", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -53,14 +46,17 @@ class Experiment:
     """the formulas and numbers that recipes may have; of unit: kv_column"""
     kept: float
     """share of the prompt's keys that stay, above 0 and at most 1"""
-    candidates: int
-    """recipes whose KL is measured, those that it starts from among them"""
+    candidates: int | None
+    """recipes whose KL is measured, those that it starts from among them; None: until it is
+    stopped"""
     seed: int = 0
     """of every draw"""
     layers: int = 4
     """that the cheap rung looks at"""
     start: tuple[Recipe, ...] = ()
     """recipes to start from, beside the published ones of the space's words"""
+    from_scratch: bool = False
+    """whether it starts without published ones"""
 
 
 @dataclass(frozen=True)
@@ -123,64 +119,33 @@ def search_attention(
     experiment: Experiment,
     *,
     known: Known | None = None,
-    log: Path | None = None,
+    results: Results | None = None,
     told: Callable[[Tried], None] = lambda tried: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Found:
     """Look for recipes of keys that are best on several texts at once.
 
-    The same experiment gives the same recipes in the same order, also after a cut, from its log.
+    The same experiment gives the same recipes in the same order, also after a cut, from its
+    results.
 
     Args:
         texts: prompts and what follows, as the dense model read them, by name; an objective each.
         known: how queries of calibration text are distributed (`query_moments`), for EXPECTED.
-        log: file of all results, to go on from; None keeps them in memory.
+        results: of before, to go on from; None begins anew, and keeps them in memory.
         told: is handed each recipe when it was screened, and again when it was measured.
+        stop: asked before every piece of work; True ends the search.
 
     Raises:
         SearchError: the space is not of keys, looks at what is not known, or cannot hold what it
-            is to start from; or the log is of another search.
-        OutputError: the log cannot be written.
+            is to start from.
+        OutputError: the results cannot be written.
     """
     _check(experiment, known)
-    results = Log(log, header_of(language_model, texts, experiment, known or {}))
     rungs = Rungs(language_model, texts, known or {}, layers=experiment.layers)
-    rungs.prepare(_looked_at(experiment))
-    run = _Run(rungs, results, experiment, told)
+    rungs.prepare(looked_at(experiment))
+    run = _Run(rungs, results or Results(), experiment, (told, stop))
     run.all_generations()
     return Found(tuple(run.tried.values()), run.slot)
-
-
-def header_of(
-    language_model: LanguageModel, texts: Texts, experiment: Experiment, known: Known
-) -> dict[str, Any]:
-    """What all numbers of a search depend on but how long it goes on, as JSON."""
-    moments = [
-        tensor_digest(tensor)
-        for layer in sorted(known)
-        for tensor in (known[layer].query_mean, known[layer].query_covariance)
-        if tensor is not None
-    ]
-    return {
-        "format": FORMAT,
-        **{name: version(name) for name in _LIBRARIES},
-        "model": language_model.fingerprint,
-        "dtype": str(language_model.dtype),
-        "device": language_model.device.type,
-        "space": json.dumps(experiment.space.model_dump(mode="json"), sort_keys=True),
-        "kept": experiment.kept,
-        "seed": experiment.seed,
-        "layers": experiment.layers,
-        "start": [key_of(one) for one in experiment.start],
-        "queries": joined_digest(moments),
-        **{
-            f"text {name}": [
-                joined_digest(tensor_digest(one.ids) for one in text.readings),
-                text.prompt,
-                text.skipped,
-            ]
-            for name, text in texts.items()
-        },
-    }
 
 
 def _check(experiment: Experiment, known: Known | None) -> None:
@@ -190,34 +155,43 @@ def _check(experiment: Experiment, known: Known | None) -> None:
             f"search space {space.name} is of unit: {space.unit}, and criteria of keys in a cache "
             "are looked for; use the space attention, or another one of unit: kv_column"
         )
-    if "EXPECTED" in _looked_at(experiment) and not known:
+    if "EXPECTED" in looked_at(experiment) and not known:
         raise SearchError(
             f"search space {space.name} looks at EXPECTED, so how queries are distributed has to "
             "be measured on calibration text by query_moments, and handed over as known"
         )
 
 
-def _looked_at(experiment: Experiment) -> set[str]:
+def looked_at(experiment: Experiment) -> set[str]:
     """Features that some recipe of the search may look at."""
-    seeds = seeds_of(experiment.space, experiment.start)
+    seeds = _seeds_of(experiment)
     offered = experiment.space.examples("free")
     others = [name for recipe in (*seeds, *offered) for name in recipe.features]
     return {*experiment.space.features, *others}
+
+
+def _seeds_of(experiment: Experiment) -> list[Recipe]:
+    return seeds_of(experiment.space, experiment.start, from_scratch=experiment.from_scratch)
 
 
 def _point(values: Mapping[str, float]) -> tuple[float, ...]:
     return tuple(values.values())
 
 
+# Who is told of each recipe, and who says when to end.
+_Asked = tuple[Callable[[Tried], None], Callable[[], bool]]
+
+
 class _Run:
     """One search under way."""
 
     def __init__(
-        self, rungs: Rungs, log: Log, experiment: Experiment, told: Callable[[Tried], None]
+        self, rungs: Rungs, results: Results, experiment: Experiment, asked: _Asked
     ) -> None:
         self.slot = 0
         self.tried: dict[int, Tried] = {}
-        self._rungs, self._log, self._experiment, self._told = rungs, log, experiment, told
+        self._rungs, self._results, self._experiment = rungs, results, experiment
+        self._told, self._stop = asked
         self._proposer = Proposer(experiment.space, experiment.kept, experiment.seed)
         self._alike: set[str] = set()
         self._masks: set[str] = set()
@@ -231,12 +205,14 @@ class _Run:
             number += 1
 
     @property
-    def _left(self) -> int:
+    def _left(self) -> bool:
+        """Whether another recipe may be measured."""
+        most = self._experiment.candidates
         done = sum(bool(one.kl) for one in self.tried.values())
-        return max(self._experiment.candidates - done, 0)
+        return not self._stop() and (most is None or done < most)
 
     def _seeds(self) -> Iterator[Proposal]:
-        for recipe in seeds_of(self._experiment.space, self._experiment.start):
+        for recipe in _seeds_of(self._experiment):
             yield Proposal(recipe, "seed")
 
     def _new(self, generation: int) -> list[Tried]:
@@ -247,7 +223,7 @@ class _Run:
         for _ in range(_MAX_PROPOSALS * wanted):
             proposal = self._proposer.draw(self.slot, population)
             found += self._screened(generation, [proposal])
-            if len(found) >= wanted:
+            if len(found) >= wanted or self._stop():
                 break
         return found
 
@@ -263,6 +239,8 @@ class _Run:
         """Those of them that keep other keys than all before."""
         found = []
         for proposal in proposals:
+            if self._stop():
+                break
             slot = self.slot
             self.slot += 1
             if proposal is None or not self._is_unlike(proposal.recipe):
@@ -281,7 +259,7 @@ class _Run:
 
     def _probed(self, slot: int, generation: int, proposal: Proposal) -> Tried:
         recipe, kept = proposal.recipe, self._experiment.kept
-        answer = self._log.result(
+        answer = self._results.result(
             "screened", key_of(recipe), partial(self._rungs.screened, recipe, kept)
         )
         fields = self._in_order(answer)
@@ -301,7 +279,7 @@ class _Run:
             if not self._left:
                 return
             recipe, kept = tried.recipe, self._experiment.kept
-            answer = self._log.result(
+            answer = self._results.result(
                 "measured", key_of(recipe), partial(self._rungs.measured, recipe, kept)
             )
             self._keep(replace(tried, **self._in_order(answer)))

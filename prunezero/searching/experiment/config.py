@@ -6,7 +6,7 @@ the fingerprints of what its names lead to, and recipes and MLflow show it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -17,6 +17,7 @@ from prunezero.formula.feature_row import WEIGHT_SIGNALS
 from prunezero.models.anatomy.patterns import patterns_of
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.kinds import UNITS
+from prunezero.pruning.prompts import WINDOW, window_tokens
 from prunezero.pruning.recipes.documents import validated
 from prunezero.pruning.requirements import settled_sparsity
 from prunezero.pruning.testbed import Settings, Testbed
@@ -27,6 +28,8 @@ from prunezero.searching.spaces.space import SearchSpace
 
 # A value that leaves the choice to the machine.
 OPEN = "auto"
+# Fields that only a search for what leaves the weights has.
+_OF_WEIGHTS = tuple("also_model pattern also draws targets ignore strategy objective".split(, "stop_early"))
 
 
 def _words(value: object) -> object:
@@ -119,10 +122,12 @@ class SearchConfig(BaseModel):
     def of(cls, **named: Any) -> SearchConfig:
         """The experiment of these fields; the space is read by its name where it is not given.
 
+        Where units are of run time, windows are longer, and there are as many as are read then.
+
         Raises:
             RecipeError: there is no such field, or it holds what it may not; or there is no such
-                search space, nothing is left of it under these signals, or its units are of run
-                time.
+                search space, nothing is left of it under these signals, or a field says nothing of
+                its units, which are of run time.
         """
         for name in named.keys() - cls.model_fields.keys():
             near = did_you_mean(name, cls.model_fields) or "."
@@ -137,14 +142,15 @@ class SearchConfig(BaseModel):
         elif signals is not None:
             limited = {**space.model_dump(mode="json"), "signals": signals}
             space = validated(SearchSpace, limited, f"search space {space.name}")
-        if UNITS[space.unit].domain.is_run_time:
-            raise RecipeError(
-                f"search space {space.name} is of unit: {space.unit}, which is left out while a "
-                "model runs, and this search removes from weights; use search_attention of "
-                "prunezero.searching.attending.search"
-            )
-        found = {"space": space.name, **named, "space_content": space, "signals": space.signals}
+        usual = _of_run_time(space, named) if UNITS[space.unit].domain.is_run_time else {}
+        told = {"space": space.name, **usual, **named}
+        found = {**told, "space_content": space, "signals": space.signals}
         return validated(cls, found, "search")
+
+    @property
+    def is_run_time(self) -> bool:
+        """Whether it looks for recipes of what is left out while a model runs."""
+        return UNITS[self.space_content.unit].domain.is_run_time
 
     @property
     def settings(self) -> Settings:
@@ -267,6 +273,24 @@ class SearchConfig(BaseModel):
             "sequence_length": self.sequence_length,
             "dtype": self.dtype,
         }
+
+
+def _of_run_time(space: SearchSpace, named: Mapping[str, Any]) -> dict[str, int]:
+    """The usual sizes of a search for recipes of run time, by field.
+
+    Raises:
+        RecipeError: a field asks for what such a search does not have.
+    """
+    for key in [key for key in _OF_WEIGHTS if key in named]:
+        field = SearchConfig.model_fields[key]
+        if named[key] != field.get_default():
+            raise RecipeError(
+                f"search space {space.name} is of unit: {space.unit}, which is left out while a "
+                f"model runs, and --{key.replace('_', '-')} says nothing of that; leave it out"
+            )
+    length = named.get("sequence_length", WINDOW)
+    usual = window_tokens(length) if isinstance(length, int) else {}
+    return {"sequence_length": length, **usual}
 
 
 def starting_rules(rules: Sequence[Rule | Criterion | str]) -> tuple[StartingRule, ...]:

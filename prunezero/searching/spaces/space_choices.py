@@ -150,6 +150,6 @@ def competing_units(unit: Any, compare: str) -> str:
     if made.word == "kv_column":
         # Means over heads and over blocks are of values; else a key-value head is a row by itself.
         is_mean = options.get("share") == "layer" or "block" in options
-        return AS_IT_IS if is_mean else {"layer": "model"}.get(compare, "row")
+        return AS_IT_IS if is_mean else {"layer": "model", "model": "model"}.get(compare, "row")
     counts = {"members", "channels", "normalise", "rescore"}.intersection(options)
     return AS_IT_IS if counts or made.word == "head" else compare
