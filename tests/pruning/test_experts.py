@@ -13,7 +13,8 @@ from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.routing import without_experts
 from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.load import LanguageModel
-from prunezero.models.observing.routing import Oracle, mixture_of, routing_statistics
+from prunezero.models.observing.routing import routing_statistics
+from prunezero.models.observing.subset_losses import SubsetLosses, mixture_of
 from prunezero.pruning.expert_subsets import best_subset, exchanged, one_by_one, subsets_of
 from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome
@@ -246,10 +247,9 @@ def frobenius(model: LanguageModel, group: Group, kept: Tensor) -> float:
     return total
 
 
-def oracle_of(model: LanguageModel, group: Group) -> tuple[Oracle, list[Tensor]]:
+def losses_of(model: LanguageModel, group: Group) -> SubsetLosses:
     tokens = [inputs_of(model, mixture_of(group), ids[None]) for ids in WINDOWS]
-    oracle = Oracle.of(model, group, tokens)
-    return oracle, oracle.outputs(torch.ones(EXPERTS, dtype=torch.bool))
+    return SubsetLosses.of(model, group, tokens)
 
 
 def subset(*went: int) -> Tensor:
@@ -259,15 +259,32 @@ def subset(*went: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_looked_up_outputs_are_those_of_the_layer_really_run_without_experts(family: str) -> None:
+def test_losses_of_several_subsets_are_those_of_the_layer_really_run_without_experts(
+    family: str,
+) -> None:
     model = moe_model(family)
     group = moe_groups(model)[-1]
-    oracle, wanted = oracle_of(model, group)
-    for went in ((), (0, 3), (2, 5)):
-        if went or group.strata == 1:
-            slow = frobenius(model, group, subset(*went))
-            assert oracle.loss(subset(*went), wanted) == pytest.approx(slow, rel=1e-6, abs=1e-9)
-    assert oracle.loss(subset(), wanted) == 0.0
+    known, every = losses_of(model, group), [(), (0, 3), (2, 5), (1, 4)]
+    found = known.losses(torch.stack([subset(*went) for went in every])).tolist()
+    assert found[0] == 0.0
+    for went, loss in zip(every[1:], found[1:], strict=True):
+        assert loss == pytest.approx(frobenius(model, group, subset(*went)), rel=1e-6)
+        assert loss == pytest.approx(float(known.losses(subset(*went)[None])), rel=1e-12)
+
+
+def test_losses_may_be_counted_from_outputs_on_another_text() -> None:
+    model = moe_model("qwen3_moe")
+    group = moe_groups(model)[0]
+    layer, generator = mixture_of(group), torch.Generator().manual_seed(5)
+    tokens = torch.randn(2, 9, 32, generator=generator)
+    wanted = list(torch.randn(2, 9, 32, generator=generator).double())
+    known = SubsetLosses.of(model, group, list(tokens), wanted)
+    found = known.losses(torch.stack([subset(), subset(1, 2)])).tolist()
+    for went, loss in (((), found[0]), ((1, 2), found[1])):
+        with without_experts(model, Selection((group,), (subset(*went),))), torch.no_grad():
+            now = layer.module(tokens).double()
+        slow = sum(float((a - b).norm()) for a, b in zip(now, wanted, strict=True))
+        assert loss == pytest.approx(slow, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -276,32 +293,35 @@ def test_trying_all_subsets_is_at_least_as_good_as_exchanges_and_these_as_one_by
 ) -> None:
     model = moe_model("qwen3_moe", seed=seed)
     (group, _) = moe_groups(model)
-    oracle, wanted = oracle_of(model, group)
+    losses = losses_of(model, group).losses
 
     def loss(kept: Tensor) -> float:
-        return oracle.loss(kept, wanted)
+        return float(losses(kept[None]))
 
-    greedy = one_by_one(group, loss, 3)
-    better = exchanged(group, loss, greedy, 100)
-    best = best_subset(group, loss, 3, Subsets())
+    greedy = one_by_one(group, losses, 3)
+    better = exchanged(group, losses, greedy, 100)
+    best = best_subset(group, losses, 3, Subsets())
     every = {went: loss(subset(*went)) for went in combinations(range(EXPERTS), 3)}
-    assert loss(best) == min(every.values()) <= loss(better) <= loss(greedy)
+    lowest = min(every, key=every.__getitem__)
+    assert torch.equal(best, subset(*lowest))
+    assert loss(best) <= loss(better) <= loss(greedy)
     assert loss(greedy) < sum(every.values()) / len(every)
     assert subsets_of(group, 3) == len(every) == 20
-    assert torch.equal(best_subset(group, loss, 3, Subsets(most=19)), better)
-    assert torch.equal(best_subset(group, loss, 3, Subsets(most=19, swaps=0)), greedy)
+    assert torch.equal(best_subset(group, losses, 3, Subsets(most=19)), better)
+    assert torch.equal(best_subset(group, losses, 3, Subsets(most=19, swaps=0)), greedy)
 
 
 def test_exchanges_leave_a_place_that_one_by_one_cannot() -> None:
     (group, _) = moe_groups(moe_model())
-    losses = {(0,): 1.0, (1,): 2.0, (2,): 2.0, (1, 2): 0.5}
+    known = {(0,): 1.0, (1,): 2.0, (2,): 2.0, (1, 2): 0.5}
 
-    def loss(kept: Tensor) -> float:
-        return losses.get(tuple((~kept).nonzero().flatten().tolist()), 5.0)
+    def losses(subsets: Tensor) -> Tensor:
+        gone = (tuple((~kept).nonzero().flatten().tolist()) for kept in subsets)
+        return torch.tensor([known.get(one, 5.0) for one in gone])
 
-    greedy = one_by_one(group, loss, 2)
+    greedy = one_by_one(group, losses, 2)
     assert (~greedy).nonzero().flatten().tolist() == [0, 1]
-    found = exchanged(group, loss, greedy, 10)
+    found = exchanged(group, losses, greedy, 10)
     assert (~found).nonzero().flatten().tolist() == [1, 2]
 
 

@@ -35,10 +35,10 @@ def test_the_error_is_what_mixtures_lose_with_a_router_of_those_that_stay(
     recipe = task.recipe(Rule(Criterion.parse("GF/N")), "it")
     (masks,) = samples.masks_under(recipe, task.budgets)
     errors = []
-    for group, oracle, kept in zip(samples.groups, samples.oracles, masks, strict=True):
+    for group, known, kept in zip(samples.groups, samples.losses, masks, strict=True):
         layer, lost, whole = group.mixture, 0.0, 0.0
         assert layer is not None
-        for token in torch.cat(oracle.tokens):
+        for token in known.tokens:
             outputs = []
             for alive in (torch.ones_like(kept), kept):
                 # Mixtral: softmax over the two largest logits of those that may be chosen.
