@@ -56,6 +56,23 @@ def test_prune_saves_a_plain_model_with_fewer_experts_and_measures_what_it_saved
     assert dense["test_perplexity"] == pytest.approx(row["test_perplexity"], rel=1e-5)
 
 
+def test_mixtures_that_keep_different_numbers_are_saved_with_classes_of_their_own(
+    on_mixture: Run,
+) -> None:
+    result = on_mixture("prune MODEL --recipe seer --sparsity 0.25 --output out --json o.json")
+    assert result.exit_code == 0, result.output
+    assert "layers differ in size, so load it by" in flat(result.output)
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["saved"]["kind"] == "own_class" and report["saved"]["largest_difference"] == 0
+    told = json.loads(Path("out/config.json").read_text())["per_layer_config"]
+    assert sum(one["num_local_experts"] for one in told.values()) == 12 - 3
+    again = on_mixture("compare MODEL --model out --recipes reap --sparsity 0 --json again.json")
+    assert again.exit_code == 0, again.output
+    dense, *_ = json.loads(Path("again.json").read_text())["rows"]
+    row = json.loads(Path("o.json").read_text())
+    assert dense["test_perplexity"] == pytest.approx(row["test_perplexity"], rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore::prunezero.errors.PruneZeroWarning")
 def test_compare_measures_each_recipe_on_the_dense_model(on_mixture: Run) -> None:
     # A recipe of weights beside them has sums of linear maps seen as well.
@@ -79,7 +96,6 @@ def test_compare_measures_each_recipe_on_the_dense_model(on_mixture: Run) -> Non
     ("command", "said"),
     [
         ("--recipe reap --sparsity 0.9", "leaves 1, but at least 2 have to stay; remove less"),
-        ("--recipe seer --sparsity 0.34 --output out", "so that all keep as many"),
         ("--recipe mone --sparsity 0.34 --output out", "so such a model cannot be saved; leave"),
         ("--recipe reap --sparsity 0.34 --output out --padded", "no zeros stand for experts"),
         ("--recipe reap --sparsity 0.34 --targets q_proj", "of which experts are stacks"),

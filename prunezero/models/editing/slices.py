@@ -205,7 +205,7 @@ def _without_sub_blocks(language_model: LanguageModel, selection: Selection) -> 
 
 
 def _without_experts(model: Any, selection: Selection) -> Slices:
-    """How a model loses experts: mixtures that keep different numbers run in memory alone.
+    """How a model loses experts; mixtures may keep different numbers.
 
     Raises:
         ModelError: constants stand for experts that went, whose rows of the router stay.
@@ -220,7 +220,8 @@ def _without_experts(model: Any, selection: Selection) -> Slices:
     learned = {name for name, _ in model.named_parameters()}
     shown = {name: cut for name, cut in cuts.items() if name in learned}
     setting = setting_of_all(model, shown, {})
-    if setting is None:
+    layers = settings_of_layers(model, shown, {}) if setting is None else {}
+    if setting is None and not layers:
         counts = sorted({int(kept.sum()) for _, kept in selection})
         fault = (
             f"no configuration of {model.config.model_type} gives its mixtures "
@@ -228,7 +229,7 @@ def _without_experts(model: Any, selection: Selection) -> Slices:
             "(compare: group), and protect none of them, so that all keep as many"
         )
         return Slices(cuts, {}, fault=fault, numbers=numbers)
-    return Slices(cuts, setting, numbers=numbers)
+    return Slices(cuts, setting or {}, layers or {}, numbers=numbers)
 
 
 def _note_skipped(

@@ -57,7 +57,7 @@ class Form:
         how = {
             "plain": "Any version of transformers that loads the dense model loads it.",
             "own_class": "Its layers differ in size: `per_layer_config` in `config.json` says how, "
-            "and the two small Python files beside it are the classes that read that.",
+            "and the small Python files beside it are the classes that read that.",
             "own_width": "Its width is one that the usual configuration refuses; the two small "
             "Python files beside the weights are the classes that take it.",
             "own_bases": "Its attentions and MLPs read the residual stream in bases of their own, "
