@@ -70,6 +70,10 @@ def best_subsets(
     pruned = _Walk(language_model, windows) if is_sequential else None
     chosen = Selection()
     for done, group in enumerate(groups, start=1):
+        if not counts[group.name]:
+            everyone = torch.ones(group.units, dtype=torch.bool, device=group.device)
+            chosen |= Selection((group,), (everyone,))
+            continue
         known = SubsetLosses.of(language_model, group, dense.in_front_of(group))
         if pruned is not None:
             with without_experts(language_model, chosen):

@@ -99,7 +99,7 @@ class SubsetLosses:
             subsets: bool [subsets, experts], True = may be chosen.
         """
         step = max(1, _AT_ONCE // self.weights.numel())
-        return torch.cat([self._squares(part) for part in subsets.split(step)])
+        return torch.cat([self._squares(part) for part in torch.split(subsets, step)])
 
     def losses(self, subsets: Tensor) -> Tensor:
         """The Frobenius norms of the changes, summed over sequences, float64 [subsets].
@@ -116,7 +116,7 @@ class SubsetLosses:
         found = ((change @ self.products + self.lean[:, None]) * change).sum(-1)
         # Rounding may take what is nearly nothing below zero.
         found = (found + self.rest[:, None]).clamp(min=0.0)
-        return torch.stack([one.sum(0) for one in found.split(self.lengths)], dim=1)
+        return torch.stack([one.sum(0) for one in torch.split(found, self.lengths)], dim=1)
 
 
 def _weights(language_model: LanguageModel, group: Group, kept: Tensor, tokens: Tensor) -> Tensor:

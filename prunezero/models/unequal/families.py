@@ -9,7 +9,7 @@ a folder are never run.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,13 @@ def class_files(model_type: str, *, is_rotated: bool = False) -> dict[str, str]:
         model_type: begins with `PREFIX`.
         is_rotated: whether its stream has several bases.
     """
-    usual = _usual_classes(model_type) or ()
+    usual: Sequence[Any] = _usual_classes(model_type) or ()
     configuration, *models = (kind.__name__ for kind in usual)
     parts = "".join(f"    {key} = {word!r}\n" for key, word in vars(parts_of(model_type)).items())
     own, others = f"Pruned{configuration}", {}
     if is_rotated:
         others["RotatedStream"] = ROTATED_FILE, rotated
-    if usual[1:] and usual[1]._can_set_experts_implementation():
+    if usual and usual[1]._can_set_experts_implementation():
         others["UnequalMixtures"] = MIXTURES_FILE, mixtures
     more = {f"{name}.py": _text(module) for name, module in others.values()}
     before = ", ".join([*others, "UnequalLayers"])
