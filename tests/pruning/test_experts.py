@@ -51,7 +51,7 @@ def test_every_recipe_takes_a_share_of_experts_and_leaves_weights_alone(name: st
     before, chosen = state(model), Recipe.load(name)
     outcome = pruned(model, chosen)
     assert outcome.selection.removed() == 4 and outcome.sparsity_reached == pytest.approx(1 / 3)
-    if chosen.compare == "group":
+    if chosen.compare == "group" and chosen.allocate.is_usual:
         assert [len(one) for one in gone(outcome.selection)] == [2, 2]
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
     assert gone(pruned(again, chosen).selection) == gone(outcome.selection)
@@ -111,7 +111,8 @@ def test_an_expert_that_no_token_goes_to_is_the_first_to_go() -> None:
     unrouted = [known[one.name].sums["routed_count"] == 0 for one in groups]
     dead = [one.nonzero().flatten().tolist() for one in unrouted]
     assert any(dead)
-    for name in set(NAMES) - {"aimer", "expert_random", "seer", "expert_sparsity_progressive"}:
+    others = {"aimer", "expert_random", "seer", "expert_sparsity_progressive", "reap_evolved"}
+    for name in set(NAMES) - others:
         lost = gone(prune(model, Recipe.load(name), 0.17, windows=few).selection)
         for (one,), unseen in zip(lost, dead, strict=True):
             assert one in unseen or not unseen, name
@@ -211,6 +212,8 @@ def test_what_cannot_go_is_refused_before_the_text_is_read(
         ({"recover": "lora"}, "recover: lora is for unit"),
         ({"criterion": "A"}, "feature A says nothing of expert x number"),
         ({"compare": "row"}, "compare: row says nothing of unit: expert"),
+        ({"allocate": "evolve", "statistics": "sequential"}, "needs statistics: dense and"),
+        ({"allocate": "slopes", "schedule": "subsets", "criterion": "LOO"}, "schedule: one-shot"),
         (
             {"unit": {"expert": {"guard": "super"}}, "statistics": "sequential"},
             "they need statistics: dense",
@@ -231,6 +234,60 @@ def test_a_recipe_for_experts_is_held_to_what_speaks_of_them(
 def test_experts_that_all_score_alike_are_refused_by_name() -> None:
     with pytest.raises(ScoreError, match=r"gives every expert of model\.layers\.0\.mlp the same"):
         pruned(moe_model(), recipe("PARAMS"))
+
+
+# ---- how many of each mixture
+
+
+def divergence(model: LanguageModel, selection: Selection, windows: Tensor) -> float:
+    """KL to the dense model, in nats per token whose next one is told."""
+    total, count = 0.0, 0
+    for ids in windows:
+        dense = model.model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+        with without_experts(model, selection):
+            now = model.model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+        total += float((dense.exp() * (dense - now)).sum())
+        count += len(now)
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_the_evolved_numbers_are_those_that_brute_force_finds(family: str) -> None:
+    model, held_out = moe_model(family, seed=1), tiny_batches(4, 12, seed=5)
+    groups, numbers = moe_groups(model), {"evaluations": 24, "offspring": 4}
+    before = state(model)
+    chosen = recipe(
+        allocate={"evolve": {**numbers, "first_windows": 4, "windows": 4, "proposals": "random"}}
+    )
+    known = routing_statistics(model, groups, WINDOWS, ["gated_norm_sum", "routed_count"])
+    order = []
+    for group in groups:
+        sums = known[group.name].sums
+        means = (sums["gated_norm_sum"] / sums["routed_count"].clamp(min=1)).tolist()
+        order.append(sorted(range(EXPERTS), key=means.__getitem__))
+    losses = {}
+    for first in range(5):
+        counts = (first, 4 - first)
+        kept = [torch.ones(EXPERTS, dtype=torch.bool) for _ in groups]
+        for mask, ranked, count in zip(kept, order, counts, strict=True):
+            mask[ranked[:count]] = False
+        losses[counts] = divergence(model, Selection(tuple(groups), tuple(kept)), held_out)
+    found = prune(model, chosen, 0.34, windows=WINDOWS, held_out=held_out).selection
+    best = min(losses, key=losses.__getitem__)
+    assert tuple(map(len, gone(found))) == best
+    for ranked, went, count in zip(order, gone(found), best, strict=True):
+        assert sorted(ranked[:count]) == went
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_evolved_numbers_take_as_many_of_each_group_of_a_router_and_spare_the_protected() -> None:
+    words = {"evolve": {"evaluations": 6, "first_windows": 2, "windows": 2}}
+    model = moe_model("deepseek_v3", num_hidden_layers=3)
+    for group, kept in pruned(model, recipe(allocate=words), 0.34).selection:
+        halves = kept.reshape(group.strata, -1).sum(1).tolist()
+        assert halves[0] == halves[1] and int(kept.sum()) >= group.least
+    chosen = recipe(allocate="slopes", unit={"expert": {"protect_first": 1}})
+    assert list(map(len, gone(pruned(moe_model(), chosen, 0.25).selection))) == [0, 3]
 
 
 # ---- subsets
