@@ -32,6 +32,8 @@ from prunezero.scoring.statistics import ROUTING_SUMS, Statistics, routing_contr
 GRADIENTS = "mask_gradients"
 # Weights that are one share of their scores, whichever expert, differ by no more: bfloat16 rounds.
 _EVEN = 0.03
+# Tokens on which it is tried whether they are.
+_TRIED = 16
 
 
 @dataclass
@@ -293,10 +295,45 @@ def _gated(experts: Any, values: Tensor) -> Tensor:
 
 def _losses_without(language_model: LanguageModel, group: Group, seen: Seen) -> Tensor:
     """The norms [experts] by which the output of all tokens changes where one expert is gone."""
+    _refuse_without_loss(group)
+    losses = SubsetLosses.of(language_model, group, [seen.tokens])
+    return losses.losses(~torch.eye(group.units, dtype=torch.bool))
+
+
+def _refuse_without_loss(group: Group) -> None:
+    """Refuse to say what is lost without one expert where none can go by itself.
+
+    Raises:
+        StatisticsError: several go at once, or none may.
+    """
     if group.strata > 1 or group.units <= group.least:
         raise StatisticsError(
             f"no expert of {group.name} can go by itself, so the loss without one (LOO) is not "
             "known; use another formula"
         )
-    losses = SubsetLosses.of(language_model, group, [seen.tokens])
-    return losses.losses(~torch.eye(group.units, dtype=torch.bool))
+
+
+def unknown_features(groups: Sequence[Group]) -> dict[str, str]:
+    """Features of experts that are not known of some of these groups, and why; tried on noise."""
+    found: dict[str, str] = {}
+    for group in groups:
+        for name, refuse in (("LOO", _refuse_without_loss), ("SOFT", _refuse_without_scores)):
+            try:
+                refuse(group)
+            except StatisticsError as error:
+                found.setdefault(name, str(error))
+    return found
+
+
+def _refuse_without_scores(group: Group) -> None:
+    """Refuse to say what a router scores all experts by, where a few tokens show that it cannot.
+
+    Raises:
+        StatisticsError: as `_soft`.
+    """
+    router, weight = mixture_of(group).router, mixture_of(group).router_weight
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(_TRIED, weight.shape[1], generator=generator).to(weight)
+    with torch.no_grad():
+        logits, weights, indices = router(tokens)
+    _soft(Seen(tokens, indices, weights, logits), group)
