@@ -51,8 +51,9 @@ class ExpertTrials:
         known = kind.observe(language_model, groups, seen, sums) if sums else {}
         self._order = {}
         for group in groups:
-            numbers = {"damping": recipe.damping, "options": options}
-            scores = kind.scores(group, recipe.criterion, known, **numbers)
+            scores = kind.scores(
+                group, recipe.criterion, known, damping=recipe.damping, options=options
+            )
             self._order[group.name] = lowest_first(scores, group.strata)
         self._reference = dense_reference(language_model, windows)
         self._losses: dict[str, SubsetLosses] = {}

@@ -86,7 +86,9 @@ def test_prune_saves_a_folder_whose_tokens_skip_experts(sparsity: float, on_mixt
     report = json.loads(Path("out/report.json").read_text())
     assert report["saved"]["kind"] == "own_skipping"
     assert report["costs"]["flops"] < report["dense_costs"]["flops"]
-    again = on_mixture("compare MODEL --model out --recipes magnitude --sparsity 0 --json again.json")
+    again = on_mixture(
+        "compare MODEL --model out --recipes magnitude --sparsity 0 --json again.json"
+    )
     assert again.exit_code == 0, again.output
     dense, *_ = json.loads(Path("again.json").read_text())["rows"]
     assert dense["test_perplexity"] == pytest.approx(row["test_perplexity"], rel=1e-5)

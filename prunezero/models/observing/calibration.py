@@ -67,7 +67,8 @@ def calibrate(
         folder = cache_folder(cache, language_model, batches, layers, text_fingerprint)
     found = {} if folder is None else read_sums(folder, layers, names)
     parts, missing = list(found.values()), names - found.keys()
-    scarce: dict[str, None] = {}
+    # Whoever reads sums that were filled up is told as whoever collects them.
+    scarce = {name: None for part in parts for name, one in part.items() if one.is_filled}
     for collect, wanted in (
         (_forward_statistics, missing & FORWARD_SUMS),
         (_gradient_statistics, missing - FORWARD_SUMS),
@@ -78,7 +79,7 @@ def calibrate(
             if folder is not None:
                 _keep(folder, collected, wanted, tell)
             parts.append(collected)
-    warn_of_scarce(list(scarce))
+    warn_of_scarce([layer.name for layer in layers if layer.name in scarce])
     if folder is not None and missing and folder.is_dir():
         limit_size(folder)
     return {layer.name: _joined([part[layer.name] for part in parts]) for layer in layers}
@@ -151,4 +152,5 @@ def _joined(parts: list[Statistics]) -> Statistics:
         sums |= part.sums
     tokens = max((part.tokens for part in parts), default=0)
     sequences = max((part.sequences for part in parts), default=0)
-    return Statistics(tokens, sequences, sums)
+    filled = any(part.is_filled for part in parts)
+    return Statistics(tokens, sequences, sums, is_filled=filled)

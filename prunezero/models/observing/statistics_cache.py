@@ -100,16 +100,19 @@ def _read(path: Path, name: str, layers: Sequence[Linear]) -> dict[str, Statisti
     digests = tensor_digests(tensors)
     statistics = {}
     for layer in layers:
-        tokens, sequences, digest = noted[layer.name]
+        # Files that are older say nothing of what was filled up.
+        tokens, sequences, digest, *filled = noted[layer.name]
         if digests[layer.name] != digest:
             raise ValueError(f"tensor '{layer.name}' is not what was written")
         on_device = tensors[layer.name].to(layer.weight.device)
-        statistics[layer.name] = Statistics(tokens, sequences, {name: on_device})
+        statistics[layer.name] = Statistics(
+            tokens, sequences, {name: on_device}, is_filled=filled == [True]
+        )
     return statistics
 
 
 def _noted(metadata: Mapping[str, str], path: Path) -> dict[str, list[Any]]:
-    """Tokens, sequences and the digest of the tensor, by layer name."""
+    """Tokens, sequences, the digest of the tensor, and whether it was filled up, by layer name."""
     noted = record_of(metadata["noted"].encode())
     if noted is None or noted["place"] != _place(path):
         raise ValueError("what it says of its tensors is not what was written there")
@@ -127,8 +130,10 @@ def write_sums(folder: Path, statistics: Mapping[str, Statistics], names: frozen
     for name in sorted(names):
         tensors = {layer: row.sums[name].cpu() for layer, row in statistics.items()}
         digests = tensor_digests(tensors)
-        counts = {layer: (row.tokens, row.sequences) for layer, row in statistics.items()}
-        noted = {layer: [*counts[layer], digest] for layer, digest in digests.items()}
+        noted = {
+            layer: [row.tokens, row.sequences, digests[layer], *[True] * row.is_filled]
+            for layer, row in statistics.items()
+        }
         path = folder / f"{name}.safetensors"
         line = line_of({"place": _place(path), "layers": noted})
         metadata = {"noted": line.decode().rstrip("\n")}
