@@ -1,7 +1,7 @@
 """A recipe that removes experts as one page of plain Python: `expert_template.py` made particular.
 
-Its constants are the words of the recipe, and settle which branches a page needs; bodies of `score`
-and `sums_of` follow from the rows of the features that its formula reads.
+The constants of `expert_words.py` become the words of the recipe, and settle which branches stay;
+bodies of `score` and `sums_of` follow from the rows of the features that its formula reads.
 """
 
 from __future__ import annotations
@@ -59,13 +59,17 @@ def expert_page(recipe: Recipe) -> str:
         "SEED": repr(options.seed),
         "LETTERS": python_strings(tuple(sorted(letters))),
     }
-    source = Path(__file__).with_name("expert_template.py").read_text(encoding="utf-8")
-    written = exchange(source, new, _docstring(recipe))
-    known = {name: value for name, value in constants_of(written).items() if name in new}
+    chosen = exchange(_text("expert_words"), new, "")
+    known = constants_of(chosen)
+    program = folded(exchange(_text("expert_template"), new, _docstring(recipe)), known)
     others = [path.read_text(encoding="utf-8") for path in PARTS]
-    page = needed(folded(written, known), others)
+    page = needed(program, [chosen, folded(_text("expert_choice"), known), *others])
     check_page(page)
     return page
+
+
+def _text(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
 
 
 def _letters(name: str) -> tuple[str, ...]:

@@ -6,16 +6,22 @@ Experts of the lowest score leave their stacks and their router. Usage:
 """
 
 import argparse
-import math
 import zlib
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunezero.report.export.expert_choice import Mixture, check, choose, total
+from prunezero.report.export.expert_words import (
+    GUARD,
+    LETTERS,
+    MEASURE,
+    PROTECT_FIRST,
+    PROTECT_LAST,
+    SEED,
+)
 from prunezero.report.export.page_parts import (
     RefusalError,
     block_list,
@@ -25,45 +31,22 @@ from prunezero.report.export.page_parts import (
     windows,
 )
 
-COMPARE = "group"  # which experts compete: those of one mixture, "group", or of the "model"
-MEASURE = "units"  # what a sparsity is a share of: experts, "units", or "parameters"
-GUARD = "none"  # whether experts with huge activations go last: "super"
-PROTECT_FIRST = 0  # blocks at the beginning that lose nothing
-PROTECT_LAST = 0  # and at the end
-SEED = 0  # of chance
-LETTERS: list[str] = ["g", "n", "r"]  # what is looked at of each sequence, see `tables_of`
 # Under these names modules, and configurations, keep how many experts there are.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-@dataclass
-class Mixture:
-    """A router and the experts that it chooses from."""
-
-    name: str
-    block: int
-    module: Any
-    router: Any
-    experts: Any
-    # how many experts there are
-    units: int
-    # in how many equal parts they stand, of each of which as many stay
-    strata: int
-    # how many stay in any case
-    least: int
-    # what one expert costs, by measure
-    cost: dict[str, float]
-    # whether nothing may go
-    is_protected: bool
 
 
 class Watch:
     """Hooks on one mixture, which keep what it does with a sequence."""
 
-    def __init__(self, mixture: Mixture, block: Any) -> None:
+    def __init__(self, mixture: Any, block: Any) -> None:
         """Watch until it is removed."""
-        self.mixture, self.is_off, self.pull = mixture, False, None
-        self.logits = self.tokens = self.weights = self.indices = self.turned = torch.empty(0)
+        self.mixture, self.is_off = mixture, False
+        self.logits: Any = None
+        self.tokens: Any = None
+        self.weights: Any = None
+        self.indices: Any = None
+        self.turned: Any = None
+        self.pull: Any = None
         self.hooks = [
             mixture.router.register_forward_hook(self.chose),
             mixture.experts.register_forward_hook(self.computed, with_kwargs=True),
@@ -79,8 +62,8 @@ class Watch:
         """Keep hidden states, chosen experts and their weights."""
         if self.is_off:
             return torch.zeros_like(output)
-        tokens, self.indices, weights = [*args, *named.values()]
-        self.tokens, self.weights = tokens.detach(), weights.detach()
+        given = [*args, *named.values()]
+        self.tokens, self.indices, self.weights = (one.detach() for one in given)
         if "e" in LETTERS:
             # A gradient at nothing that was added is one at the output.
             self.pull = torch.zeros_like(output, requires_grad=True)
@@ -241,7 +224,7 @@ def read(model: Any, ids: Tensor) -> None:
             loss = nn.functional.cross_entropy(logits, ids[0, 1:])
             if not torch.isfinite(loss):
                 raise RefusalError(f"the loss of a sequence is {float(loss.detach())}")
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
     else:
         with torch.no_grad():
             model(ids, use_cache=False)
@@ -403,103 +386,6 @@ def drawn(mixture: Mixture) -> Tensor:
     """Numbers [experts] from 0 to 1 that only the name of a mixture and the seed decide."""
     generator = torch.Generator().manual_seed(zlib.crc32(mixture.name.encode(), SEED))
     return torch.rand(mixture.units, generator=generator)
-
-
-def removed_count(size: float, share: float) -> int:
-    """How much of a size a share is, rounded down: 29 of 100 at 0.29, as the decimal says."""
-    return math.floor(size * Fraction(str(share)))
-
-
-def total(mixtures: list[Mixture]) -> float:
-    """What all experts of some mixtures cost."""
-    return sum(one.cost[MEASURE] * one.units for one in mixtures)
-
-
-def free(mixture: Mixture) -> int:
-    """How many of its experts may go."""
-    return 0 if mixture.is_protected else max(0, mixture.units - mixture.least)
-
-
-def stay(mixture: Mixture, gone: int) -> int:
-    """How many experts stay where so many are to go."""
-    step = mixture.strata
-    return min(mixture.units, -(-(mixture.units - gone) // step) * step)
-
-
-def shares(mixtures: list[Mixture], sparsity: float) -> dict[str, float]:
-    """The share of its experts that each mixture loses by itself, by name."""
-    left = [one for one in mixtures if not one.is_protected]
-    wanted = sparsity * total(mixtures)
-    if total(left) < math.floor(wanted):
-        raise RefusalError(f"{sparsity:g} cannot go, since too many blocks are protected")
-    if len(left) == len(mixtures) and len({one.cost[MEASURE] for one in mixtures}) == 1:
-        return {one.name: sparsity for one in mixtures}
-    found = dict.fromkeys((one.name for one in mixtures), 0.0)
-    while left:
-        largest = max(one.cost[MEASURE] for one in left)
-        share = min(1.0, max(0.0, wanted / total(left)))
-        for one in [one for one in left if one.cost[MEASURE] == largest]:
-            found[one.name] = min(share, free(one) / one.units)
-            gone = removed_count(one.units, found[one.name])
-            wanted -= largest * (one.units - stay(one, gone))
-            left.remove(one)
-    return found
-
-
-def check(mixtures: list[Mixture], sparsity: float) -> None:
-    """Refuse to remove more than may go."""
-    most = sum(one.cost[MEASURE] * free(one) for one in mixtures)
-    is_joint = COMPARE == "model" or len({one.cost[MEASURE] for one in mixtures}) > 1
-    if is_joint and most < removed_count(round(total(mixtures)), sparsity):
-        raise RefusalError(f"{sparsity:g} cannot go: at most {most / total(mixtures):.4f} can")
-    if COMPARE == "group":
-        found = shares(mixtures, sparsity)
-        for one in mixtures:
-            left = one.units - removed_count(one.units, found[one.name])
-            if left < one.least and not one.is_protected:
-                raise RefusalError(f"{left} experts of {one.name} would be left; remove less")
-
-
-def choose(mixtures: list[Mixture], scores: list[Tensor], sparsity: float) -> list[Tensor]:
-    """Which experts of each mixture stay, bool [experts]; ties lose the lower index first."""
-    if COMPARE == "group":
-        share = shares(mixtures, sparsity)
-        gone = [
-            0 if one.is_protected else removed_count(one.units, share[one.name]) for one in mixtures
-        ]
-    else:
-        gone = gone_of_all(mixtures, scores, removed_count(round(total(mixtures)), sparsity))
-    kept = []
-    for one, values, count in zip(mixtures, scores, gone, strict=True):
-        stays = torch.ones(one.units, dtype=torch.bool)
-        stays[lowest_first(one, values)[: one.units - stay(one, count)]] = False
-        kept.append(stays)
-    return kept
-
-
-def lowest_first(mixture: Mixture, scores: Tensor) -> Tensor:
-    """Places of experts in the order in which they go, one of each part; -0.0 equals 0.0."""
-    parts = (scores + 0.0).reshape(mixture.strata, -1)
-    firsts = torch.arange(mixture.strata)[:, None] * parts.shape[1]
-    return (torch.sort(parts, dim=1, stable=True).indices + firsts).T.reshape(-1)
-
-
-def gone_of_all(mixtures: list[Mixture], scores: list[Tensor], allowed: float) -> list[int]:
-    """How many experts of each mixture go where all compete: the lowest that are allowed."""
-    turns = []
-    for one, values in zip(mixtures, scores, strict=True):
-        rising = values[lowest_first(one, values)[: free(one)]]
-        turns.append(rising.reshape(-1, one.strata).mean(1))
-    owners = torch.cat([torch.full((len(one),), place) for place, one in enumerate(turns)])
-    costs = [one.cost[MEASURE] * one.strata for one in mixtures]
-    gone = [0] * len(mixtures)
-    for owner in owners[torch.sort(torch.cat(turns) + 0.0, stable=True).indices].tolist():
-        if costs[owner] <= allowed:
-            allowed -= costs[owner]
-            gone[owner] += mixtures[owner].strata
-        elif allowed < min(costs):
-            break
-    return gone
 
 
 def remove(model: Any, mixtures: list[Mixture], kept: list[Tensor]) -> None:
