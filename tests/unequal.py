@@ -34,8 +34,6 @@ MORE: dict[str, Callable[..., Any]] = {"qwen2": _qwen2, "gemma2": _gemma2}
 ALL = (*LAYOUTS, *MORE)
 # Their attention is as wide as the hidden states, whatever a configuration says.
 OF_FIXED_WIDTH = ("gpt2", "opt", "gpt_neox")
-# transformers renames tensors of their files, and only for its own classes.
-WITHOUT_CLASS = ("gpt_neox",)
 # Its MLP is no module of its own.
 WITHOUT_MLP = ("opt",)
 

@@ -219,6 +219,7 @@ def _prune_in_memory(
         Bars,
         console,
         results_table,
+        say,
         say_about,
         say_conditions,
         waiting,
@@ -246,6 +247,9 @@ def _prune_in_memory(
             )
     console.print(results_table(rows, f"{recipe.name} on {name}"))
     say_conditions(rows, name, [testbed])
+    if "expert_calls_skipped" in rows[-1]:
+        share = rows[-1]["expert_calls_skipped"]
+        say(f"tokens of validation text skip {share:.1%} of the calls of experts")
     if output is not None:
         selection = runner.outcome.selection if is_smaller and runner.outcome else None
         with _noted(faults):
@@ -368,6 +372,7 @@ def _save_smaller(
         "own_class": "layers differ in size, so ",
         "own_width": "its width is unusual, so ",
         "own_bases": "its residual stream has several bases, so ",
+        "own_skipping": "its tokens skip experts, so ",
     }
     differ = reasons.get(saved.form.kind, "")
     say(

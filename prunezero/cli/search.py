@@ -250,13 +250,20 @@ def _opened(
     from prunezero.cli.tables import Bars, say
     from prunezero.report.runs.search_file import forget_config, write_config
     from prunezero.searching.evaluation.memory import search_plan
-    from prunezero.searching.experiment.testbeds import without_missing_biases
+    from prunezero.searching.experiment.testbeds import (
+        without_missing_biases,
+        without_unknown_features,
+    )
     from prunezero.searching.session import make_task, open_session
 
     testbeds = search_setup.loaded(task.config)
     config, reason = without_missing_biases(task.config, testbeds)
     if reason:
         say(f"updates of biases are left out: {reason}")
+    config, unknown = without_unknown_features(config, testbeds)
+    if unknown:
+        say(f"left out of the search space: {unknown}")
+    if reason or unknown:
         task = make_task(config)
     first = testbeds[0].language_model
     kept = limit.kept_on(testbeds[0], lambda size: search_plan(first, task, limit=size))

@@ -14,10 +14,12 @@ from prunezero.errors import ModelError
 from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.editing.biases import closed_again
+from prunezero.models.editing.expert_skipping import counting_calls
 from prunezero.models.editing.selection import Selection
 from prunezero.models.evaluation import Enough, dense_reference, evaluate
 from prunezero.models.measures import TO_DENSE
 from prunezero.models.observing.calibration import Progress
+from prunezero.models.observing.subset_losses import mixture_of
 from prunezero.pruning.by_source import perplexity_by_source, trained_by_source
 from prunezero.pruning.costs import costs_without
 from prunezero.pruning.outcome import Outcome
@@ -222,7 +224,7 @@ class RecipeRunner:
                 progress=progress,
             )
             with self._without(recipe, outcome.selection):
-                measured = self._measured(splits)
+                measured = self._measured(splits) | self._skipped(outcome.selection)
             if with_costs:
                 measured |= self._costs(outcome.selection)
             if keep:
@@ -236,6 +238,15 @@ class RecipeRunner:
         if edit.zeros_suffice:
             return nullcontext()
         return edit.simulated(self.testbed.language_model, selection)
+
+    def _skipped(self, selection: Selection) -> dict[str, Any]:
+        """Which share of all calls of experts tokens skip; none where they skip none."""
+        skipping = [group for group in selection.groups if group.skip_below is not None]
+        if not skipping:
+            return {}
+        with counting_calls(map(mixture_of, skipping)) as calls:
+            evaluate(self.testbed.language_model, self.testbed.windows("validation"))
+        return {"expert_calls_skipped": calls.share}
 
     def _costs(self, selection: Selection) -> dict[str, Any]:
         """What the model takes without the units that go, as columns; none where they cannot."""

@@ -1,9 +1,10 @@
 """Which experts go together with the least change of what their mixture makes of tokens?
 
 Losses of subsets do not follow from those of single experts, since routers choose others in the
-place of those that went. Outputs of all experts are computed once, and any subset is then a choice
-of the router and a lookup. Where there are too many subsets, experts go one by one, and one that
-went is exchanged for one that stays as long as that lowers the loss.
+place of those that went. All experts are run once, and any subset is then a choice of the router
+and a quadratic form (`prunezero/models/observing/subset_losses.py`). Where there are too many
+subsets, experts go one by one, and one that went is exchanged for one that stays as long as that
+lowers the loss.
 
 Source: Lu et al. 2024, Not All Experts are Equal (ACL), arXiv:2402.14800, section 3.
 """
@@ -11,9 +12,8 @@ Source: Lu et al. 2024, Not All Experts are Equal (ACL), arXiv:2402.14800, secti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import combinations, product
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations, islice, product
 from typing import Any
 
 import torch
@@ -24,14 +24,20 @@ from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.routing import without_experts
 from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.language_model import LanguageModel
-from prunezero.models.observing.routing import Oracle, watching
+from prunezero.models.observing.routing import watching
+from prunezero.models.observing.subset_losses import SubsetLosses
 from prunezero.models.observing.walk import BlockWalk
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.word_options import Subsets
 from prunezero.pruning.selecting import left_of, shares_of
 
-# The loss of a mixture whose router may choose some experts, bool [experts].
-Loss = Callable[[Tensor], float]
+# The losses [subsets] of a mixture whose router may choose some experts, bool [subsets, experts].
+Losses = Callable[[Tensor], Tensor]
+
+# Subsets that are asked for together.
+_TOGETHER = 256
+# Equal subsets differ by rounding, as a fraction of their loss.
+_ROUNDING = 1e-12
 
 
 def best_subsets(
@@ -64,24 +70,26 @@ def best_subsets(
     pruned = _Walk(language_model, windows) if is_sequential else None
     chosen = Selection()
     for done, group in enumerate(groups, start=1):
-        oracle = Oracle.of(language_model, group, dense.in_front_of(group))
-        wanted = oracle.outputs(torch.ones(group.units, dtype=torch.bool))
+        if not counts[group.name]:
+            everyone = torch.ones(group.units, dtype=torch.bool, device=group.device)
+            chosen |= Selection((group,), (everyone,))
+            continue
+        known = SubsetLosses.of(language_model, group, dense.in_front_of(group))
         if pruned is not None:
             with without_experts(language_model, chosen):
                 tokens = pruned.in_front_of(group)
-            oracle = Oracle.of(language_model, group, tokens)
-        loss = partial(oracle.loss, wanted=wanted)
-        kept = best_subset(group, loss, counts[group.name], options)
+            known = SubsetLosses.of(language_model, group, tokens, known.outputs)
+        kept = best_subset(group, known.losses, counts[group.name], options)
         chosen |= Selection((group,), (kept.to(group.device),))
         tell("mixtures of experts seen", done, len(groups))
     return chosen
 
 
-def best_subset(group: Group, loss: Loss, count: int, options: Subsets) -> Tensor:
+def best_subset(group: Group, losses: Losses, count: int, options: Subsets) -> Tensor:
     """Which experts stay, bool [experts], where so many go; the earlier of equal subsets."""
     if subsets_of(group, count) <= options.most:
-        return _lowest(group, loss, _all_subsets(group, count))
-    return exchanged(group, loss, one_by_one(group, loss, count), options.swaps)
+        return _lowest(group, losses, _all_subsets(group, count))[0]
+    return exchanged(group, losses, one_by_one(group, losses, count), options.swaps)
 
 
 def subsets_of(group: Group, count: int) -> int:
@@ -89,26 +97,23 @@ def subsets_of(group: Group, count: int) -> int:
     return math.comb(group.units // group.strata, count // group.strata) ** group.strata
 
 
-def one_by_one(group: Group, loss: Loss, count: int) -> Tensor:
+def one_by_one(group: Group, losses: Losses, count: int) -> Tensor:
     """Which experts stay, bool [experts], where the one goes whose going costs least, again."""
     kept = torch.ones(group.units, dtype=torch.bool)
     for _ in range(count):
         alive = kept.nonzero().flatten().tolist()
-        kept = _lowest(group, loss, ([*_gone(kept), expert] for expert in alive))
+        kept, _ = _lowest(group, losses, ([*_gone(kept), expert] for expert in alive))
     return kept
 
 
-def exchanged(group: Group, loss: Loss, kept: Tensor, swaps: int) -> Tensor:
+def exchanged(group: Group, losses: Losses, kept: Tensor, swaps: int) -> Tensor:
     """The same after the best exchanges of one that went and one that stays, bool [experts]."""
-    lowest = loss(kept)
+    lowest = float(losses(kept[None])[0])
     for _ in range(swaps):
-        pairs = product(_gone(kept), kept.nonzero().flatten().tolist())
-        others = [[*(one for one in _gone(kept) if one != back), leaves] for back, leaves in pairs]
-        if not others:
-            return kept
-        best = _lowest(group, loss, others)
-        found = loss(best)
-        if not found < lowest:
+        pairs = list(product(_gone(kept), kept.nonzero().flatten().tolist()))
+        others = ([*(one for one in _gone(kept) if one != back), out] for back, out in pairs)
+        best, found = _lowest(group, losses, others)
+        if not found < lowest * (1 - _ROUNDING):
             return kept
         kept, lowest = best, found
     return kept
@@ -124,16 +129,17 @@ def _all_subsets(group: Group, count: int) -> Iterator[list[int]]:
     return ([expert for part in parts for expert in part] for parts in product(*parts))
 
 
-def _lowest(group: Group, loss: Loss, subsets: Iterator[list[int]] | Any) -> Tensor:
-    """What stays, bool [experts], of the subset that costs least to take away."""
-    best, lowest = torch.ones(group.units, dtype=torch.bool), math.inf
-    for gone in subsets:
-        kept = torch.ones(group.units, dtype=torch.bool)
-        kept[gone] = False
-        found = loss(kept)
-        if found < lowest:
-            best, lowest = kept, found
-    return best
+def _lowest(group: Group, losses: Losses, subsets: Iterable[list[int]]) -> tuple[Tensor, float]:
+    """What stays, bool [experts], of the subset that costs least to take away, and its loss."""
+    best, lowest, waiting = torch.ones(group.units, dtype=torch.bool), math.inf, iter(subsets)
+    while together := list(islice(waiting, _TOGETHER)):
+        kept = torch.ones(len(together), group.units, dtype=torch.bool)
+        for row, gone in zip(kept, together, strict=True):
+            row[gone] = False
+        for row, found in zip(kept, losses(kept).tolist(), strict=True):
+            if found < lowest * (1 - _ROUNDING):
+                best, lowest = row, found
+    return best, lowest
 
 
 def _gone(kept: Tensor) -> list[int]:

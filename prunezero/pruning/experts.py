@@ -1,6 +1,7 @@
 """Which experts of each mixture stay: all mixtures seen at once, one after another, or by subsets?
 
-Weights are left as they are; who is gone is what routers do not choose any more.
+Weights are left as they are; who is gone is what routers do not choose any more. Of what is chosen
+then, tokens may skip some.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from prunezero.models.anatomy.groups import Group
+from prunezero.models.editing.expert_skipping import median_thresholds
 from prunezero.models.editing.routing import without_experts
 from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.observing.subset_losses import mixture_of
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.selecting import shares_of
@@ -77,6 +80,22 @@ def with_means(
         sums = statistics[group.name].sums
         counts = sums["routed_count"].clamp(min=1.0)
         groups.append(replace(group, means=sums["expert_output_sum"] / counts[:, None]))
+    return Selection(tuple(groups), selection.kept)
+
+
+def with_thresholds(selection: Selection, recipe: Recipe, text: OnText) -> Selection:
+    """The same, where a recipe says so with tokens that skip experts of those that stay.
+
+    Raises:
+        ModelError, TextError: as `median_thresholds`.
+    """
+    if getattr(recipe.unit.options, "skip", "none") == "none":
+        return selection
+    assert text.windows is not None  # check_text refused it; for the type checker
+    layers = [mixture_of(group) for group in selection.groups]
+    with without_experts(text.language_model, selection):
+        found = median_thresholds(text.language_model, text.windows, layers)
+    groups = (replace(group, skip_below=found[group.name]) for group in selection.groups)
     return Selection(tuple(groups), selection.kept)
 
 

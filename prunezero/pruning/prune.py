@@ -10,6 +10,8 @@ as Wanda and SparseGPT do it. Gradients always come from the dense model.
 
 from __future__ import annotations
 
+import functools
+import operator
 import time
 from collections import ChainMap
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -34,7 +36,7 @@ from prunezero.models.text.windows import windows_fingerprint
 from prunezero.pruning.allocation import Evidence
 from prunezero.pruning.budget import Budget
 from prunezero.pruning.choosing import formula_of, last_what_went, selected
-from prunezero.pruning.experts import OnText, chosen_experts, with_means
+from prunezero.pruning.experts import OnText, chosen_experts, with_means, with_thresholds
 from prunezero.pruning.in_training import InTraining
 from prunezero.pruning.knowledge import with_protected
 from prunezero.pruning.local_search import improved
@@ -337,8 +339,10 @@ class _Job:
         self.known = ChainMap({}, cast(MutableMapping[str, Statistics], self.dense))
         kind = self.recipe.unit.row
         if kind.walker or kind.domain.name == "expert":
-            choose = self._chosen_on_the_way if kind.walker else self._chosen_experts
-            self.selection = choose(sparsity, tell)
+            if kind.walker:
+                self.selection = self._chosen_on_the_way(sparsity, tell)
+            else:
+                self.selection = self._chosen_experts(sparsity, ratios, tell)
             return
         competes_freely = self.recipe.compare == "model"
         together = self._chosen_together(sparsity, tell) if competes_freely else Selection()
@@ -389,16 +393,27 @@ class _Job:
             progress=tell,
         )
 
-    def _chosen_experts(self, share: float, tell: Progress) -> Selection:
-        """What stays of mixtures, whose weights are left as they are."""
+    def _chosen_experts(
+        self, share: float, ratios: Mapping[str, float], tell: Progress
+    ) -> Selection:
+        """What stays of mixtures, whose weights are left as they are.
+
+        Args:
+            ratios: what each mixture loses by itself, by its name, where that was tried.
+        """
 
         def choose(groups: Sequence[Group], part: float) -> Selection:
             self._look(groups, (), tell)
             return self._selected(groups, part)
 
         text = OnText(self.language_model, self.windows, tell)
-        chosen = chosen_experts(self.recipe, self.groups, text, share, choose)
-        return with_means(chosen, self.recipe, self.known)
+        if self.recipe.allocate.row.tries:
+            self._look(self.groups, (), tell)
+            each = (self._selected([group], ratios[group.name]) for group in self.groups)
+            chosen = functools.reduce(operator.or_, each)
+        else:
+            chosen = chosen_experts(self.recipe, self.groups, text, share, choose)
+        return with_thresholds(with_means(chosen, self.recipe, self.known), self.recipe, text)
 
     def _chosen_together(self, share: float, tell: Progress) -> Selection:
         """What stays where all units of the model compete."""

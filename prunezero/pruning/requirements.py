@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from prunezero.errors import ModelError, RecipeError, SelectionError
 from prunezero.models.anatomy.groups import Group, linears_of
 from prunezero.models.anatomy.linears import Linear, find_linears, matching
 from prunezero.models.editing.biases import refuse_without_bias
+from prunezero.models.editing.expert_skipping import refuse_without_choice
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.slicing import first_of_each, setting_of
 from prunezero.models.loading.language_model import LanguageModel
@@ -67,7 +69,8 @@ def dense_sums(recipes: Sequence[Recipe]) -> frozenset[str]:
         is_walked = recipe.statistics == "sequential" and not recipe.tries
         is_walked |= bool(recipe.unit.row.walker)
         needed |= sums - FORWARD_SUMS if is_walked else sums
-        needed |= recipe.allocate.row.sums
+        # Units that are observed as a whole have no linear maps to be seen.
+        needed |= set() if recipe.unit.row.observer else recipe.allocate.row.sums
     return frozenset(needed)
 
 
@@ -86,6 +89,7 @@ def check_text(recipe: Recipe, windows: Tensor | None, sources: Sequence[str] = 
     needs += ["sequential statistics need"] if walks else []
     needs += [f"criterion {recipe.criterion.text} needs"] if observed_sums(recipe) else []
     needs += [f"{one.arrow} {one.word} needs" for one in recipe.choices if one.row.needs_text]
+    needs += ["skip: median needs"] if skips_experts(recipe) else []
     needs += ["feature SLOPE needs"] if "SLOPE" in recipe.features else []
     if recipe.looks_anew:
         needs.append("statistics that are collected anew need")
@@ -102,6 +106,11 @@ def check_text(recipe: Recipe, windows: Tensor | None, sources: Sequence[str] = 
         fault = recover.options.fault_of_text(len(windows), sources)
         if fault:
             raise RecipeError(f"recipe {recipe.name}: recover {recover.word} {fault}")
+
+
+def skips_experts(recipe: Recipe) -> bool:
+    """Whether tokens skip experts of those that stay."""
+    return bool(getattr(recipe.unit.options, "skip", "none") != "none")
 
 
 def check_recipe(language_model: LanguageModel, recipe: Recipe, sparsity: float) -> list[Linear]:
@@ -135,6 +144,8 @@ def checked_groups(language_model: LanguageModel, recipe: Recipe, sparsity: floa
             f"recipe {recipe.name}: targets and ignore choose weight matrices by name, of which "
             "experts are stacks; use protect_first and protect_last of unit: expert"
         )
+    if skips_experts(recipe):
+        refuse_without_choice(language_model)
     found = find_linears(language_model.model, targets=recipe.targets, ignore=recipe.ignore)
     groups = kind.groups(found, language_model, recipe.unit.options)
     if are_needed(recipe):
@@ -179,6 +190,8 @@ def refuse_unequal_widths(language_model: LanguageModel, recipe: Recipe, sparsit
             "of transformers holds, so such a model cannot be saved; leave --output out, or use "
             "instead: others"
         )
+    if skips_experts(recipe):
+        groups = [replace(group, skip_below=0.0) for group in groups]
     refuse_unsaveable(language_model, units_tried(recipe, groups, sparsity))
 
 

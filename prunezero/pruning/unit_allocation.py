@@ -5,6 +5,8 @@ can lose more. What a group's steps cost by themselves is measured first; an all
 the cheapest steps. Evolution goes on from there: allocations with some steps moved are measured on
 a little text, the better ones on more, and the best takes the place of its parent.
 
+Experts are not mended, and what their mixture's output loses says how steps grow.
+
 Functions of the recipe's words at `allocate`, for units; what they look at stands in `Evidence`.
 
 Sources: Sieberling et al. 2024, EvoPress, arXiv:2410.14649 (level switches, staged tokens, KL);
@@ -23,6 +25,7 @@ import numpy as np
 from prunezero.errors import RecipeError, SelectionError
 from prunezero.models.anatomy.groups import Group
 from prunezero.pruning.budget import Budget
+from prunezero.pruning.expert_trials import ExpertTrials
 from prunezero.pruning.trials import Trials
 
 if TYPE_CHECKING:
@@ -190,9 +193,18 @@ def _ladder(sparsity: float, steps: int, evidence: Evidence) -> Ladder:
     return Ladder.of(evidence.groups, sparsity, evidence.recipe.unit.measure, steps)
 
 
-def _trials(evidence: Evidence, windows: int) -> Trials:
+def _trials(evidence: Evidence, windows: int) -> Trials | ExpertTrials:
     assert evidence.recipe is not None and evidence.language_model is not None
     assert evidence.held_out is not None  # _ladder refused it; for the type checker
+    if evidence.recipe.unit.word == "expert":
+        assert evidence.windows is not None  # check_text refused it; for the type checker
+        return ExpertTrials(
+            evidence.language_model,
+            evidence.recipe,
+            evidence.groups,
+            evidence.windows,
+            evidence.held_out[:windows],
+        )
     return Trials(
         evidence.language_model,
         evidence.recipe,
@@ -202,7 +214,7 @@ def _trials(evidence: Evidence, windows: int) -> Trials:
     )
 
 
-def _curves(ladder: Ladder, trials: Trials, windows: int) -> list[np.ndarray]:
+def _curves(ladder: Ladder, trials: Trials | ExpertTrials, windows: int) -> list[np.ndarray]:
     """What a group's steps cost by themselves, KL after 0, 1, ... steps of each group."""
     curves = []
     for group, counts in zip(ladder.groups, ladder.counts, strict=True):
@@ -320,7 +332,7 @@ def _switched(
 def _ratios(
     evidence: Evidence, ladder: Ladder, taken: Steps, curves: Sequence[np.ndarray]
 ) -> dict[str, float]:
-    """The share of its units that each group loses, by the names of its linear maps."""
+    """The share of its units that each group loses, by its name and those of its linear maps."""
     removed = dict.fromkeys((group.name for group in evidence.groups), 0)
     removed |= ladder.removed(taken)
     _fill(ladder, taken, curves, removed, evidence)
@@ -328,8 +340,8 @@ def _ratios(
     for group in evidence.groups:
         # Half a unit more, which is rounded down again: no share of binary digits loses one.
         share = (removed[group.name] + 0.5) / group.units if removed[group.name] else 0.0
-        for member in group.members:
-            ratios[member.linear.name] = min(share, 1.0)
+        for name in (group.name, *(member.linear.name for member in group.members)):
+            ratios[name] = min(share, 1.0)
     return ratios
 
 

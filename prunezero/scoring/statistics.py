@@ -251,6 +251,8 @@ class Statistics:
     """by name, see `SUMS`, `BLOCK_SUMS` and `ROUTING_SUMS`"""
     of_training: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """what features read of low-rank factors that train, see `formula/feature_row.py`; no sums"""
+    is_filled: bool = False
+    """whether it saw too little text, and was filled up with that of others"""
     memo: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False, repr=False)
     """what was derived from the sums and is dear to derive again; emptied when they change"""
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict, init=False, repr=False)

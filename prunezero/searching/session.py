@@ -24,7 +24,7 @@ from prunezero.searching.experiment.objectives import find_objective
 from prunezero.searching.experiment.provenance import header, machine
 from prunezero.searching.experiment.rule import Rule
 from prunezero.searching.experiment.task import Task
-from prunezero.searching.experiment.testbeds import fitted
+from prunezero.searching.experiment.testbeds import fitted, without_unknown_features
 from prunezero.searching.search import search
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.spaces.space_choices import alike
@@ -272,6 +272,7 @@ def find(
         **named,
     )
     testbeds = (testbed, *also_testbeds)
+    config, _ = without_unknown_features(config, testbeds)
     session = open_session(testbeds, make_task(config), Path(folder), resume=resume)
     try:
         yield from search(session.rungs, max_candidates=budget)

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 
 from prunezero.errors import ModelError
 from tests.cli.conftest import SMALL, Run, flat, small_space
-from tests.tiny_stacks import save_moe_model
+from tests.tiny_moe import save_stacked
 
 
 @pytest.fixture
 def mixture(run: Run, tiny_files: tuple[Path, Path]) -> str:
     """Options that name a mixture in the folder at hand, and text enough for its experts."""
-    save_moe_model("mixtral", Path("mixture"))
+    save_stacked("mixtral", Path("mixture"))
     more = SMALL.replace("--calibration-tokens 64", "--calibration-tokens 1024")
     return f"--model mixture --text {tiny_files[1]} {more}"
 

@@ -244,8 +244,8 @@ def test_a_block_that_would_compute_otherwise_in_another_place_is_refused() -> N
     assert shortening_of(model.model, without(groups, 2)).setting == {"n_layer": 2}
 
 
-# No class of their own: of GPT-NeoX no folder at all; an OPT's MLP is no module.
-WITHOUT_CLASS = {"gpt_neox": ("attention", "mlp", "block"), "opt": ("mlp", "block")}
+# No class of their own: an OPT's MLP is no module.
+WITHOUT_CLASS = {"opt": ("mlp", "block")}
 
 
 @pytest.mark.parametrize("is_from_files", [False, True])

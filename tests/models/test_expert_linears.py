@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,13 @@ from prunezero.models.observing.calibration import BlockWalk, calibrate
 from prunezero.models.observing.expert_calls import calling_experts, fill_up, own_weights
 from prunezero.scoring.statistics import SUMS, Statistics
 from tests.tiny_models import HIDDEN, tiny_batches, tiny_tokenizer
-from tests.tiny_stacks import (
-    EXPERTS,
+from tests.tiny_moe import (
     INNER,
     MOE_FAMILIES,
     OTHER_LAYOUTS,
-    moe_model,
-    moe_network,
+    STACKED,
+    stacked_model,
+    stacked_network,
     unfused_twin,
 )
 
@@ -33,9 +34,9 @@ IDS = tiny_batches(24, 32)
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_every_matrix_of_every_expert_is_found_and_no_router(family: str) -> None:
-    layers = find_linears(moe_network(family))
+    layers = find_linears(stacked_network(family))
     inside = [layer for layer in layers if isinstance(layer.module, ExpertLinear)]
-    assert len(inside) == MOE_FAMILIES[family] * EXPERTS * 2
+    assert len(inside) == MOE_FAMILIES[family] * STACKED * 2
     assert {tuple(layer.weight.shape) for layer in inside} == {
         (2 * INNER, HIDDEN),
         (HIDDEN, INNER),
@@ -48,17 +49,17 @@ def test_every_matrix_of_every_expert_is_found_and_no_router(family: str) -> Non
 @pytest.mark.parametrize("family", OTHER_LAYOUTS)
 def test_experts_of_another_layout_are_refused_by_name(family: str) -> None:
     with pytest.raises(ModelError, match=r"model\.layers\.0.* this layout is not supported"):
-        find_linears(moe_network(family))
+        find_linears(stacked_network(family))
 
 
 def test_a_shared_expert_is_pruned_like_any_mlp_and_its_gate_is_left_alone() -> None:
-    names = {layer.name for layer in find_linears(moe_network("qwen2_moe"))}
+    names = {layer.name for layer in find_linears(stacked_network("qwen2_moe"))}
     assert "model.layers.0.mlp.shared_expert.down_proj" in names
     assert "model.layers.0.mlp.shared_expert_gate" not in names
 
 
 def test_writing_to_a_weight_changes_the_stack_at_its_index_alone() -> None:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     (layer,) = find_linears(network, targets=["layers.1.mlp.experts.3.down_proj"])
     stack = network.get_parameter("model.layers.1.mlp.experts.down_proj").detach()
     before = stack.clone()
@@ -70,11 +71,11 @@ def test_writing_to_a_weight_changes_the_stack_at_its_index_alone() -> None:
 
 
 def test_patterns_reach_experts_as_they_reach_other_layers() -> None:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     layers = find_linears(network)
-    assert len(matching("down_proj", layers)) == 2 * EXPERTS
+    assert len(matching("down_proj", layers)) == 2 * STACKED
     assert len(matching("experts.3.down_proj", layers)) == 2
-    assert len(find_linears(network, targets=["re:experts"])) == 4 * EXPERTS
+    assert len(find_linears(network, targets=["re:experts"])) == 4 * STACKED
     assert len(find_linears(network, ignore=["re:experts"])) == 8
     assert len(find_linears(network, ignore=["experts.0.gate_up_proj"])) == len(layers) - 2
     with pytest.raises(ModelError, match=r"'experts\.7\.down_proj' matches no layer"):
@@ -82,7 +83,7 @@ def test_patterns_reach_experts_as_they_reach_other_layers() -> None:
 
 
 def test_a_model_is_found_the_same_linear_maps_in_again_and_its_copy_has_its_own() -> None:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     first, again = find_linears(network)[5], find_linears(network)[5]
     assert first.module is again.module
     twin = copy.deepcopy(network)
@@ -96,7 +97,7 @@ def test_a_model_is_found_the_same_linear_maps_in_again_and_its_copy_has_its_own
 
 
 def test_a_network_has_no_more_modules_and_tensors_than_before() -> None:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     modules, tensors = dict(network.named_modules()), list(network.state_dict())
     find_linears(network)
     assert dict(network.named_modules()) == modules
@@ -105,7 +106,7 @@ def test_a_network_has_no_more_modules_and_tensors_than_before() -> None:
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_experts_that_call_their_linear_maps_compute_what_the_eager_ones_do(family: str) -> None:
-    network = moe_network(family)
+    network = stacked_network(family)
     network.set_experts_implementation("eager")
     layers = find_linears(network)
     calls: list[int] = []
@@ -124,7 +125,7 @@ def test_experts_that_call_their_linear_maps_compute_what_the_eager_ones_do(fami
 
 
 def test_what_experts_call_is_as_before_after_an_error_too() -> None:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     experts = network.model.layers[0].mlp.experts
     layers = find_linears(network)
     with pytest.raises(KeyError), calling_experts(layers):
@@ -138,11 +139,11 @@ def test_what_experts_call_is_as_before_after_an_error_too() -> None:
 
 
 def test_a_sum_does_not_depend_on_how_tokens_are_grouped() -> None:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     experts = network.model.layers[0].mlp.experts
     hidden = torch.randn(40, HIDDEN, generator=torch.Generator().manual_seed(0))
-    indices = torch.arange(40)[:, None].expand(40, 2) % EXPERTS
-    indices = torch.stack([indices[:, 0], (indices[:, 0] + 1) % EXPERTS], dim=1)
+    indices = torch.arange(40)[:, None].expand(40, 2) % STACKED
+    indices = torch.stack([indices[:, 0], (indices[:, 0] + 1) % STACKED], dim=1)
     seen: list[torch.Tensor] = []
     linear = expert_linears(experts)["2.gate_up_proj"]
     handle = linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -155,7 +156,7 @@ def test_a_sum_does_not_depend_on_how_tokens_are_grouped() -> None:
 
 
 def test_every_sum_equals_that_of_a_twin_without_stacks() -> None:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     models = [
         wrap_model(one, tiny_tokenizer(), name="mixtral")
         for one in (network, unfused_twin(network))
@@ -175,7 +176,7 @@ def test_every_sum_equals_that_of_a_twin_without_stacks() -> None:
 
 
 def test_gradients_reach_each_expert_apart_and_none_stays() -> None:
-    network = moe_network("mixtral").requires_grad_(False)
+    network = stacked_network("mixtral").requires_grad_(False)
     layers = find_linears(network, targets=["re:experts"])
     stack = network.get_parameter("model.layers.0.mlp.experts.down_proj")
     with own_weights(layers) as leaves:
@@ -206,7 +207,7 @@ def known(tokens: int, seed: int, columns: int = 8, rows: int = 6) -> tuple[Any,
 
 
 def experts_of(columns: int) -> list[Linear]:
-    network = moe_network("mixtral", hidden_size=columns, head_dim=2)
+    network = stacked_network("mixtral", hidden_size=columns, head_dim=2)
     return find_linears(network, targets=["re:layers.0.*experts.*gate_up"])
 
 
@@ -238,7 +239,7 @@ def test_where_no_expert_saw_a_token_nothing_is_filled_up() -> None:
 
 
 def test_experts_with_few_tokens_are_named_in_one_warning() -> None:
-    model = moe_model("mixtral")
+    model = stacked_model("mixtral")
     layers = find_linears(model.model)
     with pytest.warns(PruneZeroWarning) as told:
         found = calibrate(model, IDS[:1], layers, ["gram", "gradient_square_sum"])
@@ -250,8 +251,23 @@ def test_experts_with_few_tokens_are_named_in_one_warning() -> None:
         assert one.tokens == (2 * one.sums["gram"].shape[0] if "experts" in name else 32)
 
 
+def test_sums_from_the_cache_repeat_the_warning_about_experts_with_few_tokens(
+    tmp_path: Path,
+) -> None:
+    model, told = stacked_model("mixtral"), []
+    layers = find_linears(model.model)
+    for sums in (["gram"], ["gram"], ["gram", "input_sum"]):
+        with pytest.warns(PruneZeroWarning) as heard:
+            found = calibrate(model, IDS[:1], layers, sums, cache=tmp_path)
+        told.append([str(one.message) for one in heard])
+        assert {name for name, one in found.items() if one.is_filled} == {
+            layer.name for layer in layers if "experts" in layer.name
+        }
+    assert len(told[0]) == 1 and told[0] == told[1] == told[2]
+
+
 def test_an_expert_alone_that_saw_no_token_is_refused() -> None:
-    model = moe_model("mixtral")
+    model = stacked_model("mixtral")
     layers = find_linears(model.model, targets=["layers.0.mlp.experts.3.down_proj"])
     experts = model.model.model.layers[0].mlp.experts
     # No token goes to the last expert.

@@ -7,12 +7,12 @@ import pytest
 from prunezero.errors import ModelError
 from prunezero.models.anatomy.experts import find_moe_layers
 from tests.tiny_models import tiny_network
-from tests.tiny_stacks import MOE_FAMILIES, OTHER_LAYOUTS, moe_network
+from tests.tiny_moe import MOE_FAMILIES, OTHER_LAYOUTS, stacked_network
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_experts_are_found_with_their_router(family: str) -> None:
-    layers = find_moe_layers(moe_network(family))
+    layers = find_moe_layers(stacked_network(family))
     assert len(layers) == MOE_FAMILIES[family]
     for layer in layers:
         assert (layer.count, layer.top_k) == (4, 2)
@@ -24,7 +24,7 @@ def test_experts_are_found_with_their_router(family: str) -> None:
 @pytest.mark.parametrize("family", OTHER_LAYOUTS)
 def test_other_layouts_are_refused_by_name(family: str) -> None:
     with pytest.raises(ModelError, match="model.layers.0.* this layout is not supported"):
-        find_moe_layers(moe_network(family))
+        find_moe_layers(stacked_network(family))
 
 
 def test_a_dense_model_has_none() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from prunezero.models.editing.slicing import ROUTED, setting_of, sliced
 from prunezero.models.loading.load import load_model
 from prunezero.models.loading.shards import Shards
 from prunezero.models.saving.save import save_model
+from tests.models.test_unequal import LOADED, generated
 from tests.tiny_models import tiny_batches, tiny_model
 from tests.tiny_moe import EXPERTS, GROUPED, MIXTURES, MORE, TOP_K, moe_groups, moe_model, save_moe
 
@@ -181,18 +185,81 @@ def test_a_count_that_the_file_says_under_another_name_follows(tmp_path: Path) -
     assert torch.equal(load_model(str(tmp_path / "out")).model(IDS).logits, wanted)
 
 
-def test_mixtures_may_keep_different_numbers_in_memory_alone(tmp_path: Path) -> None:
+def test_mixtures_may_keep_different_numbers_in_memory() -> None:
     model = moe_model("mixtral")
-    first, second = moe_groups(model)
-    choice = without([first], 1, 2) | without([second], 5)
+    choice = unequal_choice("mixtral", moe_groups(model))
     with without_experts(model, choice):
         simulated = model.model(IDS).logits
-    with sliced(model, choice):
+    with sliced(model, choice) as slices:
         assert torch.equal(model.model(IDS).logits, simulated)
-    with pytest.raises(ModelError, match=r"gives its mixtures 4 or 5 experts; .*compare: group"):
-        save_model(model, tmp_path / "out", smaller=choice)
+    assert slices.layers == {0: {"num_local_experts": 4}, 1: {"num_local_experts": 5}}
     ROUTED.remove(model, choice)
     assert torch.equal(model.model(IDS).logits, simulated)
+
+
+def unequal_choice(family: str, groups: list[Group]) -> Selection:
+    """Four experts of the first mixture stay, and another number of the second, if there is one."""
+    first, *others = groups
+    chosen = without([first], 1, 4)
+    for other in others:
+        chosen |= without([other], *(() if family in GROUPED else (2,)))
+    return chosen
+
+
+def test_different_numbers_of_experts_are_saved_and_read_in_a_fresh_process(
+    tmp_path: Path,
+) -> None:
+    wanted = {}
+    for family in (*MIXTURES, *MORE):
+        dense = save_moe(family, tmp_path / f"{family}_dense", num_hidden_layers=3)
+        model, folder = load_model(str(dense)), str(tmp_path / family)
+        groups = moe_groups(model)
+        choice = unequal_choice(family, groups)
+        save_model(model, folder, smaller=choice)
+        with sliced(model, choice):
+            wanted[folder] = model.model(IDS).logits, generated(model.model, IDS)
+        # Without the code that lies in it, and pruned once more.
+        again = load_model(folder)
+        left = [int(kept.sum()) for _, kept in choice]
+        assert [group.units for group in moe_groups(again)] == left and len(set(left)) == 2
+        assert torch.equal(again.model(IDS).logits, wanted[folder][0])
+        stored = sum(math.prod(one.shape) for one in Shards(Path(folder)).tensors.values())
+        # A tensor that two modules share is stored once.
+        held = {one.data_ptr(): one.numel() for one in again.model.state_dict().values()}
+        assert stored == sum(held.values()), family
+    torch.save(IDS, tmp_path / "ids.pt")
+    words = [sys.executable, "-c", LOADED, str(tmp_path / "ids.pt"), *wanted]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "ids.pt")
+    assert found.keys() == wanted.keys() and len(found) == 9
+    for folder, (logits, tokens) in wanted.items():
+        assert torch.equal(found[folder]["logits"], logits), folder
+        assert found[folder]["new"] == tokens, folder
+
+
+def test_mixtures_that_differ_may_lose_more_and_their_experts_run_in_every_way(
+    tmp_path: Path,
+) -> None:
+    model = load_model(str(save_moe("qwen3_moe", tmp_path / "dense")))
+    save_model(model, tmp_path / "first", smaller=unequal_choice("qwen3_moe", moe_groups(model)))
+    again = load_model(str(tmp_path / "first"))
+    assert again.model.config._experts_implementation == "grouped_mm"
+    first, second = moe_groups(again)
+    kept = torch.tensor([True, False, True, True]), torch.arange(5) < 3
+    choice = Selection((first, second), kept)
+    with without_experts(again, choice):
+        wanted = again.model(IDS).logits
+    save_model(again, tmp_path / "second", smaller=choice)
+    told = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert told["per_layer_config"] == {str(at): {"num_local_experts": 3} for at in (0, 1)}
+    last = load_model(str(tmp_path / "second"))
+    assert torch.equal(last.model(IDS).logits, wanted)
+    for way in ("eager", "batched_mm"):
+        last.model.set_experts_implementation(way)
+        experts: list[Any] = [layer.experts for layer in find_moe_layers(last.model)]
+        assert {one.config._experts_implementation for one in experts} == {way}
+        torch.testing.assert_close(last.model(IDS).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_so_many_experts_stay_that_each_token_finds_as_many_as_it_goes_to() -> None:

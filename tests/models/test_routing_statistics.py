@@ -14,7 +14,8 @@ from prunezero.models.anatomy.experts import MoeLayer
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.routing import without_experts
 from prunezero.models.loading.load import LanguageModel
-from prunezero.models.observing.routing import mixture_of, routing_statistics
+from prunezero.models.observing.routing import routing_statistics
+from prunezero.models.observing.subset_losses import mixture_of
 from prunezero.scoring.statistics import ROUTING_SUMS, Statistics
 from tests.models.test_routing import state, without
 from tests.tiny_models import tiny_batches

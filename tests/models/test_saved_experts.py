@@ -18,7 +18,7 @@ from prunezero.pruning.prune import prune, settle
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.scoring.masking import count_zeros
 from tests.tiny_models import tiny_batches
-from tests.tiny_stacks import MOE_FAMILIES, moe_model, save_moe_model
+from tests.tiny_moe import MOE_FAMILIES, save_stacked, stacked_model
 
 MAGNITUDE = Recipe.model_validate({"name": "mine", "criterion": "abs(W)"})
 FILE = "model.safetensors"
@@ -37,7 +37,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
 def test_a_pruned_model_is_saved_in_the_layout_of_its_source_and_read_again(
     family: str, tmp_path: Path
 ) -> None:
-    source = save_moe_model(family, tmp_path / "source")
+    source = save_stacked(family, tmp_path / "source")
     model = load_model(str(source))
     prune(model, MAGNITUDE, 0.5)
     layers = find_linears(model.model)
@@ -56,7 +56,7 @@ def test_a_pruned_model_is_saved_in_the_layout_of_its_source_and_read_again(
 
 
 def test_numbers_that_stay_are_those_of_the_file_to_the_last_bit(tmp_path: Path) -> None:
-    source = save_moe_model("mixtral", tmp_path / "source", dtype=torch.bfloat16)
+    source = save_stacked("mixtral", tmp_path / "source", dtype=torch.bfloat16)
     model = load_model(str(source), dtype="float32")
     layers = find_linears(model.model, targets=["experts.3.gate_up_proj"])
     before = load_file(source / FILE)
@@ -83,13 +83,13 @@ def test_numbers_that_stay_are_those_of_the_file_to_the_last_bit(tmp_path: Path)
 
 
 def test_a_dense_model_is_saved_as_it_was(tmp_path: Path) -> None:
-    source = save_moe_model("qwen2_moe", tmp_path / "source", dtype=torch.bfloat16)
+    source = save_stacked("qwen2_moe", tmp_path / "source", dtype=torch.bfloat16)
     saved = save_model(load_model(str(source)), tmp_path / "saved")
     assert (saved / FILE).read_bytes() == (source / FILE).read_bytes()
 
 
 def test_shards_of_a_mixture_are_mirrored(tmp_path: Path) -> None:
-    model = moe_model("olmoe")
+    model = stacked_model("olmoe")
     model.model.save_pretrained(tmp_path / "source", max_shard_size="40KB")
     model.tokenizer.save_pretrained(tmp_path / "source")
     loaded = load_model(str(tmp_path / "source"))
@@ -105,7 +105,7 @@ def test_shards_of_a_mixture_are_mirrored(tmp_path: Path) -> None:
 
 
 def test_zeros_of_some_experts_are_counted_in_a_file_that_holds_stacks(tmp_path: Path) -> None:
-    model = load_model(str(save_moe_model("granitemoe", tmp_path / "source")))
+    model = load_model(str(save_stacked("granitemoe", tmp_path / "source")))
     recipe = MAGNITUDE.model_copy(update={"targets": ("experts.1.down_proj",)})
     prune(model, recipe, 0.5)
     layers = find_linears(model.model, targets=recipe.targets)
@@ -117,7 +117,7 @@ def test_zeros_of_some_experts_are_counted_in_a_file_that_holds_stacks(tmp_path:
 def test_a_model_without_files_is_saved_by_its_library_and_its_zeros_are_found(
     tmp_path: Path,
 ) -> None:
-    model = moe_model("mixtral")
+    model = stacked_model("mixtral")
     prune(model, MAGNITUDE, 0.5)
     layers = find_linears(model.model)
     saved = save_model(model, tmp_path / "saved")

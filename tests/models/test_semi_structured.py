@@ -14,7 +14,7 @@ from prunezero.models.editing.semi_structured import first_dense_group, to_semi_
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import wrap_model
 from tests.tiny_models import tiny_batches, tiny_network, tiny_tokenizer
-from tests.tiny_stacks import moe_model
+from tests.tiny_moe import stacked_model
 
 
 def two_four(family: str = "llama", dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
@@ -71,7 +71,7 @@ def test_transposed_weights_are_refused() -> None:
 
 @pytest.mark.usefixtures("ampere")
 def test_matrices_of_a_stack_of_experts_are_refused() -> None:
-    model = moe_model("mixtral")
+    model = stacked_model("mixtral")
     (layer,) = find_linears(model.model, targets=["layers.0.mlp.experts.2.down_proj"])
     with pytest.raises(ModelError, match=r"experts\.2\.down_proj' is one matrix of a stack"):
         to_semi_structured(model, [layer])

@@ -15,7 +15,7 @@ from prunezero.pruning.costs import group_cost, model_costs
 from prunezero.pruning.prune import prune
 from prunezero.pruning.recipes.recipe import Recipe
 from tests.tiny_models import BLOCKS, FAMILIES, HIDDEN, VOCABULARY, tiny_batches, tiny_model
-from tests.tiny_stacks import EXPERTS, moe_model
+from tests.tiny_moe import STACKED, stacked_model
 
 # As in `tiny_models.py`: width of all heads together, and of all key-value heads.
 HEADS, KEYS = 32, 16
@@ -52,18 +52,18 @@ def test_products_of_a_forward_pass_are_two_for_each_weight_and_those_of_attenti
 def test_products_of_a_mixture_are_those_of_the_experts_that_tokens_go_to(
     implementation: str,
 ) -> None:
-    model = moe_model("mixtral")
+    model = stacked_model("mixtral")
     model.model.set_experts_implementation(implementation)
     costs = model_costs(model, tiny_batches(1, TOKENS))
     linears = find_linears(model.model)
     inside = sum(one.weight.numel() for one in linears if "experts" in one.name)
     others = sum(one.weight.numel() for one in linears) - inside
     # Each token goes to two experts of four in both blocks, and one router of each chooses them.
-    weights = others + inside // 2 + BLOCKS * EXPERTS * HIDDEN + HIDDEN * VOCABULARY
+    weights = others + inside // 2 + BLOCKS * STACKED * HIDDEN + HIDDEN * VOCABULARY
     assert costs.flops == 2 * weights + BLOCKS * 4 * HEADS * TOKENS
     assert (
         costs.parameters_without_embeddings
-        == others + inside + BLOCKS * (EXPERTS * HIDDEN + 2 * HIDDEN) + HIDDEN
+        == others + inside + BLOCKS * (STACKED * HIDDEN + 2 * HIDDEN) + HIDDEN
     )
 
 

@@ -19,14 +19,14 @@ from prunezero.pruning.prune import prune, prune_layers
 from prunezero.pruning.recipes.recipe import Recipe, published_of
 from prunezero.pruning.requirements import dense_sums
 from tests.tiny_models import tiny_batches, tiny_tokenizer
-from tests.tiny_stacks import EXPERTS, MOE_FAMILIES, moe_model, moe_network, unfused_twin
+from tests.tiny_moe import MOE_FAMILIES, STACKED, stacked_model, stacked_network, unfused_twin
 
 # So many that no expert sees fewer than two tokens for each column.
 WINDOWS = tiny_batches(24, 32)
 
 
 def pair() -> tuple[LanguageModel, LanguageModel]:
-    network = moe_network("mixtral")
+    network = stacked_network("mixtral")
     twin = unfused_twin(network)
     return (
         wrap_model(network, tiny_tokenizer(), name="mixtral"),
@@ -59,7 +59,7 @@ def test_every_recipe_prunes_experts_as_those_of_a_twin_without_stacks(recipe: R
     found = pruned(stacked, recipe, 0.5)
     check_equal(found, pruned(twin, recipe, 0.5))
     inside = [weight for name, weight in found.items() if "experts" in name]
-    assert len(inside) == 2 * 2 * EXPERTS
+    assert len(inside) == 2 * 2 * STACKED
     for weight in inside:
         assert 0.25 < float((weight == 0).float().mean()) < 0.75
 
@@ -90,7 +90,7 @@ def test_choices_of_a_recipe_reach_experts_as_those_of_a_twin(name: str) -> None
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_every_family_is_pruned_and_its_routers_are_left_alone(family: str) -> None:
-    model = moe_model(family)
+    model = stacked_model(family)
     before = {name: one.clone() for name, one in model.model.state_dict().items()}
     pruned(model, Recipe.load("sparsegpt"), 0.5)
     linear = {f"{layer.name}.weight" for layer in find_linears(model.model)}
@@ -102,7 +102,7 @@ def test_every_family_is_pruned_and_its_routers_are_left_alone(family: str) -> N
 
 
 def test_low_rank_factors_for_experts_are_refused_before_the_work() -> None:
-    model = moe_model()
+    model = stacked_model()
     recipe = Recipe.model_validate({"name": "mine", "criterion": "abs(W)", "recover": "lora"})
     with pytest.raises(ModelError, match=r"'model\.layers\.0\.mlp\.experts\.0\.gate_up_proj' is"):
         prune(model, recipe, 0.5, windows=WINDOWS)
@@ -113,7 +113,7 @@ def test_low_rank_factors_for_experts_are_refused_before_the_work() -> None:
 
 def error_on(held_out: Tensor, seed: int, windows: Tensor, *, fills_up: bool) -> float:
     """How much of the outputs of experts a mended mask loses on other text, as a mean."""
-    model = moe_model("mixtral", seed=seed, hidden_size=64, intermediate_size=64)
+    model = stacked_model("mixtral", seed=seed, hidden_size=64, intermediate_size=64)
     layers = find_linears(model.model, targets=["re:layers.0.*experts"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PruneZeroWarning)

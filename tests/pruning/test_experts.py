@@ -13,7 +13,8 @@ from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.routing import without_experts
 from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.load import LanguageModel
-from prunezero.models.observing.routing import Oracle, mixture_of, routing_statistics
+from prunezero.models.observing.routing import routing_statistics
+from prunezero.models.observing.subset_losses import SubsetLosses, mixture_of
 from prunezero.pruning.expert_subsets import best_subset, exchanged, one_by_one, subsets_of
 from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.outcome import Outcome
@@ -50,7 +51,7 @@ def test_every_recipe_takes_a_share_of_experts_and_leaves_weights_alone(name: st
     before, chosen = state(model), Recipe.load(name)
     outcome = pruned(model, chosen)
     assert outcome.selection.removed() == 4 and outcome.sparsity_reached == pytest.approx(1 / 3)
-    if chosen.compare == "group":
+    if chosen.compare == "group" and chosen.allocate.is_usual:
         assert [len(one) for one in gone(outcome.selection)] == [2, 2]
     assert all(torch.equal(value, before[name]) for name, value in state(model).items())
     assert gone(pruned(again, chosen).selection) == gone(outcome.selection)
@@ -110,7 +111,8 @@ def test_an_expert_that_no_token_goes_to_is_the_first_to_go() -> None:
     unrouted = [known[one.name].sums["routed_count"] == 0 for one in groups]
     dead = [one.nonzero().flatten().tolist() for one in unrouted]
     assert any(dead)
-    for name in set(NAMES) - {"aimer", "expert_random", "seer", "expert_sparsity_progressive"}:
+    others = {"aimer", "expert_random", "seer", "expert_sparsity_progressive", "reap_evolved"}
+    for name in set(NAMES) - others:
         lost = gone(prune(model, Recipe.load(name), 0.17, windows=few).selection)
         for (one,), unseen in zip(lost, dead, strict=True):
             assert one in unseen or not unseen, name
@@ -210,6 +212,8 @@ def test_what_cannot_go_is_refused_before_the_text_is_read(
         ({"recover": "lora"}, "recover: lora is for unit"),
         ({"criterion": "A"}, "feature A says nothing of expert x number"),
         ({"compare": "row"}, "compare: row says nothing of unit: expert"),
+        ({"allocate": "evolve", "statistics": "sequential"}, "needs statistics: dense and"),
+        ({"allocate": "slopes", "schedule": "subsets", "criterion": "LOO"}, "schedule: one-shot"),
         (
             {"unit": {"expert": {"guard": "super"}}, "statistics": "sequential"},
             "they need statistics: dense",
@@ -232,6 +236,60 @@ def test_experts_that_all_score_alike_are_refused_by_name() -> None:
         pruned(moe_model(), recipe("PARAMS"))
 
 
+# ---- how many of each mixture
+
+
+def divergence(model: LanguageModel, selection: Selection, windows: Tensor) -> float:
+    """KL to the dense model, in nats per token whose next one is told."""
+    total, count = 0.0, 0
+    for ids in windows:
+        dense = model.model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+        with without_experts(model, selection):
+            now = model.model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+        total += float((dense.exp() * (dense - now)).sum())
+        count += len(now)
+    return total / count
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_the_evolved_numbers_are_those_that_brute_force_finds(family: str) -> None:
+    model, held_out = moe_model(family, seed=1), tiny_batches(4, 12, seed=5)
+    groups, numbers = moe_groups(model), {"evaluations": 24, "offspring": 4}
+    before = state(model)
+    chosen = recipe(
+        allocate={"evolve": {**numbers, "first_windows": 4, "windows": 4, "proposals": "random"}}
+    )
+    known = routing_statistics(model, groups, WINDOWS, ["gated_norm_sum", "routed_count"])
+    order = []
+    for group in groups:
+        sums = known[group.name].sums
+        means = (sums["gated_norm_sum"] / sums["routed_count"].clamp(min=1)).tolist()
+        order.append(sorted(range(EXPERTS), key=means.__getitem__))
+    losses = {}
+    for first in range(5):
+        counts = (first, 4 - first)
+        kept = [torch.ones(EXPERTS, dtype=torch.bool) for _ in groups]
+        for mask, ranked, count in zip(kept, order, counts, strict=True):
+            mask[ranked[:count]] = False
+        losses[counts] = divergence(model, Selection(tuple(groups), tuple(kept)), held_out)
+    found = prune(model, chosen, 0.34, windows=WINDOWS, held_out=held_out).selection
+    best = min(losses, key=losses.__getitem__)
+    assert tuple(map(len, gone(found))) == best
+    for ranked, went, count in zip(order, gone(found), best, strict=True):
+        assert sorted(ranked[:count]) == went
+    assert all(torch.equal(value, before[name]) for name, value in state(model).items())
+
+
+def test_evolved_numbers_take_as_many_of_each_group_of_a_router_and_spare_the_protected() -> None:
+    words = {"evolve": {"evaluations": 6, "first_windows": 2, "windows": 2}}
+    model = moe_model("deepseek_v3", num_hidden_layers=3)
+    for group, kept in pruned(model, recipe(allocate=words), 0.34).selection:
+        halves = kept.reshape(group.strata, -1).sum(1).tolist()
+        assert halves[0] == halves[1] and int(kept.sum()) >= group.least
+    chosen = recipe(allocate="slopes", unit={"expert": {"protect_first": 1}})
+    assert list(map(len, gone(pruned(moe_model(), chosen, 0.25).selection))) == [0, 3]
+
+
 # ---- subsets
 
 
@@ -246,10 +304,9 @@ def frobenius(model: LanguageModel, group: Group, kept: Tensor) -> float:
     return total
 
 
-def oracle_of(model: LanguageModel, group: Group) -> tuple[Oracle, list[Tensor]]:
+def losses_of(model: LanguageModel, group: Group) -> SubsetLosses:
     tokens = [inputs_of(model, mixture_of(group), ids[None]) for ids in WINDOWS]
-    oracle = Oracle.of(model, group, tokens)
-    return oracle, oracle.outputs(torch.ones(EXPERTS, dtype=torch.bool))
+    return SubsetLosses.of(model, group, tokens)
 
 
 def subset(*went: int) -> Tensor:
@@ -259,15 +316,32 @@ def subset(*went: int) -> Tensor:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_looked_up_outputs_are_those_of_the_layer_really_run_without_experts(family: str) -> None:
+def test_losses_of_several_subsets_are_those_of_the_layer_really_run_without_experts(
+    family: str,
+) -> None:
     model = moe_model(family)
     group = moe_groups(model)[-1]
-    oracle, wanted = oracle_of(model, group)
-    for went in ((), (0, 3), (2, 5)):
-        if went or group.strata == 1:
-            slow = frobenius(model, group, subset(*went))
-            assert oracle.loss(subset(*went), wanted) == pytest.approx(slow, rel=1e-6, abs=1e-9)
-    assert oracle.loss(subset(), wanted) == 0.0
+    known, every = losses_of(model, group), [(), (0, 3), (2, 5), (1, 4)]
+    found = known.losses(torch.stack([subset(*went) for went in every])).tolist()
+    assert found[0] == 0.0
+    for went, loss in zip(every[1:], found[1:], strict=True):
+        assert loss == pytest.approx(frobenius(model, group, subset(*went)), rel=1e-6)
+        assert loss == pytest.approx(float(known.losses(subset(*went)[None])), rel=1e-12)
+
+
+def test_losses_may_be_counted_from_outputs_on_another_text() -> None:
+    model = moe_model("qwen3_moe")
+    group = moe_groups(model)[0]
+    layer, generator = mixture_of(group), torch.Generator().manual_seed(5)
+    tokens = torch.randn(2, 9, 32, generator=generator)
+    wanted = list(torch.randn(2, 9, 32, generator=generator).double())
+    known = SubsetLosses.of(model, group, list(tokens), wanted)
+    found = known.losses(torch.stack([subset(), subset(1, 2)])).tolist()
+    for went, loss in (((), found[0]), ((1, 2), found[1])):
+        with without_experts(model, Selection((group,), (subset(*went),))), torch.no_grad():
+            now = layer.module(tokens).double()
+        slow = sum(float((a - b).norm()) for a, b in zip(now, wanted, strict=True))
+        assert loss == pytest.approx(slow, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -276,32 +350,35 @@ def test_trying_all_subsets_is_at_least_as_good_as_exchanges_and_these_as_one_by
 ) -> None:
     model = moe_model("qwen3_moe", seed=seed)
     (group, _) = moe_groups(model)
-    oracle, wanted = oracle_of(model, group)
+    losses = losses_of(model, group).losses
 
     def loss(kept: Tensor) -> float:
-        return oracle.loss(kept, wanted)
+        return float(losses(kept[None]))
 
-    greedy = one_by_one(group, loss, 3)
-    better = exchanged(group, loss, greedy, 100)
-    best = best_subset(group, loss, 3, Subsets())
+    greedy = one_by_one(group, losses, 3)
+    better = exchanged(group, losses, greedy, 100)
+    best = best_subset(group, losses, 3, Subsets())
     every = {went: loss(subset(*went)) for went in combinations(range(EXPERTS), 3)}
-    assert loss(best) == min(every.values()) <= loss(better) <= loss(greedy)
+    lowest = min(every, key=every.__getitem__)
+    assert torch.equal(best, subset(*lowest))
+    assert loss(best) <= loss(better) <= loss(greedy)
     assert loss(greedy) < sum(every.values()) / len(every)
     assert subsets_of(group, 3) == len(every) == 20
-    assert torch.equal(best_subset(group, loss, 3, Subsets(most=19)), better)
-    assert torch.equal(best_subset(group, loss, 3, Subsets(most=19, swaps=0)), greedy)
+    assert torch.equal(best_subset(group, losses, 3, Subsets(most=19)), better)
+    assert torch.equal(best_subset(group, losses, 3, Subsets(most=19, swaps=0)), greedy)
 
 
 def test_exchanges_leave_a_place_that_one_by_one_cannot() -> None:
     (group, _) = moe_groups(moe_model())
-    losses = {(0,): 1.0, (1,): 2.0, (2,): 2.0, (1, 2): 0.5}
+    known = {(0,): 1.0, (1,): 2.0, (2,): 2.0, (1, 2): 0.5}
 
-    def loss(kept: Tensor) -> float:
-        return losses.get(tuple((~kept).nonzero().flatten().tolist()), 5.0)
+    def losses(subsets: Tensor) -> Tensor:
+        gone = (tuple((~kept).nonzero().flatten().tolist()) for kept in subsets)
+        return torch.tensor([known.get(one, 5.0) for one in gone])
 
-    greedy = one_by_one(group, loss, 2)
+    greedy = one_by_one(group, losses, 2)
     assert (~greedy).nonzero().flatten().tolist() == [0, 1]
-    found = exchanged(group, loss, greedy, 10)
+    found = exchanged(group, losses, greedy, 10)
     assert (~found).nonzero().flatten().tolist() == [1, 2]
 
 

@@ -38,6 +38,7 @@ from prunezero.report.export.kernel import kernel_page
 from prunezero.report.runs.warm_start import rules_of
 from prunezero.scoring.statistics import Statistics
 from prunezero.searching.spaces.space import SearchSpace
+from tests.models.test_depth import odd_model
 from tests.models.test_mlp import MEMBERS, noisy
 from tests.tiny_models import BLOCKS, LAYOUTS, tiny_batches, tiny_model
 
@@ -305,12 +306,11 @@ def test_what_works_on_weights_alone_refuses_before_the_work(
 
 
 def test_widths_that_differ_are_refused_where_no_class_can_have_them() -> None:
-    for choices in ({}, {"compare": "model"}, {"targets": [r"re:layers\.0\."]}):
-        refuse_unequal_widths(tiny_model("llama"), recipe(**choices), SHARE)
-    # transformers renames tensors of its files, for its own classes only.
-    refuse_unequal_widths(tiny_model("gpt_neox"), recipe(), SHARE)
-    with pytest.raises(ModelError, match="no class of its own can be written for type 'gpt_neox'"):
-        refuse_unequal_widths(tiny_model("gpt_neox"), recipe(compare="model"), SHARE)
+    for family in ("llama", "gpt_neox"):
+        for choices in ({}, {"compare": "model"}, {"targets": [r"re:layers\.0\."]}):
+            refuse_unequal_widths(tiny_model(family), recipe(**choices), SHARE)
+    with pytest.raises(ModelError, match="no class of its own can be written for type 'falcon'"):
+        refuse_unequal_widths(odd_model("Falcon"), recipe(compare="model"), SHARE)
 
 
 def test_a_statistic_of_the_consumer_is_what_counts() -> None:

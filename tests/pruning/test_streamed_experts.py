@@ -19,13 +19,13 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.streamed import prune_streamed
 from tests.tiny_models import tiny_batches, tiny_tokenizer
-from tests.tiny_stacks import MOE_FAMILIES, moe_network
+from tests.tiny_moe import MOE_FAMILIES, stacked_network
 
 WINDOWS = tiny_batches(24, 32)
 
 
 def save_sharded(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    moe_network(family).to(dtype).save_pretrained(folder, max_shard_size="40KB")
+    stacked_network(family).to(dtype).save_pretrained(folder, max_shard_size="40KB")
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -20,7 +20,7 @@ from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.requirements import dense_sums
 from prunezero.report.export.page import pruner_page
 from tests.tiny_models import tiny_batches
-from tests.tiny_stacks import MOE_FAMILIES, OTHER_LAYOUTS, moe_model, moe_network, save_moe_model
+from tests.tiny_moe import MOE_FAMILIES, OTHER_LAYOUTS, save_stacked, stacked_model, stacked_network
 
 WINDOWS = tiny_batches(24, 32)
 
@@ -48,7 +48,7 @@ def page(chosen: Recipe) -> dict[str, Any]:
 
 
 def pruned_by_page(chosen: Recipe, family: str, windows: Tensor) -> dict[str, Tensor]:
-    network = moe_network(family)
+    network = stacked_network(family)
     sparsity = None if chosen.pattern != "free" else 0.5
     page(chosen)["prune_"](network, [ids[None] for ids in windows], sparsity)
     for module in network.modules():
@@ -57,7 +57,7 @@ def pruned_by_page(chosen: Recipe, family: str, windows: Tensor) -> dict[str, Te
 
 
 def pruned_by_engine(chosen: Recipe, family: str, windows: Tensor) -> dict[str, Tensor]:
-    model = moe_model(family)
+    model = stacked_model(family)
     layers = find_linears(model.model, targets=chosen.targets, ignore=chosen.ignore)
     statistics = calibrate(model, windows, layers, dense_sums([chosen]))
     prune(model, chosen, None if chosen.pattern != "free" else 0.5, statistics=statistics)
@@ -74,7 +74,7 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_the_page_prunes_the_weights_that_the_engine_prunes(name: str) -> None:
     found = pruned_by_page(RECIPES[name], "mixtral", WINDOWS)
     check_equal(found, pruned_by_engine(RECIPES[name], "mixtral", WINDOWS))
-    before = moe_network("mixtral").state_dict()
+    before = stacked_network("mixtral").state_dict()
     stack = "model.layers.0.mlp.experts.down_proj"
     assert not torch.equal(found[stack], before[stack])
 
@@ -99,17 +99,17 @@ def test_experts_with_few_tokens_are_filled_up_alike(name: str) -> None:
 def test_other_layouts_are_refused_by_name(family: str) -> None:
     names = page(RECIPES["inputs"])
     with pytest.raises(names["RefusalError"], match="this layout is not supported"):
-        names["prune_"](moe_network(family), [WINDOWS[:1]], 0.5)
+        names["prune_"](stacked_network(family), [WINDOWS[:1]], 0.5)
 
 
 def test_a_page_for_units_refuses_a_mixture() -> None:
     names = page(Recipe.load("minitron_heads"))
     with pytest.raises(ValueError, match="beside stacks of experts"):
-        names["prune_"](moe_network("mixtral"), [WINDOWS[:1]], 0.5)
+        names["prune_"](stacked_network("mixtral"), [WINDOWS[:1]], 0.5)
 
 
 def test_the_program_saves_a_mixture_that_reads_again(tmp_path: Path) -> None:
-    source = save_moe_model("mixtral", tmp_path / "dense", dtype=torch.bfloat16)
+    source = save_stacked("mixtral", tmp_path / "dense", dtype=torch.bfloat16)
     (tmp_path / "page.py").write_text(pruner_page(RECIPES["inputs"]))
     (tmp_path / "text.txt").write_text("abcdefgh, ijkl. " * 400)
     options = ["--sparsity", "0.5", "--output", "pruned", "--length", "32", "--sequences", "24"]

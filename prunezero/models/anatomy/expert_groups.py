@@ -18,6 +18,7 @@ from prunezero.models.anatomy.experts import MoeLayer, find_moe_layers
 from prunezero.models.anatomy.groups import Group, Part
 from prunezero.models.anatomy.linears import Linear
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.unequal.mixtures import Skipping
 
 # Tokens on which a router is tried.
 _TRIED = 3
@@ -112,6 +113,11 @@ def _refuse_other_router(layer: MoeLayer) -> None:
     Raises:
         ModelError: names it.
     """
+    if any(isinstance(hook, Skipping) for hook in layer.router._forward_hooks.values()):
+        raise ModelError(
+            f"tokens skip experts of '{layer.name}' already, so what its router does with each is "
+            "not seen; take experts out of the model as it was before, by one recipe that does both"
+        )
     weight = layer.router_weight
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(_TRIED, weight.shape[1], generator=generator).to(weight)

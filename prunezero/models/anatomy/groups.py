@@ -151,6 +151,8 @@ class Group:
     means: Tensor | None = field(default=None, compare=False)
     """what experts that go are answered for by, [experts, hidden]; None where others are chosen in
     their place"""
+    skip_below: float | None = field(default=None, compare=False)
+    """the threshold by which tokens skip experts that stay; None where they skip none"""
 
     @property
     def is_turned(self) -> bool:

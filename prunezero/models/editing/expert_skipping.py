@@ -7,16 +7,18 @@ Weights are sorted, w_1 >= ... >= w_k; a token keeps its first i experts, for th
 so of two experts the second is skipped where w_2 < beta * w_1. There is one beta for each mixture:
 the median over calibration tokens of w_k / (w_1 + ... + w_{k-1}), with which half of the tokens
 skip an expert. With beta 0 all run. For more than two experts the source divides by the sum of all
-weights, which is the same rule for beta / (1 + beta).
+weights, which is the same rule for beta / (1 + beta). The hook on a router that follows the rule
+stands in `prunezero/models/unequal/mixtures.py`, since saved folders have it too.
 
 Source: Lu et al. 2024, Not All Experts are Equal (ACL), arXiv:2402.14800, section 3.3 and appendix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +30,7 @@ from prunezero.models.editing.exchanging import set_value
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.hooks import removing
 from prunezero.models.text.windows import check_windows
-
-# Ways in which transformers runs experts that take the number of experts for no expert: the first
-# by itself, the others where a module says that experts elsewhere may have been chosen.
-_EAGER, _BY_FLAG = "eager", ("grouped_mm", "batched_mm")
-_FLAG = "_is_expert_parallel"
+from prunezero.models.unequal.mixtures import FLAG, Skipping
 
 
 @dataclass
@@ -61,17 +59,20 @@ class Calls:
         return sum(self.skipped.values()) / max(1, sum(self.slots.values()))
 
 
-def median_thresholds(language_model: LanguageModel, windows: Tensor) -> dict[str, float]:
+def median_thresholds(
+    language_model: LanguageModel, windows: Tensor, layers: Sequence[MoeLayer] | None = None
+) -> dict[str, float]:
     """The beta of each mixture with which half of these tokens would skip an expert, by its name.
 
     Args:
         windows: calibration token ids [count, length].
+        layers: the mixtures, where they were found before an edit hid experts; else all.
 
     Raises:
         ModelError: the model has no mixtures, or tokens go to one expert each.
         TextError: the model cannot be run on these ids.
     """
-    layers = _layers(language_model)
+    layers = _layers(language_model) if layers is None else layers
     check_windows(windows, language_model)
     ratios: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
@@ -116,50 +117,44 @@ def skipping_experts(
                 f"of {', '.join(layers)}"
             )
     calls = Calls()
-    way = getattr(language_model.model.config, "_experts_implementation", None)
     with ExitStack() as hooks:
         for name, beta in thresholds.items():
-            layer = layers[name]
-            has_flag = way in _BY_FLAG and hasattr(layer.experts, _FLAG)
-            if has_flag:
-                set_value(layer.experts, _FLAG, True, hooks)
-            nobody = len(layer.down) if has_flag or way == _EAGER else None
-            hook = _skipping(name, beta, calls, nobody=nobody, is_renormalised=is_renormalised)
-            hooks.enter_context(removing([layer.router.register_forward_hook(hook)]))
+            keep_flag(layers[name].experts, hooks)
+            hook = Skipping(layers[name].experts, beta, is_renormalised=is_renormalised)
+            hook.note = partial(calls.add, name)
+            hooks.enter_context(removing([layers[name].router.register_forward_hook(hook)]))
         yield calls
 
 
-def skipped_slots(weights: Tensor, beta: float) -> Tensor:
-    """Which experts of each token are skipped, bool [tokens, k].
+def keep_flag(experts: nn.Module, undo: ExitStack) -> None:
+    """Let a module of experts say again, when `undo` is left, who else has experts."""
+    if hasattr(experts, FLAG):
+        set_value(experts, FLAG, getattr(experts, FLAG), undo)
 
-    Args:
-        weights: of the router [tokens, k], in any order; of equal ones the later goes first.
+
+@contextmanager
+def counting_calls(layers: Iterable[MoeLayer]) -> Iterator[Calls]:
+    """Within it, calls of the experts of mixtures are counted; skipped is one with no weight."""
+    calls = Calls()
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(router: nn.Module, args: tuple[Any, ...], answer: Any) -> None:
+            calls.add(name, answer[1] == 0)
+
+        return note
+
+    handles = [one.router.register_forward_hook(noting(one.name)) for one in layers]
+    with removing(handles):
+        yield calls
+
+
+def refuse_without_choice(language_model: LanguageModel) -> None:
+    """Refuse a model whose tokens cannot skip an expert.
+
+    Raises:
+        ModelError: it has no mixtures, or tokens go to one expert each.
     """
-    ordered, places = weights.float().sort(dim=-1, descending=True, stable=True)
-    kept = ordered.cumsum(-1)
-    # Added up from the smallest, so that nothing is left behind the last.
-    left = ordered.flip(-1).cumsum(-1).flip(-1)
-    behind = torch.cat([left[:, 1:], torch.zeros_like(left[:, :1])], dim=-1)
-    is_enough = behind < beta * kept
-    # Behind the first place at which it is enough.
-    is_skipped = is_enough.cumsum(-1) - is_enough.long() > 0
-    return torch.zeros_like(is_skipped).scatter(-1, places, is_skipped)
-
-
-def _skipping(
-    name: str, beta: float, calls: Calls, *, nobody: int | None, is_renormalised: bool
-) -> Callable[..., Any]:
-    def skip(router: nn.Module, args: tuple[Any, ...], answer: Any) -> Any:
-        logits, weights, indices = answer
-        skips = skipped_slots(weights, beta)
-        calls.add(name, skips)
-        left = weights.masked_fill(skips, 0.0)
-        if is_renormalised:
-            left = left * (weights.sum(-1, keepdim=True) / left.sum(-1, keepdim=True))
-        chosen = indices if nobody is None else indices.masked_fill(skips, nobody)
-        return logits, left, chosen
-
-    return skip
+    _layers(language_model)
 
 
 def _layers(language_model: LanguageModel) -> list[MoeLayer]:

@@ -39,7 +39,7 @@ class Narrowing:
 
 def is_of_stream(selection: Selection) -> bool:
     """Whether the units of a selection are channels of the residual stream."""
-    return any(group.parts for group in selection.groups)
+    return any(group.parts and group.mixture is None for group in selection.groups)
 
 
 def narrowing_of(

@@ -8,17 +8,20 @@ family: softmax or sigmoid, over all or over those chosen, with groups or withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from prunezero.models.anatomy.blocks import block_prefix, find_blocks
 from prunezero.models.anatomy.experts import MoeLayer
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.editing.exchanging import exchange, held, set_value
+from prunezero.models.editing.expert_skipping import keep_flag
 from prunezero.models.editing.selection import Selection
 from prunezero.models.loading.language_model import LanguageModel
+from prunezero.models.unequal.mixtures import skip_experts
 
 # Under these names modules keep how many experts there are.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -34,17 +37,41 @@ def without_experts(language_model: LanguageModel, selection: Selection) -> Iter
     """Within it no router chooses an expert that goes; nothing of the experts is touched.
 
     Where a group says so, routers choose as before, and a constant stands for what an expert that
-    went makes of a token. Groups of other units are left alone.
+    went makes of a token; and tokens skip experts that stay. Groups of other units are left alone.
     """
     with ExitStack() as undo:
         for group, kept in selection:
-            if group.mixture is None or bool(kept.all()):
+            if group.mixture is None:
                 continue
-            if group.means is None:
-                _narrow(language_model.model, group, kept, undo)
-            else:
+            if group.means is not None:
                 _answer_by_means(group.mixture, group.means, kept, undo)
+            elif not bool(kept.all()):
+                _narrow(language_model.model, group, kept, undo)
+        let_skip(language_model.model, skipping_of(language_model.model, selection), undo)
         yield
+
+
+def skipping_of(model: Any, selection: Selection) -> dict[int, dict[str, dict[str, Any]]]:
+    """What the settings of layers say of tokens that skip experts, by index; see `skip_experts`."""
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for group in selection.groups:
+        if group.mixture is not None and group.skip_below is not None:
+            start = f"{block_prefix(model)}.{group.block}."
+            experts = group.mixture.experts_name.removeprefix(start)
+            told = {"experts": experts, "below": group.skip_below}
+            routers = found.setdefault(group.block, {})
+            routers[group.mixture.router_name.removeprefix(start)] = told
+    return found
+
+
+def let_skip(model: Any, layers: Mapping[int, dict[str, dict[str, Any]]], undo: ExitStack) -> None:
+    """Let tokens skip experts as the settings of layers say, until `undo` is left."""
+    for index, told in layers.items():
+        block = find_blocks(model)[index]
+        for one in told.values():
+            keep_flag(block.get_submodule(one["experts"]), undo)
+        for handle in skip_experts(block, told):
+            undo.callback(handle.remove)
 
 
 @contextmanager

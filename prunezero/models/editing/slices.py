@@ -18,7 +18,7 @@ from prunezero.errors import ModelError
 from prunezero.models.anatomy.linears import Linear, block_prefix
 from prunezero.models.editing.narrowing import is_of_stream, narrowing_of
 from prunezero.models.editing.rotating import Rotation, is_rotated, rotation_of
-from prunezero.models.editing.routing import is_of_experts, numbers_without
+from prunezero.models.editing.routing import is_of_experts, numbers_without, skipping_of
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import Shortening, is_of_layers, shortening_of
 from prunezero.models.editing.skipping import (
@@ -205,7 +205,7 @@ def _without_sub_blocks(language_model: LanguageModel, selection: Selection) -> 
 
 
 def _without_experts(model: Any, selection: Selection) -> Slices:
-    """How a model loses experts: mixtures that keep different numbers run in memory alone.
+    """How a model loses experts, of which mixtures may keep different numbers and tokens skip some.
 
     Raises:
         ModelError: constants stand for experts that went, whose rows of the router stay.
@@ -220,7 +220,8 @@ def _without_experts(model: Any, selection: Selection) -> Slices:
     learned = {name for name, _ in model.named_parameters()}
     shown = {name: cut for name, cut in cuts.items() if name in learned}
     setting = setting_of_all(model, shown, {})
-    if setting is None:
+    layers = None if setting is not None else settings_of_layers(model, shown, {})
+    if setting is None and not layers:
         counts = sorted({int(kept.sum()) for _, kept in selection})
         fault = (
             f"no configuration of {model.config.model_type} gives its mixtures "
@@ -228,7 +229,13 @@ def _without_experts(model: Any, selection: Selection) -> Slices:
             "(compare: group), and protect none of them, so that all keep as many"
         )
         return Slices(cuts, {}, fault=fault, numbers=numbers)
-    return Slices(cuts, setting, numbers=numbers)
+    own: dict[int, dict[str, Any]] = dict(layers or {})
+    skipping = skipping_of(model, selection)
+    for index, told in skipping.items():
+        own[index] = {**own.get(index, {}), "skipping": told}
+    # Layers that say nothing of it have what all have.
+    of_all: dict[str, Any] = {"skipping": {}} if skipping else {}
+    return Slices(cuts, setting or {}, own, numbers=numbers, own=of_all)
 
 
 def _note_skipped(

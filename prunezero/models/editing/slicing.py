@@ -24,7 +24,7 @@ from prunezero.models.editing.exchanging import exchange, held, set_number, set_
 from prunezero.models.editing.narrowing import is_of_stream, own_setting_of_all
 from prunezero.models.editing.permuting import ROUNDING, ROUNDING_OF_LOGITS
 from prunezero.models.editing.rotating import is_rotated, rotate_stream
-from prunezero.models.editing.routing import is_of_experts, without_experts
+from prunezero.models.editing.routing import is_of_experts, let_skip, without_experts
 from prunezero.models.editing.selection import Selection
 from prunezero.models.editing.shortening import is_of_layers, shorten
 from prunezero.models.editing.skipping import (
@@ -171,6 +171,8 @@ def _slice(model: Any, slices: Slices, undo: ExitStack) -> None:
         for key, value in known_settings(settings, heads.settings).items():
             setattr(settings, key, value)
         _set_counts(model.get_submodule(heads.name), heads, settings, undo)
+    skipping = {at: own["skipping"] for at, own in slices.layers.items() if "skipping" in own}
+    let_skip(model, skipping, undo)
     for name, stand_in in slices.skipped.items():
         path, _, child = name.rpartition(".")
         set_value(model.get_submodule(path), child, stand_in, undo)

@@ -8,7 +8,7 @@ and where memory is short, they stay there (`statistics_on_disk.py`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,8 @@ def calibrate(
         folder = cache_folder(cache, language_model, batches, layers, text_fingerprint)
     found = {} if folder is None else read_sums(folder, layers, names)
     parts, missing = list(found.values()), names - found.keys()
+    # Whoever reads sums that were filled up is told as whoever collects them.
+    scarce = {name for part in parts for name, one in part.items() if one.is_filled}
     work = _Work(language_model, batches, layers, tell)
     for wanted in _passes(missing):
         collected: dict[str, Statistics] = {}
@@ -87,7 +89,7 @@ def calibrate(
         if folder is not None:
             _keep(folder, layers, collected, wanted, tell)
         parts.append(collected)
-    warn_of_scarce(list(work.scarce))
+    _warn_of_scarce(layers, scarce | work.scarce.keys())
     if folder is not None and missing and folder.is_dir():
         limit_size(folder)
     return {layer.name: joined([part[layer.name] for part in parts]) for layer in layers}
@@ -122,11 +124,16 @@ def calibrate_on_disk(
     tell = progress or (lambda what, done, total: None)
     folder = cache_folder(cache, language_model, batches, layers, text_fingerprint)
     work = _Work(language_model, batches, layers, tell)
-    missing = names - whole_sums(folder, layers, names)
-    for wanted in _passes(missing):
+    whole, scarce = whole_sums(folder, layers, names)
+    for wanted in _passes(names - whole):
         work.collect(wanted, partial(_write, folder, wanted), gradient_bytes)
-    warn_of_scarce(list(work.scarce))
+    _warn_of_scarce(layers, scarce | work.scarce.keys())
     return StatisticsOnDisk(folder, layers, names)
+
+
+def _warn_of_scarce(layers: Sequence[Linear], scarce: Collection[str]) -> None:
+    """Warn of experts whose sums were filled up, in the order of the model."""
+    warn_of_scarce([layer.name for layer in layers if layer.name in scarce])
 
 
 def _known(sums: Iterable[str]) -> frozenset[str]:

@@ -134,7 +134,8 @@ def _fill_up(collected: dict[str, Statistics], together: list[Linear]) -> list[s
         known = collected[name]
         share = (enough - known.tokens) / total
         filled = {key: known.sums[key] + value * share for key, value in pooled.items()}
-        collected[name] = Statistics(enough, known.sequences, {**known.sums, **filled})
+        sums_now = {**known.sums, **filled}
+        collected[name] = Statistics(enough, known.sequences, sums_now, is_filled=True)
     return scarce
 
 

@@ -20,10 +20,10 @@ from prunezero.errors import StatisticsError
 from prunezero.models.anatomy.experts import MoeLayer
 from prunezero.models.anatomy.groups import Group
 from prunezero.models.anatomy.linears import find_blocks
-from prunezero.models.editing.routing import narrowed
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.gradients import sequence_loss
 from prunezero.models.observing.hooks import removing
+from prunezero.models.observing.subset_losses import SubsetLosses, expert_outputs, mixture_of
 from prunezero.models.observing.walk import hidden_of, split_call
 from prunezero.models.text.windows import check_windows
 from prunezero.scoring.statistics import ROUTING_SUMS, Statistics, routing_contribution
@@ -32,6 +32,8 @@ from prunezero.scoring.statistics import ROUTING_SUMS, Statistics, routing_contr
 GRADIENTS = "mask_gradients"
 # Weights that are one share of their scores, whichever expert, differ by no more: bfloat16 rounds.
 _EVEN = 0.03
+# Tokens on which it is tried whether they are.
+_TRIED = 16
 
 
 @dataclass
@@ -96,12 +98,6 @@ def routing_statistics(
 def _empty(group: Group, names: Iterable[str]) -> Statistics:
     layer = mixture_of(group)
     return Statistics.empty(names, layer.down.shape[1], layer.count, group.device)
-
-
-def mixture_of(group: Group) -> MoeLayer:
-    """The router and experts of a group."""
-    assert group.mixture is not None  # groups of experts have one; for the type checker
-    return group.mixture
 
 
 def _sequence(
@@ -299,68 +295,45 @@ def _gated(experts: Any, values: Tensor) -> Tensor:
 
 def _losses_without(language_model: LanguageModel, group: Group, seen: Seen) -> Tensor:
     """The norms [experts] by which the output of all tokens changes where one expert is gone."""
+    _refuse_without_loss(group)
+    losses = SubsetLosses.of(language_model, group, [seen.tokens])
+    return losses.losses(~torch.eye(group.units, dtype=torch.bool))
+
+
+def _refuse_without_loss(group: Group) -> None:
+    """Refuse to say what is lost without one expert where none can go by itself.
+
+    Raises:
+        StatisticsError: several go at once, or none may.
+    """
     if group.strata > 1 or group.units <= group.least:
         raise StatisticsError(
             f"no expert of {group.name} can go by itself, so the loss without one (LOO) is not "
             "known; use another formula"
         )
-    oracle = Oracle.of(language_model, group, [seen.tokens])
-    everyone = torch.ones(group.units, dtype=torch.bool)
-    dense = oracle.outputs(everyone)
-    losses = []
-    for expert in range(group.units):
-        kept = everyone.clone()
-        kept[expert] = False
-        losses.append(oracle.loss(kept, dense))
-    return torch.tensor(losses, dtype=torch.float64, device=seen.tokens.device)
 
 
-def expert_outputs(layer: MoeLayer, tokens: Tensor, expert: int) -> Tensor:
-    """What one expert makes of tokens [tokens, hidden], by the code of its own model."""
-    indices = torch.full((len(tokens), 1), expert, device=tokens.device)
-    with torch.no_grad():
-        found: Tensor = layer.experts(tokens, indices, tokens.new_ones(len(tokens), 1))
+def unknown_features(groups: Sequence[Group]) -> dict[str, str]:
+    """Features of experts that are not known of some of these groups, and why; tried on noise."""
+    found: dict[str, str] = {}
+    for group in groups:
+        for name, refuse in (("LOO", _refuse_without_loss), ("SOFT", _refuse_without_scores)):
+            try:
+                refuse(group)
+            except StatisticsError as error:
+                found.setdefault(name, str(error))
     return found
 
 
-@dataclass
-class Oracle:
-    """Outputs of all experts of a mixture for all tokens, so that any subset is a lookup."""
+def _refuse_without_scores(group: Group) -> None:
+    """Refuse to say what a router scores all experts by, where a few tokens show that it cannot.
 
-    language_model: LanguageModel
-    group: Group
-    tokens: list[Tensor]
-    """hidden states [tokens, hidden] of each sequence"""
-    every: list[Tensor]
-    """what each expert makes of them, [tokens, experts, hidden]"""
-
-    @classmethod
-    def of(cls, language_model: LanguageModel, group: Group, tokens: Sequence[Tensor]) -> Oracle:
-        """The oracle of a mixture on sequences of tokens."""
-        layer = mixture_of(group)
-        every = [
-            torch.stack([expert_outputs(layer, one, at) for at in range(layer.count)], dim=1)
-            for one in tokens
-        ]
-        return cls(language_model, group, list(tokens), every)
-
-    def outputs(self, kept: Tensor) -> list[Tensor]:
-        """What the mixture makes of each sequence, float64 [tokens, hidden], with some experts.
-
-        Args:
-            kept: bool [experts], True = may be chosen.
-        """
-        layer = mixture_of(self.group)
-        found = []
-        with torch.no_grad(), narrowed(self.language_model, self.group, kept):
-            for tokens, every in zip(self.tokens, self.every, strict=True):
-                _, weights, indices = layer.router(tokens)
-                rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-                chosen = every[rows, indices].double()
-                found.append((weights.double()[..., None] * chosen).sum(1))
-        return found
-
-    def loss(self, kept: Tensor, wanted: Sequence[Tensor]) -> float:
-        """The Frobenius norm by which outputs differ from those wanted, summed over sequences."""
-        pairs = zip(self.outputs(kept), wanted, strict=True)
-        return sum(float((now - before).norm()) for now, before in pairs)
+    Raises:
+        StatisticsError: as `_soft`.
+    """
+    router, weight = mixture_of(group).router, mixture_of(group).router_weight
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(_TRIED, weight.shape[1], generator=generator).to(weight)
+    with torch.no_grad():
+        logits, weights, indices = router(tokens)
+    _soft(Seen(tokens, indices, weights, logits), group)

@@ -75,16 +75,22 @@ def read_sums(
     return found
 
 
-def whole_sums(folder: Path, layers: Sequence[Linear], names: frozenset[str]) -> frozenset[str]:
+def whole_sums(
+    folder: Path, layers: Sequence[Linear], names: frozenset[str]
+) -> tuple[frozenset[str], set[str]]:
     """Which of the named sums the folder holds, every bit as it was written.
 
-    Each file is read and let go again; one that is damaged costs a warning.
+    Each file is read and let go again; one that is damaged costs a warning. With them come the
+    names of layers whose sums were filled up.
     """
-    return frozenset(
-        name
-        for name in sorted(names)
-        if all(part is not None for part in _parts(folder, layers, name))
-    )
+    whole, filled = set[str](), set[str]()
+    for name in sorted(names):
+        is_whole = True
+        for part in _parts(folder, layers, name):
+            is_whole &= part is not None
+            filled |= {layer for layer, one in (part or {}).items() if one.is_filled}
+        whole |= {name} if is_whole else set()
+    return frozenset(whole), filled
 
 
 def read_block(
@@ -118,7 +124,8 @@ def joined(parts: Sequence[Statistics]) -> Statistics:
         sums |= part.sums
     tokens = max((part.tokens for part in parts), default=0)
     sequences = max((part.sequences for part in parts), default=0)
-    return Statistics(tokens, sequences, sums)
+    filled = any(part.is_filled for part in parts)
+    return Statistics(tokens, sequences, sums, is_filled=filled)
 
 
 def note_use(folder: Path) -> None:
@@ -168,16 +175,19 @@ def _read(path: Path, name: str, layers: Sequence[Linear]) -> dict[str, Statisti
     digests = tensor_digests(tensors)
     statistics = {}
     for layer in layers:
-        tokens, sequences, digest = noted[layer.name]
+        # Files that are older say nothing of what was filled up.
+        tokens, sequences, digest, *filled = noted[layer.name]
         if digests[layer.name] != digest:
             raise ValueError(f"tensor '{layer.name}' is not what was written")
         on_device = tensors[layer.name].to(layer.weight.device)
-        statistics[layer.name] = Statistics(tokens, sequences, {name: on_device})
+        statistics[layer.name] = Statistics(
+            tokens, sequences, {name: on_device}, is_filled=filled == [True]
+        )
     return statistics
 
 
 def _noted(metadata: Mapping[str, str], path: Path) -> dict[str, list[Any]]:
-    """Tokens, sequences and the digest of the tensor, by layer name."""
+    """Tokens, sequences, the digest of the tensor, and whether it was filled up, by layer name."""
     noted = record_of(metadata["noted"].encode())
     if noted is None or noted["place"] != _place(path):
         raise ValueError("what it says of its tensors is not what was written there")
@@ -210,8 +220,10 @@ def write_sums(
 def _write(path: Path, name: str, statistics: Mapping[str, Statistics]) -> None:
     tensors = {layer: row.sums[name].cpu() for layer, row in statistics.items()}
     digests = tensor_digests(tensors)
-    counts = {layer: (row.tokens, row.sequences) for layer, row in statistics.items()}
-    noted = {layer: [*counts[layer], digest] for layer, digest in digests.items()}
+    noted = {
+        layer: [row.tokens, row.sequences, digests[layer], *[True] * row.is_filled]
+        for layer, row in statistics.items()
+    }
     line = line_of({"place": _place(path), "layers": noted})
     metadata = {"noted": line.decode().rstrip("\n")}
     # safetensors refuses tensors that share storage, which copies of one sum may do.

@@ -1,9 +1,9 @@
 """How is a model saved whose layers differ, so that plain transformers loads it?
 
 Beside the weights stand config.json with the sizes of single layers, and the two Python files of
-the classes that read it, or three where the residual stream has several bases;
-`trust_remote_code=True` loads such a folder. The type of the model has a name of its own, for the
-usual class of transformers would build all layers at full size.
+the classes that read it, or three where the residual stream has several bases or the model has
+mixtures of experts; `trust_remote_code=True` loads such a folder. The type of the model has a name
+of its own, for the usual class of transformers would build all layers at full size.
 """
 
 from __future__ import annotations
@@ -32,20 +32,16 @@ def refuse_without_class(model: Any) -> None:
     """Refuse a model whose layers differ and for which no class of its own can be written.
 
     Raises:
-        ModelError: it is part of a larger model, of a type without a usual class, calls its layers
-            by an unusual name, or transformers keeps other names in its files than in memory, which
-            it does for its own classes only.
+        ModelError: it is part of a larger model, of a type without a usual class, or calls its
+            layers by an unusual name.
     """
     from transformers import CONFIG_MAPPING
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     kind = usual_type(model.config.model_type)
     register(f"{PREFIX}{kind}")
-    words = (kind, type(model).__name__.removeprefix("Pruned"))
     is_part = model.config.get_text_config() is not model.config
-    is_renamed = any(get_checkpoint_conversion_mapping(word) is not None for word in words)
     is_odd = block_prefix(model).rpartition(".")[2] != parts_of(kind).layer_list
-    if is_part or is_renamed or is_odd or f"{PREFIX}{kind}" not in CONFIG_MAPPING:
+    if is_part or is_odd or f"{PREFIX}{kind}" not in CONFIG_MAPPING:
         raise ModelError(
             f"layers of this {type(model).__name__} would differ in size, and no class of its own "
             f"can be written for type '{kind}'; keep tensors at full size, with zeros (--padded), "

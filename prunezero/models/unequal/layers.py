@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Settings that say how a model computes, and not what.
+WAYS = ("_attn_implementation", "_experts_implementation")
+
 
 class Skipped(nn.Module):
     """In the place of a part that was taken out: adds nothing to the residual stream."""
@@ -64,7 +67,9 @@ class UnequalLayers:
         """Build the model as usual, then its layers anew."""
         shared = config.of_layer()
         super().__init__(shared)  # type: ignore[call-arg]
-        config._attn_implementation = shared._attn_implementation
+        for word in WAYS:
+            if hasattr(shared, word):
+                setattr(config, word, getattr(shared, word))
         for module in self.modules():
             if getattr(module, "config", None) is shared:
                 module.config = config
@@ -90,6 +95,11 @@ class UnequalLayers:
     def set_attn_implementation(self: Any, *words: Any, **named: Any) -> None:
         """As usual; the settings of single layers follow."""
         super().set_attn_implementation(*words, **named)  # type: ignore[misc]
+        self.follow()
+
+    def follow(self: Any) -> None:
+        """Let the settings of single layers say how parts are computed, as those of all do."""
         for module in self.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation = self.config._attn_implementation
+            for word in WAYS:
+                if hasattr(module, "config") and hasattr(self.config, word):
+                    setattr(module.config, word, getattr(self.config, word))

@@ -272,6 +272,12 @@ class Recipe(Document):
                 f"unit: {self.unit.word}: guard and instead look at all mixtures before the first "
                 "loses an expert, so they need statistics: dense and schedule: one-shot"
             )
+        is_at_once = self.statistics == "dense" and self.schedule.is_usual
+        if self.unit.word == "expert" and self.allocate.row.tries and not is_at_once:
+            raise ValueError(
+                f"allocate: {self.allocate.word} tries experts of the dense model by their scores, "
+                "so it needs statistics: dense and schedule: one-shot"
+            )
         if self.compare == "model" and not self.allocate.is_usual:
             raise ValueError(
                 "compare: model lets all layers compete, so it says itself how much each loses; "

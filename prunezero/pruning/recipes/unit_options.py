@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prunezero.formula.feature_row import Feature
 from prunezero.pruning.recipes.word_options import Options
@@ -175,6 +175,17 @@ class Experts(Options):
         description="what tokens get that were sent to an expert that went: others in its place, "
         "or its mean output on calibration text, with which a model runs but cannot be saved",
     )
+    skip: Literal["none", "median"] = Field(
+        default="none",
+        description="whether tokens skip experts that stay, while the model runs: those that weigh "
+        "less beside a token's others than with half of the calibration tokens",
+    )
+
+    @model_validator(mode="after")
+    def _skips_what_stays(self) -> Experts:
+        if self.skip != "none" and self.instead != "others":
+            raise ValueError("skip looks at experts that stay alone, so it needs instead: others")
+        return self
 
     def limits(self, block: int, blocks: int) -> dict[str, Any]:
         """Whether a block is one of the first or last, of which nothing may go."""

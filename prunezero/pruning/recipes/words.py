@@ -86,7 +86,7 @@ WORDS: dict[str, dict[str, Word]] = {
             sums=_SEEN_BY_READERS,
             needs_text=True,
             whole_model=_ALL_BLOCKS,
-            units=_WIDTH,
+            units=_WIDTH | {"expert"},
             tries=True,
         ),
         "evolve": Word(
@@ -96,7 +96,7 @@ WORDS: dict[str, dict[str, Word]] = {
             sums=_SEEN_BY_READERS,
             needs_text=True,
             whole_model=_ALL_BLOCKS,
-            units=_WIDTH,
+            units=_WIDTH | {"expert"},
             tries=True,
         ),
     },

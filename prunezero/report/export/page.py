@@ -15,6 +15,7 @@ from prunezero.formula.code import torch_lines
 from prunezero.formula.criterion import Criterion
 from prunezero.formula.vocabulary import FEATURES
 from prunezero.pruning.recipes.recipe import Recipe
+from prunezero.report.export.expert_page import expert_page, unfit_experts
 from prunezero.report.export.page_folding import needed
 from prunezero.report.export.page_hooks import listen_body, read_body
 from prunezero.report.export.page_lines import feature_lines
@@ -43,6 +44,8 @@ def pruner_page(recipe: Recipe) -> str:
         OutputError: the recipe makes a choice that one page cannot follow.
     """
     refuse_unfit(recipe)
+    if recipe.unit.word == "expert":
+        return expert_page(recipe)
     if not recipe.unit.is_usual:
         return unit_page(recipe)
     source = TEMPLATE.read_text(encoding="utf-8")
@@ -76,8 +79,10 @@ def refuse_unfit(recipe: Recipe) -> None:
 
 def no_page(recipe: Recipe) -> str:
     """Why no page of one dense pass could do what the recipe says; nothing where one can."""
-    extras = recipe.extras if recipe.unit.is_usual else extras_of_units(recipe)
-    units = [] if recipe.unit.is_usual else unfit_units(recipe)
+    is_whole = recipe.unit.is_usual or recipe.unit.word == "expert"
+    extras = recipe.extras if is_whole else extras_of_units(recipe)
+    units = unfit_experts(recipe) if recipe.unit.word == "expert" else []
+    units = units if is_whole else unfit_units(recipe)
     found = units + [f"{choice.arrow}: {choice.text}" for choice in extras]
     if found:
         return (

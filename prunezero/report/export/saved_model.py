@@ -43,7 +43,7 @@ class Form:
     kind: str
     """plain, for classes of transformers; own_class, where layers differ in size; own_width, where
     all are of a size that the usual configuration refuses; own_bases, where attentions and MLPs
-    read the residual stream in bases of their own"""
+    read the residual stream in bases of their own; own_skipping, where tokens skip experts"""
     load: str
     """the line of Python that loads it"""
     checked: str
@@ -57,9 +57,13 @@ class Form:
         how = {
             "plain": "Any version of transformers that loads the dense model loads it.",
             "own_class": "Its layers differ in size: `per_layer_config` in `config.json` says how, "
-            "and the two small Python files beside it are the classes that read that.",
+            "and the small Python files beside it are the classes that read that.",
             "own_width": "Its width is one that the usual configuration refuses; the two small "
             "Python files beside the weights are the classes that take it.",
+            "own_skipping": "Tokens skip experts that weigh little beside their others: "
+            "`per_layer_config` in `config.json` has the thresholds, and how many experts are left "
+            "where layers differ in that; the small Python files beside it are the classes that "
+            "read it.",
             "own_bases": "Its attentions and MLPs read the residual stream in bases of their own, "
             "and two matrices in each layer take it from one to the next; the three small Python "
             "files beside the weights are the classes that do so.",
@@ -79,6 +83,7 @@ LOADING = {
     "own_class": _BY_OWN_FILES,
     "own_width": _BY_OWN_FILES,
     "own_bases": _BY_OWN_FILES,
+    "own_skipping": _BY_OWN_FILES,
 }
 
 
@@ -228,6 +233,8 @@ def save_smaller(
     stored = _stored(model, smaller, folder)
     own = "own_width" if is_of_stream(smaller) else "own_class"
     own = "own_bases" if is_rotated(smaller) else own
+    skips = any(group.skip_below is not None for group in smaller.groups)
+    own = "own_skipping" if skips else own
     kind = own if (folder / f"{MODEL_FILE}.py").is_file() else "plain"
     checked = f"its files were read anew and their logits for {window.shape[1]} tokens compared"
     difference = refuse_other_reading(folder, model, window, expected)

@@ -24,7 +24,7 @@ from prunezero.scoring.feature_values import needed_sums
 from prunezero.scoring.statistics import BLOCK_SUMS, Statistics
 from prunezero.searching.experiment.task import Task
 from prunezero.searching.proxies.begun_training import begin_training
-from prunezero.searching.proxies.expert_samples import ExpertSamples, oracles_of
+from prunezero.searching.proxies.expert_samples import ExpertSamples, losses_of
 from prunezero.searching.proxies.layer_error import WeightSamples
 from prunezero.searching.proxies.samples import probe_of, sample_rows, stacked
 from prunezero.searching.proxies.unit_samples import DISTANCE, UnitSamples
@@ -171,4 +171,4 @@ def _experts(
     kind = task.recipe(task.usual, "it").unit.row
     seen = kind.observe(model, groups, windows, sums, progress=progress) if sums else {}
     blocks = len(find_blocks(model.model))
-    return ExpertSamples(groups, blocks, seen, oracles=oracles_of(model, groups, windows))
+    return ExpertSamples(groups, blocks, seen, losses=losses_of(model, groups, windows))

@@ -110,6 +110,11 @@ def on_terms_of(found: Recipe, task: Task) -> tuple[list[Recipe], dict[str, str]
     refused: dict[str, str] = {}
     for recipe in published:
         name = f"{recipe.name}{SAME_TERMS}"
+        unknown = set(recipe.criterion.features) - set(task.space.features)
+        if found.unit.word == "expert" and unknown:
+            # Of some routers such features are not known, and the formula alone would need them.
+            refused[name] = f"the search space leaves out {', '.join(sorted(unknown))}"
+            continue
         try:
             under = _under(found, name, recipe.criterion)
         except RecipeError as error:

@@ -29,7 +29,9 @@ from prunezero.searching.spaces.space import SearchSpace
 # A value that leaves the choice to the machine.
 OPEN = "auto"
 # Fields that only a search for what leaves the weights has.
-_OF_WEIGHTS = tuple("also_model pattern also draws targets ignore strategy objective".split(, "stop_early"))
+_OF_WEIGHTS = tuple(
+    "also_model pattern also draws targets ignore strategy objective stop_early".split()
+)
 
 
 def _words(value: object) -> object:

@@ -17,6 +17,7 @@ from prunezero.models.editing.biases import refuse_without_bias
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.loading.load import load_model
 from prunezero.models.observing.calibration import Progress
+from prunezero.models.observing.routing import unknown_features
 from prunezero.models.text.splits import SPLITS
 from prunezero.pruning.kinds import UNITS
 from prunezero.pruning.recipes.recipe import Recipe
@@ -81,6 +82,34 @@ def without_missing_biases(
             narrowed = space.model_copy(update={"choices": choices})
             return config.model_copy(update={"space_content": narrowed}), str(error)
     return config, ""
+
+
+def without_unknown_features(
+    config: SearchConfig, testbeds: Sequence[Testbed]
+) -> tuple[SearchConfig, str]:
+    """The experiment without features that routers of some model say nothing of, and which and why.
+
+    Of routers that choose among groups of experts no expert goes by itself, so nobody knows what is
+    lost without one.
+
+    Returns:
+        The experiment, and the reason; the same experiment and no reason where nothing is missing.
+    """
+    space = config.space_content
+    if space.unit != "expert":
+        return config, ""
+    unknown: dict[str, str] = {}
+    for testbed in testbeds:
+        model = testbed.language_model
+        groups = UNITS["expert"].groups(find_linears(model.model), model)
+        unknown = {**unknown_features(groups), **unknown}
+    used = {name: why for name, why in unknown.items() if name in space.features}
+    kept = tuple(one for one in space.terminals if not used.keys() & set(one.features))
+    if not used or not kept:
+        return config, ""
+    narrowed = space.model_copy(update={"terminals": kept})
+    why = "; ".join(f"{name} ({reason})" for name, reason in used.items())
+    return config.model_copy(update={"space_content": narrowed}), why
 
 
 def fitted(task: Task, testbeds: Sequence[Testbed]) -> Task:
