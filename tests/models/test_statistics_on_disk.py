@@ -16,7 +16,7 @@ from prunezero.models.observing import calibration
 from prunezero.models.observing.calibration import calibrate, calibrate_on_disk, groups_within
 from prunezero.scoring.statistics import SUMS, Statistics, sums_bytes
 from tests.tiny_models import LAYOUTS, tiny_batches, tiny_model
-from tests.tiny_stacks import moe_model
+from tests.tiny_moe import stacked_model
 
 
 def assert_same(left: Statistics, right: Statistics) -> None:
@@ -32,7 +32,7 @@ def assert_same(left: Statistics, right: Statistics) -> None:
 def test_sums_on_disk_are_those_in_memory_to_the_last_bit(
     family: str, gradient_bytes: int, tmp_path: Path
 ) -> None:
-    model = moe_model(family) if family == "mixtral" else tiny_model(family)
+    model = stacked_model(family) if family == "mixtral" else tiny_model(family)
     ids = tiny_batches(3)
     layers = find_linears(model.model)
     wanted = calibrate(model, ids, layers, SUMS)

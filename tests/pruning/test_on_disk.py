@@ -22,7 +22,7 @@ from prunezero.searching.session import find
 from tests.searching.test_search import outcome
 from tests.searching.testbed import SETTINGS, tiny_space, tiny_text
 from tests.tiny_models import save_tiny_model
-from tests.tiny_stacks import save_moe_model
+from tests.tiny_moe import save_stacked
 
 # Of each signal one, of mended weights two, and one in which all layers compete.
 RECIPES = ("magnitude", "wanda", "gblm", "fisher", "sparsegpt", "admm")
@@ -132,7 +132,7 @@ def test_the_dense_model_comes_back_from_its_files_to_the_last_bit(
 
 
 def test_experts_that_files_hold_one_by_one_are_copied(tmp_path: Path) -> None:
-    model = load_model(str(save_moe_model("mixtral", tmp_path / "model")), device="cpu")
+    model = load_model(str(save_stacked("mixtral", tmp_path / "model")), device="cpu")
     layers = find_linears(model.model)
     stacked = sum(one.weight.nbytes for one in layers if "expert" in one.name)
     assert DenseWeights(layers, model.source).bytes == stacked > 0
