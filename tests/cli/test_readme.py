@@ -16,6 +16,8 @@ from tests.cli.conftest import SMALL, Run
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python|yaml)\n(.*?)```", README, flags=re.DOTALL)
+# Prompts are longer than other windows, and no test text is read.
+KEYS = "--sequence-length 64 --calibration-tokens 128 --evaluation-tokens 128"
 # Opens a web page, and waits.
 SERVERS = ("prunezero ui",)
 
@@ -36,6 +38,7 @@ def test_the_readme_shows_every_command() -> None:
             "transfer",
             "compare",
             "prune",
+            "plan",
             "export",
             "list",
             "ui",
@@ -53,7 +56,8 @@ def test_the_commands_of_the_readme_run_one_after_another(
         if command.startswith(SERVERS):
             continue
         # The same command on a tiny model, for fewer candidates.
-        small = command.replace("--model demo", f"--model {model} --text {text} {SMALL}")
+        sizes = KEYS if "--space attention" in command else SMALL
+        small = command.replace("--model demo", f"--model {model} --text {text} {sizes}")
         small = small.replace("s demo --texts demo", f"s {model} --texts {text} {SMALL}")
         small = re.sub(r"--time \w+", "--budget 8", re.sub(r"--budget \d+", "--budget 8", small))
         result = CliRunner().invoke(app, shlex.split(small)[1:])
