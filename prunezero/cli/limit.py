@@ -70,16 +70,13 @@ class Limit:
         Raises:
             RecipeError, SearchError: the work cannot be planned.
             ModelError: it takes more than the limit at least.
-            OutputError: the disk of the cache has no room for the sums.
         """
         if self.bytes is None:
             return testbed
         from prunezero.cli.tables import say
-        from prunezero.files.cache import cache_dir
-        from prunezero.files.places import check_room, mebibytes
+        from prunezero.files.places import mebibytes
 
         self._plan = plan = plan_of(self.bytes)
-        check_room(cache_dir(), plan.disk_bytes, "what is seen of calibration text")
         say(f"this takes about {plan}; the limit is {mebibytes(self.bytes)}")
         return replace(testbed, gradient_bytes=plan.gradient_bytes)
 
@@ -93,7 +90,7 @@ class Limit:
         peak = self._peak.growth
         say(
             f"peak memory: {mebibytes(peak)} (planned {mebibytes(self._plan.total)}); the limit is "
-            f"{mebibytes(self.bytes)}"
+            f"{mebibytes(self.bytes)}{'' if peak <= self.bytes else ', which was not kept'}"
         )
         return {
             "memory": {

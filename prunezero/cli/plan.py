@@ -119,7 +119,14 @@ def _search_rows(model: LanguageModel, space: str, settings: Settings) -> Iterat
     from prunezero.searching.evaluation.memory import search_plan
     from prunezero.searching.experiment.config import SearchConfig
     from prunezero.searching.session import make_task
+    from prunezero.searching.spaces.space import SearchSpace
 
+    unit = SearchSpace.load(space).unit
+    if unit != "weight":
+        raise RecipeError(
+            f"search space {space} is of unit: {unit}, whose memory is not planned; choose "
+            "one of weights, such as formulas"
+        )
     sizes = {key: value for key, value in vars(settings).items() if key != "seed"}
     known: set[str] = set()
     for signals in WEIGHT_SIGNALS:

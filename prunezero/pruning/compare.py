@@ -13,7 +13,7 @@ from typing import Any
 from prunezero.errors import ModelError
 from prunezero.formula.feature_row import costliest
 from prunezero.models.anatomy.linears import Linear, find_linears
-from prunezero.models.editing.biases import closed_again
+from prunezero.models.editing.biases import ClosedBiases
 from prunezero.models.editing.expert_skipping import counting_calls
 from prunezero.models.editing.selection import Selection
 from prunezero.models.evaluation import Enough, dense_reference, evaluate
@@ -210,7 +210,7 @@ class RecipeRunner:
         """
         tries = any(one.tries for one in recipes_of(recipe))
         with ExitStack() as edit:
-            edit.enter_context(closed_again(self.testbed.language_model.model))
+            edit.enter_context(ClosedBiases(self.testbed.language_model.model))
             edit.enter_context(self._dense)
             self.outcome = outcome = prune(
                 self.testbed.language_model,

@@ -255,6 +255,7 @@ def refuse_unplanned(recipe: AnyRecipe) -> Recipe:
         ),
         f"permute {recipe.permute.word} keeps sums in another order": not recipe.permute.is_usual,
         f"allocate {allocate.word} looks at the model on trial": allocate.row.needs_text,
+        f"unit {kind.word} is left out while a model runs": kind.domain.is_run_time,
         f"unit {kind.word} is seen by a walk of its own": bool(
             kind.walker or kind.observer or kind.domain.name == "expert"
         ),
@@ -369,13 +370,13 @@ class _Sizes:
     def on_disk(self) -> int:
         """Bytes of all sums over calibration text."""
         work = self._work
-        return work.draws * self._sums(work.sums) + self._sums(work.again)
+        return work.draws * (self._sums(work.sums) + self._sums(work.again))
 
     @cached_property
     def _sums_held(self) -> int:
         work = self._work
         if not self._is_sparing:
-            return self.on_disk
+            return work.draws * self._sums(work.sums) + self._sums(work.again)
         # Of one block, for each text that sums are of.
         texts = work.draws + bool(work.again)
         return texts * max(self._by_block(work.sums).values(), default=0)

@@ -95,8 +95,7 @@ class Testbed:
 
     def sources(self, split: str) -> tuple[str, ...]:
         """The source of each window of one split, by name; none where the text is of one source."""
-        found = self.text.sources(len(self.windows(split)))
-        return found[::-1] if split == "calibration" and self.is_reversed else found
+        return self.text.sources(len(self.windows(split)))
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -144,7 +143,14 @@ class Testbed:
             count=max(1, self.settings.tokens(split) // length),
             seed=self.settings.seed,
         )
-        return cut.flip(0) if split == "calibration" and self.is_reversed else cut
+        if split != "calibration" or not self.is_reversed:
+            return cut
+        # Those of each source among themselves, so that the first source stays the first.
+        turns = max(1, len(self.text.parts))
+        found = cut.clone()
+        for turn in range(turns):
+            found[turn::turns] = cut[turn::turns].flip(0)
+        return found
 
     def statistics(
         self, layers: Sequence[Linear], sums: Iterable[str], progress: Progress | None = None

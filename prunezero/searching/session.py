@@ -72,13 +72,18 @@ def make_task(config: SearchConfig) -> Task:
             "runs, and here weights are searched; use open_session of "
             "prunezero.searching.attending.session"
         )
-    find_strategy(config.strategy)
+    strategy = find_strategy(config.strategy)
     find_objective(config.objective)
     if config.draws < 1:
         raise SearchError(
             f"draws is {config.draws}; rules need at least 1 draw of calibration text"
         )
     task = Task(config)
+    if config.stop_early and not (task.measures_once and strategy.is_screened):
+        raise SearchError(
+            "stop_early compares windows of one model, draw and budget, under a strategy that "
+            "screens its candidates; leave it out"
+        )
     if len(set(task.budgets)) < len(task.budgets):
         raise SearchError(
             f"--also {','.join(config.also)}: a budget stands there twice, or is the search's own"

@@ -221,6 +221,7 @@ REFUSED = [
     ("--cluster local", "in this process and its memory; leave --cluster out"),
     ("--sequence-length 8", "windows of 8 tokens are too short"),
     ("--start-from wanda", "recipe wanda cannot start a search of space attention: it is of unit"),
+    ("--start-from duo_heads", "STREAM is of whole heads, which no rung sees"),
     ("--start-from h2o_mean", "it looks at 'full map'"),
 ]
 

@@ -130,10 +130,12 @@ def test_the_smallest_device_is_told_or_none() -> None:
         ("plan --config ./nowhere", ModelError, "cannot be loaded"),
         ("plan --config . --device tpu", RecipeError, "must be cuda or cpu"),
         ("plan --config . --recipes nothing", RecipeError, "not a known recipe"),
+        ("plan --config MODEL --recipes snapkv", RecipeError, "is left out while a model runs"),
+        ("plan --config MODEL --space neurons", RecipeError, "choose one of weights"),
     ],
 )
 def test_plan_refuses_in_one_sentence(
-    command: str, error: type[Exception], fault: str, run: Run
+    command: str, error: type[Exception], fault: str, tiny_files: tuple[Path, Path], run: Run
 ) -> None:
-    result = run(command)
+    result = run(command.replace("MODEL", str(tiny_files[0])))
     assert isinstance(result.exception, error) and fault in str(result.exception)

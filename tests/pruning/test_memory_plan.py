@@ -167,7 +167,7 @@ def test_passes_are_counted_as_blocks_fit(blocks: list[int], room: int, passes: 
 def test_the_plan_of_pruning_block_by_block_is_the_estimate_of_the_work(tmp_path: Path) -> None:
     folder = save_tiny_model("llama", tmp_path / "model")
     recipe = Recipe.load("wanda")
-    ids = torch.zeros((8, 64), dtype=torch.long)
+    ids = torch.zeros((4, 64), dtype=torch.long)
     done = prune_streamed(folder, recipe, 0.5, tmp_path / "out", windows=ids, device="cpu")
     outline = outlined_model(str(folder))
     assert streamed_bytes(outline, recipe, SETTINGS) == done.need.total

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from prunezero.cli.tables import results_table
 from prunezero.pruning.compare import compare, rounding
 from prunezero.pruning.recipes.recipe import Recipe
-from tests.searching.testbed import tiny_testbed
+from tests.searching.testbed import tiny_testbed, tiny_text
 
 
 def test_the_reversed_bench_has_the_same_calibration_windows_in_the_opposite_order() -> None:
@@ -19,6 +21,16 @@ def test_the_reversed_bench_has_the_same_calibration_windows_in_the_opposite_ord
     for split in ("search", "validation", "test"):
         assert torch.equal(testbed.reversed().windows(split), testbed.windows(split))
     assert torch.equal(testbed.reversed().reversed().windows("calibration"), drawn)
+
+
+def test_in_reverse_the_windows_of_each_source_stay_at_its_places() -> None:
+    parts = (replace(tiny_text(), name="plain"), replace(tiny_text(), name="spoken"))
+    testbed = replace(tiny_testbed(), text=replace(tiny_text(), name="both", parts=parts))
+    back = testbed.reversed()
+    assert back.sources("calibration") == testbed.sources("calibration")
+    drawn, again = testbed.windows("calibration"), back.windows("calibration")
+    for turn in range(2):
+        assert torch.equal(again[turn::2], drawn[turn::2].flip(0))
 
 
 @pytest.mark.parametrize("statistics", ["dense", "sequential"])

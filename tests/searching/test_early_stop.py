@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from prunezero.errors import SearchError
 from prunezero.pruning.testbed import Testbed
 from prunezero.report.runs.candidate_tables import write_candidates
 from prunezero.searching.evaluation import early_stop
@@ -233,3 +234,9 @@ def test_tables_have_the_bounds_of_those_that_were_stopped(tmp_path: Path) -> No
     assert table["search_at_least"].to_pylist() == [12.5]
     assert "validation_at_least" not in table.column_names
     assert PERPLEXITY.of(one.row(), "search") is None and one.search_rank == 12.5
+
+
+def test_searches_of_which_one_measurement_does_not_say_enough_are_refused() -> None:
+    for named in ({"draws": 2}, {"strategy": "plain-gp"}):
+        with pytest.raises(SearchError, match="stop_early compares windows of one model"):
+            make_task(tiny_space(), 0.6, testbeds=[testbed()], stop_early=True, **named)

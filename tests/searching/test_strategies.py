@@ -93,7 +93,9 @@ class PlantedRungs:
         for rule in rules:
             yield {"formula": rule.criterion.text}
 
-    def rows(self, recipes: Sequence[Recipe], splits: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(
+        self, recipes: Sequence[Recipe], splits: Sequence[str], *, rival: Sequence[float] = ()
+    ) -> Iterator[dict[str, Any]]:
         for recipe in recipes:
             distance = self.distance(recipe.criterion)
             self.asked.update(splits)

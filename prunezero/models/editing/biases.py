@@ -8,8 +8,7 @@ model, and those that add biases to linear maps, and nothing else, may be turned
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +42,28 @@ def open_biases(language_model: LanguageModel, layers: Sequence[Linear]) -> list
     return sorted(added)
 
 
-@contextmanager
-def closed_again(model: Any) -> Iterator[None]:
+class ClosedBiases:
     """Within it biases may be opened; behind it those that were not there before are gone.
 
     Zeros would change nothing of what the model computes, but they would be counted and saved.
+    Whoever enters it and never leaves keeps them.
     """
-    settings, closed = model.config.get_text_config(), _closed_switches(model.config)
-    bare = [one for one in model.modules() if isinstance(one, nn.Linear) and one.bias is None]
-    try:
-        yield
-    finally:
-        for module in bare:
+
+    def __init__(self, model: Any) -> None:
+        self._settings = model.config.get_text_config()
+        self._closed = _closed_switches(model.config)
+        self._bare = [
+            one for one in model.modules() if isinstance(one, nn.Linear) and one.bias is None
+        ]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *fault: object) -> None:
+        for module in self._bare:
             module.register_parameter("bias", None)
-        for switch in closed:
-            setattr(settings, switch, False)
+        for switch in self._closed:
+            setattr(self._settings, switch, False)
 
 
 def refuse_without_bias(

@@ -62,13 +62,16 @@ def _traced(language_model: LanguageModel, layers: Sequence[Linear], length: int
     block = find_blocks(model)[0]
     readers: dict[int, list[str]] = {}
     inputs: list[Tensor] = []
-    with asking_anew(model), FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        weights = [mode.from_tensor(weight).untyped_storage() for weight in model.parameters()]
+    with asking_anew(model), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         saved: dict[int, Any] = {}
         ids = torch.zeros((1, length), dtype=torch.long)
         state, (rest, named) = first_block_call(model.base_model, block, ids)
-        for layer in layers:
-            layer.module.weight.requires_grad_(True)
+        learning = {id(layer.module.weight) for layer in layers}
+        # Of full size also where the model's are outlines, and known again among what is saved.
+        weights = {
+            name: torch.empty(one.shape, dtype=one.dtype).requires_grad_(id(one) in learning)
+            for name, one in block.named_parameters()
+        }
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -82,8 +85,9 @@ def _traced(language_model: LanguageModel, layers: Sequence[Linear], length: int
         ]
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.enable_grad(), hooks, removing(handles):
-            block(state.detach().requires_grad_(True), *rest, **named)
-        own = set(map(id, weights))
+            given = (state.detach().requires_grad_(True), *rest)
+            torch.func.functional_call(block, weights, given, named)
+        own = {id(weight.untyped_storage()) for weight in weights.values()}
         size = sum(storage.nbytes() for key, storage in saved.items() if key not in own)
     return BlockTrace(size, tuple(map(tuple, readers.values())))
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prunezero.errors import PruneZeroWarning, StatisticsError, did_you_mean, reason
+from prunezero.files.places import check_room
 from prunezero.models.anatomy.linears import Linear, by_block
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.expert_calls import warn_of_scarce
@@ -118,6 +119,7 @@ def calibrate_on_disk(
 
     Raises:
         TextError, StatisticsError: as `calibrate`; or the cache cannot be written.
+        OutputError: the disk of the cache has no room for sums that are not there yet.
     """
     names = _known(sums)
     check_windows(batches, language_model)
@@ -125,7 +127,10 @@ def calibrate_on_disk(
     folder = cache_folder(cache, language_model, batches, layers, text_fingerprint)
     work = _Work(language_model, batches, layers, tell)
     whole, scarce = whole_sums(folder, layers, names)
-    for wanted in _passes(names - whole):
+    missing = names - whole
+    size = sum(sums_bytes(missing, one.weight.shape, len(batches)) for one in layers)
+    check_room(folder, size if missing else 0, "what is seen of calibration text")
+    for wanted in _passes(missing):
         work.collect(wanted, partial(_write, folder, wanted), gradient_bytes)
     _warn_of_scarce(layers, scarce | work.scarce.keys())
     return StatisticsOnDisk(folder, layers, names)

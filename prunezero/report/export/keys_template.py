@@ -78,7 +78,9 @@ def attend(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if getattr(module, "sliding_window", None) is not None:
+    if any(numbers.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise ValueError("attention with sinks or biases of its own is not what this page follows")
+    if numbers.get("sliding_window", getattr(module, "sliding_window", None)) is not None:
         # Such a layer forgets by itself.
         return usual(module, query, key, value, mask, **numbers)
     count, there = query.shape[2], torch.arange(key.shape[2], device=key.device)

@@ -112,6 +112,9 @@ def write_front(recipes: Sequence[Recipe], folder: Path) -> list[Path]:
         place.mkdir(parents=True, exist_ok=True)
         for old in place.glob("*.yaml"):
             old.unlink()
+        # They are of an earlier front.
+        for name in ("results.json", "front.md", "pareto.png"):
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{place} cannot be written: {reason(error, place)}") from error
     paths = [place / f"{recipe.name}.yaml" for recipe in recipes]

@@ -100,6 +100,8 @@ def _refuse(recipe: Recipe, space: SearchSpace) -> None:
         )
     if _is_stepwise(recipe):
         raise SearchError(f"{where}: its keys go at each step, which no rung sees; leave it out")
+    if "STREAM" in recipe.features:
+        raise SearchError(f"{where}: STREAM is of whole heads, which no rung sees; leave it out")
 
 
 def _is_stepwise(recipe: Recipe) -> bool:

@@ -155,6 +155,11 @@ def _check(experiment: Experiment, known: Known | None) -> None:
             f"search space {space.name} is of unit: {space.unit}, and criteria of keys in a cache "
             "are looked for; use the space attention, or another one of unit: kv_column"
         )
+    if "STREAM" in looked_at(experiment):
+        raise SearchError(
+            f"search space {space.name} looks at STREAM, which is of whole heads, and no rung sees "
+            "those; take it out of the space"
+        )
     if "EXPECTED" in looked_at(experiment) and not known:
         raise SearchError(
             f"search space {space.name} looks at EXPECTED, so how queries are distributed has to "

@@ -97,7 +97,8 @@ def stopped(
         return row
     mean = at_least(values[:seen], others)
     told = {"windows": seen, "of": len(others), "at_least": _fitness(objective, mean)}
-    whole = {f"{split}_{column}" for column in ("perplexity", *TO_DENSE)} | {*TO_DENSE}
+    columns = ("perplexity", "perplexity_by_source", *TO_DENSE)
+    whole = {f"{split}_{column}" for column in columns} | {*TO_DENSE}
     found = {key: value for key, value in row.items() if key not in whole}
     for key in [key for key in found if key.startswith("window_")]:
         found[key] = {**row[key], split: list(row[key][split][:seen])}

@@ -7,6 +7,7 @@ from prunezero.models.anatomy.linears import Linear, find_linears
 from prunezero.models.loading.language_model import LanguageModel
 from prunezero.models.observing.block_trace import trace_block
 from prunezero.pruning.memory_plan import MemoryPlan, Work, plan_of, refuse_unplanned
+from prunezero.pruning.requirements import dense_sums
 from prunezero.pruning.testbed import Settings
 from prunezero.searching.evaluation.evaluator import recipes_of_space, sums_of
 from prunezero.searching.evaluation.sampled_testbed import dampings_of
@@ -45,6 +46,7 @@ def search_plan(
             "the memory limit"
         )
     recipes = [refuse_unplanned(one) for one in (*recipes_of_space(task), *baselines(task))]
+    twice = [dense_sums([recipe]) for recipe in recipes if recipe.mends]
     layers = find_linears(language_model.model, targets=config.targets, ignore=config.ignore)
     is_sparing = is_sparing or limit is not None
     held, making = _samples(language_model, task, layers, is_sparing=is_sparing)
@@ -54,6 +56,7 @@ def search_plan(
         sums=sums_of(task),
         settings=config.settings,
         answers=_answers(config.settings, has_objective=bool(task.objective.also)),
+        again=max(twice, key=len, default=frozenset()),
         draws=config.draws,
         samples=config.draws * held,
         sampling=making,
