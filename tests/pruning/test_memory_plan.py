@@ -43,35 +43,23 @@ from prunezero.pruning.compare import compare
 from prunezero.pruning.memory_plan import compare_plan
 from prunezero.pruning.recipes.recipe import Recipe
 from prunezero.pruning.testbed import Testbed
-from prunezero.searching.evaluation.memory import search_plan
-from prunezero.searching.experiment.config import SearchConfig
-from prunezero.searching.session import find, make_task
 from tests.pruning.test_memory_plan import SETTINGS
-from tests.searching.testbed import tiny_space, tiny_text
+from tests.searching.testbed import tiny_text
 
 torch.set_num_threads(1)
-small, large, cache, searches = *map(Path, sys.argv[1:4]), sys.argv[4] == "search"
+small, large, cache = map(Path, sys.argv[1:])
 recipes = [Recipe.load(name) for name in ("gblm", "sparsegpt")]
-space = tiny_space("formulas")
 
 def taken(folder, way):
     os.environ["PRUNEZERO_CACHE"] = str(cache / way / folder.name)
     peak = PeakMemory(torch.device("cpu"))
     model = load_model(str(folder), device="cpu")
     testbed = Testbed(model, tiny_text(), SETTINGS)
-    if searches:
-        config = SearchConfig.on(testbed, space_content=space, sparsity=0.5)
-        plan = search_plan(model, make_task(config), is_sparing=way == "disk")
-    else:
-        plan = compare_plan(model, recipes, SETTINGS, is_sparing=way == "disk")
+    plan = compare_plan(model, recipes, SETTINGS, is_sparing=way == "disk")
     if way == "disk":
         testbed = replace(testbed, gradient_bytes=plan.gradient_bytes)
-    if searches:
-        for _ in find(testbed, space, 0.5, folder=cache / way / "runs" / folder.name, budget=2):
-            pass
-    else:
-        for _ in compare(testbed, recipes, 0.5):
-            pass
+    for _ in compare(testbed, recipes, 0.5):
+        pass
     return peak.growth, plan.total
 
 # Libraries are loaded, and their own memory is taken, before the measurement.
@@ -82,13 +70,13 @@ for way in ("disk", "memory"):
 """
 
 
-def measured(family: str, work: str, tmp_path: Path) -> list[tuple[int, int]]:
+def measured(family: str, tmp_path: Path) -> list[tuple[int, int]]:
     """Bytes that were measured and planned, with all that can be on disk, and all in memory."""
     small = save_tiny_model(family, tmp_path / "small")
     changes = {"num_hidden_layers": 3} if family != "gpt2" else {}
     large = save_tiny_model(family, tmp_path / "large", **SIZES[family], **changes)
     printed = subprocess.run(
-        [sys.executable, "-c", PROGRAM, small, large, tmp_path / "caches", work],
+        [sys.executable, "-c", PROGRAM, small, large, tmp_path / "caches"],
         capture_output=True,
         text=True,
         check=True,
@@ -98,11 +86,9 @@ def measured(family: str, work: str, tmp_path: Path) -> list[tuple[int, int]]:
     return [(taken, planned) for taken, planned in found]
 
 
-@pytest.mark.parametrize(
-    ("family", "work"), [*((one, "compare") for one in SIZES), ("llama", "search")]
-)
-def test_what_is_measured_is_what_was_planned(family: str, work: str, tmp_path: Path) -> None:
-    (on_disk, planned_on_disk), (in_memory, planned) = measured(family, work, tmp_path)
+@pytest.mark.parametrize("family", SIZES)
+def test_what_is_measured_is_what_was_planned(family: str, tmp_path: Path) -> None:
+    (on_disk, planned_on_disk), (in_memory, planned) = measured(family, tmp_path)
     assert on_disk < in_memory
     assert on_disk <= planned_on_disk <= TOLERANCE * on_disk
     assert in_memory <= planned <= TOLERANCE * in_memory
