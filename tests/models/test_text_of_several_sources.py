@@ -100,11 +100,17 @@ def test_a_testbed_knows_the_source_of_each_window_in_either_order(three: list[s
     testbed = Testbed(tiny_model(), text, settings)
     assert testbed.sources("calibration") == text.sources(7)
     turned = testbed.reversed()
-    assert turned.sources("calibration") == text.sources(7)[::-1]
-    assert letters(turned.windows("calibration")) == [{letter} for letter in "acbacba"]
+    # The first source stays the first, so that nothing but the order within each differs.
+    assert turned.sources("calibration") == text.sources(7)
+    assert letters(turned.windows("calibration")) == [{letter} for letter in "abcabca"]
     assert turned.sources("validation") == testbed.sources("validation") == text.sources(5)
     single = Testbed(tiny_model(), load_text(three[0]), settings)
     assert single.sources("calibration") == ()
+
+
+def test_fewer_windows_than_sources_are_refused(three: list[str]) -> None:
+    with pytest.raises(TextError, match="2 windows of test text cannot hold all 3 sources"):
+        windows(load_text(",".join(three)), "test", tiny_model(), length=LENGTH, count=2)
 
 
 def test_a_source_with_too_little_text_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -192,7 +192,8 @@ def windows(
     windows of each in turn, so that any part of them is as mixed as all.
 
     Raises:
-        TextError: unknown split, too little text, or a length or token that the model cannot take.
+        TextError: unknown split, too little text, fewer windows than sources, or a length or token
+            that the model cannot take.
     """
     if split not in SPLITS:
         raise TextError(
@@ -203,12 +204,16 @@ def windows(
             f"{count} windows of {length} tokens were asked for; ask for at least 1 of at least 2"
         )
     if text.parts:
+        if count < len(text.parts):
+            raise TextError(
+                f"{count} windows of {split} text cannot hold all {len(text.parts)} sources of "
+                f"text '{text.name}'; ask for at least one window of each"
+            )
         counts = zip(text.parts, shares(count, len(text.parts)), strict=True)
         return in_turn(
             [
                 windows(part, split, language_model, length=length, count=some, seed=seed)
                 for part, some in counts
-                if some
             ]
         )
     cut = _Cut(split, language_model, length)
