@@ -105,7 +105,7 @@ def _starting(
 def check_alone(
     config: SearchConfig, workers: int, cluster: str | None, memory: int | None
 ) -> None:
-    """Refuse helpers and a limit on memory in a search that has none.
+    """Refuse workers and a limit on memory in a search that has none.
 
     Raises:
         RecipeError: some are asked for.
