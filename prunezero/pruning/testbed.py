@@ -7,9 +7,9 @@ same text, at the same sequence length, from the same dense model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import overload
 
@@ -160,25 +160,16 @@ class Testbed:
         Raises:
             TextError, StatisticsError: as `calibrate`, or `calibrate_on_disk`.
         """
-        ids, names = self.windows("calibration"), frozenset(sums)
-        if self.gradient_bytes is None or not names:
-            return calibrate(
-                self.language_model,
-                ids,
-                layers,
-                names,
-                cache=cache_dir(),
-                text_fingerprint=self.text.fingerprint,
-                progress=progress,
-            )
-        return calibrate_on_disk(
-            self.language_model,
-            ids,
+        text, names = (self.language_model, self.windows("calibration")), frozenset(sums)
+        collect: Callable[..., Mapping[str, Statistics]] = calibrate
+        if self.gradient_bytes is not None and names:
+            collect = partial(calibrate_on_disk, gradient_bytes=self.gradient_bytes)
+        return collect(
+            *text,
             layers,
             names,
             cache=cache_dir(),
             text_fingerprint=self.text.fingerprint,
-            gradient_bytes=self.gradient_bytes,
             progress=progress,
         )
 
