@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from prunezero.errors import ScoreError
+from prunezero.formula import Criterion
 from prunezero.models.anatomy.linears import find_linears
 from prunezero.pruning.compare import QUICK_KL, RecipeRunner
 from prunezero.pruning.testbed import Settings, set_up
@@ -30,9 +31,29 @@ from prunezero.searching.session import make_task
 from prunezero.searching.spaces.space import SearchSpace
 from prunezero.searching.strategies.genetics import random_criterion
 
+Row = dict[str, float | str]
+
 
 def main() -> None:
     """Measure, and print one row per formula and one line per rung."""
+    arguments = parsed()
+    ladder = Ladder(arguments)
+    rng = random.Random(0)
+    rows: list[Row] = []
+    waiting = [seed.criterion for seed in ladder.task.seeds]
+    while len(rows) < arguments.formulas:
+        criterion = waiting.pop(0) if waiting else random_criterion(ladder.space, rng)
+        row = None if criterion is None else ladder.climbed(criterion)
+        if row is not None:
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    tell(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def parsed() -> argparse.Namespace:
+    """What was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formulas", type=int, default=16)
     parser.add_argument("--sparsity", type=float, default=0.5)
@@ -44,72 +65,77 @@ def main() -> None:
     parser.add_argument("--text", default="demo")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    sizes = Settings(
-        arguments.sequence_length, arguments.calibration_tokens, arguments.evaluation_tokens
-    )
-    testbed = set_up(arguments.model, arguments.text, sizes, dtype=arguments.dtype)
-    space = SearchSpace.load("formulas")
-    config = SearchConfig.on(
-        testbed, space_content=space, sparsity=arguments.sparsity, pattern=arguments.pattern
-    )
-    task = make_task(config)
-    budget = task.budgets[0]
-    layers = find_linears(testbed.language_model.model)
-    sums = rung_sums(space.features, with_gradients=True)
-    statistics = testbed.statistics(layers, sums)
-    runner = RecipeRunner(testbed, statistics, splits=("search",))
-    rows_of_layers = sample_rows(layers, statistics, space.features)
-    samples, probe = stacked(rows_of_layers), stacked(probe_of(rows_of_layers))
-    plain = [replace(one, row_weights=torch.ones_like(one.row_weights)) for one in samples]
-    rng = random.Random(0)
-    rows: list[dict[str, float | str]] = []
-    waiting = [seed.criterion for seed in task.seeds]
-    seen: set[str] = set()
-    while len(rows) < arguments.formulas:
-        criterion = waiting.pop(0) if waiting else random_criterion(space, rng)
-        if criterion is None:
-            continue
-        recipe = task.recipe(criterion, "formula")
-        choices = (budget.amount, budget.pattern)
+    return parser.parse_args()
+
+
+class Ladder:
+    """The rungs of a search, which every formula climbs to the top."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        sizes = Settings(
+            arguments.sequence_length, arguments.calibration_tokens, arguments.evaluation_tokens
+        )
+        testbed = set_up(arguments.model, arguments.text, sizes, dtype=arguments.dtype)
+        self.space = SearchSpace.load("formulas")
+        config = SearchConfig.on(
+            testbed,
+            space_content=self.space,
+            sparsity=arguments.sparsity,
+            pattern=arguments.pattern,
+        )
+        self.task = make_task(config)
+        self._budget = self.task.budgets[0]
+        layers = find_linears(testbed.language_model.model)
+        sums = rung_sums(self.space.features, with_gradients=True)
+        statistics = testbed.statistics(layers, sums)
+        self._runner = RecipeRunner(testbed, statistics, splits=("search",))
+        rows = sample_rows(layers, statistics, self.space.features)
+        self._samples, self._probe = stacked(rows), stacked(probe_of(rows))
+        self._plain = [
+            replace(one, row_weights=torch.ones_like(one.row_weights)) for one in self._samples
+        ]
+        self._seen: set[str] = set()
+
+    def climbed(self, criterion: Criterion) -> Row | None:
+        """Seconds and figures of each rung; None for a duplicate or what nobody would measure."""
+        recipe = self.task.recipe(criterion, "formula")
+        choices = (self._budget.amount, self._budget.pattern)
         try:
             begin = time.perf_counter()
-            digest = mask_digest(masks_on(probe, recipe, *choices))
+            digest = mask_digest(masks_on(self._probe, recipe, *choices))
             probed = time.perf_counter()
-            masks = masks_on(samples, recipe, *choices)
-            weighted = layer_error(samples, masks)
+            masks = masks_on(self._samples, recipe, *choices)
+            weighted = layer_error(self._samples, masks)
             screened = time.perf_counter()
         except ScoreError:
-            continue
-        # Duplicates in the mask, and formulas that nobody would measure.
-        if digest in seen or weighted > 0.5:
-            continue
-        seen.add(digest)
-        quick = runner.row(recipe, budget.amount, (QUICK_KL,))
+            return None
+        if digest in self._seen or weighted > 0.5:
+            return None
+        self._seen.add(digest)
+        quick = self._runner.row(recipe, self._budget.amount, (QUICK_KL,))
         compared = time.perf_counter()
-        row = runner.row(recipe, budget.amount, ("search",))
-        rows.append(
-            {
-                "formula": criterion.text,
-                "perplexity": row["search_perplexity"],
-                "kl": quick["kl"],
-                "weighted_error": weighted,
-                "plain_error": layer_error(plain, masks),
-                "probe_seconds": probed - begin,
-                "screen_seconds": screened - probed,
-                "quick_kl_seconds": compared - screened,
-                "measure_seconds": time.perf_counter() - compared,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
+        row = self._runner.row(recipe, self._budget.amount, ("search",))
+        return {
+            "formula": criterion.text,
+            "perplexity": row["search_perplexity"],
+            "kl": quick["kl"],
+            "weighted_error": weighted,
+            "plain_error": layer_error(self._plain, masks),
+            "probe_seconds": probed - begin,
+            "screen_seconds": screened - probed,
+            "quick_kl_seconds": compared - screened,
+            "measure_seconds": time.perf_counter() - compared,
+        }
+
+
+def tell(rows: list[Row]) -> None:
+    """Print how well each cheap rung ranks, and what each costs."""
     perplexities = [float(row["perplexity"]) for row in rows]
     for key in ("weighted_error", "plain_error", "kl"):
         tau = kendall_tau([float(row[key]) for row in rows], perplexities)
         print(f"Kendall's tau of {key} with perplexity over {len(rows)} formulas: {tau:.2f}")
     for key in ("probe_seconds", "screen_seconds", "quick_kl_seconds", "measure_seconds"):
         print(f"median {key}: {sorted(float(row[key]) for row in rows)[len(rows) // 2]:.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
