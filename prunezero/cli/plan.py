@@ -32,7 +32,7 @@ OF_SIGNALS = "magnitude,wanda,gblm,sparsegpt"
 
 def plan(
     config: Annotated[
-        str, typer.Option(help="Hub id, folder, or path of a config.json; no weight is read.")
+        str, typer.Option(help="As --model, or path of a config.json; no weight is read.")
     ],
     recipes: Annotated[
         str, typer.Option(help="Names or .yaml files, separated by commas: a row for each.")

@@ -139,3 +139,13 @@ def test_plan_refuses_in_one_sentence(
 ) -> None:
     result = run(command.replace("MODEL", str(tiny_files[0])))
     assert isinstance(result.exception, error) and fault in str(result.exception)
+
+
+@pytest.mark.slow
+def test_plan_takes_the_names_that_other_commands_take(run: Run) -> None:
+    result = run("plan --config demo --recipes wanda --json plan.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("plan.json").read_text())
+    work = next(row for row in found["rows"] if row["work"] == "compare")
+    # More than its 134.5 million weights of four bytes.
+    assert found["config"] == "demo" and work["in_memory_bytes"] > 4 * 134_515_008

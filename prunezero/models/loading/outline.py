@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from prunezero.models.loading.checkpoints import checked_configuration
 from prunezero.models.loading.language_model import LanguageModel, quiet
-from prunezero.models.loading.load import DTYPES, check_dtype, explained
+from prunezero.models.loading.load import DTYPES, check_dtype, explained, local_folder
 
 
 def outlined_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> LanguageModel:
@@ -20,7 +21,7 @@ def outlined_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> 
     It has no tokenizer and no fingerprint, and its weights, all on the CPU, are one number each.
 
     Args:
-        source: folder, hub id, or the path of a config.json.
+        source: as the name of `load_model`, or the path of a config.json.
         dtype: that it would compute in; "auto" is what `load_model` would choose, as far as the
             configuration says in which dtype its files are.
         device: that it would be on, by type.
@@ -30,8 +31,11 @@ def outlined_model(source: str, *, dtype: str = "auto", device: str = "cpu") -> 
             language model's.
     """
     check_dtype(dtype)
+    # What a file of another format holds is unpacked as for any other command.
+    is_packed = source == "demo" or Path(source).suffix == ".gguf"
+    folder = str(local_folder(source)) if is_packed else source
     with quiet(), explained(source):
-        configuration = checked_configuration(source, source)
+        configuration = checked_configuration(folder, source)
         chosen = DTYPES.get(dtype) or _usual_dtype(configuration, device)
         model = without_weights(configuration, chosen)
         weights = list(model.parameters())
